@@ -1,0 +1,14 @@
+"""From a table of results to tables, scaling curves, comparisons, figures and findings.
+
+Pure functions of a DataFrame (``sweeps.load_results``). Nothing here imports torch; matplotlib, scipy and rich are
+imported when used.
+
+    cells         which rows count, and the plain block-wise cells every comparison starts from
+    metrics       which metric columns there are, their names, units and direction
+    tables        a metric by bits and data type; results as CSV, parquet or Markdown
+    scaling       bit-level scaling curves: which precision is best for a number of model bits
+    significance  two measurements on the same samples: their difference with a confidence interval
+    figures       loss against total bits by precision; data types; block sizes (drawing: curves, notes; style: looks)
+    findings      sentences computed from the data
+    mixtures      warnings about tables that mix datasets, revisions, limits or compute dtypes
+"""

@@ -1,0 +1,239 @@
+"""The study's figures: bit-level scaling by precision, data types and block sizes at 4 bits (Figures 2, 3, 13-15)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+
+from analysis import style
+from analysis.cells import (
+    WHOLE_TENSOR,
+    baselines,
+    block_name,
+    fullest_dtype,
+    measured,
+    ordered_dtypes,
+    plain,
+    points,
+    with_baseline,
+)
+from analysis.drawing import Drawing, Look, canvas, cap_line, change_edge, legend, loss_cap
+from analysis.metrics import Metric, headline_metrics
+from analysis.scaling import scaling_points
+from analysis.significance import Samples
+from kbit.spec import BASELINE_BITS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+SamplesByCell = Mapping[tuple[str, str], Samples]
+"""Per-sample outcomes by (cell key, eval)."""
+Styles = Mapping[Hashable, tuple[str, Look]]
+"""Value of an axis -> (label, look), in the legend's order."""
+
+_X_LABEL: Final = "Total model bits"
+_COLUMNS: Final = 3
+_MOST_PANELS: Final = 4
+_DODGE: Final = 1.05
+
+
+def write_figures(
+    df: pd.DataFrame,
+    directory: str | os.PathLike[str],
+    *,
+    sweep: str | None = None,
+    samples: SamplesByCell | None = None,
+) -> list[Path]:
+    """Writes every figure that the data allow, as PNG with an SVG beside it; logs why another can't be drawn.
+
+    Args:
+        df: a wide result table.
+        directory: made if missing.
+        sweep: the study's name, for the notes under the figures.
+        samples: per-sample outcomes (``findings.wanted_samples``), for paired intervals of changes from 16-bit.
+
+    Returns:
+        The PNGs: bit_scaling, data_types_4bit, block_sizes_4bit of the first headline metric; and bit_scaling_zero_shot
+        where the table has the zero-shot mean beside a loss.
+    """
+    metrics = headline_metrics(df)
+    if not metrics:
+        log.warning("no figures: the table has no metric with a value")
+        return []
+    first = metrics[0]
+    drawn = {"bit_scaling": bit_scaling(df, first, sweep=sweep)}
+    if len(metrics) > 1:
+        drawn["bit_scaling_zero_shot"] = bit_scaling(df, metrics[1], sweep=sweep)
+    drawn["data_types_4bit"] = data_types(df, first, sweep=sweep, samples=samples)
+    drawn["block_sizes_4bit"] = block_sizes(df, first, sweep=sweep, samples=samples)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return [_save(fig, directory / name) for name, fig in drawn.items() if fig is not None]
+
+
+@style.styled
+def bit_scaling(
+    df: pd.DataFrame, metric: Metric, *, dtype: str | None = None, sweep: str | None = None
+) -> Figure | None:
+    """A metric against total model bits by precision at block size 64, a panel a family (Figures 2 and 13).
+
+    None, with the reason logged, where there are no quantized cells. ``dtype`` None takes the one most cells have.
+    """
+    curves, dtype = scaling_points(df, metric, dtype=dtype)
+    if dtype is None or (curves["bits"] == BASELINE_BITS).all():
+        log.warning(
+            "no figure of scaling: no plain %s cell at block size 64 has %s", dtype or "block-wise", metric.column
+        )
+        return None
+    families = list(dict.fromkeys(curves["family"]))
+    drawing = Drawing(metric=metric, cap=loss_cap(curves, metric), samples={})
+    columns = min(len(families), _COLUMNS)
+    rows = -(-len(families) // columns)
+    size = (6.4, 4.3) if len(families) == 1 else (3.0 * columns + 0.9, 2.7 * rows + 0.8)
+    fig, axes = canvas(rows, columns, size)
+    for i, ax in enumerate(axes.flat):
+        if i >= len(families):
+            ax.remove()
+            continue
+        own = curves[curves["family"] == families[i]]
+        for bits, look in style.BITS_STYLE.items():
+            if (own["bits"] == bits).any():
+                drawing.line(ax, own[own["bits"] == bits], look, f"{bits}-bit")
+        style.bits_axis(ax, own["total_bits"].tolist())
+        ax.set_title(style.family_name(families[i]))
+        # The last panel of each column, whichever row it is in.
+        ax.set_xlabel(_X_LABEL if i + columns >= len(families) else "")
+        ax.set_ylabel(metric.label if i % columns == 0 else "")
+    cap_line(axes, drawing)
+    legend(fig, axes, [f"{b}-bit" for b in sorted(style.BITS_STYLE, reverse=True)], "Precision")
+    title = f"{metric.name} against total model bits, by precision ({dtype}, block size 64)"
+    style.finish(fig, title, drawing.notes(curves, sweep))
+    return fig
+
+
+@style.styled
+def data_types(
+    df: pd.DataFrame,
+    metric: Metric,
+    *,
+    bits: int = 4,
+    sweep: str | None = None,
+    samples: SamplesByCell | None = None,
+) -> Figure | None:
+    """Data types at one precision over model sizes, and their change from 16-bit, a column a family (Figures 3, 14).
+
+    None, with the reason logged, where there are fewer than two data types at block size 64.
+    """
+    rows = measured(df)
+    cells = plain(rows)
+    cells = points(cells[(cells["blocksize"] == 64) & (cells["bits"] == bits)], metric)
+    dtypes = ordered_dtypes(cells)
+    if len(dtypes) < 2:
+        found = " and ".join(dtypes) or "no data type"
+        log.warning("no figure of data types: at %d bits and block size 64, %s has %s", bits, found, metric.column)
+        return None
+    panels = {style.family_name(str(f)): own for f, own in cells.groupby("family")}
+    styles: Styles = {d: (d, style.dtype_style(d)) for d in dtypes}
+    drawing = Drawing(metric=metric, cap=None, samples=samples or {})
+    fig = _comparison(drawing, points(baselines(rows), metric), panels, "dtype", styles)
+    legend(fig, np.array(fig.axes), dtypes, "Data type")
+    title = f"Data types at {bits} bits: {metric.name} (block size 64)"
+    style.finish(fig, title, drawing.notes(cells, sweep))
+    return fig
+
+
+@style.styled
+def block_sizes(
+    df: pd.DataFrame,
+    metric: Metric,
+    *,
+    bits: int = 4,
+    sweep: str | None = None,
+    samples: SamplesByCell | None = None,
+) -> Figure | None:
+    """Block sizes at one precision over model sizes, and their change from 16-bit (Figures 3 and 15).
+
+    A column a family and data type; with more than four, those of the data type with the most block sizes. None, with
+    the reason logged, where no data type has two block sizes.
+    """
+    rows = measured(df)
+    cells = plain(rows)
+    cells = points(cells[cells["bits"] == bits], metric)
+    cells = cells[cells.groupby(["family", "dtype"])["blocksize"].transform("nunique") > 1]
+    if cells.empty:
+        log.warning("no figure of block sizes: no data type at %d bits has %s at two of them", bits, metric.column)
+        return None
+    if len(cells.drop_duplicates(["family", "dtype"])) > _MOST_PANELS:
+        cells = cells[cells["dtype"] == fullest_dtype(cells, "blocksize")]
+    sizes = sorted(cells["blocksize"].unique(), key=lambda b: b if b != WHOLE_TENSOR else np.inf)
+    looks = style.ordinal_styles(len(sizes))
+    styles: Styles = {b: (block_name(b), look) for b, look in zip(sizes, looks, strict=True)}
+    groups = [(f, d) for f in dict.fromkeys(cells["family"]) for d in ordered_dtypes(cells[cells["family"] == f])]
+    panels = {f"{style.family_name(f)}, {d}": cells[(cells["family"] == f) & (cells["dtype"] == d)] for f, d in groups}
+    drawing = Drawing(metric=metric, cap=None, samples=samples or {})
+    fig = _comparison(drawing, points(baselines(rows), metric), panels, "blocksize", styles)
+    legend(fig, np.array(fig.axes), [label for label, _ in styles.values()], "Block size")
+    style.finish(fig, f"Block sizes at {bits} bits: {metric.name}", drawing.notes(cells, sweep))
+    return fig
+
+
+def _comparison(
+    drawing: Drawing, base: pd.DataFrame, panels: Mapping[str, pd.DataFrame], axis: str, styles: Styles
+) -> Figure:
+    """The metric over total bits, a line a value of ``axis``; below, where 16-bit is known, the change from it."""
+    panels = {name: with_baseline(own, base) for name, own in panels.items()}
+    everything = pd.concat(panels.values())
+    deltas = bool(everything["baseline"].notna().any())
+    drawing.cap = loss_cap(pd.concat([c for c in (base, everything) if len(c)]), drawing.metric)
+    if deltas:
+        drawing.edge = change_edge(everything, drawing)
+    width = {1: 4.3, 2: 2.9, 3: 2.5}.get(len(panels), 2.1) * len(panels) + 1.5
+    height = (5.4 if deltas else 3.4) + (0.4 if len(panels) == 1 else 0)
+    fig, axes = canvas(2 if deltas else 1, len(panels), (width, height))
+    for column, (name, own) in enumerate(panels.items()):
+        shown = _side_by_side(own, axis, list(styles), drawing)
+        for value, (label, look) in styles.items():
+            line = shown[shown[axis] == value]
+            if len(line):
+                drawing.line(axes[0, column], line, look, label)
+            if deltas and line["baseline"].notna().any():
+                drawing.change_line(axes[1, column], line[line["baseline"].notna()], look)
+        axes[0, column].set_title(name)
+        for ax in axes[:, column]:
+            style.bits_axis(ax, own["total_bits"].tolist(), reach=shown["total_bits"].tolist())
+            ax.tick_params(labelbottom=ax is axes[-1, column])
+        axes[-1, column].set_xlabel(_X_LABEL)
+    axes[0, 0].set_ylabel(drawing.metric.label)
+    if deltas:
+        unit = drawing.metric.unit
+        axes[1, 0].set_ylabel("Change from 16-bit" + (f" ({unit})" if unit else ""))
+        for ax in axes[1]:
+            ax.axhline(0, color=style.INK, linewidth=0.9, zorder=1)
+    cap_line(axes[:1], drawing)
+    fig.align_ylabels(list(axes[:, 0]))
+    return fig
+
+
+def _side_by_side(cells: pd.DataFrame, axis: str, order: list[Hashable], drawing: Drawing) -> pd.DataFrame:
+    """Cells of a single model lie (nearly) above one another; they are drawn a little apart, which the notes say."""
+    if cells["model"].nunique() > 1:
+        return cells
+    drawing.dodged = True
+    place = cells[axis].map(order.index) - (len(order) - 1) / 2
+    return cells.assign(total_bits=cells["total_bits"].mean() * _DODGE**place)
+
+
+@style.styled
+def _save(fig: Figure, stem: Path) -> Path:
+    fig.savefig(stem.with_suffix(".png"))
+    fig.set_layout_engine("none")  # laid out already, and laying out costs most of saving
+    fig.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    return stem.with_suffix(".png")

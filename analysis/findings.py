@@ -1,0 +1,247 @@
+"""Findings: sentences computed from a result table, each on one of the paper's questions (section 5, Appendix C)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from analysis.cells import (
+    baselines,
+    block_name,
+    measured,
+    numbers,
+    ordered_dtypes,
+    plain,
+    points,
+    with_baseline,
+)
+from analysis.metrics import Metric, headline_metrics
+from analysis.scaling import best_precision, budget_grid, common_range, scaling_points
+from analysis.significance import Comparison, Samples, compare_mean_loss
+from kbit.spec import BASELINE_BITS
+
+SampleKey = tuple[str, str]
+"""(cell key, eval name)."""
+
+_BLOCKSIZE: Final = 64
+_HIGH: Final = (6, 7, 8)
+
+
+def findings(df: pd.DataFrame, samples: Mapping[SampleKey, Samples] | None = None) -> list[str]:
+    """What a study shows, in sentences with their numbers; a sentence that the data don't support is left out.
+
+    Args:
+        df: a wide result table.
+        samples: per-sample outcomes, for confidence intervals; ``wanted_samples`` says which.
+
+    Returns:
+        In order: the best precision for a number of model bits (a sentence a family and headline metric); then, of the
+        first headline metric, data types and block sizes at 4 bits, 6 to 8 bits against 16, outlier dimensions;
+        divergence.
+    """
+    metrics = headline_metrics(df)
+    if not metrics:
+        return []
+    metric, rows, samples = metrics[0], measured(df), samples or {}
+    cells = with_baseline(points(plain(rows), metric), points(baselines(rows), metric))
+    return [
+        *(sentence for m in metrics for sentence in _best_precision(df, m)),
+        *_data_types(cells, metric, samples),
+        *_block_sizes(cells, metric, samples),
+        *_high_precision(cells, metric),
+        *_outliers(rows, cells, metric, samples),
+        *_divergence(rows),
+    ]
+
+
+def wanted_samples(df: pd.DataFrame, long_df: pd.DataFrame) -> dict[str, SampleKey]:
+    """Measurement key -> (cell key, eval) of the outcomes that ``findings`` and the figures compare.
+
+    Those of the first headline metric at 3, 4 and 16 bits. Use: ``wanted = wanted_samples(df, long_df)``, then
+    ``{wanted[m]: s for m, s in load_samples(out, list(wanted)).items()}``.
+    """
+    metrics = headline_metrics(df)
+    if not metrics or not metrics[0].eval:
+        return {}
+    rows = measured(df)
+    keys = set(rows.loc[numbers(rows, "bits").isin([3, 4, BASELINE_BITS]), "key"])
+    found = long_df[(long_df["eval"] == metrics[0].eval) & long_df["key"].isin(keys)]
+    return {str(m): (str(k), metrics[0].eval) for m, k in zip(found["measurement"], found["key"], strict=True)}
+
+
+def _best_precision(df: pd.DataFrame, metric: Metric) -> list[str]:
+    curves, dtype = scaling_points(df, metric)
+    said = []
+    for family, own in curves.groupby("family"):
+        span = common_range(own)
+        if span is None:
+            # Few models: a small one at 16 bits may have more bits than a large one at 3.
+            own = own[own["bits"] != BASELINE_BITS]
+            span = common_range(own)
+        if span is None:
+            continue
+        best = best_precision(own, metric, budget_grid(*span)).dropna(subset=["bits"])
+        if best.empty:
+            continue
+        share = best["bits"].astype(int).value_counts(normalize=True)
+        parts = [f"{bits}-bit over {_share(part)}" for bits, part in share.items()]
+        where = parts[0].replace("over 100%", "throughout") if len(parts) == 1 else ", ".join(parts) + " of that range"
+        margin = best.loc[best["bits"] == share.index[0], "margin"].mean()
+        ahead = f" ({_amount(margin, metric)} ahead of the next on average)" if np.isfinite(margin) else ""
+        said.append(
+            f"Best precision for a fixed number of model bits, {family}, {_bits(span[0])} to {_bits(span[1])}: "
+            f"{where}{ahead}; {_short(metric)}, {dtype}, block size {_BLOCKSIZE}."
+        )
+    return said
+
+
+def _data_types(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]) -> list[str]:
+    at = cells[(cells["bits"] == 4) & (cells["blocksize"] == _BLOCKSIZE) & np.isfinite(cells["change"])]
+    at = _balanced(at, "dtype")
+    if at["dtype"].nunique() < 2:
+        return []
+    mean = at.groupby("dtype")["change"].mean().reindex(ordered_dtypes(at))
+    mean = mean.sort_values(ascending=not metric.higher_is_better, kind="stable")
+    ranked = [str(d) for d in mean.index]
+    listed = ", ".join(f"{d} {_signed(mean[d], metric)}" for d in ranked)
+    proof = _interval_text(at, "dtype", ranked[0], ranked[1], metric, samples)
+    return [
+        f"Data types at 4 bits, block size {_BLOCKSIZE}, change of {_short(metric)} from 16-bit{_unit(metric)}, "
+        f"{_models(at)}: {listed}.{proof}"
+    ]
+
+
+def _block_sizes(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]) -> list[str]:
+    at = cells[(cells["bits"] == 4) & np.isfinite(cells["change"])]
+    said = []
+    for dtype in ordered_dtypes(at):
+        own = _balanced(at[at["dtype"] == dtype], "blocksize")
+        sizes = sorted(own["blocksize"].unique(), key=lambda b: b or np.inf)
+        if len(sizes) < 2:
+            continue
+        mean = own.groupby("blocksize")["change"].mean()
+        listed = ", ".join(f"{block_name(b)} {_signed(mean[b], metric)}" for b in sizes)
+        proof = _interval_text(own, "blocksize", sizes[0], sizes[-1], metric, samples)
+        said.append(
+            f"Block sizes at 4 bits, {dtype}, change of {_short(metric)} from 16-bit{_unit(metric)}, "
+            f"{_models(own)}: {listed}.{proof}"
+        )
+    return said
+
+
+def _high_precision(cells: pd.DataFrame, metric: Metric) -> list[str]:
+    at = cells[cells["bits"].isin(_HIGH) & (cells["blocksize"] == _BLOCKSIZE) & cells["baseline"].notna()]
+    if set(at["bits"]) != set(_HIGH):
+        return []
+    change = at["change"].abs().to_numpy()
+    farthest = at.iloc[int(change.argmax())]
+    if not np.isfinite(change.max()):
+        return []
+    loss = metric.metric == "loss"
+    size = f"perplexity within {np.expm1(change.max()):.2%}" if loss else f"{_short(metric)} within {change.max():.4f}"
+    return [
+        f"6 to 8 bits, block size {_BLOCKSIZE}: {size} of 16-bit in all {len(at)} cells; farthest "
+        f"{farthest['dtype']} at {farthest['bits']} bits, {farthest['model']}."
+    ]
+
+
+def _outliers(
+    rows: pd.DataFrame, cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]
+) -> list[str]:
+    said = []
+    same = ["family", "model", "dtype", "bits", "blocksize"]
+    for fraction in sorted(f for f in numbers(rows, "outlier_fraction").dropna().unique() if f > 0):
+        kept = points(plain(rows, outlier_fraction=fraction), metric).merge(cells, on=same, suffixes=("", "_without"))
+        kept = kept[np.isfinite(kept["value"]) & np.isfinite(kept["value_without"])]
+        for (bits, dtype, blocksize), own in kept.groupby(["bits", "dtype", "blocksize"]):
+            change = (own["value"] - own["value_without"]).mean()
+            extra = (own["bits_per_param"] - own["bits_per_param_without"]).mean()
+            interval = _mean_interval(list(zip(own["key"], own["key_without"], strict=True)), metric, samples)
+            said.append(
+                f"{100 * fraction:g} % outlier dimensions in 16 bits, {dtype} at {bits} bits, block size "
+                f"{block_name(blocksize)}: change of {_short(metric)}{_unit(metric)}, {_models(own)}: "
+                f"{_signed(change, metric)}{_ci(interval, metric)}, for {extra:.2f} bits a parameter more."
+            )
+    return said
+
+
+def _divergence(rows: pd.DataFrame) -> list[str]:
+    diverged = rows[rows["status"] == "diverged"]
+    if diverged.empty:
+        return []
+    counts = numbers(diverged, "bits").astype(int).value_counts().sort_index()
+    listed = ", ".join(f"{n} at {bits} bits" for bits, n in counts.items())
+    return [f"{len(diverged)} of {len(rows)} measured cells diverged: {listed}."]
+
+
+def _balanced(cells: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """Cells of the models that have every value of an axis, so that means over models compare like with like."""
+    have = cells.groupby(["family", "model"])[axis].transform("nunique")
+    return cells[have == cells[axis].nunique()]
+
+
+def _interval_text(
+    cells: pd.DataFrame,
+    axis: str,
+    first: str | int,
+    second: str | int,
+    metric: Metric,
+    samples: Mapping[SampleKey, Samples],
+) -> str:
+    """' int against float: -0.0123 (95 % CI ...).', over the models that have both; empty without samples."""
+    keys = cells.pivot(index=["family", "model"], columns=axis, values="key")
+    interval = _mean_interval(list(zip(keys[first], keys[second], strict=True)), metric, samples)
+    if interval is None:
+        return ""
+    verdict = "" if interval.significant else ", not significant"
+    return f" {first} against {second}: {_signed(interval.difference, metric)}{_ci(interval, metric)}{verdict}."
+
+
+def _mean_interval(
+    pairs: list[tuple[str, str]], metric: Metric, samples: Mapping[SampleKey, Samples]
+) -> Comparison | None:
+    """Paired difference averaged over models; None unless the metric is a loss, and every sample there and finite."""
+    wanted = [((a, metric.eval), (b, metric.eval)) for a, b in pairs]
+    if metric.metric != "loss" or not pairs or any(k not in samples for pair in wanted for k in pair):
+        return None
+    interval = compare_mean_loss([(samples[a], samples[b]) for a, b in wanted])
+    return interval if np.isfinite(interval.low) else None
+
+
+def _ci(interval: Comparison | None, metric: Metric) -> str:
+    return f" (95 % CI {_signed(interval.low, metric)} to {_signed(interval.high, metric)})" if interval else ""
+
+
+def _short(metric: Metric) -> str:
+    return metric.name[0].lower() + metric.name[1:]
+
+
+def _unit(metric: Metric) -> str:
+    return f" in {metric.unit}" if metric.unit else ""
+
+
+def _signed(value: float, metric: Metric) -> str:
+    return f"{value:+.{metric.decimals + (metric.metric == 'loss')}f}"
+
+
+def _amount(value: float, metric: Metric) -> str:
+    return f"{value:.{metric.decimals}f}" + (f" {metric.unit}" if metric.unit else "")
+
+
+def _share(part: float) -> str:
+    return "<1%" if part < 0.01 else f"{part:.0%}"
+
+
+def _models(cells: pd.DataFrame) -> str:
+    names = list(dict.fromkeys(cells.sort_values("params")["model"]))
+    return f"mean of {len(names)} models" if len(names) > 1 else str(names[0])
+
+
+def _bits(value: float) -> str:
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}bit"
+    return f"{value:.0f} bit"

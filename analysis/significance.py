@@ -1,0 +1,139 @@
+"""Two measurements on the same samples: the difference of their means with a confidence interval.
+
+Every comparison is paired: both cells saw the same windows or documents, so most of the variance between samples
+cancels. An interval speaks of other texts of the same kind, for the models at hand; not of other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL: Final = 0.95
+
+Samples = Mapping[str, NDArray[Any]]
+"""Outcomes of each sample by name: 'nats' and 'tokens' of each window, or a task's metric ('acc') of each document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A difference, first minus second, and its 95 % confidence interval.
+
+    Attributes:
+        difference: of the means over the same samples, in the metric's unit (nats a token for a loss).
+        low, high: the interval; NaN where a value isn't finite or there are fewer than two samples.
+        stderr: standard error of the difference.
+        n: samples (windows or documents).
+    """
+
+    difference: float
+    low: float
+    high: float
+    stderr: float
+    n: int
+
+    @property
+    def significant(self) -> bool:
+        """The interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+def compare_loss(a: Samples, b: Samples) -> Comparison:
+    """Difference of two losses, in nats a token, on the same windows.
+
+    Loss is a ratio, the sum of nats by the sum of tokens, so the error is the ratio estimator's: with d_i the
+    difference in nats and t_i the tokens of window i, R = sum d / sum t and var R = n / (n - 1) sum (d_i - R t_i)² /
+    (sum t)² (Cochran, Sampling Techniques, 1977, section 2.11), with Student's t.
+
+    Args:
+        a, b: 'nats' [n] and 'tokens' [n] (scored tokens of each window).
+
+    Raises:
+        ValueError: the windows are not the same (their number or their tokens differ).
+    """
+    tokens = np.asarray(a["tokens"], dtype=np.float64)
+    if not np.array_equal(tokens, np.asarray(b["tokens"], dtype=np.float64)):
+        raise ValueError(
+            "the two losses are of different windows; compare measurements of one tokenizer, dataset, window and limit"
+        )
+    with np.errstate(invalid="ignore"):
+        d = np.asarray(a["nats"], dtype=np.float64) - np.asarray(b["nats"], dtype=np.float64)
+        ratio = float(d.sum() / tokens.sum()) if len(d) else float("nan")
+        residual = d - ratio * tokens
+        n = len(d)
+        error = float(np.sqrt(n / (n - 1) * (residual**2).sum()) / tokens.sum()) if n > 1 else float("nan")
+    return _student(ratio, error, n)
+
+
+def compare_outcomes(a: NDArray[Any], b: NDArray[Any]) -> Comparison:
+    """Difference of two means on the same documents, e.g. of two accuracies.
+
+    Right-or-wrong outcomes (bool) take Bonett and Price's (2012) adjusted interval for paired proportions, which stays
+    honest where few or no documents change sides; numbers take the paired t interval.
+
+    Raises:
+        ValueError: the numbers of documents differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} documents can't be paired; compare measurements of one task and limit")
+    n = len(a)
+    d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    mean = float(d.mean()) if n else float("nan")
+    if a.dtype != np.bool_ or b.dtype != np.bool_:
+        return _student(mean, float(d.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan"), n)
+    if n < 2:
+        return _student(mean, float("nan"), n)
+    from scipy.stats import norm
+
+    gained, lost = ((d > 0).sum() + 1) / (n + 2), ((d < 0).sum() + 1) / (n + 2)
+    centre = float(gained - lost)
+    error = float(np.sqrt((gained + lost - centre**2) / (n + 2)))
+    half = float(norm.ppf(0.5 + LEVEL / 2)) * error
+    # The adjusted centre lies a little nearer to zero; the interval always holds the difference itself.
+    return Comparison(difference=mean, low=max(-1.0, centre - half), high=min(1.0, centre + half), stderr=error, n=n)
+
+
+def compare(a: Samples, b: Samples, metric: str) -> Comparison:
+    """``compare_loss`` for 'loss', ``compare_outcomes`` for a task's metric.
+
+    Raises:
+        ValueError: the samples can't be paired.
+        KeyError: a measurement kept no outcomes of the metric.
+    """
+    return compare_loss(a, b) if metric == "loss" else compare_outcomes(a[metric], b[metric])
+
+
+def compare_mean_loss(pairs: Sequence[tuple[Samples, Samples]]) -> Comparison:
+    """Mean over models of the difference of two losses, a model's weights the same.
+
+    Models with the same windows are averaged window by window, so that what they share in a window counts. Otherwise
+    (other tokenizers) the standard errors are averaged: the error of a mean is at most that, however they correlate.
+
+    Args:
+        pairs: (a, b) of each model, as in ``compare_loss``.
+
+    Raises:
+        ValueError: no pairs, or a pair is of different windows.
+    """
+    if not pairs:
+        raise ValueError("no models to compare")
+    each = [compare_loss(a, b) for a, b in pairs]
+    first = pairs[0][0]["tokens"]
+    if all(np.array_equal(first, a["tokens"]) for a, _ in pairs):
+        means = [
+            np.mean([np.asarray(pair[side]["nats"], dtype=np.float64) for pair in pairs], axis=0) for side in (0, 1)
+        ]
+        return compare_loss({"nats": means[0], "tokens": first}, {"nats": means[1], "tokens": first})
+    difference, error = float(np.mean([c.difference for c in each])), float(np.mean([c.stderr for c in each]))
+    return _student(difference, error, min(c.n for c in each))
+
+
+def _student(mean: float, error: float, n: int) -> Comparison:
+    from scipy.stats import t
+
+    half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * error if n > 1 and np.isfinite(error) else float("nan")
+    return Comparison(difference=mean, low=mean - half, high=mean + half, stderr=error, n=n)

@@ -1,0 +1,186 @@
+"""Tables: a metric by bits and data type, for the terminal and for Markdown; results as CSV, parquet or Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+
+from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, ordered_dtypes, plain, points
+from analysis.metrics import Metric, parse_metric
+from kbit.spec import BASELINE_BITS, SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TABLE_SUFFIXES: Final = (".csv", ".parquet", ".md")
+_FIELDS: Final = ("value", "stderr", "diverged")
+
+
+def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | None = 64) -> pd.DataFrame:
+    """A metric by model, bits and data type, of plain block-wise cells at one block size and the 16-bit baseline.
+
+    Args:
+        df: a wide result table.
+        metric: a metric or its column.
+        blocksize: values a block; None for the whole tensor.
+
+    Returns:
+        Index (model, bits): models by family and size, 16 bits first, then 8 down to 3. Columns (data type, field) with
+        fields 'value' and 'stderr' (float64) and 'diverged' (bool). The baseline has no data type, so its value stands
+        under each. Missing cells are NaN, diverged ones without a finite value infinite. Without rows where nothing was
+        measured; a table of baselines has the one data type '16-bit'.
+
+    Raises:
+        ValueError: ``metric`` isn't a metric's name.
+    """
+    metric = parse_metric(metric) if isinstance(metric, str) else metric
+    rows = measured(df)
+    cells = plain(rows)
+    cells = points(cells[cells["blocksize"] == (blocksize or WHOLE_TENSOR)], metric)
+    base = points(baselines(rows), metric)
+    dtypes = ordered_dtypes(cells) or ["16-bit"]
+    spread = pd.concat([base.assign(dtype=d) for d in dtypes])
+    both = pd.concat([c for c in (spread, cells) if len(c)]) if len(spread) + len(cells) else cells
+    both = both.sort_values(["family", "params", "model", "bits"], ascending=[True, True, True, False], kind="stable")
+    values = {(r.model, r.bits, r.dtype): (r.value, r.stderr, r.diverged) for r in both.itertuples()}
+    index = pd.MultiIndex.from_tuples(
+        list(dict.fromkeys(zip(both["model"], both["bits"], strict=True))), names=["model", "bits"]
+    )
+    blank = (np.nan, np.nan, False)
+    data = [[x for d in dtypes for x in values.get((*row, d), blank)] for row in index]
+    columns = pd.MultiIndex.from_product([dtypes, _FIELDS], names=["dtype", "field"])
+    kinds = {(d, f): "bool" if f == "diverged" else "float64" for d in dtypes for f in _FIELDS}
+    return pd.DataFrame(data, index=index, columns=columns).astype(kinds)
+
+
+def to_markdown(table: pd.DataFrame, *, metric: Metric | str) -> str:
+    """``bits_by_dtype`` as a Markdown table: value ± standard error, the best of each row in bold."""
+    metric = parse_metric(metric) if isinstance(metric, str) else metric
+    rows = [
+        [model, str(bits), *(f"**{text}**" if best else text for text, best in cells)]
+        for (model, bits), cells in _formatted(table, metric)
+    ]
+    return f"{_caption(metric)}\n\n" + _pipe_table(["model", "bits", *_dtypes(table)], rows, numeric_from=1)
+
+
+def render(table: pd.DataFrame, console: Console, *, metric: Metric | str, blocksize: int | None = 64) -> None:
+    """Prints ``bits_by_dtype``: value ± standard error, the best of each row in bold, a section a model."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    metric = parse_metric(metric) if isinstance(metric, str) else metric
+    title = f"{metric.label}, block size {block_name(blocksize or WHOLE_TENSOR)}"
+    grid = Table(title=title, caption=_caption(metric), box=box.SIMPLE_HEAD)
+    grid.add_column("model", no_wrap=True)
+    for name in ("bits", *_dtypes(table)):
+        grid.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for (model, bits), cells in _formatted(table, metric):
+        if last is not None and model != last:
+            grid.add_section()
+        texts = [Text(text, style="bold" if best else "") for text, best in cells]
+        grid.add_row("" if model == last else model, str(bits), *texts)
+        last = model
+    # Rich cuts what is wider than the terminal; numbers must not be cut, so a narrow terminal wraps lines instead.
+    wide = console.measure(grid, options=console.options.update(max_width=1000)).maximum
+    grid.width = wide if wide > console.width else None
+    console.print(grid, crop=False, no_wrap=True, overflow="ignore")
+
+
+def write_table(df: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
+    """Writes a result table as its suffix says; a table of that name is replaced in one step. Missing folders are made.
+
+    Dictionaries and lists in cells (the long table's metrics) become JSON in CSV and Markdown.
+
+    Raises:
+        SpecError: a suffix other than .csv, .parquet or .md.
+        OSError: the place can't be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise SpecError("table", str(path), "a file name ending in " + ", ".join(TABLE_SUFFIXES))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        if suffix == ".parquet":
+            df.to_parquet(temporary, index=False)
+        elif suffix == ".csv":
+            _flat(df).to_csv(temporary, index=False)
+        else:
+            flat = _flat(df)
+            rows = [["" if _missing(x) else _escaped(x) for x in row] for row in flat.itertuples(index=False)]
+            temporary.write_text(_pipe_table([str(c) for c in flat.columns], rows), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _dtypes(table: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(table.columns.get_level_values("dtype")))
+
+
+def _formatted(table: pd.DataFrame, metric: Metric) -> Iterator[tuple[tuple[str, int], list[tuple[str, bool]]]]:
+    """Row by row: (model, bits), then text and whether it is the best, by data type. Baselines have no best."""
+    dtypes = _dtypes(table)
+    for row in table.itertuples():
+        model, bits = row[0]
+        fields: list[tuple[float, float, bool]] = [row[1 + 3 * i : 4 + 3 * i] for i in range(len(dtypes))]
+        finite = [v for v, _, diverged in fields if np.isfinite(v) and not diverged]
+        best = (max if metric.higher_is_better else min)(finite) if len(finite) > 1 and bits != BASELINE_BITS else None
+        yield (model, bits), [(_text(*f, decimals=metric.decimals), f[0] == best) for f in fields]
+
+
+def _text(value: float, error: float, diverged: bool, *, decimals: int) -> str:
+    if np.isnan(value):
+        return "-"
+    if np.isinf(value):
+        return "diverged"
+    text = f"{value:.{decimals}f}" + (f" ± {error:.{decimals}f}" if np.isfinite(error) else "")
+    return text + " †" if diverged else text
+
+
+def _caption(metric: Metric) -> str:
+    direction = "higher" if metric.higher_is_better else "lower"
+    return (
+        f"{metric.label}, {direction} is better; ± standard error; bold: best of its row; †: diverged; -: not measured."
+    )
+
+
+def _pipe_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numeric_from: int | None = None) -> str:
+    last = len(header) if numeric_from is None else numeric_from
+    rule = ["---" if i < last else "---:" for i in range(len(header))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [list(header), rule, *rows])
+
+
+def _flat(df: pd.DataFrame) -> pd.DataFrame:
+    nested = [c for c in df.columns if df[c].dtype == object]
+    return df.assign(
+        **{c: [json.dumps(x, default=_plain_value) if _is_nested(x) else x for x in df[c]] for c in nested}
+    )
+
+
+def _is_nested(x: object) -> bool:
+    return isinstance(x, dict | list | tuple | np.ndarray)
+
+
+def _plain_value(x: Any) -> Any:
+    return x.tolist() if isinstance(x, np.ndarray | np.generic) else str(x)
+
+
+def _missing(x: object) -> bool:
+    return x is None or x is pd.NA or x is pd.NaT or (isinstance(x, float) and np.isnan(x))
+
+
+def _escaped(x: object) -> str:
+    text = f"{x:.6g}" if isinstance(x, float) else str(x)
+    return text.replace("|", "\\|").replace("\n", " ")

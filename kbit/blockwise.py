@@ -1,0 +1,202 @@
+"""The reference quantizer: block-wise (sections 2.2-2.3, Appendix B), in plain torch, on any device.
+
+Every step is a definition that other kernels must meet to the bit: casting to the storage dtype, cutting blocks
+(``kbit.blocks``), rounding absmax before it is used, IEEE division, codes as counts of midpoints (``kbit.encode``),
+rounding to the storage dtype again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kbit.blocks import Blocks, NestedAbsmax, Part, divisors, load_absmax, store_absmax
+from kbit.codebooks import codebook, is_data_dependent, quantile_codebook
+from kbit.encode import Encoder
+from kbit.packing import pack, packed_bytes, unpack
+from kbit.spec import QuantSpec, SpecError
+from kbit.storage import check_weight, columns_of, flattened, mean16, non_finite, storage_dtype_of
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedTensor:
+    """A quantized weight: what is stored of it, and what is needed to read it.
+
+    Attributes:
+        codes: uint8 [ceil(n k / 8)], codes of exactly k bits in row-major order (``kbit.packing``); those of kept
+            columns stand for zero.
+        absmax: one a block, in order: float16 or float32 [blocks], or ``NestedAbsmax``.
+        codebook: float32 [at most 2^k], sorted.
+        spec: how it was quantized.
+        shape, dtype: the weight's, and the dequantized tensor's.
+        storage_dtype: float16 or bfloat16: the weight was cast to it first, and dequantized values are rounded to it.
+        mean: float16, 0-dim: subtracted first and added last; None without centering.
+        kept_columns: int32 [m] input dimensions kept in 16 bits, ascending; None if none are.
+        kept_values: storage dtype [out, m].
+    """
+
+    codes: Tensor
+    absmax: Tensor | NestedAbsmax
+    codebook: Tensor
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage_dtype: torch.dtype
+    mean: Tensor | None = None
+    kept_columns: Tensor | None = None
+    kept_values: Tensor | None = None
+
+    @property
+    def blocks(self) -> Blocks:
+        """How the values are cut into blocks."""
+        return Blocks.of(self.shape, self.spec)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbits(self) -> int:
+        """Bits stored: codes, absmax, a data-dependent codebook (16 bits a value), mean, kept columns and their
+        indices."""
+        bits = 8 * self.codes.numel()
+        bits += self.absmax.nbits if isinstance(self.absmax, NestedAbsmax) else 8 * self.absmax.nbytes
+        if is_data_dependent(self.spec):
+            bits += 16 * self.codebook.numel()
+        bits += 8 * sum(t.nbytes for t in (self.mean, self.kept_columns, self.kept_values) if t is not None)
+        return bits
+
+
+@torch.no_grad()
+def quantize(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    outlier_columns: Tensor | list[int] | None = None,
+    storage_dtype: torch.dtype | None = None,
+) -> QuantizedTensor:
+    """Quantize a weight block by block.
+
+    Args:
+        weight: floating point, [out_features, in_features] or any other shape of one or more dimensions, on any device;
+            isn't changed. Blocks of `scheme=group` lie along the last dimension.
+        spec: bits 2 to 8. Its `outlier_fraction` is for whole models, where the previous layer is known; here columns
+            are named.
+        outlier_columns: input dimensions that stay in 16 bits (section 3).
+        storage_dtype: float16 or bfloat16; None is the weight's own, or float16 if it is wider.
+
+    Returns:
+        The quantized tensor, on the weight's device. Beside it and the weight about 20 MB are used.
+
+    Raises:
+        SpecError: the spec is the 16-bit baseline, or `storage_dtype` has not 16 bits.
+        WeightError: not floating point, empty, without dimensions or values, with NaN or infinite ones; columns that
+            don't exist.
+    """
+    if spec.is_baseline:
+        raise SpecError("bits", spec.bits, "2 to 8 to quantize; the 16-bit baseline stores the weight as it is")
+    check_weight(weight)
+    dtype = storage_dtype_of(weight, storage_dtype)
+    columns = columns_of(weight, outlier_columns)
+    mean = mean16(weight, dtype) if spec.center else None
+    values = (
+        quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
+        if is_data_dependent(spec)
+        else codebook(spec, weight)
+    )
+    source = _Source(weight, dtype, columns, mean)
+    blocks = Blocks.of(tuple(weight.shape), spec)
+    absmax = store_absmax(_absmax(source, blocks), spec.absmax_dtype)
+    return QuantizedTensor(
+        codes=_codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits),
+        absmax=absmax,
+        codebook=values,
+        spec=spec,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        storage_dtype=dtype,
+        mean=mean,
+        kept_columns=columns,
+        kept_values=source.kept(),
+    )
+
+
+@torch.no_grad()
+def dequantize(q: QuantizedTensor) -> Tensor:
+    """The weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
+
+    codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
+    the storage dtype's range are saturated.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.codes.device)
+    flat, bits = out.view(-1), q.spec.bits
+    absmax = load_absmax(q.absmax)
+    limit = torch.finfo(q.storage_dtype).max
+    overflows = bool(absmax.abs().max() + (0 if q.mean is None else q.mean.float().abs()) > limit)
+    for part in q.blocks.parts(out.device):
+        codes = unpack(q.codes[part.start * bits // 8 : packed_bytes(part.stop, bits)], bits, part.stop - part.start)
+        values = q.codebook.index_select(0, codes.int())
+        part.multiply_(values, absmax)
+        if q.mean is not None:
+            values += q.mean.float()
+        if overflows:
+            values.clamp_(-limit, limit)
+        flat[part.start : part.stop] = values.to(q.storage_dtype)
+    if q.kept_columns is not None and q.kept_values is not None:
+        out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
+    return out
+
+
+class _Source:
+    """A weight's values as they are quantized: stored in 16 bits, less the mean, kept columns zero."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, columns: Tensor | None, mean: Tensor | None) -> None:
+        self.weight, self.dtype, self.mean = weight.detach(), dtype, mean
+        self.columns = None if columns is None else columns.long()
+        self.row = None if columns is None else weight.shape[1]
+        self._flat = flattened(weight, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def __getitem__(self, part: Part) -> Tensor:
+        """float32, flat, a fresh tensor."""
+        values = self._flat[part.start : part.stop].to(self.dtype).float()
+        if self.mean is not None:
+            values -= self.mean.float()
+        if self.columns is not None and self.row is not None:
+            values.view(-1, self.row)[:, self.columns] = 0
+        return values
+
+    def kept(self) -> Tensor | None:
+        """16-bit values of the kept columns."""
+        if self.columns is None:
+            return None
+        kept = self.weight[:, self.columns].to(self.dtype)
+        if not bool(kept.isfinite().all()):
+            raise non_finite("a kept column of the weight", self.dtype)
+        return kept
+
+
+def _absmax(source: _Source, blocks: Blocks) -> Tensor:
+    """float32 [blocks], not yet rounded to what is stored."""
+    absmax = torch.zeros(blocks.rows * blocks.per_row, device=source.device)
+    for part in blocks.parts(source.device, source.row):
+        part.gather_absmax(source[part], absmax)
+    if not bool(absmax.isfinite().all()):
+        raise non_finite("weight", source.dtype)
+    return absmax
+
+
+def _codes(source: _Source, blocks: Blocks, absmax: Tensor, encode: Encoder, bits: int) -> Tensor:
+    """Packed codes. Parts begin at multiples of 8 values, that is at whole bytes."""
+    divisor = divisors(absmax)
+    packed = torch.empty(packed_bytes(blocks.rows * blocks.length, bits), dtype=torch.uint8, device=source.device)
+    for part in blocks.parts(source.device, source.row):
+        values = source[part]
+        part.divide_(values, divisor)
+        packed[part.start * bits // 8 : packed_bytes(part.stop, bits)] = pack(encode(values), bits)
+    return packed

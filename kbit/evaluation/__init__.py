@@ -1,0 +1,28 @@
+"""Evaluations: perplexity of text sets, zero-shot tasks of lm-eval. One evaluation a file.
+
+Names are loaded when first used, so that ``import kbit.evaluation.spec`` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kbit.evaluation.prepared import PreparedEval, prepare
+    from kbit.evaluation.spec import EvalResult, EvalSpec
+
+_HOME = {
+    "EvalSpec": "kbit.evaluation.spec",
+    "EvalResult": "kbit.evaluation.spec",
+    "PreparedEval": "kbit.evaluation.prepared",
+    "prepare": "kbit.evaluation.prepared",
+}
+
+__all__ = ["EvalResult", "EvalSpec", "PreparedEval", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'kbit.evaluation' has no attribute {name!r}")

@@ -1,0 +1,132 @@
+"""Perplexity of a text set: disjoint windows of its concatenated documents (DEFINITIONS: Perplexity)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.evaluation.spec import EvalResult, EvalSpec
+from kbit.evaluation.texts import encode_text, read_documents
+from kbit.spec import SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityEval:
+    """A text set cut into windows.
+
+    Attributes:
+        windows: int64 [n, L], the tokens of each window; the first of each is context only.
+        window_bytes: int64 [n], UTF-8 bytes of the scored tokens of each window. From the tokenizer's offsets where it
+            keeps them (a character whose tokens lie in two windows counts with its first token); else from the decoded
+            tokens.
+        vocab_size: entries of the model's vocabulary.
+        dataset_hash: SHA-256 of the windows' tokens as little-endian int32, and of L.
+    """
+
+    windows: NDArray[np.int64]
+    window_bytes: NDArray[np.int64]
+    vocab_size: int
+    dataset_hash: str
+
+    def run(self, model: PreTrainedModel, *, batch_tokens: int) -> EvalResult:
+        """Loss in nats a scored token, perplexity and bits per byte; samples 'nats' float32 and 'tokens' int32, one a
+        window.
+        """
+        from kbit.evaluation.scoring import TokenScorer
+
+        scorer = TokenScorer(model)
+        count, length = self.windows.shape
+        batch = max(1, batch_tokens // length)
+        nats = np.empty(count, dtype=np.float64)
+        for start in range(0, count, batch):
+            ids = self.windows[start : start + batch]
+            rows, positions = np.indices((len(ids), length - 1)).reshape(2, -1)
+            scored, _ = scorer.score(ids, rows, positions, ids[:, 1:].reshape(-1), greedy=False)
+            nats[start : start + len(ids)] = scored.reshape(len(ids), length - 1).sum(1, dtype=np.float64)
+        metrics, stderr = summarize(nats, length - 1, self.window_bytes)
+        return EvalResult(
+            metrics=metrics,
+            stderr=stderr,
+            samples={"nats": nats.astype(np.float32), "tokens": np.full(count, length - 1, dtype=np.int32)},
+            diverged=bool(not np.isfinite(nats).all() or metrics["loss"] > math.log(self.vocab_size) + 1),
+            n_samples=count,
+            n_tokens=self.windows.size,
+            dataset_hash=self.dataset_hash,
+        )
+
+
+def prepare_perplexity(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PerplexityEval:
+    """Encode a text set and cut it into windows of L = min(context, spec.window) tokens; the tail is dropped.
+
+    Raises:
+        SpecError: ``spec.limit`` is less than one window.
+        ValueError: the text has fewer tokens than one window, a file is missing or malformed, or a token is not in the
+            model's vocabulary.
+    """
+    length = context if spec.window is None else min(context, spec.window)
+    if spec.limit is not None and spec.limit < length:
+        raise SpecError(
+            "eval.limit",
+            spec.limit,
+            f"at least one window of {length} tokens for the text set {spec.name!r}, or null for all",
+        )
+    encoded = encode_text(read_documents(spec.source), tokenizer, limit=spec.limit)
+    tokens = encoded.tokens
+    count = len(tokens) // length
+    if count == 0:
+        where = spec.source.get("path") or spec.source.get("hub")
+        raise ValueError(
+            f"{where}: the text set {spec.name!r} has {len(tokens)} tokens, less than one window of {length}"
+        )
+    windows = tokens[: count * length].reshape(count, length)
+    if windows.max() >= vocab_size:
+        vocabulary = f"the model's vocabulary has {vocab_size} entries: they don't match"
+        raise ValueError(f"the tokenizer gives token {windows.max()}; {vocabulary}")
+    if encoded.ends is not None:
+        ends = encoded.ends[: count * length].reshape(count, length)
+        window_bytes = ends[:, -1] - ends[:, 0]
+    else:
+        scored = [
+            tokenizer.decode(w[1:], clean_up_tokenization_spaces=False, skip_special_tokens=True)
+            for w in windows.tolist()
+        ]
+        window_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in scored], dtype=np.int64)
+    digest = hashlib.sha256(f"window {length}\n".encode() + windows.astype("<i4").tobytes()).hexdigest()
+    return PerplexityEval(windows=windows, window_bytes=window_bytes, vocab_size=vocab_size, dataset_hash=digest)
+
+
+def summarize(
+    nats: NDArray[np.float64], tokens_per_window: int, window_bytes: NDArray[np.int64]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of a text set and their standard errors over windows, from the nats [n] and the bytes [n] of each window.
+
+    The standard error of the loss is that of a mean over windows; of perplexity = exp(loss) and of bits per byte, a
+    ratio of two sums, it is to first order (delta method). With one window there is none. Overflow gives inf, and NaN
+    stays NaN.
+    """
+    count, total_bytes = len(nats), int(window_bytes.sum())
+    with np.errstate(over="ignore", invalid="ignore"):
+        losses = nats / tokens_per_window
+        loss = float(losses.mean())
+        perplexity = float(np.exp(loss))
+        nats_per_byte = float(nats.sum()) / total_bytes if total_bytes else math.nan
+        metrics = {"loss": loss, "perplexity": perplexity, "bits_per_byte": nats_per_byte / math.log(2)}
+        if count < 2:
+            return metrics, {}
+        loss_stderr = float(losses.std(ddof=1)) / math.sqrt(count)
+        residuals = nats - nats_per_byte * window_bytes
+        spread = math.sqrt(float((residuals**2).sum()) / (count - 1) / count) if total_bytes else math.nan
+    stderr = {
+        "loss": loss_stderr,
+        "perplexity": perplexity * loss_stderr,
+        "bits_per_byte": spread / (total_bytes / count) / math.log(2) if total_bytes else math.nan,
+    }
+    return metrics, stderr

@@ -1,0 +1,44 @@
+"""From an EvalSpec to something that runs: the text encoded, the task's requests built, once a tokenizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kbit.evaluation.spec import EvalResult, EvalSpec
+
+
+class PreparedEval(Protocol):
+    """An evaluation whose data lie encoded in memory; a worker keeps one and runs it on many cells of the same
+    tokenizer.
+    """
+
+    def run(self, model: PreTrainedModel, *, batch_tokens: int) -> EvalResult:
+        """Measure ``model`` (in eval mode); a batch holds at most ``batch_tokens`` tokens, padding included, or one
+        sequence.
+        """
+
+
+def prepare(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PreparedEval:
+    """Read and encode what ``spec`` evaluates.
+
+    Args:
+        spec: the evaluation.
+        tokenizer: a transformers tokenizer.
+        context: the model's context length in tokens.
+        vocab_size: entries of the model's vocabulary: bounds the token ids, and ln(vocab_size) + 1 the loss of what has
+            not diverged.
+
+    Raises:
+        SpecError: a limit below one window; few-shot examples that a task or local data can't give.
+        ValueError: data that are missing, malformed or too short, naming file, line and field.
+    """
+    if spec.kind == "perplexity":
+        from kbit.evaluation.perplexity import prepare_perplexity
+
+        return prepare_perplexity(spec, tokenizer, context=context, vocab_size=vocab_size)
+    from kbit.evaluation.zeroshot import prepare_task
+
+    return prepare_task(spec, tokenizer, context=context, vocab_size=vocab_size)

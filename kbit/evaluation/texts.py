@@ -1,0 +1,164 @@
+"""Text sets: reading documents, and encoding the first tokens of their concatenation without encoding all of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+SEPARATOR: Final = "\n\n"
+CUT_MARGIN: Final = 256
+"""Tokens encoded beyond the limit, so that where the text was cut can't change a token within it (see
+``encode_text``).
+"""
+CHARS_PER_TOKEN: Final = 6
+"""First guess of the characters that a limit of tokens needs; doubled until it is enough."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedText:
+    """The first tokens of a text set.
+
+    Attributes:
+        tokens: int64 [n].
+        ends: int64 [n], the number of UTF-8 bytes of text up to the end of each token; None where the tokenizer keeps
+            no offsets.
+    """
+
+    tokens: NDArray[np.int64]
+    ends: NDArray[np.int64] | None
+
+
+def read_documents(source: Mapping[str, Any]) -> Iterator[str]:
+    """The documents of a text set, in order, read as they are asked for.
+
+    Args:
+        source: {'path': FILE}: JSONL with a field 'text' (another one by 'field'), or .txt, one document; or {'hub':
+            ID, 'revision': COMMIT, 'config', 'split', 'file', 'field'}: a dataset of the Hugging Face hub, streamed, so
+            that a limit does not download all of it (without a network it is read from the cache).
+
+    Raises:
+        ValueError: a file that is missing, of another kind, or has a line without the field.
+    """
+    field = str(source.get("field") or "text")
+    if "path" in source:
+        return _file_documents(Path(source["path"]), field)
+    if "hub" in source:
+        return _hub_documents(source, field)
+    raise ValueError(f"a text set's source needs 'path' or 'hub'; it has: {', '.join(source) or 'nothing'}")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of a JSONL file that is not blank. Raises ValueError naming file and line."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: an object was expected, not {type(row).__name__}")
+            yield number, row
+
+
+def _file_documents(path: Path, field: str) -> Iterator[str]:
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        yield path.read_text(encoding="utf-8")
+        return
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"{path}: a text set is a .jsonl file (one object a line) or a .txt file (one document)")
+    for number, row in read_jsonl(path):
+        if not isinstance(row.get(field), str):
+            kind = "no field" if field not in row else "no text in field"
+            raise ValueError(f"{path}, line {number}: {kind} {field!r}; fields present: {', '.join(row) or 'none'}")
+        yield row[field]
+
+
+def _hub_documents(source: Mapping[str, Any], field: str) -> Iterator[str]:
+    import datasets
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    split = str(source.get("split") or "test")
+    rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+        source["hub"],
+        name=source.get("config"),
+        revision=source.get("revision"),
+        data_files=source.get("file"),
+        split=split,
+        streaming=not HF_HUB_OFFLINE,
+    )
+    for number, row in enumerate(rows):
+        if not isinstance(row.get(field), str):
+            where = f"{source['hub']}, split {split}, row {number}"
+            raise ValueError(f"{where}: no text in field {field!r}; fields present: {', '.join(row)}")
+        yield row[field]
+
+
+def encode_text(documents: Iterable[str], tokenizer: Any, *, limit: int | None = None) -> EncodedText:
+    """The documents joined by a blank line and encoded once with the tokenizer's defaults: the first ``limit`` tokens,
+    None for all.
+
+    With a limit only a beginning of the text is read and encoded: one that gives at least ``CUT_MARGIN`` tokens beyond
+    the limit. The tokens within it are those of the whole text, because where a text is cut changes no token that far
+    away: tokenizers split text at blanks and punctuation before they merge, so a cut reaches back to the last split
+        only.
+    """
+    stream = _joined(documents)
+    if limit is None:
+        return _encode("".join(stream), tokenizer)
+    text, wanted = "", CHARS_PER_TOKEN * (limit + CUT_MARGIN)
+    while True:
+        text, ended = _extend(text, stream, wanted)
+        encoded = _encode(text[:wanted], tokenizer)
+        if len(encoded.tokens) >= limit + CUT_MARGIN or (ended and len(text) <= wanted):
+            ends = None if encoded.ends is None else encoded.ends[:limit]
+            return EncodedText(tokens=encoded.tokens[:limit], ends=ends)
+        wanted *= 2
+
+
+def _joined(documents: Iterable[str]) -> Iterator[str]:
+    for index, document in enumerate(documents):
+        if index:
+            yield SEPARATOR
+        yield document
+
+
+def _extend(text: str, stream: Iterator[str], length: int) -> tuple[str, bool]:
+    """``text`` with pieces of the stream added until it has ``length`` characters; and whether the stream ended
+    before.
+    """
+    pieces, total = [text], len(text)
+    while total < length:
+        piece = next(stream, None)
+        if piece is None:
+            return "".join(pieces), True
+        pieces.append(piece)
+        total += len(piece)
+    return "".join(pieces), False
+
+
+def _encode(text: str, tokenizer: Any) -> EncodedText:
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    # verbose=False: a text longer than the model's context is what we want here, and needs no warning.
+    encoding = tokenizer(text, return_offsets_mapping=fast, verbose=False)
+    tokens = np.asarray(encoding["input_ids"], dtype=np.int64)
+    if not fast or not len(tokens):
+        return EncodedText(tokens=tokens, ends=None)
+    char_ends = np.asarray(encoding["offset_mapping"], dtype=np.int64)[:, 1]
+    # A special token has the offset (0, 0), wherever it stands: the running maximum puts it in its place.
+    char_ends = np.maximum.accumulate(char_ends)
+    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    widths = 1 + (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)
+    byte_ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(widths)])
+    return EncodedText(tokens=tokens, ends=byte_ends[char_ends])

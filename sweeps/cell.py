@@ -1,0 +1,149 @@
+"""What is measured: a cell is one model under one quantization; a measurement is a cell under one evaluation.
+
+Identity is content: a key is the SHA-256 of the canonical JSON of what defines the thing, so the same cell in two
+studies has one key and runs once. Where it runs, and what it is called, is not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from kbit.evaluation.spec import EvalSpec
+from kbit.spec import QuantSpec
+
+KEY_VERSION: Final = 1
+"""Part of every key. A change to what a key is made of raises it and migrates the store."""
+
+UNRESOLVED: Final = "unresolved:"
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """Sorted, compact JSON without NaN: equal contents give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def content_key(value: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json({"key_version": KEY_VERSION, **value}).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """A model: from the hub at a commit, or a local directory with the hash of its contents.
+
+    Attributes:
+        family, name: what people call it ('pythia', '70m'); not identity.
+        params: parameters, tied ones counted once; None where unknown.
+        hub_id, commit: of the hub; a commit that starts with 'unresolved:' is only ever planned, never run.
+        path, weights_hash: of a local directory.
+    """
+
+    family: str
+    name: str
+    params: int | None = None
+    hub_id: str | None = None
+    commit: str | None = None
+    path: str | None = None
+    weights_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.hub_id and self.commit) and not (self.path and self.weights_hash):
+            raise ValueError(f"model {self.name}: needs a hub id and a commit, or a path and the hash of its weights")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        if self.weights_hash:
+            return {"weights": self.weights_hash}
+        return {"hub": str(self.hub_id), "commit": str(self.commit)}
+
+    @property
+    def is_resolved(self) -> bool:
+        return not (self.commit or "").startswith(UNRESOLVED)
+
+    @property
+    def label(self) -> str:
+        """'pythia-70m'; a name that holds its family already stands alone ('neox-s', 'gpt2-xl')."""
+        return self.name if self.name.lower().startswith(self.family.lower()) else f"{self.family}-{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model under one quantization."""
+
+    model: ModelRef
+    quant: QuantSpec
+
+    @cached_property
+    def key(self) -> str:
+        return content_key({"model": self.model.identity, "quant": self.quant.canonical()})
+
+    @property
+    def label(self) -> str:
+        return f"{self.model.label} {self.quant.label}"
+
+    def axes(self) -> dict[str, Any]:
+        """Every axis by name, for tables and filters (None where it does not apply)."""
+        q = self.quant
+        return {
+            "family": self.model.family,
+            "model": self.model.label,
+            "method": q.method,
+            "bits": q.bits,
+            "dtype": q.dtype,
+            "blocksize": q.blocksize,
+            "scheme": None if q.is_baseline else q.scheme,
+            "exponent_bits": q.exponent_bits,
+            "subnormals": q.subnormals,
+            "dynamic_interval": q.dynamic_interval,
+            "absmax_dtype": None if q.is_baseline else q.absmax_dtype,
+            "center": q.center,
+            "outlier_fraction": q.outlier_fraction,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One evaluation of one cell: the unit of running, storing and resuming."""
+
+    cell: Cell
+    eval: EvalSpec
+
+    @cached_property
+    def key(self) -> str:
+        return content_key({"cell": self.cell.key, "eval": self.eval.canonical()})
+
+
+AXES: Final = (
+    "family",
+    "model",
+    "method",
+    "bits",
+    "dtype",
+    "blocksize",
+    "scheme",
+    "exponent_bits",
+    "subnormals",
+    "dynamic_interval",
+    "absmax_dtype",
+    "center",
+    "outlier_fraction",
+)
+"""Names that ``where=`` and ``by=`` accept."""
+
+
+def model_to_dict(model: ModelRef) -> dict[str, Any]:
+    return dict(vars(model))
+
+
+def quant_from_canonical(canonical: Mapping[str, Any]) -> QuantSpec:
+    """The inverse of ``QuantSpec.canonical``."""
+    return QuantSpec(**{k: v for k, v in canonical.items() if k != "method"})
+
+
+def eval_to_dict(spec: EvalSpec) -> dict[str, Any]:
+    return {**spec.canonical(), "source": dict(spec.source)}

@@ -1,0 +1,179 @@
+"""Which files of a directory or repository hold a model's weights, and how many parameters they are. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+FORMATS: Final = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""One file, or the index of several; what comes first is taken, as from_pretrained does."""
+
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_MAX_HEADER: Final = 100_000_000
+_CHUNK: Final = 1 << 24
+_HEADS: Final = ("lm_head.weight", "embed_out.weight")
+_EMBEDDING: Final = re.compile(r"emb|wte")
+_MASK: Final = re.compile(r"(^|\.)(attn|attention)\.bias$")
+_BUFFER: Final = re.compile(r"(^|\.)(masked_bias|inv_freq)$")
+
+
+class CheckpointError(Exception):
+    """Weights that are missing, of an unknown format, or damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor as a safetensors header describes it: dtype's name, shape, and its bytes' place in the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def weight_files(names: Collection[str], read_json: Callable[[str], Any]) -> tuple[str, ...]:
+    """Names of the files to load the weights from: safetensors where there are any, else torch's ``.bin``.
+
+    Args:
+        names: file names at the top of the directory or repository.
+        read_json: gives the contents of an index among them; its name comes first in the answer.
+
+    Raises:
+        CheckpointError: no weights, weights of another format, or an index that names files that are not there.
+    """
+    for single, index in FORMATS:
+        if single in names:
+            return (single,)
+        if index in names:
+            content = read_json(index)
+            shards = content.get("weight_map") if isinstance(content, Mapping) else None
+            if not isinstance(shards, Mapping) or not shards:
+                raise CheckpointError(f"{index} has no weight_map")
+            missing = sorted(set(shards.values()) - set(names))
+            if missing:
+                raise CheckpointError(
+                    f"{index} names {len(missing)} files that are not there: {', '.join(missing[:3])}"
+                )
+            return (index, *sorted(set(shards.values())))
+    allowed = " or ".join(single for single, _ in FORMATS)
+    others = sorted(n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")))
+    found = f"only {', '.join(others[:3])}, which can't be used" if others else "none"
+    raise CheckpointError(f"needs weights in {allowed} (or with an index, in parts); found {found}")
+
+
+def model_files(directory: Path) -> tuple[str, ...]:
+    """Names of the files that make a local model what it is: weights, configuration, tokenizer, Python files.
+
+    Raises:
+        CheckpointError: something is missing or of an unknown format.
+    """
+    read_config(directory)
+    names = sorted(p.name for p in directory.iterdir() if p.is_file())
+    weights = weight_files(names, lambda name: json.loads((directory / name).read_bytes()))
+    return (*weights, "config.json", *extra_files(names))
+
+
+def extra_files(names: Iterable[str]) -> list[str]:
+    """Of these names, those of tokenizer files and of a model's own code."""
+    return [n for n in names if n in _TOKENIZER_FILES or n.endswith(".py")]
+
+
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """A model's config.json. Raises CheckpointError where it is missing, damaged or has no model_type."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError("it has no config.json") from None
+    except ValueError as error:
+        raise CheckpointError(f"config.json is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError("config.json has no model_type")
+    return config
+
+
+def count_parameters(files: Collection[Path]) -> int:
+    """Parameters in safetensors files, each shared one once.
+
+    Left out are what older checkpoints store beside parameters: causal masks, rotary frequencies, anything that is not
+    floating point. An output head with the same bytes as the input embedding is tied and not counted again.
+
+    Raises:
+        CheckpointError: a file is damaged or no safetensors file.
+    """
+    tensors = [t for file in files for t in safetensors_header(file) if _is_parameter(t)]
+    total = sum(prod(t.shape) for t in tensors)
+    for head in tensors:
+        if head.name.endswith(_HEADS) and any(_same(head, t) for t in tensors if _EMBEDDING.search(t.name)):
+            total -= prod(head.shape)
+    return total
+
+
+def safetensors_header(file: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Raises:
+        CheckpointError: not a safetensors file, or one that is cut short.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise CheckpointError(f"{file.name} is no safetensors file (a Git LFS pointer, or cut short?)")
+        try:
+            header = json.loads(stream.read(length))
+            tensors = [
+                _tensor(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+            ]
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file.name} has a damaged safetensors header: {error}") from error
+    end = max((t.stop for t in tensors), default=8 + length)
+    if end != size:
+        raise CheckpointError(f"{file.name} should have {end} bytes by its header but has {size}: fetch it again")
+    return tuple(tensors)
+
+
+def _tensor(file: Path, name: str, entry: Mapping[str, Any], base: int) -> StoredTensor:
+    start, stop = entry["data_offsets"]
+    shape = tuple(int(n) for n in entry["shape"])
+    return StoredTensor(
+        file=file, name=name, dtype=str(entry["dtype"]), shape=shape, start=base + start, stop=base + stop
+    )
+
+
+def _is_parameter(tensor: StoredTensor) -> bool:
+    if not tensor.dtype.startswith(("F", "BF")) or _BUFFER.search(tensor.name):
+        return False
+    # GPT-2 and GPT-NeoX store their causal mask [1, 1, n, n] under the name of a bias.
+    return not (_MASK.search(tensor.name) and len(tensor.shape) == 4)
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    if (a.file, a.start) == (b.file, b.start) or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    with a.file.open("rb") as left, b.file.open("rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        bounds = [*range(0, a.stop - a.start, _CHUNK), a.stop - a.start]
+        return all(left.read(stop - start) == right.read(stop - start) for start, stop in pairwise(bounds))

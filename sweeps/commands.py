@@ -1,0 +1,249 @@
+"""The modes beside ``run``: plan, status, table, logs, fetch, drop, sync. Each returns the command's exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sweeps.cell import AXES
+from sweeps.claims import Claims
+from sweeps.devices import plan_workers, resolve_device
+from sweeps.errors import UserError
+from sweeps.grid import check_axes, matches
+from sweeps.manifest import load_manifests
+from sweeps.plan import ROW_BYTES, parse_retry
+from sweeps.results import CELL_STATUSES, load_results
+from sweeps.run import out_dir, plan_study, run, run_config, run_name, tracking_config
+from sweeps.store import Store
+from sweeps.study import as_list, build_study
+from sweeps.tracking import TrackedPack, sync
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_UNRESOLVED_SHOWN: Final = 5
+
+
+def plan_mode(cfg: DictConfig, console: Console) -> int:
+    """Say what a run would do, without doing it and without torch."""
+    device = resolve_device(cfg.executor.device)
+    store = Store(out=out_dir(cfg))
+    with console.status("resolving models and data") as status:
+        study = build_study(cfg, device=device, strict=False, progress=status.update)
+    manifest = study.manifest
+    largest = max(c.model.params or 0 for c in manifest.cells)
+    workers = plan_workers(device, cfg.executor.workers, largest)
+    plan = plan_study(store, manifest, parse_retry(_plain(cfg.retry)), workers)
+    models = {c.model for c in manifest.cells}
+    hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
+    rows = [
+        ("models", f"{len(models)}"),
+        ("cells", f"{len(manifest.cells):,}"),
+        (
+            "measurements",
+            f"{len(manifest.cells) * len(manifest.evals):,} ({', '.join(e.name for e in manifest.evals)})",
+        ),
+        *((state, f"{n:,}") for state, n in plan.counts.items()),
+        ("excluded", f"{sum(manifest.excluded.values()):,}"),
+        *((f"  {n:,}", reason) for reason, n in manifest.excluded.items()),
+        ("merged", f"{study.duplicates:,} named more than once"),
+        ("packs", f"{len(plan.packs):,}, longest {_hours(plan.packs[0].seconds) if plan.packs else '0 s'}"),
+        (f"{'GPU' if device == 'cuda' else 'CPU'} time", f"{_hours(plan.seconds)} predicted on {device}"),
+        ("wall time", f"{_hours(plan.seconds / workers.count)} with {workers.count} worker(s) here"),
+        ("disk", f"{_bytes(plan.todo * ROW_BYTES)} of results, {_bytes(hub_bytes)} of models from the hub"),
+    ]
+    table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
+    table.add_column(style="bold", justify="right")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table)
+    if study.unresolved:
+        shown = ", ".join(study.unresolved[:MOST_UNRESOLVED_SHOWN])
+        more = len(study.unresolved) - MOST_UNRESOLVED_SHOWN
+        console.print(
+            f"[yellow]The commit of {len(study.unresolved)} hub name(s) is unknown here[/] ({shown}"
+            f"{f' and {more} more' if more > 0 else ''}): what is done of them can't be told. "
+            "mode=fetch, where there is a network, resolves and downloads them.",
+            highlight=False,
+        )
+    return 0
+
+
+def status_mode(cfg: DictConfig, console: Console) -> int:
+    """Count cells by state, and by the axes of ``by``."""
+    by = [str(b) for b in as_list(_plain(cfg.by), "by")]
+    check_axes(by, "by")
+    results = _results(cfg)
+    states = [s for s in reversed(CELL_STATUSES) if (results["status"] == s).any()]
+    table = Table(title=f"cells in {out_dir(cfg)}", title_justify="left")
+    groups = by or ["sweep"]
+    for name in groups:
+        table.add_column(name)
+    for state in [*states, "all"]:
+        table.add_column(state, justify="right")
+    for values, group in results.groupby(groups, dropna=False, sort=True):
+        counts = group["status"].value_counts()
+        numbers = [str(counts.get(s, 0) or "") for s in states]
+        table.add_row(*("-" if _is_na(v) else str(v) for v in values), *numbers, str(len(group)))
+    console.print(table)
+    live = Claims(out=out_dir(cfg)).live()
+    for claim in live:
+        console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
+    failed = results[results["status"] == "failed"]
+    for error, count in failed["error_type"].value_counts().items():
+        console.print(f"[red]{count} failed[/] with {error!s}: mode=logs shows why", highlight=False)
+    return 0
+
+
+def table_mode(cfg: DictConfig, console: Console) -> int:
+    """Write the results as CSV, parquet or Markdown."""
+    from analysis.mixtures import mixture_warnings
+    from analysis.tables import write_table
+
+    results = _results(cfg, long=bool(cfg.long))
+    target = Path(cfg.to).expanduser() if cfg.to else out_dir(cfg) / "table.csv"
+    try:
+        path = write_table(results, target)
+    except OSError as error:
+        raise UserError(f"to={str(target)!r} can't be written: {error.strerror or error}") from error
+    console.print(f"{len(results):,} rows, {len(results.columns)} columns: {path}", highlight=False, soft_wrap=True)
+    for warning in mixture_warnings(load_results(out_dir(cfg), long=True)):
+        console.print(f"[yellow]{escape(warning)}[/]")
+    return 0
+
+
+def logs_mode(cfg: DictConfig, console: Console) -> int:
+    """Print why cells failed."""
+    long = _results(cfg, long=True)
+    failed = long[long["status"] == "failed"]
+    if not len(failed):
+        states = ", ".join(f"{n} {s}" for s, n in long["status"].value_counts().items())
+        console.print(f"No failed measurement among those chosen ({states}).")
+        return 0
+    for row in failed.itertuples():
+        console.rule(f"{row.key[:10]}  {row.model} {row.label}  {row.eval}")
+        console.print(row.error, markup=False, highlight=False, soft_wrap=True)
+        logs = out_dir(cfg) / "logs" / str(row.launch).split(" ")[0]
+        console.print(f"host {row.host}, job {row.job}, {row.finished}; worker logs: {logs}", highlight=False)
+    return 0
+
+
+def drop_mode(cfg: DictConfig, console: Console) -> int:
+    """Retire the chosen rows, so that their measurements run again; the rows stay on disk."""
+    if cfg.cell is None and not cfg.where:
+        raise UserError("mode=drop needs cell=KEY_PREFIX or 'where={axis: value}': what to retire")
+    long = _results(cfg, long=True)
+    rows = long[long["row_id"].notna()]
+    if not len(rows):
+        raise UserError(f"mode=drop: nothing stored matches cell={cfg.cell} where={_plain(cfg.where)}")
+    Store(out=out_dir(cfg)).drop(rows["row_id"], why=f"cell={cfg.cell} where={_plain(cfg.where)}")
+    console.print(
+        f"Retired {len(rows)} measurement(s) of {rows['key'].nunique()} cell(s). They stay on disk "
+        f"(dropped/ names them) and run again with the next launch."
+    )
+    return 0
+
+
+def sync_mode(cfg: DictConfig, console: Console) -> int:
+    """Make W&B whole from the store."""
+    config = tracking_config(cfg)
+    store = Store(out=out_dir(cfg))
+    by_pack: dict[str, list[Mapping[str, Any]]] = {}
+    for row in store.read().to_pylist():
+        by_pack.setdefault(row["pack"], []).append(
+            {**row, "metrics": dict(row["metrics"] or ()), "stderr": dict(row["stderr"] or ())}
+        )
+    if not by_pack:
+        raise UserError(f"out={str(store.out)!r} holds no measurement to mirror")
+    packs = []
+    for pack_id, rows in by_pack.items():
+        about = run_config(rows[0])
+        name = run_name(pack_id, about)
+        packs.append(TrackedPack(id=pack_id, sweep=rows[0]["sweep"], name=name, config=about, rows=rows))
+    with console.status("mirroring") as status:
+        report = sync(packs, config, progress=lambda done, of: status.update(f"mirroring pack {done} of {of}"))
+    console.print(str(report), highlight=False)
+    return 1 if report.error else 0
+
+
+def fetch_mode(cfg: DictConfig, console: Console) -> int:
+    """Download the study's models and data, so that runs need no network."""
+    from sweeps import hub
+
+    device = resolve_device(cfg.executor.device)
+    with console.status("resolving models and data") as status:
+        study = build_study(cfg, device=device, strict=True, progress=status.update)
+        models = {(c.model.hub_id, c.model.commit) for c in study.manifest.cells if c.model.hub_id}
+        sources = [e.source for e in study.manifest.evals if "hub" in e.source]
+        datasets = [
+            hub.HubDataset(id=s["hub"], revision=s["revision"], config=s.get("config"), file=s.get("file"))
+            for s in sources
+        ]
+        status.update("downloading")
+        hub.fetch(
+            sorted((str(m), str(c)) for m, c in models),
+            datasets,
+            report=lambda line: console.print(line, markup=False, highlight=False),
+        )
+    console.print(f"{len(models)} model(s) and {len(datasets)} data set(s) of {study.manifest.sweep} are in the cache.")
+    return 0
+
+
+MODES: Final[Mapping[str, Callable[[DictConfig, Console], int]]] = {
+    "run": run,
+    "plan": plan_mode,
+    "status": status_mode,
+    "table": table_mode,
+    "logs": logs_mode,
+    "fetch": fetch_mode,
+    "drop": drop_mode,
+    "sync": sync_mode,
+}
+
+
+def _results(cfg: DictConfig, *, long: bool = False) -> pd.DataFrame:
+    """The results that ``cell=`` and ``where=`` choose."""
+    where = _plain(cfg.where)
+    check_axes(where, "where")
+    prefixes = tuple(str(c) for c in as_list(_plain(cfg.cell), "cell"))
+    results = load_results(out_dir(cfg), long=long)
+    if prefixes:
+        results = results[results["key"].str.startswith(prefixes)]
+    if where:
+        axes = results[list(AXES)].astype(object).where(results[list(AXES)].notna(), None)
+        results = results[[matches(dict(zip(AXES, row, strict=True)), where) for row in axes.itertuples(index=False)]]
+    if not len(results):
+        known = ", ".join(sorted({m.sweep for m in load_manifests(out_dir(cfg))}))
+        raise UserError(f"no cell matches cell={list(prefixes)} where={where} (studies there: {known})")
+    return results
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _is_na(value: Any) -> bool:
+    import pandas as pd
+
+    return bool(pd.isna(value))
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

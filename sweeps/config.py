@@ -1,0 +1,153 @@
+"""The typed schema that Hydra validates a study's configuration against, and the resolvers its files use.
+
+Plain, mutable dataclasses of strings and numbers, as Hydra's merge needs; what runs is the frozen types built from
+them. ``MISSING`` marks an axis that a block of the grid doesn't name; ``null`` is a value (blocksize=null is the whole
+tensor).
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+DEMO_DIR = Path(__file__).parent / "demo"
+MODES = ("run", "plan", "status", "table", "logs", "fetch", "drop", "sync")
+
+
+@dataclass
+class MemberConfig:
+    """A model of a family: on the hub (id, revision), or a local directory (path)."""
+
+    id: str | None = None
+    revision: str = "main"
+    path: str | None = None
+    params: int | None = None
+    params_source: str | None = None
+    compute_dtype: str | None = None
+
+
+@dataclass
+class FamilyConfig:
+    members: dict[str, MemberConfig] = field(default_factory=dict)
+    family: str | None = None
+
+
+@dataclass
+class BlockConfig:
+    """One product of the grid: a list is an axis, a scalar a constant; ``linked`` zips axes together."""
+
+    method: Any = MISSING
+    bits: Any = MISSING
+    dtype: Any = MISSING
+    blocksize: Any = MISSING
+    scheme: Any = MISSING
+    exponent_bits: Any = MISSING
+    subnormals: Any = MISSING
+    dynamic_interval: Any = MISSING
+    absmax_dtype: Any = MISSING
+    center: Any = MISSING
+    outlier_fraction: Any = MISSING
+    linked: Any = MISSING
+
+
+@dataclass
+class ExcludeConfig:
+    when: dict[str, Any] = MISSING
+    reason: str = MISSING
+
+
+@dataclass
+class SweepConfig:
+    name: str = MISSING
+    quant: list[BlockConfig] = MISSING
+    exclude: list[ExcludeConfig] = field(default_factory=list)
+    sizes: Any = None
+
+
+@dataclass
+class TextSetConfig:
+    """Where a text set's documents come from: a hub dataset, or a local file."""
+
+    hub: str | None = None
+    revision: str = "main"
+    config: str | None = None
+    split: str | None = None
+    file: str | None = None
+    field: str = "text"
+    filter: dict[str, Any] | None = None
+    local: str | None = None
+    path: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    perplexity: Any = field(default_factory=list)
+    tasks: Any = field(default_factory=list)
+    sets: dict[str, TextSetConfig] = field(default_factory=dict)
+    task_data: dict[str, str] = field(default_factory=dict)
+    task_dirs: Any = field(default_factory=list)
+    data_dir: str | None = None
+    window: int = 2048
+    tokens: int | None = None
+    limit: int | None = None
+    num_fewshot: int = 0
+    compute_dtype: str = "auto"
+
+
+@dataclass
+class ExecutorConfig:
+    name: str = "local"
+    device: str = "auto"
+    workers: Any = "auto"
+    batch_tokens: Any = "auto"
+
+
+@dataclass
+class TrackingConfig:
+    mode: str = "disabled"
+    project: str = "kbit-sweep"
+    entity: str | None = None
+    base_url: str | None = None
+    dir: str | None = None
+
+
+@dataclass
+class Config:
+    mode: str = "run"
+    out: str = "results"
+    path: Any = None
+    retry: Any = "lost"
+    by: Any = None
+    cell: Any = None
+    where: dict[str, Any] = field(default_factory=dict)
+    to: str | None = None
+    long: bool = False
+    trust_remote_code: bool = False
+    models: dict[str, FamilyConfig] = field(default_factory=dict)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@cache
+def _scratch_dir() -> str:
+    """Where Hydra's multirun puts the file it insists on writing; gone when the process ends."""
+    directory = tempfile.mkdtemp(prefix="kbit-sweep-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra. Safe to call twice."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("demo", lambda name: str(DEMO_DIR / str(name)), replace=True)
+    OmegaConf.register_new_resolver("scratch", _scratch_dir, replace=True)

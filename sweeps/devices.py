@@ -1,0 +1,76 @@
+"""What this machine computes on, found without loading torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from sweeps.errors import UserError
+
+DEVICES: Final = ("auto", "cpu", "cuda")
+WORKER_BYTES: Final = 1_500_000_000
+"""Of a CPU worker: torch, transformers, lm-eval and their buffers, on the large side."""
+MODEL_BYTES_PER_PARAM: Final = 10
+"""Of a CPU worker: float32 weights, the originals kept for restoring, and what quantizing needs beside them."""
+MOST_CPU_WORKERS: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How the local executor uses the machine: ``count`` processes on ``device``, each with ``threads``."""
+
+    device: str
+    count: int
+    threads: int
+
+
+@cache
+def gpus() -> tuple[str, ...]:
+    """Ids of the GPUs this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(v.strip() for v in visible.split(",") if v.strip() and v.strip() != "-1")
+    if shutil.which("nvidia-smi"):
+        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+        found = [line for line in result.stdout.splitlines() if line.startswith("GPU ")]
+        if found:
+            return tuple(str(i) for i in range(len(found)))
+    return tuple(str(i) for i, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+def resolve_device(asked: str) -> str:
+    """'cpu' or 'cuda'.
+
+    Raises:
+        UserError: not a device, or a GPU that is not there.
+    """
+    if asked not in DEVICES:
+        raise UserError(f"executor.device={asked!r} is not valid: one of {', '.join(DEVICES)}")
+    if asked == "cuda" and not gpus():
+        raise UserError("executor.device='cuda': this machine has no GPU. Use executor.device=auto or cpu")
+    return asked if asked != "auto" else "cuda" if gpus() else "cpu"
+
+
+def plan_workers(device: str, asked: object, largest_params: int) -> Workers:
+    """One worker a GPU; on a CPU as many as cores and memory allow, sharing the cores without oversubscribing.
+
+    Raises:
+        UserError: ``asked`` is neither 'auto' nor a whole number of at least 1.
+    """
+    if asked != "auto" and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+        raise UserError(f"executor.workers={asked!r} is not valid: auto, or a whole number of at least 1")
+    cores = len(os.sched_getaffinity(0))
+    if device == "cuda":
+        count = min(asked, len(gpus())) if isinstance(asked, int) else len(gpus())
+        return Workers(device=device, count=count, threads=max(1, cores // count))
+    if isinstance(asked, int):
+        return Workers(device=device, count=asked, threads=max(1, cores // asked))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fit = memory // (WORKER_BYTES + MODEL_BYTES_PER_PARAM * largest_params)
+    count = max(1, min(cores, MOST_CPU_WORKERS, fit))
+    return Workers(device=device, count=count, threads=max(1, cores // count))

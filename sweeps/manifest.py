@@ -1,0 +1,83 @@
+"""What a study planned, frozen at launch: its cells, evaluations, exclusions and resolved configuration.
+
+A manifest is named by its content, so launching the same study again adds no file, and what runs can't change with the
+configuration files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.cell import Cell, Measurement, ModelRef, canonical_json, eval_to_dict, model_to_dict, quant_from_canonical
+from sweeps.store import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One study as it was planned."""
+
+    sweep: str
+    cells: tuple[Cell, ...]
+    evals: tuple[EvalSpec, ...]
+    excluded: Mapping[str, int]
+    config: Mapping[str, Any]
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Every measurement, cell by cell."""
+        for cell in self.cells:
+            for spec in self.evals:
+                yield Measurement(cell=cell, eval=spec)
+
+    def save(self, out: Path) -> str:
+        """Write it under its content's name and return that name."""
+        data = canonical_json(self._as_dict()).encode()
+        name = hashlib.sha256(data).hexdigest()[:16]
+        path = _directory(out) / f"{self.sweep}-{name}.json"
+        if not path.exists():
+            write_atomically(path, data)
+        return path.stem
+
+    def _as_dict(self) -> dict[str, Any]:
+        models = list(dict.fromkeys(c.model for c in self.cells))
+        index = {model: i for i, model in enumerate(models)}
+        return {
+            "sweep": self.sweep,
+            "models": [model_to_dict(m) for m in models],
+            "cells": [[index[c.model], c.quant.canonical()] for c in self.cells],
+            "evals": [eval_to_dict(e) for e in self.evals],
+            "excluded": dict(self.excluded),
+            "config": dict(self.config),
+        }
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read a manifest back."""
+    data = json.loads(path.read_text())
+    models = [ModelRef(**m) for m in data["models"]]
+    return Manifest(
+        sweep=data["sweep"],
+        cells=tuple(Cell(model=models[i], quant=quant_from_canonical(q)) for i, q in data["cells"]),
+        evals=tuple(EvalSpec(**e) for e in data["evals"]),
+        excluded=data["excluded"],
+        config=data["config"],
+    )
+
+
+def load_manifests(out: Path, sweep: str | None = None) -> list[Manifest]:
+    """All manifests of a results directory, or one study's, oldest first."""
+    paths = sorted(_directory(out).glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    manifests = [load_manifest(p) for p in paths if not p.name.startswith(".")]
+    return [m for m in manifests if sweep in (None, m.sweep)]
+
+
+def _directory(out: Path) -> Path:
+    return out / "manifests"

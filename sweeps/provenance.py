@@ -1,0 +1,44 @@
+"""Where numbers come from: the code's commit and the versions of what computes, for every row."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+PACKAGES: Final = ("kbit-sweep", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
+
+
+def code_provenance() -> dict[str, Any]:
+    """Columns commit, dirty, versions. Outside a git checkout the commit is the installed version and dirty is null."""
+    commit, dirty = _git_state(Path(__file__).parent.parent)
+    versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    installed = f"kbit-sweep {versions['kbit-sweep'] or 'unknown'}"
+    return {"commit": commit or installed, "dirty": dirty, "versions": json.dumps(versions, sort_keys=True)}
+
+
+def _git_state(directory: Path) -> tuple[str | None, bool | None]:
+    # An installed package may lie inside somebody else's repository, so the checkout must be of this very directory.
+    top = _git(directory, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != directory.resolve():
+        return None, None
+    status = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    return _git(directory, "rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+def _git(directory: Path, *args: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *args], cwd=directory, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

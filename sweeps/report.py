@@ -1,0 +1,87 @@
+"""What a finished study shows: the table in the terminal, findings, figures on disk, and where everything lies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from sweeps.results import load_results, load_samples
+from sweeps.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_FAILURES_SHOWN = 10
+
+
+def show_results(store: Store, sweep: str, console: Console, *, figures: bool) -> int:
+    """Print a study's results; returns how many cells failed.
+
+    Args:
+        figures: draw them, and compute the findings that need per-sample outcomes; else say where they are.
+    """
+    results = load_results(store.out, sweep=sweep)
+    if results["status"].isin(["done", "diverged"]).any():
+        _show_table(results, console)
+        if figures:
+            _show_findings(store, sweep, results, console)
+    _show_places(store, sweep, console, draw=figures, results=results)
+    return _show_failures(results, console)
+
+
+def _show_table(results: pd.DataFrame, console: Console) -> None:
+    from analysis.metrics import headline_metrics
+    from analysis.tables import bits_by_dtype, render
+
+    for metric in headline_metrics(results):
+        render(bits_by_dtype(results, metric=metric), console, metric=metric)
+
+
+def _show_findings(store: Store, sweep: str, results: pd.DataFrame, console: Console) -> None:
+    from analysis.findings import findings
+    from analysis.mixtures import mixture_warnings
+
+    long = load_results(store.out, long=True, sweep=sweep)
+    by_key = load_samples(store.out, long["measurement"])
+    names = zip(long["measurement"], long["key"], long["eval"], strict=True)
+    samples = {(key, eval_name): by_key[m] for m, key, eval_name in names if m in by_key}
+    for warning in mixture_warnings(long):
+        console.print(f"[yellow]{escape(warning)}[/]")
+    for finding in findings(results, samples):
+        console.print(f"• {escape(finding)}", highlight=False)
+
+
+def _show_places(store: Store, sweep: str, console: Console, *, draw: bool, results: pd.DataFrame) -> None:
+    directory = store.out / "figures" / sweep
+    if draw:
+        from analysis.figures import write_figures
+        from analysis.tables import write_table
+
+        with console.status("drawing figures"):
+            write_figures(results, directory, sweep=sweep)
+            write_table(results, store.out / "tables" / f"{sweep}.csv")
+    console.print(f"\nIn {store.out}:", highlight=False)
+    for figure in sorted(directory.glob("*.png")):
+        console.print(f"  {figure.relative_to(store.out)}", highlight=False)
+    console.print(
+        f"  tables/{sweep}.csv  (mode=table to=FILE for parquet, Markdown, or long=true)\n"
+        "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)",
+        highlight=False,
+    )
+
+
+def _show_failures(results: pd.DataFrame, console: Console) -> int:
+    failed = results[results["status"] == "failed"]
+    if len(failed):
+        console.print(f"\n[red]{len(failed)} cell(s) failed[/]:")
+        for row in failed.head(MOST_FAILURES_SHOWN).itertuples():
+            console.print(f"  {row.key[:10]}  {row.model} {row.label}: {row.error_type}", highlight=False)
+        if len(failed) > MOST_FAILURES_SHOWN:
+            console.print(f"  … and {len(failed) - MOST_FAILURES_SHOWN} more")
+        console.print(
+            f"See why: mode=logs cell={failed.iloc[0]['key'][:10]}    Run them again: 'retry=\\[failed]'",
+            highlight=False,
+        )
+    return len(failed)

@@ -1,0 +1,185 @@
+"""Reading a study: ``load_results`` joins what was planned, what is stored and what is in flight into one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sweeps.cell import Cell, Measurement
+from sweeps.claims import Claims
+from sweeps.errors import UserError
+from sweeps.manifest import Manifest, load_manifests
+from sweeps.schema import CELL_COLUMNS, COLUMNS
+from sweeps.store import Store, decode_samples
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
+"""The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
+
+CELL_STATUSES: Final = ("running", "failed", "queued", "missing", "diverged", "done")
+"""A cell's status is the first of these that one of its measurements has."""
+
+# What a cell's row in the wide table says of the run, beside its metrics: summed, or the latest measurement's.
+_WIDE_SUMS: Final = ("seconds",)
+_WIDE_MAX: Final = ("peak_memory_bytes", "finished")
+_WIDE_LAST: Final = (
+    *("compute_dtype", "commit", "dirty", "versions", "device", "kernel", "seed", "launch", "pack", "job", "host"),
+    "error_type",
+)
+
+
+def load_results(out: str | Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
+    """The results of a directory as a table.
+
+    Args:
+        out: the results directory.
+        long: one row a measurement; else one row a planned cell, with a column ``{eval}_{metric}`` and
+            ``{eval}_{metric}_stderr`` for each metric, and ``zero_shot_mean`` where the paper's four tasks are there.
+        sweep: only the cells that this study planned.
+
+    Raises:
+        UserError: no study was ever planned there.
+    """
+    rows = _long_rows(Path(out), sweep)
+    return _frame(rows, [c.name for c in COLUMNS if c.name != "samples"]) if long else _wide(rows)
+
+
+def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
+    wanted = set(measurements)
+    table = Store(out=Path(out)).read(["measurement", "samples"])
+    pairs = zip(table.column("measurement").to_pylist(), table.column("samples").to_pylist(), strict=True)
+    return {key: decode_samples(samples or []) for key, samples in pairs if key in wanted}
+
+
+def _long_rows(out: Path, sweep: str | None) -> list[dict[str, Any]]:
+    manifests = load_manifests(out, sweep)
+    if not manifests:
+        known = sorted({m.sweep for m in load_manifests(out)})
+        raise UserError(
+            f"out={str(out)!r} holds no study" + (f" named {sweep!r}; it holds {', '.join(known)}" if known else "")
+        )
+    stored = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
+    claims = Claims(out=out)
+    live = claims.live()
+    running = {m for c in live for m in claims.running(c)}
+    queued = {m for c in live for m in c.measurements}
+    rows = []
+    for study, measurement in planned(manifests).values():
+        row = stored.get(measurement.key)
+        if row is None or (measurement.key in running and row["status"] == "failed"):
+            status = "running" if measurement.key in running else "queued" if measurement.key in queued else "missing"
+            row = {**_planned_row(measurement), "status": status}
+        else:
+            row["metrics"], row["stderr"] = dict(row["metrics"] or ()), dict(row["stderr"] or ())
+        row["sweep"] = study
+        rows.append(row)
+    return rows
+
+
+def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
+    """(study, measurement) by cell key and evaluation name; of an evaluation's variants the last planned counts."""
+    found: dict[tuple[str, str], tuple[str, Measurement]] = {}
+    for manifest in manifests:
+        for m in manifest.measurements():
+            where = (m.cell.key, m.eval.name)
+            study = found[where][0] if where in found else manifest.sweep
+            found[where] = (study, m)
+    return found
+
+
+def cell_row(cell: Cell) -> dict[str, Any]:
+    """What is known of a cell before it runs, by column name."""
+    model = cell.model
+    return {
+        "key": cell.key,
+        **cell.axes(),
+        "model_id": model.hub_id or model.path,
+        "revision": model.commit,
+        "weights_hash": model.weights_hash,
+        "params": model.params,
+        "label": cell.quant.label,
+        "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
+    }
+
+
+def measurement_row(measurement: Measurement) -> dict[str, Any]:
+    """What is known of a measurement before it runs, by column name."""
+    spec = measurement.eval
+    return {
+        **cell_row(measurement.cell),
+        "measurement": measurement.key,
+        "eval": spec.name,
+        "eval_kind": spec.kind,
+        "eval_version": spec.version,
+        "num_fewshot": spec.num_fewshot,
+        "window": spec.window,
+        "limit": spec.limit,
+        "dataset": spec.dataset,
+        "compute_dtype": spec.compute_dtype,
+    }
+
+
+def _planned_row(measurement: Measurement) -> dict[str, Any]:
+    empty: dict[str, Any] = {c.name: None for c in COLUMNS if c.name != "samples"}
+    return {**empty, **measurement_row(measurement), "metrics": {}, "stderr": {}}
+
+
+def _wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    cells: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(row["key"], []).append(row)
+    metrics: dict[str, None] = {}
+    wide = []
+    for group in cells.values():
+        values = _metric_columns(group)
+        metrics |= dict.fromkeys(values)
+        wide.append({**_wide_fixed(group), **values})
+    fixed = [*CELL_COLUMNS[:1], "sweep", "status", *CELL_COLUMNS[1:]]
+    return _frame(wide, [*fixed, *metrics, *_WIDE_SUMS, *_WIDE_MAX, *_WIDE_LAST])
+
+
+def _wide_fixed(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A measured row knows more of the cell (its counted bits) than a planned one.
+    best = max(group, key=lambda r: r["total_bits"] is not None)
+    statuses = {row["status"] for row in group}
+    finished = [row for row in group if row["finished"] is not None]
+    last: Mapping[str, Any] = max(finished, key=lambda r: r["finished"]) if finished else best
+    failed = next((row for row in group if row["status"] == "failed"), None)
+    row = {name: best[name] for name in CELL_COLUMNS}
+    row["sweep"] = best["sweep"]
+    row["status"] = next(s for s in CELL_STATUSES if s in statuses)
+    row |= {name: last[name] for name in _WIDE_LAST}
+    row["error_type"] = failed["error_type"] if failed else None
+    row |= {name: sum(r[name] for r in finished) if finished else None for name in _WIDE_SUMS}
+    row |= {name: max((r[name] for r in finished if r[name] is not None), default=None) for name in _WIDE_MAX}
+    return row
+
+
+def _metric_columns(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for row in group:
+        for metric, value in row["metrics"].items():
+            values[f"{row['eval']}_{metric}"] = value
+            if metric in row["stderr"]:
+                values[f"{row['eval']}_{metric}_stderr"] = row["stderr"][metric]
+    accuracies = [values.get(f"{task}_acc") for task in ZERO_SHOT]
+    if all(a is not None for a in accuracies):
+        errors = [values.get(f"{task}_acc_stderr", math.nan) for task in ZERO_SHOT]
+        values["zero_shot_mean"] = math.fsum(a for a in accuracies if a is not None) / len(ZERO_SHOT)
+        values["zero_shot_mean_stderr"] = math.hypot(*errors) / len(ZERO_SHOT)
+    return values
+
+
+def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(list(rows), columns=list(columns))
+    nullable = {"int64": "Int64", "bool": "boolean", "float64": "float64", "string": "str"}
+    types = {c.name: nullable[c.type] for c in COLUMNS if c.name in frame.columns and c.type in nullable}
+    return frame.astype(types)

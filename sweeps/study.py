@@ -1,0 +1,275 @@
+"""From a composed configuration to a frozen study: models and data resolved to what identifies them, the grid expanded.
+
+Commits are resolved here, once, and never invented; a plan made without a network says which are unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kbit.evaluation.spec import COMPUTE_DTYPES, EvalSpec
+from kbit.spec import SpecError
+from sweeps import hub, lmeval_index
+from sweeps.cell import UNRESOLVED, ModelRef
+from sweeps.errors import UserError, did_you_mean
+from sweeps.grid import expand
+from sweeps.manifest import Manifest
+
+AUTO_COMPUTE_DTYPE = {"cpu": "float32", "cuda": "storage"}
+"""16-bit arithmetic is slow, or missing, on a CPU."""
+TEXT_SUFFIXES = (".jsonl", ".txt")
+PERPLEXITY_VERSION = "1"
+"""Of the preparation of a text set: joining, windows, scoring. Raised when a number would change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a launch needs: the manifest, and how much was left out or merged."""
+
+    manifest: Manifest
+    duplicates: int
+    unresolved: tuple[str, ...]
+    """Hub names without a known commit; only a plan may have any."""
+
+
+@dataclass
+class Resolver:
+    """Turns hub names into commits. ``strict`` refuses what can't be resolved, else it is noted."""
+
+    strict: bool
+
+    def __post_init__(self) -> None:
+        self.unresolved: list[str] = []
+
+    def commit(self, repo: str, revision: str, repo_type: str) -> str:
+        try:
+            return hub.resolve_commit(repo, revision, repo_type=repo_type)
+        except hub.HubError:
+            if self.strict:
+                raise
+            self.unresolved.append(repo)
+            return f"{UNRESOLVED}{revision}"
+
+
+def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callable[[str], None]) -> Study:
+    """Resolve and expand.
+
+    Args:
+        device: 'cpu' or 'cuda': what compute_dtype=auto stands for.
+        strict: refuse models and data whose commit is unknown (a run); else note them (a plan).
+        progress: called with what is being read, where that takes time.
+
+    Raises:
+        UserError, SpecError, HubError: something in the configuration is wrong; nothing has been run.
+    """
+    resolver = Resolver(strict=strict)
+    plain = _plain(cfg.sweep)
+    name = str(plain["name"])
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+        raise UserError(f"sweep.name={name!r} is not valid: letters, digits, '.', '_' and '-'")
+    models = _models(cfg, resolver, progress)
+    grid = expand(plain["quant"], models, plain["exclude"])
+    evals = _evals(cfg.eval, resolver, device)
+    if not grid.cells:
+        reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
+        raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
+    # Where it runs and what is done with it is not part of the study.
+    frozen = {k: v for k, v in _plain(cfg).items() if k in ("sweep", "models", "path", "eval")}
+    manifest = Manifest(
+        sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded_counts(), config=frozen
+    )
+    return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
+
+
+def as_list(value: object, key: str) -> list[Any]:
+    """A list, or one value standing for a list of one; null is none."""
+    if value is None:
+        return []
+    if isinstance(value, str | int):
+        return [value]
+    if isinstance(value, list | tuple):
+        return list(value)
+    raise UserError(f"{key}={value!r} is not valid: a name or a list, e.g. '{key}=[a,b]'")
+
+
+def _plain(cfg: Any) -> Any:
+    """Plain values; axes that a block of the grid doesn't name (MISSING) are left out."""
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration can't be resolved: {error}") from error
+    return _without_missing(container)
+
+
+def _without_missing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_missing(v) for k, v in value.items() if v != "???"}
+    if isinstance(value, list):
+        return [_without_missing(v) for v in value]
+    return value
+
+
+def _models(cfg: DictConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
+    sizes = as_list(_plain(cfg.sweep).get("sizes"), "sweep.sizes")
+    if cfg.path is not None:
+        paths = as_list(_plain(cfg)["path"], "path")
+        return [_local(Path(str(p)), None, None, progress) for p in paths]
+    members = {
+        (str(family.get("family") or group), str(name)): member
+        for group, family in _plain(cfg.models).items()
+        for name, member in family["members"].items()
+    }
+    known = [name for _, name in members]
+    for size in sizes:
+        if str(size) not in known:
+            hint = did_you_mean(str(size), known)
+            raise UserError(f"sweep.sizes={size!r} is not a member of the chosen families.{hint} Allowed: {known}")
+    chosen = {k: m for k, m in members.items() if not sizes or k[1] in map(str, sizes)}
+    return [_member(family, name, member, resolver, progress) for (family, name), member in chosen.items()]
+
+
+def _member(
+    family: str, name: str, member: Mapping[str, Any], resolver: Resolver, progress: Callable[[str], None]
+) -> ModelRef:
+    if member["path"]:
+        return _local(Path(member["path"]), family, name, progress)
+    if not member["id"]:
+        raise UserError(f"models.{family}.members.{name}: needs `id` (a hub id) or `path` (a local directory)")
+    progress(f"commit of {member['id']}")
+    commit = resolver.commit(member["id"], member["revision"], "model")
+    return ModelRef(family=family, name=name, params=member["params"], hub_id=member["id"], commit=commit)
+
+
+def _local(path: Path, family: str | None, name: str | None, progress: Callable[[str], None]) -> ModelRef:
+    progress(f"hash of {path}")
+    local = hub.local_model(path)
+    return ModelRef(
+        family=family or local.family,
+        name=name or local.name,
+        params=local.params,
+        path=str(local.path),
+        weights_hash=local.content_hash,
+    )
+
+
+def _evals(cfg: DictConfig, resolver: Resolver, device: str) -> list[EvalSpec]:
+    plain = _plain(cfg)
+    dtype = plain["compute_dtype"]
+    if dtype == "auto":
+        dtype = AUTO_COMPUTE_DTYPE[device]
+    elif dtype not in COMPUTE_DTYPES:
+        raise SpecError("eval.compute_dtype", dtype, "auto, or one of " + ", ".join(COMPUTE_DTYPES))
+    data_dir = _data_dir(plain["data_dir"])
+    evals = [
+        _text_set(str(name), plain, data_dir, dtype, resolver)
+        for name in as_list(plain["perplexity"], "eval.perplexity")
+    ]
+    evals += [_task(str(name), plain, data_dir, dtype, resolver) for name in as_list(plain["tasks"], "eval.tasks")]
+    if not evals:
+        raise UserError("eval: nothing to measure. Name text sets (eval.perplexity) or tasks (eval.tasks)")
+    names = [e.name for e in evals]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise UserError(f"eval: {', '.join(twice)} is named more than once; each evaluation needs a name of its own")
+    return evals
+
+
+def _data_dir(value: str | None) -> Path | None:
+    if value is None:
+        return None
+    directory = Path(value).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"eval.data_dir={value!r} is not a directory")
+    return directory.absolute()
+
+
+def _text_set(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype: str, resolver: Resolver) -> EvalSpec:
+    source: dict[str, Any]
+    known = plain["sets"].get(name)
+    if known is None:
+        path = Path(name).expanduser()
+        if path.suffix not in TEXT_SUFFIXES and not path.is_file():
+            hint = did_you_mean(name, plain["sets"])
+            raise UserError(
+                f"eval.perplexity={name!r} is neither a known text set nor a .jsonl or .txt file.{hint} "
+                f"Known: {', '.join(sorted(plain['sets']))}"
+            )
+        name, source = path.stem, _file(path, "eval.perplexity")
+    elif known["path"]:
+        source = _file(Path(known["path"]), f"eval.sets.{name}.path")
+    elif data_dir and known["local"]:
+        source = _file(data_dir / known["local"], f"eval.data_dir (for {name})")
+    elif known["hub"]:
+        commit = resolver.commit(known["hub"], known["revision"], "dataset")
+        chosen = {k: known[k] for k in ("config", "split", "file", "field", "filter") if known[k] is not None}
+        source = {"hub": known["hub"], "revision": commit, **chosen}
+    else:
+        raise UserError(f"eval.sets.{name} is only to be had locally: give eval.data_dir=DIR with {known['local']}")
+    if "path" in source:
+        hub.check_jsonl(Path(source["path"]), ("text",))
+    return EvalSpec(
+        kind="perplexity",
+        name=name,
+        version=PERPLEXITY_VERSION,
+        window=plain["window"],
+        limit=plain["tokens"],
+        dataset=_dataset_identity(source),
+        compute_dtype=dtype,
+        source=source,
+    )
+
+
+def _task(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype: str, resolver: Resolver) -> EvalSpec:
+    dirs = [Path(str(d)).expanduser() for d in as_list(plain["task_dirs"], "eval.task_dirs")]
+    entry = lmeval_index.find_task(name, extra_dirs=dirs)
+    source: dict[str, Any] = {"task_file": str(entry.file)}
+    file = plain["task_data"].get(name)
+    if file and (data_dir or Path(file).is_absolute()):
+        source |= _file((data_dir or Path()) / file, f"eval.data_dir (for {name})")
+    elif data_dir and (data_dir / f"{name}.jsonl").is_file():
+        source |= _file(data_dir / f"{name}.jsonl", f"eval.data_dir (for {name})")
+    elif entry.dataset_path:
+        commit = resolver.commit(entry.dataset_path, "main", "dataset")
+        source |= {"hub": entry.dataset_path, "config": entry.dataset_name, "revision": commit}
+    else:
+        raise UserError(f"eval.tasks={name!r}: {entry.file} names no dataset; put {name}.jsonl into eval.data_dir")
+    return EvalSpec(
+        kind="task",
+        name=name,
+        version=str(entry.version),
+        num_fewshot=plain["num_fewshot"],
+        limit=plain["limit"],
+        dataset=_dataset_identity(source),
+        compute_dtype=dtype,
+        source=source,
+    )
+
+
+def _file(path: Path, key: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{key}: {str(path)!r} is not a file")
+    path = path.absolute()
+    with path.open("rb") as file:
+        documents = sum(1 for line in file if line.strip())
+    # Size and documents are for predicting the cost.
+    return {
+        "path": str(path),
+        "sha256": hub.file_hash(path),
+        "bytes": path.stat().st_size,
+        "documents": documents,
+    }
+
+
+def _dataset_identity(source: Mapping[str, Any]) -> str:
+    if "sha256" in source:
+        return f"sha256:{source['sha256']}"
+    parts = [source.get("config"), source.get("file"), source.get("split")]
+    detail = "".join(f"/{p}" for p in parts if p)
+    return f"hub:{source['hub']}{detail}@{source['revision']}"

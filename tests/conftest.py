@@ -1,0 +1,40 @@
+"""What tests share: where real models and data are, and a command line that runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real models (models/) and evaluation sets (eval/) outside the project; KBIT_ASSETS says where."""
+    path = Path(os.environ.get("KBIT_ASSETS", ROOT.parent / "shared" / "assets"))
+    if not (path / "models").is_dir() or not (path / "eval").is_dir():
+        pytest.skip(f"no models/ and eval/ in {path}: set KBIT_ASSETS to a directory that has them")
+    return path
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Run ``python launch.py ARGS`` in an empty directory, as a user would."""
+
+    def run(*args: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "launch.py"), *args]
+        environment = {**os.environ, "COLUMNS": "200"}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run

@@ -1,0 +1,69 @@
+"""Two launches never hold one measurement, and a dead launch holds none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sweeps import claims as claims_module
+from sweeps.claims import Claims, ClaimTakenError
+
+
+def test_a_number_is_given_once(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    first = claims.create(1, launch="a", sweep="s", measurements=["m1"])
+    with pytest.raises(ClaimTakenError):
+        claims.create(1, launch="b", sweep="s", measurements=["m2"])
+    assert claims.live() == [first]
+    assert claims.last_number() == 1
+
+
+def test_a_released_claim_holds_nothing_and_lost_nothing(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claim = claims.create(1, launch="a", sweep="s", measurements=["m1"])
+    claims.heartbeat(claim, ["m1"])
+    assert claims.running(claim) == {"m1"}
+    claims.release(claim)
+    assert claims.live() == []
+    assert claims.lost() == set()
+
+
+def test_the_claim_of_a_killed_process_is_void_and_its_work_is_lost(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from sweeps.claims import Claims; "
+        "Claims(out=Path(sys.argv[1])).create(1, launch='a', sweep='s', measurements=['m1']); "
+        "print('claimed', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    claims = Claims(out=tmp_path)
+    assert [c.measurements for c in claims.live()] == [frozenset({"m1"})]
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    assert claims.live() == []
+    assert claims.lost() == {"m1"}
+
+
+def test_a_claim_of_another_machine_lives_while_its_heart_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = Claims(out=tmp_path)
+    claim = claims.create(1, launch="a", sweep="s", measurements=["m1"])
+    path = tmp_path / "claims" / "00000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere", "pid": 1}))
+    assert len(claims.live()) == 1
+    monkeypatch.setattr(claims_module, "SILENT_SECONDS", 0.2)
+    time.sleep(0.3)
+    assert claims.live() == []
+    claims.heartbeat(claim, [])
+    assert len(claims.live()) == 1

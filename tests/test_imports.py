@@ -1,0 +1,62 @@
+"""The layers: planning and analysis never load torch, and kbit knows nothing of sweeps."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMPUTES = {"torch", "transformers", "lm_eval", "bitsandbytes"}
+
+
+def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
+    """Modules that a file imports at its top level, or anywhere; type checking only imports are not counted."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree)) if everywhere else list(tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kbit").rglob("*.py")), ids=lambda p: p.name)
+def test_kbit_knows_nothing_of_sweeps(path: Path) -> None:
+    assert not [m for m in imports(path, everywhere=True) if m.split(".")[0] in ("sweeps", "analysis", "launch")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.py")), ids=lambda p: p.name)
+def test_sweeps_load_what_computes_only_inside_calls(path: Path) -> None:
+    loaded = [m for m in imports(path, everywhere=False) if m.split(".")[0] in {*COMPUTES, "wandb", "matplotlib"}]
+    assert not loaded
+    of_kbit = {m for m in imports(path, everywhere=False) if m.startswith("kbit")}
+    assert of_kbit <= {"kbit.spec", "kbit.evaluation.spec", "kbit.checkpoint"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "analysis").glob("*.py")), ids=lambda p: p.name)
+def test_analysis_never_imports_torch(path: Path) -> None:
+    assert not [m for m in imports(path, everywhere=True) if m.split(".")[0] in COMPUTES]
+
+
+@pytest.mark.parametrize("module", ["kbit.spec", "sweeps.commands", "sweeps.results", "analysis.findings"])
+def test_importing_does_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_plan_does_not_load_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, launch\n"
+        f"sys.argv = ['launch.py', 'mode=plan', 'out={tmp_path}/r']\n"
+        "try: launch.main()\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,117 @@
+"""QuantSpec: what is allowed, what is normalised away, what it counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kbit.spec import DTYPES, EXPONENT_RULES, QuantSpec, SpecError
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("bits", {"bits": 9}),
+        ("bits", {"bits": 1}),
+        ("bits", {"bits": 4.0}),
+        ("bits", {"bits": True}),
+        ("dtype", {"bits": 4}),
+        ("dtype", {"bits": 4, "dtype": "flaot"}),
+        ("blocksize", {"bits": 4, "dtype": "int", "blocksize": 0}),
+        ("blocksize", {"bits": 4, "dtype": "int", "blocksize": 64.0}),
+        ("scheme", {"bits": 4, "dtype": "int", "scheme": "row"}),
+        ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": 4}),
+        ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": 0}),
+        ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": "best"}),
+        ("subnormals", {"bits": 6, "dtype": "float", "subnormals": "none"}),
+        ("dynamic_interval", {"bits": 4, "dtype": "dynamic", "dynamic_interval": "wide"}),
+        ("absmax_dtype", {"bits": 4, "dtype": "int", "absmax_dtype": "bfloat16"}),
+        ("center", {"bits": 4, "dtype": "int", "center": "yes"}),
+        ("outlier_fraction", {"bits": 4, "dtype": "int", "outlier_fraction": 1.5}),
+        ("outlier_fraction", {"bits": 4, "dtype": "int", "outlier_fraction": -0.1}),
+        ("outlier_fraction", {"bits": 4, "dtype": "int", "outlier_fraction": float("nan")}),
+    ],
+)
+def test_bad_value_is_named_with_its_key_and_what_is_allowed(key, values):
+    with pytest.raises(SpecError) as caught:
+        QuantSpec(**values)
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key}={values.get(key)!r} is not valid: ")
+    assert caught.value.allowed in str(caught.value)
+
+
+def test_exponent_bits_rules_resolve_to_their_number():
+    for rule, by_bits in EXPONENT_RULES.items():
+        for bits, exponent_bits in by_bits.items():
+            named = QuantSpec(bits=bits, dtype="float", exponent_bits=rule)
+            assert named == QuantSpec(bits=bits, dtype="float", exponent_bits=exponent_bits)
+    assert [QuantSpec(bits=k, dtype="float").exponent_bits for k in range(2, 9)] == [1, 2, 3, 3, 3, 3, 3]
+    heuristic = [QuantSpec(bits=k, dtype="float", exponent_bits="heuristic").exponent_bits for k in range(2, 9)]
+    assert heuristic == [1, 2, 2, 3, 3, 4, 4]
+
+
+def test_axes_that_cannot_matter_are_normalised_away():
+    plain = QuantSpec(bits=4, dtype="int")
+    assert QuantSpec(bits=4, dtype="int", exponent_bits=2, subnormals="bnb", dynamic_interval="paper") == plain
+    assert QuantSpec(bits=16, dtype="float", blocksize=32, center=True, outlier_fraction=0.1) == QuantSpec(bits=16)
+    whole = QuantSpec(bits=4, dtype="int", blocksize=None, scheme="group")
+    assert whole == QuantSpec(bits=4, dtype="int", blocksize=None)
+    # Without fraction bits there are no subnormal numbers for a rule to place.
+    e3m0 = QuantSpec(bits=4, dtype="float", exponent_bits=3, subnormals="bnb")
+    assert e3m0 == QuantSpec(bits=4, dtype="float", exponent_bits=3)
+    assert QuantSpec(bits=4, dtype="float", exponent_bits=2, subnormals="bnb").subnormals == "bnb"
+
+
+@given(
+    bits=st.integers(2, 8),
+    dtype=st.sampled_from(DTYPES),
+    blocksize=st.none() | st.integers(1, 5000),
+    scheme=st.sampled_from(["block", "group"]),
+    absmax_dtype=st.sampled_from(["float16", "float32", "nested"]),
+    center=st.booleans(),
+    outlier_fraction=st.floats(0, 1, exclude_max=True),
+)
+def test_canonical_values_are_json_and_make_the_same_spec_again(**values):
+    spec = QuantSpec(**values)
+    canonical = json.loads(json.dumps(spec.canonical()))
+    assert canonical.pop("method") == "blockwise"
+    assert QuantSpec(**canonical) == spec
+    assert hash(QuantSpec(**canonical)) == hash(spec)
+
+
+def test_nominal_bits_are_the_papers_count():
+    assert QuantSpec(bits=16).bits_per_param_nominal == 16
+    assert QuantSpec(bits=4, dtype="int", blocksize=64).bits_per_param_nominal == 4.25
+    assert QuantSpec(bits=4, dtype="int", blocksize=None).bits_per_param_nominal == 4
+    # Section 5.2: p = 0.02 and k = 4 cost 0.02 (16 - 4) = 0.24 bits more.
+    proxy = QuantSpec(bits=4, dtype="float", blocksize=None, outlier_fraction=0.02)
+    assert proxy.bits_per_param_nominal == pytest.approx(4.24)
+
+
+def test_label_tells_apart_specs_that_differ():
+    specs = [
+        QuantSpec(bits=16),
+        QuantSpec(bits=4, dtype="int"),
+        QuantSpec(bits=4, dtype="int", scheme="group"),
+        QuantSpec(bits=4, dtype="int", blocksize=None),
+        QuantSpec(bits=4, dtype="int", absmax_dtype="nested"),
+        QuantSpec(bits=4, dtype="int", center=True),
+        QuantSpec(bits=4, dtype="int", outlier_fraction=0.02),
+        QuantSpec(bits=5, dtype="float"),
+        QuantSpec(bits=5, dtype="float", exponent_bits=2),
+        QuantSpec(bits=5, dtype="float", subnormals="bnb"),
+        QuantSpec(bits=4, dtype="dynamic"),
+        QuantSpec(bits=4, dtype="dynamic", dynamic_interval="paper"),
+    ]
+    assert len({spec.label for spec in specs}) == len(specs)
+    assert QuantSpec(bits=4, dtype="float", exponent_bits=2).label == "float4 e2 b64"
+
+
+def test_the_spec_is_imported_without_torch():
+    code = "import sys, kbit, kbit.spec; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
