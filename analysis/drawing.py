@@ -47,7 +47,6 @@ class Drawing:
     undrawn: bool = False
     errors: bool = False
     intervals: bool = False
-    dodged: bool = False
 
     def heights(self, line: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Where cells [n] are drawn (NaN: nowhere), and which of them diverged or are cut."""
@@ -93,7 +92,7 @@ class Drawing:
         said = []
         models = list(dict.fromkeys(cells.sort_values("params")["model"]))
         if len(models) == 1:
-            said.append(f"Model: {models[0]}" + (", its cells set side by side." if self.dodged else "."))
+            said.append(f"Model: {models[0]}.")
         elif cells["family"].nunique() == 1 and len(models) <= _MOST_NAMED:
             said.append("Each curve, left to right: " + ", ".join(models) + ".")
         if self.errors:

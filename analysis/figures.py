@@ -42,7 +42,7 @@ Styles = Mapping[Hashable, tuple[str, Look]]
 _X_LABEL: Final = "Total model bits"
 _COLUMNS: Final = 3
 _MOST_PANELS: Final = 4
-_DODGE: Final = 1.05
+_AXES: Final = {"dtype": "Data type", "blocksize": "Block size"}
 
 
 def write_figures(
@@ -97,7 +97,7 @@ def bit_scaling(
     drawing = Drawing(metric=metric, cap=loss_cap(curves, metric), samples={})
     columns = min(len(families), _COLUMNS)
     rows = -(-len(families) // columns)
-    size = (6.4, 4.3) if len(families) == 1 else (3.0 * columns + 0.9, 2.7 * rows + 0.8)
+    size = (6.4, 3.8) if len(families) == 1 else (3.0 * columns + 0.9, 2.7 * rows + 0.2)
     fig, axes = canvas(rows, columns, size)
     for i, ax in enumerate(axes.flat):
         if i >= len(families):
@@ -144,8 +144,7 @@ def data_types(
     styles: Styles = {d: (d, style.dtype_style(d)) for d in dtypes}
     drawing = Drawing(metric=metric, cap=None, samples=samples or {})
     fig = _comparison(drawing, points(baselines(rows), metric), panels, "dtype", styles)
-    legend(fig, np.array(fig.axes), dtypes, "Data type")
-    title = f"Data types at {bits} bits: {metric.name} (block size 64)"
+    title = f"Data types at {bits} bits: {metric.phrase} (block size 64)"
     style.finish(fig, title, drawing.notes(cells, sweep))
     return fig
 
@@ -180,8 +179,7 @@ def block_sizes(
     panels = {f"{style.family_name(f)}, {d}": cells[(cells["family"] == f) & (cells["dtype"] == d)] for f, d in groups}
     drawing = Drawing(metric=metric, cap=None, samples=samples or {})
     fig = _comparison(drawing, points(baselines(rows), metric), panels, "blocksize", styles)
-    legend(fig, np.array(fig.axes), [label for label, _ in styles.values()], "Block size")
-    style.finish(fig, f"Block sizes at {bits} bits: {metric.name}", drawing.notes(cells, sweep))
+    style.finish(fig, f"Block sizes at {bits} bits: {metric.phrase}", drawing.notes(cells, sweep))
     return fig
 
 
@@ -196,10 +194,12 @@ def _comparison(
     if deltas:
         drawing.edge = change_edge(everything, drawing)
     width = {1: 4.3, 2: 2.9, 3: 2.5}.get(len(panels), 2.1) * len(panels) + 1.5
-    height = (5.4 if deltas else 3.4) + (0.4 if len(panels) == 1 else 0)
+    height = (4.8 if deltas else 2.8) + (0.4 if len(panels) == 1 else 0)
     fig, axes = canvas(2 if deltas else 1, len(panels), (width, height))
     for column, (name, own) in enumerate(panels.items()):
-        shown = _side_by_side(own, axis, list(styles), drawing)
+        single = own["model"].nunique() == 1
+        # Cells of a single model have (nearly) the same size: they stand side by side instead.
+        shown = own.assign(total_bits=own[axis].map(list(styles).index)) if single else own
         for value, (label, look) in styles.items():
             line = shown[shown[axis] == value]
             if len(line):
@@ -208,27 +208,23 @@ def _comparison(
                 drawing.change_line(axes[1, column], line[line["baseline"].notna()], look)
         axes[0, column].set_title(name)
         for ax in axes[:, column]:
-            style.bits_axis(ax, own["total_bits"].tolist(), reach=shown["total_bits"].tolist())
+            if single:
+                ax.set_xticks(range(len(styles)), [label for label, _ in styles.values()])
+                ax.set_xlim(-0.6, len(styles) - 0.4)
+            else:
+                style.bits_axis(ax, own["total_bits"].tolist())
             ax.tick_params(labelbottom=ax is axes[-1, column])
-        axes[-1, column].set_xlabel(_X_LABEL)
+        axes[-1, column].set_xlabel(f"{_AXES[axis]} ({own['model'].iloc[0]})" if single else _X_LABEL)
     axes[0, 0].set_ylabel(drawing.metric.label)
     if deltas:
         unit = drawing.metric.unit
-        axes[1, 0].set_ylabel("Change from 16-bit" + (f" ({unit})" if unit else ""))
+        axes[1, 0].set_ylabel("Change from 16-bit" + (f"\n({unit})" if unit else ""))
         for ax in axes[1]:
             ax.axhline(0, color=style.INK, linewidth=0.9, zorder=1)
     cap_line(axes[:1], drawing)
+    legend(fig, axes[:1], [label for label, _ in styles.values()], _AXES[axis])
     fig.align_ylabels(list(axes[:, 0]))
     return fig
-
-
-def _side_by_side(cells: pd.DataFrame, axis: str, order: list[Hashable], drawing: Drawing) -> pd.DataFrame:
-    """Cells of a single model lie (nearly) above one another; they are drawn a little apart, which the notes say."""
-    if cells["model"].nunique() > 1:
-        return cells
-    drawing.dodged = True
-    place = cells[axis].map(order.index) - (len(order) - 1) / 2
-    return cells.assign(total_bits=cells["total_bits"].mean() * _DODGE**place)
 
 
 @style.styled

@@ -93,7 +93,7 @@ def _best_precision(df: pd.DataFrame, metric: Metric) -> list[str]:
         ahead = f" ({_amount(margin, metric)} ahead of the next on average)" if np.isfinite(margin) else ""
         said.append(
             f"Best precision for a fixed number of model bits, {family}, {_bits(span[0])} to {_bits(span[1])}: "
-            f"{where}{ahead}; {_short(metric)}, {dtype}, block size {_BLOCKSIZE}."
+            f"{where}{ahead}; {metric.phrase}, {dtype}, block size {_BLOCKSIZE}."
         )
     return said
 
@@ -109,7 +109,7 @@ def _data_types(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey,
     listed = ", ".join(f"{d} {_signed(mean[d], metric)}" for d in ranked)
     proof = _interval_text(at, "dtype", ranked[0], ranked[1], metric, samples)
     return [
-        f"Data types at 4 bits, block size {_BLOCKSIZE}, change of {_short(metric)} from 16-bit{_unit(metric)}, "
+        f"Data types at 4 bits, block size {_BLOCKSIZE}, change of {metric.phrase} from 16-bit{_unit(metric)}, "
         f"{_models(at)}: {listed}.{proof}"
     ]
 
@@ -126,7 +126,7 @@ def _block_sizes(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey
         listed = ", ".join(f"{block_name(b)} {_signed(mean[b], metric)}" for b in sizes)
         proof = _interval_text(own, "blocksize", sizes[0], sizes[-1], metric, samples)
         said.append(
-            f"Block sizes at 4 bits, {dtype}, change of {_short(metric)} from 16-bit{_unit(metric)}, "
+            f"Block sizes at 4 bits, {dtype}, change of {metric.phrase} from 16-bit{_unit(metric)}, "
             f"{_models(own)}: {listed}.{proof}"
         )
     return said
@@ -141,7 +141,7 @@ def _high_precision(cells: pd.DataFrame, metric: Metric) -> list[str]:
     if not np.isfinite(change.max()):
         return []
     loss = metric.metric == "loss"
-    size = f"perplexity within {np.expm1(change.max()):.2%}" if loss else f"{_short(metric)} within {change.max():.4f}"
+    size = f"perplexity within {np.expm1(change.max()):.2%}" if loss else f"{metric.phrase} within {change.max():.4f}"
     return [
         f"6 to 8 bits, block size {_BLOCKSIZE}: {size} of 16-bit in all {len(at)} cells; farthest "
         f"{farthest['dtype']} at {farthest['bits']} bits, {farthest['model']}."
@@ -162,7 +162,7 @@ def _outliers(
             interval = _mean_interval(list(zip(own["key"], own["key_without"], strict=True)), metric, samples)
             said.append(
                 f"{100 * fraction:g} % outlier dimensions in 16 bits, {dtype} at {bits} bits, block size "
-                f"{block_name(blocksize)}: change of {_short(metric)}{_unit(metric)}, {_models(own)}: "
+                f"{block_name(blocksize)}: change of {metric.phrase}{_unit(metric)}, {_models(own)}: "
                 f"{_signed(change, metric)}{_ci(interval, metric)}, for {extra:.2f} bits a parameter more."
             )
     return said
@@ -213,10 +213,6 @@ def _mean_interval(
 
 def _ci(interval: Comparison | None, metric: Metric) -> str:
     return f" (95 % CI {_signed(interval.low, metric)} to {_signed(interval.high, metric)})" if interval else ""
-
-
-def _short(metric: Metric) -> str:
-    return metric.name[0].lower() + metric.name[1:]
 
 
 def _unit(metric: Metric) -> str:

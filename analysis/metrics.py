@@ -69,6 +69,11 @@ class Metric:
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
     @property
+    def phrase(self) -> str:
+        """Name inside a sentence."""
+        return self.name[0].lower() + self.name[1:]
+
+    @property
     def stderr_column(self) -> str:
         return self.column + STDERR_SUFFIX
 

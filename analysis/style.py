@@ -97,25 +97,19 @@ def ordinal_styles(n: int) -> list[tuple[str, str]]:
     return [(to_hex(colormaps["viridis"](0.82 * i / max(1, n - 1))), _MARKERS[i % len(_MARKERS)]) for i in range(n)]
 
 
-def bits_axis(ax: Axes, values: Sequence[float], *, reach: Sequence[float] = ()) -> None:
-    """A logarithmic axis of total bits, with as many round ticks such as '20M' as its length has room for.
-
-    Args:
-        ax: a panel.
-        values: total bits of what is drawn.
-        reach: where it is drawn, if not there.
-    """
+def bits_axis(ax: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis over total bits, with as many round ticks such as '20M' as its length has room for."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     ax.set_xscale("log")
-    low, high = min([*values, *reach]), max([*values, *reach])
+    low, high = min(values), max(values)
     pad = max(high / low, 1.5) ** 0.09
     ax.set_xlim(low / pad, high * pad)
     figure = ax.get_figure(root=True)
     inches = ax.get_position().width * (figure.get_size_inches()[0] if figure else 6.0)
     ticks = _log_ticks(low / pad, high * pad, most=max(2, int(inches * 2)))
-    if len(set(values)) == 1 or len(ticks) < 2:
-        ticks = sorted({float(f"{x:.3g}") for x in (min(values), max(values))})
+    if len(ticks) < 2:
+        ticks = sorted({float(f"{x:.3g}") for x in (low, high)})
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _si(x)))
@@ -140,14 +134,15 @@ def _si(x: float) -> str:
 
 
 def finish(fig: Figure, title: str, notes: str) -> None:
-    """Title above and notes below the panels, wrapped, in strips that the layout keeps free."""
+    """Title above and notes below the panels, wrapped, in strips of their own by which the figure grows."""
     from textwrap import wrap
 
-    width, height = (float(x) for x in fig.get_size_inches())
+    width, panels = (float(x) for x in fig.get_size_inches())
     heads, lines = wrap(title, int(width * 12)), wrap(notes, int(width * 17))
-    top, bottom = (0.12 + 0.19 * len(heads)) / height, (0.1 + 0.145 * len(lines)) / height
+    top, bottom = 0.12 + 0.19 * len(heads), 0.1 + 0.145 * len(lines)
+    height = panels + top + bottom
+    fig.set_size_inches(width, height)
     engine: Any = fig.get_layout_engine()
-    if engine is not None:
-        engine.set(rect=(0, bottom, 1, 1 - bottom - top), w_pad=0.06, h_pad=0.05)
+    engine.set(rect=(0, bottom / height, 1, panels / height), w_pad=0.06, h_pad=0.05)
     fig.text(0.012, 1 - 0.08 / height, "\n".join(heads), va="top", fontsize=10.5, fontweight="bold")
     fig.text(0.012, 0.06 / height, "\n".join(lines), va="bottom", fontsize=7.5, color=INK)

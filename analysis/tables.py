@@ -107,7 +107,7 @@ def write_table(df: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        raise SpecError("table", str(path), "a file name ending in " + ", ".join(TABLE_SUFFIXES))
+        raise SpecError("to", str(path), "a file name ending in " + ", ".join(TABLE_SUFFIXES))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:

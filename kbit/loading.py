@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from kbit.evaluation.spec import COMPUTE_DTYPES
 from kbit.spec import SpecError
 from kbit.storage import STORAGE_DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _DEFAULT_CONTEXT = 2048
@@ -37,7 +39,7 @@ class LoadedModel:
         storage_dtype: float16 or bfloat16, what the checkpoint's weights were cast to: pass it to ``quantize_model``.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     storage_dtype: torch.dtype
 
@@ -59,10 +61,7 @@ class LoadedModel:
     def tokenizer_hash(self) -> str:
         """SHA-256 of the tokenizer: models that share it can share encoded data."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            state = backend.to_str()
-        else:
-            state = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        state = json.dumps(self.tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
         return hashlib.sha256(f"{type(self.tokenizer).__name__}\n{state}".encode()).hexdigest()
 
 
@@ -88,11 +87,13 @@ def load_model(
         trust_remote_code: run the modelling code that the repository brings.
 
     Raises:
-        SpecError: the directory or repository, its weights or its configuration are missing or unusable; or
-            compute_dtype can't hold the weights.
+        SpecError: no such device; the directory or repository, its weights or its configuration are missing or
+            unusable; or compute_dtype can't hold the weights.
     """
     if compute_dtype not in COMPUTE_DTYPES:
         raise SpecError("compute_dtype", compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SpecError("device", device, "'cpu' on this machine: torch finds no GPU")
     directory = _directory(path_or_id, revision, trust_remote_code)
     files = _weight_files(directory, path_or_id)
     storage = _stored_dtype(files)
@@ -101,7 +102,9 @@ def load_model(
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
         raise SpecError("compute_dtype", compute_dtype, allowed)
     model, tokenizer = _read(directory, path_or_id, storage, trust_remote_code)
-    model = model.to(device=device, dtype=compute).eval().requires_grad_(False)
+    model.to(device=device, dtype=compute)  # type: ignore[call-arg]
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, storage_dtype=storage)
 
 
@@ -181,7 +184,7 @@ def _torch_file(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[nn.Module, Any]:
+def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[PreTrainedModel, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,7 +193,7 @@ def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=storage, trust_remote_code=remote_code, weights_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SpecError(
             "path", name, f"a causal language model that transformers can load; it says: {error}"
         ) from error

@@ -83,8 +83,8 @@ def columns_of(weight: Tensor, outlier_columns: Tensor | list[int] | None) -> Te
 
 
 def chunk_length(device: torch.device) -> int:
-    """Values worked on at a time, a multiple of 8: they and their temporaries stay in a CPU's cache, or fill a GPU."""
-    return 1 << 17 if device.type == "cpu" else 1 << 21
+    """Values worked on at a time, a multiple of 8: few enough to stay in each CPU thread's cache, or to fill a GPU."""
+    return (1 << 17) * min(torch.get_num_threads(), 8) if device.type == "cpu" else 1 << 21
 
 
 def chunks(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

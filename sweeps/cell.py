@@ -67,8 +67,9 @@ class ModelRef:
 
     @property
     def label(self) -> str:
-        """'pythia-70m'; a name that holds its family already stands alone ('neox-s', 'gpt2-xl')."""
-        return self.name if self.name.lower().startswith(self.family.lower()) else f"{self.family}-{self.name}"
+        """'pythia-70m'; a directory's name, or one that holds its family, stands alone ('neox-s', 'gpt2-xl')."""
+        alone = self.path is not None or self.name.lower().startswith(self.family.lower())
+        return self.name if alone else f"{self.family}-{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from sweeps.cell import AXES
 from sweeps.claims import Claims
+from sweeps.cost import CostModel
 from sweeps.devices import plan_workers, resolve_device
 from sweeps.errors import UserError
 from sweeps.grid import check_axes, matches
 from sweeps.manifest import load_manifests
-from sweeps.plan import ROW_BYTES, parse_retry
+from sweeps.plan import ROW_BYTES, parse_retry, plan_seconds
 from sweeps.results import CELL_STATUSES, load_results
 from sweeps.run import out_dir, plan_study, run, run_config, run_name, tracking_config
 from sweeps.store import Store
@@ -40,6 +41,7 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
     largest = max(c.model.params or 0 for c in manifest.cells)
     workers = plan_workers(device, cfg.executor.workers, largest)
     plan = plan_study(store, manifest, parse_retry(_plain(cfg.retry)), workers)
+    gpu_seconds = plan.seconds if device == "cuda" else plan_seconds(plan, CostModel(device="cuda"))
     models = {c.model for c in manifest.cells}
     hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
     rows = [
@@ -54,8 +56,8 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
         *((f"  {n:,}", reason) for reason, n in manifest.excluded.items()),
         ("merged", f"{study.duplicates:,} named more than once"),
         ("packs", f"{len(plan.packs):,}, longest {_hours(plan.packs[0].seconds) if plan.packs else '0 s'}"),
-        (f"{'GPU' if device == 'cuda' else 'CPU'} time", f"{_hours(plan.seconds)} predicted on {device}"),
-        ("wall time", f"{_hours(plan.seconds / workers.count)} with {workers.count} worker(s) here"),
+        ("GPU-hours", f"{gpu_seconds / 3600:,.1f} predicted on an H100-class GPU"),
+        ("wall time", f"{_hours(plan.seconds / workers.count)} predicted with {workers.count} {device} worker(s) here"),
         ("disk", f"{_bytes(plan.todo * ROW_BYTES)} of results, {_bytes(hub_bytes)} of models from the hub"),
     ]
     table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
@@ -127,11 +129,12 @@ def logs_mode(cfg: DictConfig, console: Console) -> int:
         states = ", ".join(f"{n} {s}" for s, n in long["status"].value_counts().items())
         console.print(f"No failed measurement among those chosen ({states}).")
         return 0
-    for row in failed.itertuples():
-        console.rule(f"{row.key[:10]}  {row.model} {row.label}  {row.eval}")
-        console.print(row.error, markup=False, highlight=False, soft_wrap=True)
-        logs = out_dir(cfg) / "logs" / str(row.launch).split(" ")[0]
-        console.print(f"host {row.host}, job {row.job}, {row.finished}; worker logs: {logs}", highlight=False)
+    for row in failed.to_dict("records"):
+        console.rule(f"{row['key'][:10]}  {row['model']} {row['label']}  {row['eval']}")
+        console.print(row["error"], markup=False, highlight=False, soft_wrap=True)
+        logs = out_dir(cfg) / "logs" / str(row["launch"]).split(" ")[0]
+        where = f"host {row['host']}, job {row['job']}, {row['finished']}; worker logs: {logs}"
+        console.print(where, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -210,7 +213,9 @@ MODES: Final[Mapping[str, Callable[[DictConfig, Console], int]]] = {
 
 def _results(cfg: DictConfig, *, long: bool = False) -> pd.DataFrame:
     """The results that ``cell=`` and ``where=`` choose."""
-    where = _plain(cfg.where)
+    where = _plain(cfg.where) or {}
+    if not isinstance(where, Mapping):
+        raise UserError(f"where={where!r} is not valid: axis values, e.g. 'where={{bits: 3, dtype: int}}'")
     check_axes(where, "where")
     prefixes = tuple(str(c) for c in as_list(_plain(cfg.cell), "cell"))
     results = load_results(out_dir(cfg), long=long)

@@ -127,7 +127,7 @@ class Config:
     retry: Any = "lost"
     by: Any = None
     cell: Any = None
-    where: dict[str, Any] = field(default_factory=dict)
+    where: Any = None
     to: str | None = None
     long: bool = False
     trust_remote_code: bool = False

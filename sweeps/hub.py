@@ -45,6 +45,8 @@ _FAMILY_AND_SIZE: Final = re.compile(
     r"(?P<family>[a-z].*)-(xs|s|m|l|xl|xxl|small|medium|large|\d+(\.\d+)?[mbt]\d*)", re.IGNORECASE
 )
 _CHECKED_LINES: Final = 100
+_asked: Final[dict[tuple[str, str, str], str]] = {}
+"""Branch or tag by (type, id, commit) that the hub resolved in this process: a fetch of the commit is one of it."""
 
 
 class HubError(UserError):
@@ -116,6 +118,7 @@ def resolve_commit(repo_id: str, revision: str = "main", repo_type: str = "model
         except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's base class
             why = _brief(error)
         else:
+            _asked[repo_type, repo_id, str(info.sha)] = revision
             return str(info.sha)
     commit = _cached_ref(repo_id, revision, repo_type)
     if commit is None:
@@ -197,7 +200,8 @@ def fetch(
 ) -> None:
     """Download models (pairs of hub id and revision) and datasets into the local caches, so that jobs can run offline.
 
-    What can't be had does not stop the rest; it is named at the end.
+    Later launches without a network resolve the branch to what was fetched. A revision may be a commit that
+    ``resolve_commit`` gave. What can't be had does not stop the rest; it is named at the end.
 
     Args:
         report: called with a line on each model or dataset when it is there.
@@ -282,8 +286,9 @@ def _cached_ref(repo_id: str, revision: str, repo_type: str) -> str | None:
 
 def _remember_ref(repo_id: str, revision: str, repo_type: str, commit: str) -> None:
     # A download by commit leaves no trace of the branch's name, which a launch without a network will ask for.
-    if not _COMMIT.fullmatch(revision):
-        ref = _repo_dir(repo_id, repo_type) / "refs" / revision
+    name = _asked.get((repo_type, repo_id, commit), revision)
+    if not _COMMIT.fullmatch(name):
+        ref = _repo_dir(repo_id, repo_type) / "refs" / name
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit)
 

@@ -176,7 +176,8 @@ class Mirror:
             pack.counts = Counter(row["status"] for row in pack.rows.values())
         pack.run.summary.update(pack.summary())
         if pack.rows and (pack.whole or len(pack.rows) == len(pack.mirrored)):
-            pack.run.summary["table"] = self._table(pack)
+            # A table is an artifact, which asks the server at once; an outage must not keep the run from its end.
+            _attempt(partial(self._add_table, pack), self._emit)
         pack.run.finish()
         self._emit(event="finished", pack=pack.id, mirrored=self._confirmed(pack), added=pack.added)
 
@@ -192,11 +193,11 @@ class Mirror:
                 break
         return held
 
-    def _table(self, pack: _Pack) -> Any:
+    def _add_table(self, pack: _Pack) -> None:
         rows = [{k: row.get(k) for k in IDENTITY} | history_row(row) for row in pack.rows.values()]
         columns = list(dict.fromkeys(k for row in rows for k in row))
         data = [[row.get(c) for c in columns] for row in rows]
-        return self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+        pack.run.summary["table"] = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
 
 
 def _is_whole(pack: _Pack, remote: RemoteRun) -> bool:

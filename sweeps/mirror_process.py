@@ -100,8 +100,14 @@ class MirrorProcess:
 
 def kill_with_children(pid: int) -> None:
     """End a mirror at once. Its child wandb-core, a session of its own, would outlive it for hours during an outage."""
-    children = [c for listed in Path(f"/proc/{pid}/task").glob("*/children") for c in listed.read_text().split()]
-    for process in (*map(int, children), pid):
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid:
+                children.append(int(stat.parent.name))
+    # The mirror before its child, whose end it would report; but a process that ends itself does so last.
+    for process in sorted([pid, *children], key=lambda p: p == os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 

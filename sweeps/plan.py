@@ -141,6 +141,12 @@ def make_plan(
     return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
 
 
+def plan_seconds(plan: Plan, cost: CostModel) -> float:
+    """What the plan's measurements would take by another cost model, loading each model once a pack."""
+    measuring = sum(cost.seconds(m) for p in plan.packs for m in p.measurements())
+    return measuring + sum(load_seconds(p.model) for p in plan.packs)
+
+
 def _pack(sweep: str, todo: Mapping[Cell, Sequence[EvalSpec]], cost: CostModel, workers: int) -> tuple[Pack, ...]:
     seconds = {cell: sum(cost.seconds(Measurement(cell=cell, eval=e)) for e in evals) for cell, evals in todo.items()}
     least, most = PACK_SECONDS

@@ -26,8 +26,9 @@ def show_results(store: Store, sweep: str, console: Console, *, figures: bool) -
     if results["status"].isin(["done", "diverged"]).any():
         _show_table(results, console)
         if figures:
-            _show_findings(store, sweep, results, console)
-    _show_places(store, sweep, console, draw=figures, results=results)
+            with console.status("comparing cells, drawing figures"):
+                _draw(store, sweep, results, console)
+    _show_places(store, sweep, console)
     return _show_failures(results, console)
 
 
@@ -39,31 +40,28 @@ def _show_table(results: pd.DataFrame, console: Console) -> None:
         render(bits_by_dtype(results, metric=metric), console, metric=metric)
 
 
-def _show_findings(store: Store, sweep: str, results: pd.DataFrame, console: Console) -> None:
-    from analysis.findings import findings
+def _draw(store: Store, sweep: str, results: pd.DataFrame, console: Console) -> None:
+    """Findings to the console; figures and the table to files."""
+    from analysis.figures import write_figures
+    from analysis.findings import findings, wanted_samples
     from analysis.mixtures import mixture_warnings
+    from analysis.tables import write_table
 
     long = load_results(store.out, long=True, sweep=sweep)
-    by_key = load_samples(store.out, long["measurement"])
-    names = zip(long["measurement"], long["key"], long["eval"], strict=True)
-    samples = {(key, eval_name): by_key[m] for m, key, eval_name in names if m in by_key}
+    # Only what is compared: the samples of a large study don't fit into memory.
+    wanted = wanted_samples(results, long)
+    samples = {wanted[m]: outcome for m, outcome in load_samples(store.out, list(wanted)).items()}
     for warning in mixture_warnings(long):
         console.print(f"[yellow]{escape(warning)}[/]")
     for finding in findings(results, samples):
         console.print(f"• {escape(finding)}", highlight=False)
+    write_figures(results, store.out / "figures" / sweep, sweep=sweep, samples=samples)
+    write_table(results, store.out / "tables" / f"{sweep}.csv")
 
 
-def _show_places(store: Store, sweep: str, console: Console, *, draw: bool, results: pd.DataFrame) -> None:
-    directory = store.out / "figures" / sweep
-    if draw:
-        from analysis.figures import write_figures
-        from analysis.tables import write_table
-
-        with console.status("drawing figures"):
-            write_figures(results, directory, sweep=sweep)
-            write_table(results, store.out / "tables" / f"{sweep}.csv")
+def _show_places(store: Store, sweep: str, console: Console) -> None:
     console.print(f"\nIn {store.out}:", highlight=False)
-    for figure in sorted(directory.glob("*.png")):
+    for figure in sorted((store.out / "figures" / sweep).glob("*.png")):
         console.print(f"  {figure.relative_to(store.out)}", highlight=False)
     console.print(
         f"  tables/{sweep}.csv  (mode=table to=FILE for parquet, Markdown, or long=true)\n"
@@ -76,8 +74,9 @@ def _show_failures(results: pd.DataFrame, console: Console) -> int:
     failed = results[results["status"] == "failed"]
     if len(failed):
         console.print(f"\n[red]{len(failed)} cell(s) failed[/]:")
-        for row in failed.head(MOST_FAILURES_SHOWN).itertuples():
-            console.print(f"  {row.key[:10]}  {row.model} {row.label}: {row.error_type}", highlight=False)
+        for row in failed.head(MOST_FAILURES_SHOWN).to_dict("records"):
+            why = f"  {row['key'][:10]}  {row['model']} {row['label']}: {row['error_type']}"
+            console.print(why, markup=False, highlight=False)
         if len(failed) > MOST_FAILURES_SHOWN:
             console.print(f"  … and {len(failed) - MOST_FAILURES_SHOWN} more")
         console.print(

@@ -51,10 +51,9 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
 
 def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, dict[str, NDArray[Any]]]:
     """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
-    wanted = set(measurements)
-    table = Store(out=Path(out)).read(["measurement", "samples"])
+    table = Store(out=Path(out)).read(["measurement", "samples"], measurements=set(measurements))
     pairs = zip(table.column("measurement").to_pylist(), table.column("samples").to_pylist(), strict=True)
-    return {key: decode_samples(samples or []) for key, samples in pairs if key in wanted}
+    return {key: decode_samples(samples or []) for key, samples in pairs}
 
 
 def _long_rows(out: Path, sweep: str | None) -> list[dict[str, Any]]:
@@ -156,7 +155,7 @@ def _wide_fixed(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     row["status"] = next(s for s in CELL_STATUSES if s in statuses)
     row |= {name: last[name] for name in _WIDE_LAST}
     row["error_type"] = failed["error_type"] if failed else None
-    row |= {name: sum(r[name] for r in finished) if finished else None for name in _WIDE_SUMS}
+    row |= {name: math.fsum(r[name] or 0.0 for r in finished) if finished else None for name in _WIDE_SUMS}
     row |= {name: max((r[name] for r in finished if r[name] is not None), default=None) for name in _WIDE_MAX}
     return row
 

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -91,18 +91,19 @@ class Store:
         with contextlib.suppress(OSError):
             directory.rmdir()
 
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def read(self, columns: Sequence[str] | None = None, *, measurements: Collection[str] | None = None) -> pa.Table:
         """The current row of every measurement: results before failures, then the newest; dropped rows left out.
 
         Args:
             columns: which to read; None is all but the samples.
+            measurements: which to read; None is all. What is not wanted is dropped file by file.
         """
         import pyarrow as pa
 
         schema = arrow_schema()
         wanted = [name for name in schema.names if name != "samples"] if columns is None else list(columns)
         needed = list(dict.fromkeys([*wanted, "row_id", "measurement", "status", "finished"]))
-        table = self._read_all(needed)
+        table = self._read_all(needed, measurements)
         keep = _current_rows(table, self._dropped_ids())
         return table.take(pa.array(keep, pa.int64())).select(wanted)
 
@@ -125,13 +126,15 @@ class Store:
     def _files(self, pattern: str) -> list[Path]:
         return sorted(p for p in self.out.glob(pattern) if not p.name.startswith("."))
 
-    def _read_all(self, columns: list[str]) -> pa.Table:
+    def _read_all(self, columns: list[str], measurements: Collection[str] | None) -> pa.Table:
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         # Compaction adds the pack's file before it removes the parts: parts first, packs second, misses nothing.
         schema = arrow_schema()
+        wanted = None if measurements is None else pa.array(sorted(measurements), pa.string())
         tables = [
-            table
+            table if wanted is None else table.filter(pc.is_in(table.column("measurement"), wanted))
             for pattern in ("parts/*/*.parquet", "packs/*.parquet")
             for path in self._files(pattern)
             if (table := self._read(path, columns)) is not None

@@ -15,12 +15,12 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from test_analysis_study import MODELS, Study, diverge, make_study, study
 
 from analysis import style
 from analysis.drawing import LOSS_CAP
 from analysis.figures import bit_scaling, block_sizes, data_types, write_figures
 from analysis.metrics import parse_metric
+from tests.test_analysis_study import MODELS, Study, diverge, make_study, study
 
 LOSS = parse_metric("jargon_loss")
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,11 +142,13 @@ def test_without_a_baseline_there_is_no_panel_of_changes(study: Study) -> None:
     assert len(fig.axes) == 1
 
 
-def test_one_models_cells_are_set_side_by_side_and_the_notes_say_so(study: Study) -> None:
+def test_one_models_cells_stand_side_by_side_with_their_names(study: Study) -> None:
     fig = data_types(study.wide[study.wide["model"] == "neox-s"], LOSS)
     assert fig is not None
-    assert len({x[0] for x, _ in curves(fig.axes[0]).values()}) == 4
-    assert "Model: neox-s, its cells set side by side." in written(fig)
+    names = [t.get_text() for t in fig.axes[-1].get_xticklabels()]
+    assert names == ["int", "float", "dynamic", "quantile"]
+    assert [int(x[0]) for x, _ in curves(fig.axes[0]).values()] == [0, 1, 2, 3]
+    assert fig.axes[-1].get_xlabel() == "Data type (neox-s)"
 
 
 def test_missing_cells_leave_gaps_not_errors(study: Study) -> None:

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_analysis_study import MODELS, Study, diverge, make_study, study
 
 from analysis.findings import findings, wanted_samples
 from analysis.metrics import parse_metric
 from analysis.scaling import best_precision, budget_grid, common_range, interpolate, scaling_points
 from analysis.significance import compare, compare_loss, compare_mean_loss, compare_outcomes
 from kbit.spec import QuantSpec
+from tests.test_analysis_study import MODELS, Study, diverge, make_study, study
 
 LOSS = parse_metric("jargon_loss")
 ACC = parse_metric("jargon_choice_acc")

@@ -164,11 +164,11 @@ def quantiles_by_sorting(weight: torch.Tensor, bits: int, mean: float = 0.0) -> 
     return [float(v) for v in middles / np.abs(middles).max()]
 
 
-def assert_values_close(ours: torch.Tensor, expected: list[float]) -> None:
+def assert_values_close(ours: torch.Tensor, expected: list[float], atol: float = ULP) -> None:
     """As sets, with room for float64 roundings: values that differ by one may be merged on one side."""
     ours64, theirs = ours.double().numpy(), np.array(expected)
     for a, b in ((ours64, theirs), (theirs, ours64)):
-        assert np.abs(a[:, None] - b[None, :]).min(1).max() <= ULP
+        assert np.abs(a[:, None] - b[None, :]).min(1).max() <= atol
 
 
 @settings(max_examples=40, deadline=None)
@@ -208,9 +208,9 @@ def test_quantile_of_normal_weights_lies_near_the_papers_table():
     at = norm.ppf(np.arange(1, 17) / 17)
     expected = np.sort(np.append((at[:-1] + at[1:]) / 2, 0))
     ours = codebook(QuantSpec(bits=4, dtype="quantile"), weight).numpy()
-    # The middle quantile and the exact zero stand side by side: 16 values.
-    assert len(ours) == 16
-    np.testing.assert_allclose(ours, expected / np.abs(expected).max(), atol=0.01)
+    # The middle quantile lies beside the exact zero, or is zero itself.
+    assert len(ours) in (15, 16)
+    assert_values_close(torch.from_numpy(ours), (expected / np.abs(expected).max()).tolist(), atol=0.01)
 
 
 def test_quantile_leaves_kept_columns_out():

@@ -39,6 +39,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "_asked", {})
     hub._unreachable.cache_clear()
     yield tmp_path / "hub"
     hub._unreachable.cache_clear()
@@ -201,6 +202,16 @@ def test_fetched_model_resolves_and_loads_without_a_network(
     assert sorted(p.name for p in snapshot.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert hub.local_model(snapshot).params == 12
     assert "owner/name" in lines[0]
+
+
+def test_branch_resolves_offline_after_a_fetch_of_its_commit(
+    online: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "served")
+    hub.fetch([("owner/name", hub.resolve_commit("owner/name", "main"))], report=lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub._unreachable.cache_clear()
+    assert hub.resolve_commit("owner/name", "main") == COMMIT
 
 
 def test_fetch_takes_bin_parts_where_there_is_no_safetensors(online: HubServer, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_batch_size_changes_nothing(model: Any, tokenizer: Any) -> None:
 def test_window_is_cut_to_the_context_and_defaults_to_it(tokenizer: Any) -> None:
     for window in (None, 4096):
         spec = text_spec(JARGON, limit=1100, window=window)
-        assert prepare(spec, tokenizer, context=512, vocab_size=VOCAB).windows.shape == (2, 512)  # type: ignore[attr-defined]
+        assert prepare(spec, tokenizer, context=512, vocab_size=VOCAB).windows.shape == (2, 512)
 
 
 def test_limit_reads_only_a_beginning_and_gives_the_tokens_of_the_whole(tokenizer: Any) -> None:
@@ -92,7 +92,7 @@ def test_limit_reads_only_a_beginning_and_gives_the_tokens_of_the_whole(tokenize
     whole = encode_text(texts, tokenizer)
     for limit in (1, 700, 5000):
         taken: list[str] = []
-        first = encode_text((taken.append(t) or t for t in texts), tokenizer, limit=limit)  # type: ignore[func-returns-value]
+        first = encode_text((taken.append(t) or t for t in texts), tokenizer, limit=limit)
         assert first.tokens.tolist() == whole.tokens[:limit].tolist()
         assert first.ends is not None
         assert whole.ends is not None

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: the same numbers as lm-eval's own HFLM, one encoding for many cells, few-shot, generation, bad input."""
+"""Zero-shot tasks: lm-eval's own numbers (HFLM), one encoding for many cells, few-shot, generation, bad input."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ REAL = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(DEMO / "models" / "neox-s")
+    return AutoTokenizer.from_pretrained(DEMO / "models" / "neox-xs")
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(DEMO / "models" / "neox-s", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(DEMO / "models" / "neox-xs", dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -101,15 +101,16 @@ def test_demo_task_gives_what_hflm_gives(
     name: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    assert_same_as_hflm(demo_spec(name, limit=40), model, tokenizer)
+    assert_same_as_hflm(demo_spec(name, limit=16), model, tokenizer)
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", list(REAL))
 def test_real_task_gives_what_hflm_gives(
-    name: str, assets: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, assets: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    model = AutoModelForCausalLM.from_pretrained(assets / "models" / "neox-s", dtype=torch.float32).eval()
     assert_same_as_hflm(real_spec(name, assets, limit=40), model, tokenizer)
 
 
@@ -162,7 +163,8 @@ def test_generation_is_that_of_hflm(model: Any, tokenizer: Any) -> None:
     ours = KbitLM(model, tokenizer, context=CONTEXT, batch_tokens=2048).generate_until(requests)
     theirs = hflm(model, tokenizer).generate_until(requests, disable_tqdm=True)
     assert ours == theirs
-    assert all(text and "." not in text for text in ours)
+    assert any(ours)
+    assert not any("." in text for text in ours)
 
 
 def test_one_preparation_serves_many_cells(model: Any, tokenizer: Any) -> None:
@@ -185,11 +187,11 @@ def test_limit_is_the_first_documents(model: Any, tokenizer: Any) -> None:
         prepare(demo_spec("jargon_lastword", limit=limit), tokenizer, context=CONTEXT, vocab_size=VOCAB).run(
             model, batch_tokens=2048
         )
-        for limit in (15, None)
+        for limit in (8, None)
     )
-    assert some.samples["acc"].tolist() == all_.samples["acc"][:15].tolist()
-    np.testing.assert_allclose(some.samples["perplexity"], all_.samples["perplexity"][:15], rtol=1e-4)
-    assert (some.n_samples, all_.n_samples) == (15, 100)
+    assert some.samples["acc"].tolist() == all_.samples["acc"][:8].tolist()
+    np.testing.assert_allclose(some.samples["perplexity"], all_.samples["perplexity"][:8], rtol=1e-4)
+    assert (some.n_samples, all_.n_samples) == (8, 100)
     assert some.dataset_hash != all_.dataset_hash
 
 
@@ -231,7 +233,7 @@ def test_fewshot_examples_come_before_the_question(tmp_path: Path, tokenizer: An
     )
     task = prepare(
         task_spec("own", task_file, data, num_fewshot=2, limit=3), tokenizer, context=CONTEXT, vocab_size=VOCAB
-    ).task  # type: ignore[attr-defined]
+    ).task
     for index, instance in enumerate(task.instances):
         prompt = instance.args[0]
         examples = prompt.split("\n\n")
@@ -276,9 +278,7 @@ def test_rows_that_are_processed_already_bypass_process_docs(tmp_path: Path, tok
     for name, row in (("raw", raw), ("done", done)):
         data = tmp_path / f"{name}.jsonl"
         data.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        task = prepare(
-            task_spec("hellaswag", task_file, data), tokenizer, context=CONTEXT, vocab_size=VOCAB
-        ).task  # type: ignore[attr-defined]
+        task = prepare(task_spec("hellaswag", task_file, data), tokenizer, context=CONTEXT, vocab_size=VOCAB).task
         prompts.append([instance.args for instance in task.instances])
         assert task.doc_to_target(task.instances[0].doc) == 2
     assert prompts[0] == prompts[1]
@@ -302,6 +302,14 @@ def test_local_data_without_a_field_name_file_and_field(
     with pytest.raises(ValueError, match=says) as caught:
         prepare(task_spec("t", lm_eval_tasks() / task, data), tokenizer, context=CONTEXT, vocab_size=VOCAB)
     assert "mine.jsonl" in str(caught.value)
+
+
+def test_a_later_row_without_a_field_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"text": "one two"}\n\n{"txt": "three"}\n', encoding="utf-8")
+    spec = task_spec("lambada_openai", lm_eval_tasks() / "lambada" / "lambada_openai.yaml", data)
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 3: no field 'text'"):
+        prepare(spec, tokenizer, context=CONTEXT, vocab_size=VOCAB)
 
 
 def test_fewshot_that_can_not_be_had_is_refused(tmp_path: Path, tokenizer: Any) -> None:

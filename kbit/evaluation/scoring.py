@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 HEAD_CHUNK: Final = 2**24
 """Logits computed at once (float32: 64 MB, and as much again for their log-softmax): with a vocabulary of 250,000
@@ -20,7 +17,7 @@ PROBE_TOKENS: Final = 4
 
 
 class TokenScorer:
-    """Scores chosen tokens of right-padded batches.
+    """Scores chosen tokens of right-padded batches with a transformers causal language model in eval mode.
 
     The base model runs once a batch; its head is applied to the scored positions only, a chunk at a time, with a
     float32 log-softmax. Padding is on the right and attention causal, so no scored position sees it, and no attention
@@ -30,11 +27,11 @@ class TokenScorer:
     theirs are computed by the model itself, one sequence at a time.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        self.base: Any = self.model.base_model
-        self.head: Any = self.model.get_output_embeddings()
-        self.device: torch.device = self.model.get_input_embeddings().weight.device
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.base = model.base_model
+        self.head = model.get_output_embeddings()
+        self.device: torch.device = model.get_input_embeddings().weight.device
         self.separable = self.head is not None and self._head_gives_logits()
 
     @torch.inference_mode()
@@ -64,7 +61,7 @@ class TokenScorer:
         if self.separable:
             hidden = self.base(ids, use_cache=False).last_hidden_state[row, position]
             chunk = max(1, HEAD_CHUNK // int(self.head.weight.shape[0]))
-            pieces = zip(hidden.split(chunk), target.split(chunk), strict=True)
+            pieces = zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True)
             parts = [_nats(self.head(piece), of_piece, greedy) for piece, of_piece in pieces]
             return np.concatenate([nats for nats, _ in parts]), np.concatenate([best for _, best in parts])
         nats = np.empty(len(targets), dtype=np.float32)

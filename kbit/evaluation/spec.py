@@ -71,7 +71,7 @@ class EvalResult:
     """What one evaluation measured.
 
     Attributes:
-        metrics: value by metric ('loss' in nats a token, 'perplexity', 'bits_per_byte', 'acc', ...); may hold inf or NaN.
+        metrics: value by metric ('loss' in nats a token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
         stderr: standard error by metric, where there is one.
         samples: outcome of every sample: bool arrays for right or wrong, float32 or int32 arrays otherwise; a text set
             has 'nats' and 'tokens' of each window.

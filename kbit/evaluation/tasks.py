@@ -58,7 +58,13 @@ def build_task(spec: EvalSpec) -> Any:
     if not spec.num_fewshot:
         # Examples that nobody will draw from need not be read and processed.
         overrides["fewshot_docs"] = lambda self: None
-    task = type("Task", (ConfigurableTask,), overrides)(config=config)
+    try:
+        task = type("Task", (ConfigurableTask,), overrides)(config=config)
+    except KeyError as error:
+        # A function of the task (lm-eval tries it on the first document) looked for a field.
+        if path is None:
+            raise
+        raise ValueError(f"{path}: the task {spec.name!r} needs the field {error.args[0]!r}") from error
     task.set_config("num_fewshot", spec.num_fewshot)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
@@ -75,7 +81,11 @@ def _local_data(spec: EvalSpec, config: dict[str, Any], path: Path) -> Any:
         lacks = f"the examples of {spec.name!r} come from the split {examples!r}, and {path} has {evaluated!r} only"
         allowed = f"0 with a local file: {lacks}"
         raise SpecError("eval.num_fewshot", spec.num_fewshot, allowed)
-    rows = [row for _, row in read_jsonl(path)]
+    rows: list[dict[str, Any]] = []
+    for number, row in read_jsonl(path):
+        rows.append(row)
+        if missing := sorted(rows[0].keys() - row.keys()):
+            raise ValueError(f"{path}, line {number}: no field {missing[0]!r}, which the first line has")
     if not rows:
         raise ValueError(f"{path}: no documents for the task {spec.name!r}")
     data = _processed(spec, config, path, rows)

@@ -193,14 +193,15 @@ def build(all_entries: list[Entry]) -> dict[str, list[dict[str, object]]]:
     """
     dealt = sorted(all_entries, key=lambda entry: entry.order)
     used: set[str] = set()
-    last: list[dict[str, object]] = []
+    passages: list[dict[str, object]] = []
     for entry in dealt:
         passage = lastword(entry)
-        if passage and len(last) < LASTWORD_DOCS:
-            last.append(dict(passage))
+        if passage and len(passages) < LASTWORD_DOCS:
+            passages.append(dict(passage))
             used.add(entry.headword)
     rest = [entry for entry in dealt if entry.headword not in used]
-    asked = [(entry, *next(candidates(entry))) for entry in rest if any(True for _ in candidates(entry))][:CHOICE_DOCS]
+    firsts = ((entry, next(candidates(entry), None)) for entry in rest)
+    asked = [(entry, *found) for entry, found in firsts if found][:CHOICE_DOCS]
     pool = [(entry.headword, right) for entry, _, right in asked]
     choices = [row for entry, query, right in asked if (row := choice(entry, query, right, pool))]
     used |= {entry.headword for entry, _, _ in asked}
@@ -210,7 +211,7 @@ def build(all_entries: list[Entry]) -> dict[str, list[dict[str, object]]]:
         if entry.headword not in used and size < PROSE_CHARS:
             prose.append({"headword": entry.headword, "text": f"{entry.headword}: {entry.text}"})
             size += len(entry.text)
-    return {"jargon": prose, "jargon_lastword": last, "jargon_choice": choices}
+    return {"jargon": prose, "jargon_lastword": passages, "jargon_choice": choices}
 
 
 def jsonl(rows: list[dict[str, object]]) -> str:

@@ -1,0 +1,223 @@
+"""Checkpoints become the 16-bit baseline, whatever their dtype; what can't be loaded safely says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from kbit import QuantSpec, SpecError, quantize_model
+from kbit.loading import load_model
+from tests.tiny_models import tiny
+
+
+def write_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Write a tiny model's directory in a dtype: checkpoint(name, dtype)."""
+
+    def write(name: str, dtype: torch.dtype) -> Path:
+        directory = tmp_path / name
+        tiny(name, dtype).save_pretrained(directory)
+        write_tokenizer(directory)
+        return directory
+
+    return write
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(12)[None]).logits
+
+
+@pytest.mark.parametrize("name", ["neox", "opt-350m", "gpt2", "bloom", "llama-tied"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_are_the_16_bit_ones_in_the_compute_dtype(checkpoint, name, dtype):
+    directory = checkpoint(name, dtype)
+    loaded = load_model(str(directory), device="cpu", compute_dtype="float32")
+    storage = torch.float16 if dtype == torch.float32 else dtype
+    assert loaded.storage_dtype == storage
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    expected = tiny(name, dtype).to(storage).float().state_dict()
+    for key, value in loaded.model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[key]), key
+    assert loaded.tokenizer("a b a")["input_ids"] == [0, 1, 0]
+
+
+def test_what_is_no_weight_keeps_float32_precision(checkpoint):
+    """Rotary frequencies rounded to 16 bits on the way would change every activation."""
+    directory = checkpoint("neox", torch.float16)
+    loaded = load_model(str(directory), device="cpu", compute_dtype="float32")
+    direct = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded.model), logits(direct))
+
+
+def test_a_loaded_model_quantizes_as_the_16_bit_one(checkpoint):
+    directory = checkpoint("llama-gqa", torch.bfloat16)
+    wide = load_model(str(directory), device="cpu", compute_dtype="float32")
+    narrow = load_model(str(directory), device="cpu", compute_dtype="bfloat16")
+    spec = QuantSpec(bits=4, dtype="quantile")
+    with quantize_model(wide.model, spec, storage_dtype=wide.storage_dtype), quantize_model(narrow.model, spec):
+        narrow_weights = narrow.model.state_dict()
+        assert all(torch.equal(v, narrow_weights[k].float()) for k, v in wide.model.state_dict().items())
+
+
+def test_the_files_dtype_counts_and_not_the_configurations(checkpoint):
+    directory = checkpoint("opt", torch.bfloat16)
+    config = json.loads((directory / "config.json").read_text())
+    for claimed in ("float32", "float16", None):
+        config.pop("torch_dtype", None)
+        config["dtype"] = claimed
+        (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        assert load_model(str(directory), device="cpu", compute_dtype="bfloat16").storage_dtype == torch.bfloat16
+
+
+def test_a_compute_dtype_that_cannot_hold_the_weights_is_refused(checkpoint):
+    directory = checkpoint("opt", torch.bfloat16)
+    with pytest.raises(SpecError, match=r"compute_dtype='float16'.*bfloat16.*or float32"):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+    with pytest.raises(SpecError, match="compute_dtype='int8'"):
+        load_model(str(directory), device="cpu", compute_dtype="int8")
+
+
+def test_torch_files_of_tensors_are_read(checkpoint):
+    directory = checkpoint("gpt2", torch.float16)
+    file = directory / "model.safetensors"
+    expected = load_model(str(directory), device="cpu", compute_dtype="float16").model.state_dict()
+    torch.save(load_file(file), directory / "pytorch_model.bin")
+    file.unlink()
+    loaded = load_model(str(directory), device="cpu", compute_dtype="float16")
+    assert loaded.storage_dtype == torch.float16
+    assert all(torch.equal(v, expected[k]) for k, v in loaded.model.state_dict().items())
+
+
+class Hostile:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize("format_", ["zip", "plain"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not(checkpoint, tmp_path, format_):
+    directory = checkpoint("gpt2", torch.float16)
+    (directory / "model.safetensors").unlink()
+    trace = tmp_path / "it ran"
+    if format_ == "zip":
+        torch.save({"wte.weight": Hostile(str(trace))}, directory / "pytorch_model.bin")
+    else:
+        (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"wte.weight": Hostile(str(trace))}))
+    with pytest.raises(SpecError, match=r"pytorch_model\.bin.*refused"):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "~/nowhere/at/all", "a/b/c"])
+def test_a_missing_directory_is_named(path):
+    with pytest.raises(SpecError) as caught:
+        load_model(path, device="cpu", compute_dtype="float16")
+    assert str(caught.value).startswith(f"path={path!r}")
+    assert "existing directory" in str(caught.value)
+
+
+def test_an_incomplete_directory_says_what_is_missing(checkpoint, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SpecError, match=r"no config\.json"):
+        load_model(str(empty), device="cpu", compute_dtype="float16")
+    directory = checkpoint("opt", torch.float16)
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    save_file({k: v for k, v in weights.items() if "layers.1.fc1" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(SpecError, match=r"missing or of another shape: .*layers\.1\.fc1"):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"ffn_dim": 8}))
+    with pytest.raises(SpecError, match="path="):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+    (directory / "config.json").write_text(json.dumps(config))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SpecError, match="path="):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+    file.unlink()
+    with pytest.raises(SpecError, match="this one has neither"):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+
+
+def test_code_in_a_repository_is_not_run_unless_asked_for(checkpoint, tmp_path):
+    directory = checkpoint("opt", torch.float16)
+    trace = tmp_path / "it ran"
+    code = f"import pathlib; pathlib.Path({str(trace)!r}).touch()\nclass C: pass\n"
+    (directory / "modeling_own.py").write_text(code)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.C"},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError, match="trust_remote_code"):
+        load_model(str(directory), device="cpu", compute_dtype="float16")
+    assert not trace.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_named(checkpoint):
+    directory = checkpoint("opt", torch.float16)
+    with pytest.raises(SpecError, match="device='cuda'"):
+        load_model(str(directory), device="cuda", compute_dtype="float16")
+
+
+HUB = """
+import sys
+from kbit.loading import load_model
+from kbit import SpecError
+model = load_model("someone/tiny", revision=sys.argv[1], device="cpu", compute_dtype="float16").model
+print(model.config.model_type)
+for name, revision in (("someone/tiny", "0" * 40), ("someone/else", None), ("no such id!", None)):
+    try:
+        load_model(name, revision=revision, device="cpu", compute_dtype="float16")
+    except SpecError as error:
+        print(error.key, error.value)
+"""
+
+
+def test_a_hub_id_is_read_from_the_local_cache_at_its_commit(checkpoint, tmp_path):
+    directory = checkpoint("opt", torch.float16)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / commit
+    shutil.copytree(directory, cached)
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", HUB, commit]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["opt", "model someone/tiny", "model someone/else", "model no such id!"]
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["neox-xs", "opt-xs", "gpt2-s", "bloom-xs"])
+def test_real_checkpoints_load(assets, name):
+    loaded = load_model(str(assets / "models" / name), device="cpu", compute_dtype="float32")
+    assert loaded.storage_dtype == torch.float16
+    assert len(loaded.tokenizer) == 2048
+    text = "It was the best of times, it was the worst of times"
+    ids = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+    loss = loaded.model(ids, labels=ids).loss
+    assert 1 < float(loss) < 6
