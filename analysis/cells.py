@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from analysis.metrics import Metric, stderr
+from analysis.metrics import Metric, metric_columns, stderr
 from kbit.spec import BASELINE_BITS, DTYPES, EXPONENT_RULES
 
 MEASURED: Final = ("done", "diverged")
@@ -32,13 +32,15 @@ _PLAIN: Final = {
 
 
 def measured(df: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose numbers count: status done or diverged, each cell once; columns a table lacks are added as missing.
+    """Rows whose numbers count, each cell once: done, diverged, or with a value of some metric although another of the
+    cell's evaluations failed or is not there yet. Columns a table lacks are added as missing.
 
     A model name that stands for several checkpoints (hub id, revision or weights differ) is told apart by its revision
     or its weights' hash.
     """
     df = df.reindex(columns=[*df.columns, *(c for c in _NEEDED if c not in df.columns)])
-    df = df[df["status"].isin(MEASURED)]
+    some_value = df[[m.column for m in metric_columns(df)]].notna().any(axis=1)
+    df = df[df["status"].isin(MEASURED) | some_value]
     df = df[df["key"].isna() | ~df["key"].duplicated()].reset_index(drop=True)
     checkpoint = df[_IDENTITY].astype("string").fillna("")
     several = (

@@ -186,7 +186,7 @@ def fetch_mode(cfg: DictConfig, console: Console) -> int:
         models = {(c.model.hub_id, c.model.commit) for c in study.manifest.cells if c.model.hub_id}
         sources = [e.source for e in study.manifest.evals if "hub" in e.source]
         datasets = [
-            hub.HubDataset(id=s["hub"], revision=s["revision"], config=s.get("config"), file=s.get("file"))
+            hub.HubDataset(id=s["hub"], revision=s["revision"], config=s.get("config"), kwargs=s.get("kwargs", {}))
             for s in sources
         ]
         status.update("downloading")

@@ -80,9 +80,7 @@ class TextSetConfig:
     revision: str = "main"
     config: str | None = None
     split: str | None = None
-    file: str | None = None
     field: str = "text"
-    filter: dict[str, Any] | None = None
     local: str | None = None
     path: str | None = None
 

@@ -75,19 +75,17 @@ class LocalModel:
 
 @dataclass(frozen=True, kw_only=True)
 class HubDataset:
-    """A dataset to fetch: one file of its repository, or what ``datasets.load_dataset`` makes of it.
+    """A dataset to fetch, as ``datasets.load_dataset`` takes it.
 
     Attributes:
         id, revision: of the repository.
         config: its configuration (``name`` of load_dataset).
-        file: one file of it, fetched as it is.
         kwargs: further arguments of load_dataset, as a task's ``dataset_kwargs`` has them.
     """
 
     id: str
     revision: str = "main"
     config: str | None = None
-    file: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -242,16 +240,11 @@ def _fetch_model(repo_id: str, revision: str) -> Path:
 
 def _fetch_dataset(dataset: HubDataset) -> Path:
     commit = resolve_commit(dataset.id, dataset.revision, repo_type="dataset")
-    if dataset.file is not None:
-        from huggingface_hub import hf_hub_download
+    import datasets
 
-        path = Path(hf_hub_download(dataset.id, dataset.file, repo_type="dataset", revision=commit))
-    else:
-        import datasets
-
-        kwargs = {k: v for k, v in dataset.kwargs.items() if k != "revision"}
-        loaded = datasets.load_dataset(dataset.id, dataset.config, revision=commit, **kwargs)
-        path = Path(next(iter(loaded.cache_files.values()))[0]["filename"]).parent
+    kwargs = {k: v for k, v in dataset.kwargs.items() if k != "revision"}
+    loaded = datasets.load_dataset(dataset.id, dataset.config, revision=commit, **kwargs)
+    path = Path(next(iter(loaded.cache_files.values()))[0]["filename"]).parent
     _remember_ref(dataset.id, dataset.revision, "dataset", commit)
     return path
 

@@ -3,7 +3,8 @@
 It is a process of its own so that nothing W&B does (a slow server, an outage, a crash) can block or stop a study.
 What a run already holds is read from its summary on the server (``mirrored``: one token a measurement) before
 anything is logged, so logging is idempotent: however often a measurement is sent, live or from the store, it is one
-step of its run's history.
+step of its run's history. One gap is left: a server that dies within a request, having kept its history but not its
+summary, gets the request's measurements twice.
 
 Lines in, JSON: the configuration, then {'op': 'start' | 'log' | 'finish', 'pack': id, ...}; the end of input finishes
 all runs. Lines out: {'event': 'finished', 'pack', 'mirrored', 'added'}, {'event': 'trouble', 'reason'} (goes on) and

@@ -23,7 +23,7 @@ def show_results(store: Store, sweep: str, console: Console, *, figures: bool) -
         figures: draw them, and compute the findings that need per-sample outcomes; else say where they are.
     """
     results = load_results(store.out, sweep=sweep)
-    if results["status"].isin(["done", "diverged"]).any():
+    if results["finished"].notna().any():
         _show_table(results, console)
         if figures:
             with console.status("comparing cells, drawing figures"):

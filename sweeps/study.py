@@ -5,6 +5,7 @@ Commits are resolved here, once, and never invented; a plan made without a netwo
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from sweeps.manifest import Manifest
 AUTO_COMPUTE_DTYPE = {"cpu": "float32", "cuda": "storage"}
 """16-bit arithmetic is slow, or missing, on a CPU."""
 TEXT_SUFFIXES = (".jsonl", ".txt")
+PACKAGED_LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""Names that `datasets` reads local files with, not of the hub."""
 PERPLEXITY_VERSION = "1"
 """Of the preparation of a text set: joining, windows, scoring. Raised when a number would change."""
 
@@ -208,12 +211,13 @@ def _text_set(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype:
         source = _file(data_dir / known["local"], f"eval.data_dir (for {name})")
     elif known["hub"]:
         commit = resolver.commit(known["hub"], known["revision"], "dataset")
-        chosen = {k: known[k] for k in ("config", "split", "file", "field", "filter") if known[k] is not None}
+        chosen = {k: known[k] for k in ("config", "split", "field") if known[k] is not None}
         source = {"hub": known["hub"], "revision": commit, **chosen}
     else:
         raise UserError(f"eval.sets.{name} is only to be had locally: give eval.data_dir=DIR with {known['local']}")
     if "path" in source:
-        hub.check_jsonl(Path(source["path"]), ("text",))
+        source["field"] = known["field"] if known else "text"
+        hub.check_jsonl(Path(source["path"]), (source["field"],))
     return EvalSpec(
         kind="perplexity",
         name=name,
@@ -235,9 +239,12 @@ def _task(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype: str
         source |= _file((data_dir or Path()) / file, f"eval.data_dir (for {name})")
     elif data_dir and (data_dir / f"{name}.jsonl").is_file():
         source |= _file(data_dir / f"{name}.jsonl", f"eval.data_dir (for {name})")
+    elif entry.dataset_path in PACKAGED_LOADERS:
+        source |= {"sha256": _data_files_hash(entry)}
     elif entry.dataset_path:
-        commit = resolver.commit(entry.dataset_path, "main", "dataset")
-        source |= {"hub": entry.dataset_path, "config": entry.dataset_name, "revision": commit}
+        kwargs = dict(entry.dataset_kwargs)
+        commit = resolver.commit(entry.dataset_path, str(kwargs.pop("revision", "main")), "dataset")
+        source |= {"hub": entry.dataset_path, "config": entry.dataset_name, "revision": commit, "kwargs": kwargs}
     else:
         raise UserError(f"eval.tasks={name!r}: {entry.file} names no dataset; put {name}.jsonl into eval.data_dir")
     return EvalSpec(
@@ -250,6 +257,17 @@ def _task(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype: str
         compute_dtype=dtype,
         source=source,
     )
+
+
+def _data_files_hash(entry: lmeval_index.TaskEntry) -> str:
+    """One hash of the local files that a task of the user's own reads by itself (dataset_path: json and the like)."""
+    named = entry.dataset_kwargs.get("data_files")
+    values = named.values() if isinstance(named, Mapping) else [named]
+    files = [str(f) for value in values for f in (value if isinstance(value, list) else [value]) if f is not None]
+    if not files:
+        raise UserError(f"{entry.file}: dataset_path={entry.dataset_path} needs dataset_kwargs.data_files")
+    hashes = [_file(Path(f), f"{entry.file}: data_files")["sha256"] for f in files]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _file(path: Path, key: str) -> dict[str, Any]:
@@ -270,6 +288,6 @@ def _file(path: Path, key: str) -> dict[str, Any]:
 def _dataset_identity(source: Mapping[str, Any]) -> str:
     if "sha256" in source:
         return f"sha256:{source['sha256']}"
-    parts = [source.get("config"), source.get("file"), source.get("split")]
+    parts = [source.get("config"), source.get("split")]
     detail = "".join(f"/{p}" for p in parts if p)
     return f"hub:{source['hub']}{detail}@{source['revision']}"

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from kbit.model import QuantHandle
 
 SEED: Final = 0
-BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
-"""Tokens in a batch: on a CPU what keeps activations in its caches, on a GPU what fills it."""
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -264,8 +262,10 @@ def main() -> None:
         events.write(json.dumps(event, default=str) + "\n")
 
     import torch
+    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(settings["threads"])
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     worker = Worker(
         store=Store(out=Path(settings["out"])),
         device=settings["device"],

@@ -94,13 +94,16 @@ def test_bits_by_dtype_of_another_block_size_has_its_cells_only(study: Study) ->
 
 
 @pytest.mark.parametrize("status", ["failed", "running", "queued", "missing"])
-def test_numbers_of_unfinished_cells_are_not_used(study: Study, status: str) -> None:
+def test_an_unfinished_cell_counts_with_what_was_measured_of_it(study: Study, status: str) -> None:
     wide = study.wide.copy()
-    key = "neox-s int4 b64"
-    wide.loc[wide["key"] == key, "status"] = status
-    table = bits_by_dtype(wide, metric=LOSS)
-    assert np.isnan(table.loc[("neox-s", 4), ("int", "value")])
-    assert "| -" in to_markdown(table, metric=LOSS)
+    row = wide["key"] == "neox-s int4 b64"
+    before = bits_by_dtype(wide, metric=LOSS).loc[("neox-s", 4), ("int", "value")]
+    wide.loc[row, "status"] = status
+    wide.loc[row, "jargon_choice_acc"] = np.nan
+    assert bits_by_dtype(wide, metric=LOSS).loc[("neox-s", 4), ("int", "value")] == before
+    accuracy = bits_by_dtype(wide, metric="jargon_choice_acc")
+    assert np.isnan(accuracy.loc[("neox-s", 4), ("int", "value")])
+    assert "| -" in to_markdown(accuracy, metric="jargon_choice_acc")
 
 
 def test_divergence_is_shown_and_never_the_best(study: Study) -> None:

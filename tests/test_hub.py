@@ -228,16 +228,12 @@ def test_fetch_takes_bin_parts_where_there_is_no_safetensors(online: HubServer, 
     assert hub.local_model(snapshot).params is None
 
 
-def test_fetch_gets_a_datasets_file_and_goes_on_after_a_failure(
-    online: HubServer, tmp_path: Path, offline: Path
-) -> None:
-    (tmp_path / "served" / "test.jsonl").write_text('{"text": "a"}\n')
+def test_fetch_goes_on_after_a_failure_and_names_it(online: HubServer, tmp_path: Path, offline: Path) -> None:
+    write_model(tmp_path / "served")
     with pytest.raises(hub.HubError, match=r"(?s)1 of 2 could not be fetched.*owner/gone"):
-        hub.fetch([("owner/gone", "main")], [hub.HubDataset(id="owner/name", file="test.jsonl")], report=lambda _: None)
-    snapshot = hub.cached_snapshot("owner/name", COMMIT, repo_type="dataset")
-    assert snapshot is not None
-    assert (snapshot / "test.jsonl").read_text() == '{"text": "a"}\n'
-    assert (offline / "datasets--owner--name" / "refs" / "main").read_text() == COMMIT
+        hub.fetch([("owner/gone", "main"), ("owner/name", "main")], report=lambda _: None)
+    assert hub.cached_snapshot("owner/name", COMMIT) is not None
+    assert (offline / "models--owner--name" / "refs" / "main").read_text() == COMMIT
 
 
 # Local models

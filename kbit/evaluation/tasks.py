@@ -16,7 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.evaluation.texts import read_jsonl
+from kbit.evaluation.texts import read_jsonl, require_commit
 from kbit.spec import SpecError
 
 FEWSHOT_SEED: Final = 1234
@@ -65,6 +65,8 @@ def build_task(spec: EvalSpec) -> Any:
         if path is None:
             raise
         raise ValueError(f"{path}: the task {spec.name!r} needs the field {error.args[0]!r}") from error
+    if datasets.config.HF_HUB_OFFLINE and path is None and spec.source.get("revision"):
+        require_commit(task.dataset, spec.source["hub"], spec.source["revision"])
     task.set_config("num_fewshot", spec.num_fewshot)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task

@@ -39,7 +39,7 @@ def read_documents(source: Mapping[str, Any]) -> Iterator[str]:
 
     Args:
         source: {'path': FILE}: JSONL with a field 'text' (another one by 'field'), or .txt, one document; or {'hub':
-            ID, 'revision': COMMIT, 'config', 'split', 'file', 'field'}: a dataset of the Hugging Face hub, streamed, so
+            ID, 'revision': COMMIT, 'config', 'split', 'field'}: a dataset of the Hugging Face hub, streamed, so
             that a limit does not download all of it (without a network it is read from the cache).
 
     Raises:
@@ -94,15 +94,28 @@ def _hub_documents(source: Mapping[str, Any], field: str) -> Iterator[str]:
         source["hub"],
         name=source.get("config"),
         revision=source.get("revision"),
-        data_files=source.get("file"),
         split=split,
         streaming=not HF_HUB_OFFLINE,
     )
+    if HF_HUB_OFFLINE:
+        require_commit(rows, source["hub"], source.get("revision"))
     for number, row in enumerate(rows):
         if not isinstance(row.get(field), str):
             where = f"{source['hub']}, split {split}, row {number}"
             raise ValueError(f"{where}: no text in field {field!r}; fields present: {', '.join(row)}")
         yield row[field]
+
+
+def require_commit(dataset: Any, name: str, commit: str | None) -> None:
+    """Refuse data of another commit: without a network, ``datasets`` takes the newest in its cache, whatever was asked.
+
+    Raises:
+        ValueError: the dataset's files are in the cache, and none of them is of ``commit``.
+    """
+    cached = dataset.cache_files
+    files = [f for split in cached.values() for f in split] if isinstance(cached, dict) else list(cached)
+    if commit and files and not any(commit in file["filename"] for file in files):
+        raise ValueError(f"{name}: the cache holds another commit than {commit}: mode=fetch, where there is a network")
 
 
 def encode_text(documents: Iterable[str], tokenizer: Any, *, limit: int | None = None) -> EncodedText:
