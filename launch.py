@@ -9,23 +9,35 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-
-from kbit.spec import SpecError
-from sweeps.config import MODES, register
-from sweeps.errors import UserError, did_you_mean
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point of ``kbit-sweep``."""
+    try:
+        sys.exit(_main())
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was finished is stored; the same command goes on from there", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _main() -> int:
+    # Everything that takes time to import is imported here, so that an early Ctrl-C ends in one line.
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from sweeps.config import register
+
     register()
     # Hydra then raises its errors instead of printing them and leaving with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -36,47 +48,56 @@ def main() -> None:
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(dispatch)()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         _say(_explain(error))
-        sys.exit(EXIT_BAD_INPUT)
-    sys.exit(max(codes, default=0))
+        return EXIT_BAD_INPUT
+    return max(codes, default=0)
 
 
 def _run_mode(cfg: DictConfig) -> int:
     # Late, so that --help and mistakes in the command line are answered at once.
-    from sweeps import commands
+    import logging
 
-    console = Console()
+    from rich.console import Console
+
+    from kbit.spec import SpecError
+    from sweeps import commands
+    from sweeps.errors import UserError, did_you_mean
+
+    # Hydra's own logging is off; warnings (a damaged file, a figure that can't be drawn) go to the user.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     try:
-        if cfg.mode not in MODES:
-            raise UserError(
-                f"mode={cfg.mode!r} is not valid: one of {', '.join(MODES)}.{did_you_mean(cfg.mode, MODES)}"
-            )
-        return commands.MODES[cfg.mode](cfg, console)
+        if cfg.mode not in commands.MODES:
+            known = ", ".join(commands.MODES)
+            hint = did_you_mean(str(cfg.mode), commands.MODES)
+            raise UserError(f"mode={cfg.mode!r} is not valid: one of {known}.{hint}")
+        return commands.MODES[cfg.mode](cfg, Console())
     except (UserError, SpecError) as error:
         _say(str(error))
         return EXIT_BAD_INPUT
+    except OSError as error:
+        _say(f"{error}: nothing that was stored is lost; the same command goes on from there")
+        return EXIT_FAILED
 
 
 def _say(message: str) -> None:
-    Console(stderr=True).print(f"[red]error:[/] {_escaped(message)}", highlight=False, soft_wrap=True)
-
-
-def _escaped(message: str) -> str:
+    from rich.console import Console
     from rich.markup import escape
 
-    return escape(message)
+    Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _explain(error: Exception) -> str:
     """Hydra's error in our form: the key, the value, what is allowed, what to do."""
+    from omegaconf.errors import OmegaConfBaseException
+
     text = str(error)
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, OmegaConfBaseException):
-        text += f"\n{cause}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         return _explain_unknown(unknown.group(1))
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        return _explain_value(text, cause)
     if "mismatched input" in text or "token recognition error" in text or "extraneous input" in text:
         given = _unreadable_argument()
         quoted = f"'{given.partition('=')[0]}=\"{given.partition('=')[2]}\"'"
@@ -90,10 +111,19 @@ def _explain(error: Exception) -> str:
     return text[:search_path].strip() if search_path >= 0 else text.strip()
 
 
+def _explain_value(text: str, cause: OmegaConfBaseException) -> str:
+    """A value of a wrong kind, or a place that doesn't exist: without the names of OmegaConf's internals."""
+    override = re.search(r"Error merging override (\S+)", text)
+    said = str(cause.msg or cause).splitlines()[0]
+    where = override.group(1) if override else str(cause.full_key or "")
+    return f"{where} is not valid: {said}" if where else said
+
+
 def _explain_unknown(key: str) -> str:
     from omegaconf import OmegaConf
 
     from sweeps.config import BlockConfig, Config
+    from sweeps.errors import did_you_mean
 
     known: list[str] = []
 
@@ -115,6 +145,7 @@ def _explain_unknown(key: str) -> str:
 
 def _unreadable_argument() -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     parser = OverridesParser.create()
     for argument in sys.argv[1:]:

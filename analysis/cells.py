@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
-from analysis.metrics import Metric, metric_columns, stderr
+from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
 from kbit.spec import BASELINE_BITS, DTYPES, EXPONENT_RULES
 
 MEASURED: Final = ("done", "diverged")
@@ -29,18 +30,21 @@ _PLAIN: Final = {
     "outlier_fraction": 0.0,
 }
 """What the paper holds fixed while it varies bits, data type and block size."""
+_NO_EXPONENT: Final = 0
+"""Stands for the exponent bits of a data type that has none where a number is needed."""
 
 
 def measured(df: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose numbers count, each cell once: done, diverged, or with a value of some metric although another of the
-    cell's evaluations failed or is not there yet. Columns a table lacks are added as missing.
+    """Rows whose numbers count, each cell once: done, diverged, or with a value or a diverged outcome of some metric
+    although another of the cell's evaluations failed or is not there yet. Columns a table lacks are added as missing.
 
     A model name that stands for several checkpoints (hub id, revision or weights differ) is told apart by its revision
     or its weights' hash.
     """
     df = df.reindex(columns=[*df.columns, *(c for c in _NEEDED if c not in df.columns)])
     some_value = df[[m.column for m in metric_columns(df)]].notna().any(axis=1)
-    df = df[df["status"].isin(MEASURED) | some_value]
+    some_outcome = df[_status_columns(df)].isin(MEASURED).any(axis=1)
+    df = df[df["status"].isin(MEASURED) | some_value | some_outcome]
     df = df[df["key"].isna() | ~df["key"].duplicated()].reset_index(drop=True)
     checkpoint = df[_IDENTITY].astype("string").fillna("")
     several = (
@@ -65,31 +69,49 @@ def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0) -> pd.DataFrame:
     """Block-wise cells of ``measured`` that are as the paper's main results but for bits, data type and block size.
 
     Left out: groups, centering, other absmax types, outlier dimensions (unless ``outlier_fraction`` asks for them),
-    methods that are more than a codebook. Of float cells that differ in exponent bits only, Appendix C.4's heuristic is
-    taken, else Appendix A's number, else the fewest. Block sizes become numbers (``WHOLE_TENSOR`` where there is one).
+    methods that are more than a codebook. Block sizes become numbers (``WHOLE_TENSOR`` where there is one). Float cells
+    come with every number of exponent bits: ``one_exponent`` takes one for a comparison.
     """
     wanted = {**_PLAIN, "outlier_fraction": outlier_fraction}
-    keep = df["method"] == "blockwise"
+    keep = (df["method"] == "blockwise") & numbers(df, "bits").notna()
     for column, value in wanted.items():
         keep &= (df[column].isna() & (value == _PLAIN[column])) | (df[column] == value).fillna(False).astype(bool)
     df = df[keep.fillna(False).astype(bool)].copy()
     df["blocksize"] = numbers(df, "blocksize").fillna(WHOLE_TENSOR).astype(int)
     df["bits"] = numbers(df, "bits").astype(int)
-    rank = [_exponent_rank(b, e) for b, e in zip(df["bits"], numbers(df, "exponent_bits"), strict=True)]
-    df = df.assign(_rank=rank).sort_values("_rank", kind="stable")
-    return df.drop_duplicates(["family", "model", "dtype", "bits", "blocksize"]).sort_index().drop(columns="_rank")
+    return df.drop_duplicates(["family", "model", "dtype", "bits", "blocksize", "exponent_bits"])
+
+
+def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None = None) -> pd.DataFrame:
+    """``points`` with a single number of exponent bits for each combination of ``within``, so that what is compared
+    differs in nothing else.
+
+    Taken is the number found at most values of ``axis`` (all of them, where one is), then on most models; of equals
+    Appendix C.4's heuristic, then Appendix A's number, then the fewest. Cells of other numbers are left out.
+    """
+    cells = cells.assign(_exponent=cells["exponent_bits"].fillna(_NO_EXPONENT), _side=cells[axis] if axis else 0)
+    kept = []
+    for _, own in cells.groupby(list(within), sort=False):
+        ranks = []
+        for exponent, same in own.groupby("_exponent"):
+            number = float(str(exponent))
+            cover = len(same.drop_duplicates(["family", "model", "_side"]))
+            ranks.append((-same["_side"].nunique(), -cover, _exponent_rank(int(same["bits"].iloc[0]), number), number))
+        kept.append(own[own["_exponent"] == min(ranks)[-1]])
+    return (pd.concat(kept).sort_index() if kept else cells).drop(columns=["_exponent", "_side"])
 
 
 def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Cells with a value of ``metric``, one row each, ordered by family, params and bits.
 
-    Columns: key, family, model, params, dtype, bits, blocksize, bits_per_param, total_bits (bits; both the paper's
-    nominal count where it is known), value (float64), stderr (float64, NaN where unknown), diverged (bool). A diverged
-    cell without a finite value has the worst one, an infinity; a cell not evaluated on the metric is left out.
+    Columns: key, family, model, params, dtype, bits, blocksize, exponent_bits (float64, NaN but for floats),
+    bits_per_param, total_bits (bits; both the paper's nominal count where it is known), value (float64), stderr
+    (float64, NaN where unknown), diverged (bool: on the metric's own eval, where the table says). A diverged cell
+    without a finite value has the worst one, an infinity; a cell not evaluated on the metric is left out.
     """
     worst = -np.inf if metric.higher_is_better else np.inf
     value = numbers(df, metric.column).replace([np.inf, -np.inf], np.nan)
-    diverged = df["status"] == "diverged"
+    diverged = _diverged(_status(df, metric))
     total = numbers(df, "total_bits_nominal").fillna(numbers(df, "total_bits"))
     found = pd.DataFrame(
         {
@@ -98,6 +120,7 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
             "dtype": df["dtype"],
             "bits": numbers(df, "bits").astype(int),
             "blocksize": df["blocksize"],
+            "exponent_bits": numbers(df, "exponent_bits"),
             "bits_per_param": numbers(df, "bits_per_param_nominal"),
             "total_bits": total,
             "value": value.where(~(diverged & value.isna()), worst),
@@ -113,8 +136,12 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def with_baseline(cells: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """``points`` beside their model's 16-bit cell: adds baseline, baseline_key, change (value - baseline), or NaN."""
-    found = baseline[["family", "model", "key", "value"]].rename(columns={"key": "baseline_key", "value": "baseline"})
+    """``points`` beside their model's 16-bit cell: adds baseline, baseline_key, change (value - baseline), or NaN.
+
+    A baseline that diverged without a finite value is none: nothing can be compared with it.
+    """
+    finite = baseline[np.isfinite(baseline["value"])]
+    found = finite[["family", "model", "key", "value"]].rename(columns={"key": "baseline_key", "value": "baseline"})
     merged = cells.merge(found.drop_duplicates(["family", "model"]), on=["family", "model"], how="left")
     return merged.assign(change=merged["value"] - merged["baseline"])
 
@@ -139,11 +166,48 @@ def fullest_dtype(cells: pd.DataFrame, axis: str) -> str | None:
     return max(order, key=lambda d: counts[d]) if order else None
 
 
+def some_eval_diverged(df: pd.DataFrame) -> pd.Series[bool]:
+    """Which cells diverged on any of their evals, by row."""
+    found = _diverged(df["status"])
+    for column in _status_columns(df):
+        found |= _diverged(df[column])
+    return found
+
+
+def exponents_text(cells: pd.DataFrame) -> str:
+    """'2 at 3, 4 bits; 3 at 5 bits': the exponent bits of float cells by precision; empty without float cells."""
+    floats = cells.dropna(subset=["exponent_bits"])
+    by_exponents: dict[str, list[str]] = {}
+    for bits, own in floats.groupby("bits"):
+        numbers_found = " or ".join(f"{e:.0f}" for e in sorted(own["exponent_bits"].unique()))
+        by_exponents.setdefault(numbers_found, []).append(str(bits))
+    return "; ".join(f"{exponents} at {', '.join(bits)} bits" for exponents, bits in by_exponents.items())
+
+
 def block_name(blocksize: int) -> str:
     return "whole tensor" if blocksize == WHOLE_TENSOR else str(blocksize)
 
 
+def _status(df: pd.DataFrame, metric: Metric) -> pd.Series[str]:
+    """Status of the metric's eval by row; the cell's where the table has no column for it.
+
+    The zero-shot mean's is the cell's where all of its tasks were measured.
+    """
+    if metric.eval:
+        return df[metric.status_column] if metric.status_column in df.columns else df["status"]
+    tasks = [c for c in (task + STATUS_SUFFIX for task in ZERO_SHOT_TASKS) if c in df.columns]
+    return df["status"].where(df[tasks].isin(MEASURED).all(axis=1))
+
+
+def _status_columns(df: pd.DataFrame) -> list[str]:
+    return [c for c in df.columns if c.endswith(STATUS_SUFFIX)]
+
+
+def _diverged(status: pd.Series[str]) -> pd.Series[bool]:
+    return status.isin(["diverged"])
+
+
 def _exponent_rank(bits: int, exponent_bits: float) -> float:
-    if np.isnan(exponent_bits) or EXPONENT_RULES["heuristic"].get(bits) == exponent_bits:
+    if EXPONENT_RULES["heuristic"].get(bits) == exponent_bits:
         return 0
     return 1 if EXPONENT_RULES["paper"].get(bits) == exponent_bits else 1 + exponent_bits

@@ -11,8 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis import style
+from analysis.cells import exponents_text
 from analysis.metrics import Metric
-from analysis.significance import Comparison, Samples, compare
+from analysis.significance import Comparison, Samples, can_pair, compare
 from kbit.spec import BASELINE_BITS
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class Drawing:
 
     def _interval(self, key: str, baseline: str) -> Comparison | None:
         a, b = (self.samples.get((k, self.metric.eval)) for k in (key, baseline))
-        return compare(a, b, self.metric.metric) if a is not None and b is not None else None
+        if a is None or b is None or not can_pair(a, b, self.metric.metric):
+            return None
+        return compare(a, b, self.metric.metric)
 
     def notes(self, cells: pd.DataFrame, sweep: str | None) -> str:
         """What a reader must know beside the legend: models, what bars and open markers mean, where losses are cut."""
@@ -95,6 +98,8 @@ class Drawing:
             said.append(f"Model: {models[0]}.")
         elif cells["family"].nunique() == 1 and len(models) <= _MOST_NAMED:
             said.append("Each curve, left to right: " + ", ".join(models) + ".")
+        if exponents := exponents_text(cells):
+            said.append(f"Exponent bits of float: {exponents}.")
         if self.errors:
             said.append("Bars: ± 1 standard error.")
         if self.intervals:
@@ -120,11 +125,12 @@ def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def loss_cap(cells: pd.DataFrame, metric: Metric) -> float | None:
-    """``LOSS_CAP`` for losses, unless a 16-bit model lies beyond it (or, without any, half of the cells); else None."""
+    """``LOSS_CAP`` for losses, unless a 16-bit model lies beyond it (or, without any, half of the finite cells)."""
     finite = cells[np.isfinite(cells["value"])]
     base = finite.loc[finite["bits"] == BASELINE_BITS, "value"]
     reference = base.max() if len(base) else finite["value"].median()
-    return LOSS_CAP if metric.metric == "loss" and reference < LOSS_CAP else None
+    # Where nothing is finite the reference is NaN, and the diverged cells stand at the cap.
+    return LOSS_CAP if metric.metric == "loss" and not reference >= LOSS_CAP else None
 
 
 def change_edge(cells: pd.DataFrame, drawing: Drawing) -> float:

@@ -18,6 +18,7 @@ from analysis.cells import (
     block_name,
     fullest_dtype,
     measured,
+    one_exponent,
     ordered_dtypes,
     plain,
     points,
@@ -135,6 +136,7 @@ def data_types(
     rows = measured(df)
     cells = plain(rows)
     cells = points(cells[(cells["blocksize"] == 64) & (cells["bits"] == bits)], metric)
+    cells = one_exponent(cells, ["family", "dtype", "bits"])
     dtypes = ordered_dtypes(cells)
     if len(dtypes) < 2:
         found = " and ".join(dtypes) or "no data type"
@@ -165,7 +167,7 @@ def block_sizes(
     """
     rows = measured(df)
     cells = plain(rows)
-    cells = points(cells[cells["bits"] == bits], metric)
+    cells = one_exponent(points(cells[cells["bits"] == bits], metric), ["family", "dtype", "bits"], axis="blocksize")
     cells = cells[cells.groupby(["family", "dtype"])["blocksize"].transform("nunique") > 1]
     if cells.empty:
         log.warning("no figure of block sizes: no data type at %d bits has %s at two of them", bits, metric.column)

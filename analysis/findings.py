@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -11,16 +11,19 @@ import pandas as pd
 from analysis.cells import (
     baselines,
     block_name,
+    exponents_text,
     measured,
     numbers,
+    one_exponent,
     ordered_dtypes,
     plain,
     points,
+    some_eval_diverged,
     with_baseline,
 )
 from analysis.metrics import Metric, headline_metrics
 from analysis.scaling import best_precision, budget_grid, common_range, scaling_points
-from analysis.significance import Comparison, Samples, compare_mean_loss
+from analysis.significance import Comparison, Samples, can_pair, compare_mean_loss
 from kbit.spec import BASELINE_BITS
 
 SampleKey = tuple[str, str]
@@ -86,6 +89,7 @@ def _best_precision(df: pd.DataFrame, metric: Metric) -> list[str]:
         best = best_precision(own, metric, budget_grid(*span)).dropna(subset=["bits"])
         if best.empty:
             continue
+        exponents = exponents_text(own)
         share = best["bits"].astype(int).value_counts(normalize=True)
         parts = [f"{bits}-bit over {_share(part)}" for bits, part in share.items()]
         where = parts[0].replace("over 100%", "throughout") if len(parts) == 1 else ", ".join(parts) + " of that range"
@@ -93,21 +97,25 @@ def _best_precision(df: pd.DataFrame, metric: Metric) -> list[str]:
         ahead = f" ({_amount(margin, metric)} ahead of the next on average)" if np.isfinite(margin) else ""
         said.append(
             f"Best precision for a fixed number of model bits, {family}, {_bits(span[0])} to {_bits(span[1])}: "
-            f"{where}{ahead}; {metric.phrase}, {dtype}, block size {_BLOCKSIZE}."
+            f"{where}{ahead}; {metric.phrase}, {dtype}, block size {_BLOCKSIZE}"
+            + (f" (exponent bits: {exponents})." if exponents else ".")
         )
     return said
 
 
 def _data_types(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]) -> list[str]:
-    at = cells[(cells["bits"] == 4) & (cells["blocksize"] == _BLOCKSIZE) & np.isfinite(cells["change"])]
-    at = _balanced(at, "dtype")
-    if at["dtype"].nunique() < 2:
+    at = cells[(cells["bits"] == 4) & (cells["blocksize"] == _BLOCKSIZE) & cells["baseline"].notna()]
+    at = _balanced(one_exponent(at, ["dtype", "bits"]), "dtype")
+    at = at.assign(name=[_dtype_name(d, e) for d, e in zip(at["dtype"], at["exponent_bits"], strict=True)])
+    names = dict.fromkeys(name for d in ordered_dtypes(at) for name in at.loc[at["dtype"] == d, "name"])
+    if len(names) < 2:
         return []
-    mean = at.groupby("dtype")["change"].mean().reindex(ordered_dtypes(at))
-    mean = mean.sort_values(ascending=not metric.higher_is_better, kind="stable")
-    ranked = [str(d) for d in mean.index]
-    listed = ", ".join(f"{d} {_signed(mean[d], metric)}" for d in ranked)
-    proof = _interval_text(at, "dtype", ranked[0], ranked[1], metric, samples)
+    means, diverged = _means(at, "name")
+    ranked = sorted((n for n in names if n in means), key=lambda n: means[n], reverse=metric.higher_is_better)
+    # What diverged anywhere has no mean over the same models: it stands last, the most often diverged at the end.
+    last = sorted((n for n in names if n in diverged), key=lambda n: diverged[n])
+    listed = _listed([*ranked, *last], means, diverged, at, metric)
+    proof = _interval_text(at, "name", ranked[0], ranked[1], metric, samples) if len(ranked) > 1 else ""
     return [
         f"Data types at 4 bits, block size {_BLOCKSIZE}, change of {metric.phrase} from 16-bit{_unit(metric)}, "
         f"{_models(at)}: {listed}.{proof}"
@@ -115,25 +123,28 @@ def _data_types(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey,
 
 
 def _block_sizes(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]) -> list[str]:
-    at = cells[(cells["bits"] == 4) & np.isfinite(cells["change"])]
+    at = cells[(cells["bits"] == 4) & cells["baseline"].notna()]
+    at = one_exponent(at, ["dtype", "bits"], axis="blocksize")
     said = []
     for dtype in ordered_dtypes(at):
         own = _balanced(at[at["dtype"] == dtype], "blocksize")
         sizes = sorted(own["blocksize"].unique(), key=lambda b: b or np.inf)
         if len(sizes) < 2:
             continue
-        mean = own.groupby("blocksize")["change"].mean()
-        listed = ", ".join(f"{block_name(b)} {_signed(mean[b], metric)}" for b in sizes)
-        proof = _interval_text(own, "blocksize", sizes[0], sizes[-1], metric, samples)
+        means, diverged = _means(own, "blocksize")
+        listed = _listed(sizes, means, diverged, own, metric)
+        finite = [b for b in sizes if b in means]
+        proof = _interval_text(own, "blocksize", finite[0], finite[-1], metric, samples) if len(finite) > 1 else ""
         said.append(
-            f"Block sizes at 4 bits, {dtype}, change of {metric.phrase} from 16-bit{_unit(metric)}, "
-            f"{_models(own)}: {listed}.{proof}"
+            f"Block sizes at 4 bits, {_dtype_name(dtype, own['exponent_bits'].iloc[0])}, change of {metric.phrase} "
+            f"from 16-bit{_unit(metric)}, {_models(own)}: {listed}.{proof}"
         )
     return said
 
 
 def _high_precision(cells: pd.DataFrame, metric: Metric) -> list[str]:
     at = cells[cells["bits"].isin(_HIGH) & (cells["blocksize"] == _BLOCKSIZE) & cells["baseline"].notna()]
+    at = one_exponent(at, ["dtype", "bits"])
     if set(at["bits"]) != set(_HIGH):
         return []
     change = at["change"].abs().to_numpy()
@@ -144,7 +155,7 @@ def _high_precision(cells: pd.DataFrame, metric: Metric) -> list[str]:
     size = f"perplexity within {np.expm1(change.max()):.2%}" if loss else f"{metric.phrase} within {change.max():.4f}"
     return [
         f"6 to 8 bits, block size {_BLOCKSIZE}: {size} of 16-bit in all {len(at)} cells; farthest "
-        f"{farthest['dtype']} at {farthest['bits']} bits, {farthest['model']}."
+        f"{_dtype_name(farthest['dtype'], farthest['exponent_bits'])} at {farthest['bits']} bits, {farthest['model']}."
     ]
 
 
@@ -152,29 +163,76 @@ def _outliers(
     rows: pd.DataFrame, cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]
 ) -> list[str]:
     said = []
-    same = ["family", "model", "dtype", "bits", "blocksize"]
     for fraction in sorted(f for f in numbers(rows, "outlier_fraction").dropna().unique() if f > 0):
-        kept = points(plain(rows, outlier_fraction=fraction), metric).merge(cells, on=same, suffixes=("", "_without"))
-        kept = kept[np.isfinite(kept["value"]) & np.isfinite(kept["value_without"])]
+        kept = _with_and_without(points(plain(rows, outlier_fraction=fraction), metric), cells)
         for (bits, dtype, blocksize), own in kept.groupby(["bits", "dtype", "blocksize"]):
+            name = _dtype_name(str(dtype), own["exponent_bits"].iloc[0])
+            about = (
+                f"{100 * fraction:g} % outlier dimensions in 16 bits, {name} at {bits} bits, block size "
+                f"{block_name(int(str(blocksize)))}: "
+            )
+            gone = own["diverged"] | own["diverged_without"]
+            if gone.any():
+                with_, without = own["diverged"].sum(), own["diverged_without"].sum()
+                about += f"diverged on {with_} of {len(own)} models with them, on {without} without"
+                own = own[~gone]
+                if own.empty:
+                    said.append(f"{about}.")
+                    continue
+                about += "; over the others, "
             change = (own["value"] - own["value_without"]).mean()
             extra = (own["bits_per_param"] - own["bits_per_param_without"]).mean()
-            interval = _mean_interval(list(zip(own["key"], own["key_without"], strict=True)), metric, samples)
+            interval = _mean_interval(own, own["key"], own["key_without"], metric, samples)
             said.append(
-                f"{100 * fraction:g} % outlier dimensions in 16 bits, {dtype} at {bits} bits, block size "
-                f"{block_name(blocksize)}: change of {metric.phrase}{_unit(metric)}, {_models(own)}: "
+                f"{about}change of {metric.phrase}{_unit(metric)}, {_models(own)}: "
                 f"{_signed(change, metric)}{_ci(interval, metric)}, for {extra:.2f} bits a parameter more."
             )
     return said
 
 
+def _with_and_without(kept: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells with outlier dimensions beside those without ('_without'), alike in all else, exponent bits included."""
+    columns = list(kept.columns)
+    both = [part.assign(outliers=outliers)[[*columns, "outliers"]] for part, outliers in ((kept, 1), (cells, 0))]
+    if any(part.empty for part in both):
+        return kept.iloc[:0]
+    alike = one_exponent(pd.concat(both, ignore_index=True), ["dtype", "bits", "blocksize"], axis="outliers")
+    with_, without = (alike[alike["outliers"] == x].drop(columns="outliers") for x in (1, 0))
+    same = ["family", "model", "dtype", "bits", "blocksize", "exponent_bits"]
+    return with_.merge(without, on=same, suffixes=("", "_without"))
+
+
 def _divergence(rows: pd.DataFrame) -> list[str]:
-    diverged = rows[rows["status"] == "diverged"]
+    diverged = rows[some_eval_diverged(rows)]
     if diverged.empty:
         return []
-    counts = numbers(diverged, "bits").astype(int).value_counts().sort_index()
+    counts = numbers(diverged, "bits").astype("Int64").value_counts().sort_index()
     listed = ", ".join(f"{n} at {bits} bits" for bits, n in counts.items())
     return [f"{len(diverged)} of {len(rows)} measured cells diverged: {listed}."]
+
+
+def _means(cells: pd.DataFrame, axis: str) -> tuple[dict[Hashable, float], dict[Hashable, int]]:
+    """Mean change of each value of an axis that diverged on no model; on how many models the others diverged."""
+    counts = cells.groupby(axis)["diverged"].sum()
+    means = cells.groupby(axis)["change"].mean()
+    return {v: float(means[v]) for v in means.index if not counts[v]}, {v: int(n) for v, n in counts.items() if n}
+
+
+def _listed(
+    values: Sequence[str | int],
+    means: Mapping[Hashable, float],
+    diverged: Mapping[Hashable, int],
+    cells: pd.DataFrame,
+    metric: Metric,
+) -> str:
+    """'int +0.0421, float e2 diverged on 1 of 3 models'."""
+    models = len(cells.drop_duplicates(["family", "model"]))
+    said = []
+    for value in values:
+        name = value if isinstance(value, str) else block_name(value)
+        on = f" on {diverged.get(value)} of {models} models" if models > 1 else ""
+        said.append(f"{name} {_signed(means[value], metric)}" if value in means else f"{name} diverged{on}")
+    return ", ".join(said)
 
 
 def _balanced(cells: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -191,9 +249,9 @@ def _interval_text(
     metric: Metric,
     samples: Mapping[SampleKey, Samples],
 ) -> str:
-    """' int against float: -0.0123 (95 % CI ...).', over the models that have both; empty without samples."""
+    """' int against float e2: -0.0123 (95 % CI ...).', over models that have both; empty without samples to pair."""
     keys = cells.pivot(index=["family", "model"], columns=axis, values="key")
-    interval = _mean_interval(list(zip(keys[first], keys[second], strict=True)), metric, samples)
+    interval = _mean_interval(keys.reset_index(), keys[first], keys[second], metric, samples)
     if interval is None:
         return ""
     verdict = "" if interval.significant else ", not significant"
@@ -201,14 +259,29 @@ def _interval_text(
 
 
 def _mean_interval(
-    pairs: list[tuple[str, str]], metric: Metric, samples: Mapping[SampleKey, Samples]
+    models: pd.DataFrame,
+    first: pd.Series[str],
+    second: pd.Series[str],
+    metric: Metric,
+    samples: Mapping[SampleKey, Samples],
 ) -> Comparison | None:
-    """Paired difference averaged over models; None unless the metric is a loss, and every sample there and finite."""
-    wanted = [((a, metric.eval), (b, metric.eval)) for a, b in pairs]
-    if metric.metric != "loss" or not pairs or any(k not in samples for pair in wanted for k in pair):
+    """Paired difference of two cells' losses averaged over models, of which the families are known.
+
+    None for other metrics, or where a sample is missing, not finite or can't be paired (of other windows).
+    """
+    wanted = [((a, metric.eval), (b, metric.eval)) for a, b in zip(first, second, strict=True)]
+    if metric.metric != "loss" or not wanted or any(k not in samples for pair in wanted for k in pair):
         return None
-    interval = compare_mean_loss([(samples[a], samples[b]) for a, b in wanted])
+    pairs = [(samples[a], samples[b]) for a, b in wanted]
+    if not all(can_pair(a, b, metric.metric) for a, b in pairs):
+        return None
+    # The models of a family share a tokenizer, and with it their windows.
+    interval = compare_mean_loss(pairs, models["family"].tolist())
     return interval if np.isfinite(interval.low) else None
+
+
+def _dtype_name(dtype: str, exponent_bits: float) -> str:
+    return dtype if np.isnan(exponent_bits) else f"{dtype} e{exponent_bits:.0f}"
 
 
 def _ci(interval: Comparison | None, metric: Metric) -> str:

@@ -10,6 +10,8 @@ from typing import Final
 import pandas as pd
 
 STDERR_SUFFIX: Final = "_stderr"
+STATUS_SUFFIX: Final = "_status"
+_NO_METRIC: Final = (STDERR_SUFFIX, STATUS_SUFFIX)
 ZERO_SHOT_MEAN: Final = "zero_shot_mean"
 ZERO_SHOT_TASKS: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks (section 4); ``zero_shot_mean`` is the mean of their accuracies (DEFINITIONS: Zero-shot)."""
@@ -77,6 +79,10 @@ class Metric:
     def stderr_column(self) -> str:
         return self.column + STDERR_SUFFIX
 
+    @property
+    def status_column(self) -> str:
+        return self.eval + STATUS_SUFFIX
+
 
 def parse_metric(column: str) -> Metric:
     """The metric that a column ``{eval}_{metric}`` holds.
@@ -84,13 +90,13 @@ def parse_metric(column: str) -> Metric:
     A metric unknown here is taken to be the last word, better when higher, as lm-eval's tasks mostly are.
 
     Raises:
-        ValueError: the name has no eval, or is a standard error.
+        ValueError: the name has no eval, or is a standard error or a status.
     """
     if column == ZERO_SHOT_MEAN:
         kind = _Kind(name="Mean zero-shot accuracy", unit="", higher_is_better=True, decimals=3)
         return _metric(column, "", "acc", kind, kind.name)
     eval_name, metric = _split(column)
-    if not eval_name or not metric or column.endswith(STDERR_SUFFIX):
+    if not eval_name or not metric or column.endswith(_NO_METRIC):
         raise ValueError(f"column {column!r} is not a metric: metrics are named EVAL_METRIC, e.g. 'wikitext2_loss'")
     kind = _KINDS.get(metric, _Kind(name=metric, unit="", higher_is_better=True, decimals=3))
     return _metric(column, eval_name, metric, kind, f"{kind.name} on {eval_name}")
@@ -102,7 +108,7 @@ def metric_columns(df: pd.DataFrame) -> list[Metric]:
     return [
         parse_metric(c)
         for c in df.columns
-        if not c.endswith(STDERR_SUFFIX) and (c == ZERO_SHOT_MEAN or _known(c) or c + STDERR_SUFFIX in names)
+        if not c.endswith(_NO_METRIC) and (c == ZERO_SHOT_MEAN or _known(c) or c + STDERR_SUFFIX in names)
     ]
 
 

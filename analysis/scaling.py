@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.cells import WHOLE_TENSOR, baselines, fullest_dtype, measured, plain, points
+from analysis.cells import WHOLE_TENSOR, baselines, fullest_dtype, measured, one_exponent, plain, points
 from analysis.metrics import Metric
 
 
@@ -18,6 +18,8 @@ def scaling_points(
     df: pd.DataFrame, metric: Metric, *, dtype: str | None = None, blocksize: int | None = 64
 ) -> tuple[pd.DataFrame, str | None]:
     """The points of Figure 2: cells of one data type at one block size, and the 16-bit baseline.
+
+    Floats have one number of exponent bits a family and precision. Cells of an unknown size are left out.
 
     Args:
         df: a wide result table.
@@ -31,9 +33,11 @@ def scaling_points(
     rows = measured(df)
     cells = plain(rows)
     cells = points(cells[cells["blocksize"] == (blocksize or WHOLE_TENSOR)], metric)
+    cells = one_exponent(cells, ["family", "dtype", "bits"])
     dtype = dtype or fullest_dtype(cells, "bits")
     both = [c for c in (points(baselines(rows), metric), cells[cells["dtype"] == dtype]) if len(c)]
-    return (pd.concat(both, ignore_index=True) if both else cells), dtype
+    curves = pd.concat(both, ignore_index=True) if both else cells
+    return curves.dropna(subset=["total_bits"]), dtype
 
 
 def interpolate(total_bits: ArrayLike, values: ArrayLike, budgets: ArrayLike) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ cancels. An interval speaks of other texts of the same kind, for the models at h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL: Final = 0.95
+_DIFFERENT_WINDOWS: Final = (
+    "the two losses are of different windows; compare measurements of one tokenizer, dataset, window and limit"
+)
 
 Samples = Mapping[str, NDArray[Any]]
 """Outcomes of each sample by name: 'nats' and 'tokens' of each window, or a task's metric ('acc') of each document."""
@@ -57,10 +60,8 @@ def compare_loss(a: Samples, b: Samples) -> Comparison:
     """
     tokens = np.asarray(a["tokens"], dtype=np.float64)
     if not np.array_equal(tokens, np.asarray(b["tokens"], dtype=np.float64)):
-        raise ValueError(
-            "the two losses are of different windows; compare measurements of one tokenizer, dataset, window and limit"
-        )
-    with np.errstate(invalid="ignore"):
+        raise ValueError(_DIFFERENT_WINDOWS)
+    with np.errstate(invalid="ignore", divide="ignore"):
         d = np.asarray(a["nats"], dtype=np.float64) - np.asarray(b["nats"], dtype=np.float64)
         ratio = float(d.sum() / tokens.sum()) if len(d) else float("nan")
         residual = d - ratio * tokens
@@ -97,6 +98,17 @@ def compare_outcomes(a: NDArray[Any], b: NDArray[Any]) -> Comparison:
     return Comparison(difference=mean, low=max(-1.0, centre - half), high=min(1.0, centre + half), stderr=error, n=n)
 
 
+def can_pair(a: Samples, b: Samples, metric: str) -> bool:
+    """Whether ``compare`` can: both kept the metric's outcomes, of windows with the same tokens or as many documents.
+
+    The same model measured with another window or limit can't be paired.
+    """
+    names = {"nats", "tokens"} if metric == "loss" else {metric}
+    if not (names <= set(a) and names <= set(b)):
+        return False
+    return np.array_equal(a["tokens"], b["tokens"]) if metric == "loss" else len(a[metric]) == len(b[metric])
+
+
 def compare(a: Samples, b: Samples, metric: str) -> Comparison:
     """``compare_loss`` for 'loss', ``compare_outcomes`` for a task's metric.
 
@@ -107,29 +119,43 @@ def compare(a: Samples, b: Samples, metric: str) -> Comparison:
     return compare_loss(a, b) if metric == "loss" else compare_outcomes(a[metric], b[metric])
 
 
-def compare_mean_loss(pairs: Sequence[tuple[Samples, Samples]]) -> Comparison:
+def compare_mean_loss(pairs: Sequence[tuple[Samples, Samples]], tokenizers: Sequence[Hashable]) -> Comparison:
     """Mean over models of the difference of two losses, a model's weights the same.
 
-    Models with the same windows are averaged window by window, so that what they share in a window counts. Otherwise
-    (other tokenizers) the standard errors are averaged: the error of a mean is at most that, however they correlate.
+    Models of one tokenizer with the same windows are averaged window by window, so that what they share in a window
+    counts. Over others the standard errors are averaged: the error of a mean is at most that, however they correlate.
 
     Args:
         pairs: (a, b) of each model, as in ``compare_loss``.
+        tokenizers: of each model, what its tokenizer goes by, e.g. the family. Windows of different tokenizers hold
+            different texts even where their numbers of tokens are the same.
 
     Raises:
-        ValueError: no pairs, or a pair is of different windows.
+        ValueError: no pairs, not as many tokenizers, or a pair is of different windows.
     """
     if not pairs:
         raise ValueError("no models to compare")
-    each = [compare_loss(a, b) for a, b in pairs]
-    first = pairs[0][0]["tokens"]
-    if all(np.array_equal(first, a["tokens"]) for a, _ in pairs):
-        means = [
-            np.mean([np.asarray(pair[side]["nats"], dtype=np.float64) for pair in pairs], axis=0) for side in (0, 1)
-        ]
-        return compare_loss({"nats": means[0], "tokens": first}, {"nats": means[1], "tokens": first})
-    difference, error = float(np.mean([c.difference for c in each])), float(np.mean([c.stderr for c in each]))
+    alike: dict[Hashable, list[tuple[Samples, Samples]]] = {}
+    for pair, tokenizer in zip(pairs, tokenizers, strict=True):
+        alike.setdefault((tokenizer, np.asarray(pair[0]["tokens"], dtype=np.int64).tobytes()), []).append(pair)
+    each = [_window_by_window(group) for group in alike.values()]
+    models = [len(group) for group in alike.values()]
+    with np.errstate(invalid="ignore"):
+        difference = float(np.average([c.difference for c in each], weights=models))
+        error = float(np.average([c.stderr for c in each], weights=models))
     return _student(difference, error, min(c.n for c in each))
+
+
+def _window_by_window(pairs: Sequence[tuple[Samples, Samples]]) -> Comparison:
+    """``compare_loss`` of the mean over models of each window's nats; all of the same windows."""
+    if len(pairs) == 1:
+        return compare_loss(*pairs[0])
+    if any(not can_pair(a, b, "loss") for a, b in pairs):
+        raise ValueError(_DIFFERENT_WINDOWS)
+    with np.errstate(invalid="ignore"):
+        a, b = (np.mean([np.asarray(p[side]["nats"], dtype=np.float64) for p in pairs], axis=0) for side in (0, 1))
+    tokens = pairs[0][0]["tokens"]
+    return compare_loss({"nats": a, "tokens": tokens}, {"nats": b, "tokens": tokens})
 
 
 def _student(mean: float, error: float, n: int) -> Comparison:

@@ -98,11 +98,17 @@ def ordinal_styles(n: int) -> list[tuple[str, str]]:
 
 
 def bits_axis(ax: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis over total bits, with as many round ticks such as '20M' as its length has room for."""
+    """A logarithmic axis over total bits, with as many round ticks such as '20M' as its length has room for.
+
+    Unknown (NaN) sizes are passed over; without a known one the axis stays as it is.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    known = [v for v in values if np.isfinite(v)]
+    if not known:
+        return
     ax.set_xscale("log")
-    low, high = min(values), max(values)
+    low, high = min(known), max(known)
     pad = max(high / low, 1.5) ** 0.09
     ax.set_xlim(low / pad, high * pad)
     figure = ax.get_figure(root=True)

@@ -12,7 +12,7 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 
-from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, ordered_dtypes, plain, points
+from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, one_exponent, ordered_dtypes, plain, points
 from analysis.metrics import Metric, parse_metric
 from kbit.spec import BASELINE_BITS, SpecError
 
@@ -25,6 +25,8 @@ _FIELDS: Final = ("value", "stderr", "diverged")
 
 def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | None = 64) -> pd.DataFrame:
     """A metric by model, bits and data type, of plain block-wise cells at one block size and the 16-bit baseline.
+
+    Floats have one number of exponent bits a family and precision (``cells.one_exponent``).
 
     Args:
         df: a wide result table.
@@ -44,6 +46,7 @@ def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | No
     rows = measured(df)
     cells = plain(rows)
     cells = points(cells[cells["blocksize"] == (blocksize or WHOLE_TENSOR)], metric)
+    cells = one_exponent(cells, ["family", "dtype", "bits"])
     base = points(baselines(rows), metric)
     dtypes = ordered_dtypes(cells) or ["16-bit"]
     spread = pd.concat([base.assign(dtype=d) for d in dtypes])

@@ -90,20 +90,37 @@ class Part:
                 span = values[:, begin - first : end - first].view(values.shape[0], -1, width)
                 yield span, absmax[:, begin // size : -(-end // size)]
 
-    def gather_absmax(self, values: Tensor, absmax: Tensor) -> None:
-        """Raise `absmax` (float32, one a block) to this part's largest magnitudes, in place."""
-        for span, stored in self.spans(values.abs(), absmax):
-            stored.copy_(torch.maximum(stored, span.amax(-1)))
+    def gather_absmax(self, values: Tensor, absmax: Tensor) -> Tensor:
+        """Raise `absmax` (float16 or float32, one a block) to this part's largest magnitudes, in place.
 
-    def divide_(self, values: Tensor, divisor: Tensor) -> None:
-        """values / divisor of its block, in place. A division: multiplying by the reciprocal changes some codes."""
-        for span, stored in self.spans(values, divisor):
-            span.div_(stored.unsqueeze(-1))
+        Each is rounded to absmax's dtype before they are compared, and saturated at 65504 in float16: rounding keeps
+        their order, so the result is the rounded largest, without a float32 copy of all.
+
+        Returns:
+            Whether this part is finite: bool, 0-dim.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=values.device)
+        for span, stored in self.spans(values.abs(), absmax):
+            largest = span.amax(-1)
+            finite &= largest.isfinite().all()
+            if stored.dtype == torch.float16:
+                largest = largest.clamp(max=FLOAT16_MAX).to(torch.float16)
+            stored.copy_(torch.maximum(stored, largest))
+        return finite
+
+    def divide_(self, values: Tensor, absmax: Tensor) -> None:
+        """values / absmax of its block, in place; 0 where that is 0, so that such a block gets the code of 0.
+
+        A division: multiplying by the reciprocal changes some codes.
+        """
+        for span, stored in self.spans(values, absmax):
+            divisor = stored.float()
+            span.div_(torch.where(divisor == 0, torch.inf, divisor).unsqueeze(-1))
 
     def multiply_(self, values: Tensor, absmax: Tensor) -> None:
         """values · absmax of its block, in place."""
         for span, stored in self.spans(values, absmax):
-            span.mul_(stored.unsqueeze(-1))
+            span.mul_(stored.float().unsqueeze(-1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,38 +144,29 @@ class NestedAbsmax:
         return 8 * self.codes.numel() + 32 * self.scale.numel() + 32
 
 
-def store_absmax(absmax: Tensor, absmax_dtype: str) -> Tensor | NestedAbsmax:
-    """What is kept of float32 absmax values [blocks]: 'float16' (saturated at 65504), 'float32', or 'nested' 8-bit."""
-    if absmax_dtype == "float32":
-        return absmax
-    if absmax_dtype == "float16":
-        return absmax.clamp(max=FLOAT16_MAX).to(torch.float16)
+def nest(absmax: Tensor) -> NestedAbsmax:
+    """What 'nested' keeps of float32 absmax values [blocks]."""
     offset = absmax.mean(dtype=torch.float64).float()
     centred = absmax - offset
     part = _nested_part(absmax.numel())
     scale = centred.new_zeros(part.blocks.per_row)
     part.gather_absmax(centred, scale)
-    part.divide_(centred, divisors(scale))
+    part.divide_(centred, scale)
     values = codebook(NESTED_SPEC, absmax)
     return NestedAbsmax(codes=Encoder(values)(centred), scale=scale, offset=offset, codebook=values)
 
 
 def load_absmax(stored: Tensor | NestedAbsmax) -> Tensor:
-    """The float32 absmax values [blocks] that quantizing and dequantizing both use.
+    """The absmax values [blocks] that quantizing and dequantizing both use: as they are stored, nested ones as float32.
 
     Nested ones may come out slightly below zero where the true value is near zero beside a large one, as bitsandbytes'
     do; codes are made with the same number, so the signs cancel.
     """
     if isinstance(stored, Tensor):
-        return stored.float()
+        return stored
     values = stored.codebook[stored.codes.int()]
     _nested_part(values.numel()).multiply_(values, stored.scale)
     return values + stored.offset
-
-
-def divisors(absmax: Tensor) -> Tensor:
-    """absmax with infinity for zero, so that every value of such a block divides to 0 and gets the code of 0."""
-    return torch.where(absmax == 0, torch.inf, absmax)
 
 
 def _nested_part(count: int) -> Part:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_FLOATS = ("F", "BF")
+"""How the names of floating-point dtypes begin; masks and indices (BOOL, I64, U8) are no weights."""
 _DEFAULT_CONTEXT = 2048
 _NO_CONTEXT = 10**9
 """Tokenizers without a limit say a number beyond this one."""
@@ -34,7 +36,8 @@ class LoadedModel:
     """A model ready to be quantized and evaluated.
 
     Attributes:
-        model: in eval mode, on its device, without gradients; its weights are 16-bit values in the compute dtype.
+        model: in eval mode, on its device, without gradients; its weights are 16-bit values in the compute dtype, its
+            buffers in the dtypes that transformers loads them in.
         tokenizer: the checkpoint's.
         storage_dtype: float16 or bfloat16, what the checkpoint's weights were cast to: pass it to ``quantize_model``.
     """
@@ -102,10 +105,20 @@ def load_model(
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
         raise SpecError("compute_dtype", compute_dtype, allowed)
     model, tokenizer = _read(directory, path_or_id, storage, trust_remote_code)
-    model.to(device=device, dtype=compute)  # type: ignore[call-arg]
+    _place(model, device, compute)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, storage_dtype=storage)
+
+
+def _place(model: PreTrainedModel, device: str, compute: torch.dtype) -> None:
+    """Move a model to its device and cast its parameters up. ``model.to(dtype=...)`` would cast its buffers down too,
+    and transformers keeps rotary frequencies in float32 whatever the weights are.
+    """
+    model.to(device=device)  # type: ignore[call-arg]
+    for parameter in model.parameters():  # tied ones are one object: they stay tied
+        if parameter.is_floating_point() and parameter.dtype.itemsize < compute.itemsize:
+            parameter.data = parameter.data.to(compute)
 
 
 def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path:
@@ -152,9 +165,9 @@ def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
     for path in files:
         if path.suffix == ".safetensors":
             for tensor in _safetensors_header(path).values():
-                counts[_SAFETENSORS_DTYPES.get(tensor["dtype"], torch.float32)] += (
-                    tensor["data_offsets"][1] - tensor["data_offsets"][0]
-                )
+                if tensor["dtype"].startswith(_SAFETENSORS_FLOATS):
+                    begin, end = tensor["data_offsets"]
+                    counts[_SAFETENSORS_DTYPES.get(tensor["dtype"], torch.float32)] += end - begin
         else:
             for tensor in _torch_file(path).values():
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():

@@ -29,7 +29,7 @@ class QuantHandle:
             ones once.
         total_bits_nominal: the same with the paper's count of a quantized weight, k + 16/B + p (16 - k).
         codebook_hash: SHA-256 over the layers' codebooks (float32, little-endian), in their order; over the one
-            codebook where all share it.
+            codebook where all share it. None for the baseline, which has none.
     """
 
     spec: QuantSpec
@@ -37,7 +37,7 @@ class QuantHandle:
     bits_per_param: float
     total_bits: int
     total_bits_nominal: float
-    codebook_hash: str
+    codebook_hash: str | None
     _originals: list[tuple[nn.Parameter, Tensor]] = field(repr=False)
 
     def restore(self) -> None:
@@ -97,7 +97,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec, *, storage_dtype: torch.dt
         bits_per_param=stored_bits / quantized if quantized else float(BASELINE_BITS),
         total_bits=stored_bits + rest,
         total_bits_nominal=quantized * spec.bits_per_param_nominal + rest,
-        codebook_hash=hashed.hexdigest(),
+        codebook_hash=hashed.hexdigest() if layers else None,
         _originals=originals,
     )
 

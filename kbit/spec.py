@@ -20,7 +20,9 @@ MIN_BITS: Final = 2
 MAX_BITS: Final = 8
 BASELINE_BITS: Final = 16
 ALLOWED_BITS: Final = f"a whole number from {MIN_BITS} to {MAX_BITS}, or {BASELINE_BITS} for the baseline"
-ALLOWED_BLOCKSIZE: Final = "a whole number of at least 1, or null for the whole tensor"
+LARGEST_NUMBER: Final = 2**40
+"""No block or text has as many values, and twice of it still is a 64-bit number."""
+ALLOWED_BLOCKSIZE: Final = "a whole number of at least 1 (and at most 2^40), or null for the whole tensor"
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
 
@@ -44,7 +46,8 @@ class QuantSpec:
     """One way to quantize a weight matrix; ``QuantSpec(bits=16)`` is the 16-bit baseline.
 
     Axes that can't matter are normalised away on construction (a 16-bit baseline has no data type; only floats have
-    exponent bits), so two specs that quantize alike are equal and hash alike.
+    exponent bits), so two specs that quantize alike are equal and hash alike. Their values must be possible ones all
+    the same.
 
     Attributes:
         bits: bits a code, 2 to 8; or 16, the baseline, with every other axis unset.
@@ -77,60 +80,66 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         _integer("bits", self.bits, ALLOWED_BITS)
-        if self.bits == BASELINE_BITS:
+        if self.bits != BASELINE_BITS and not MIN_BITS <= self.bits <= MAX_BITS:
+            raise SpecError("bits", self.bits, ALLOWED_BITS)
+        self._validate()
+        if self.is_baseline:
             for f in fields(self):
                 if f.name != "bits":
                     object.__setattr__(self, f.name, None if f.name in ("dtype", "blocksize") else f.default)
-            return
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise SpecError("bits", self.bits, ALLOWED_BITS)
-        _choice("dtype", self.dtype, DTYPES)
+        else:
+            self._normalise()
+
+    def _validate(self) -> None:
+        """Every axis by itself, whether it matters for this spec or not: a misspelt value must not pass unseen."""
+        if self.dtype is not None or not self.is_baseline:
+            _choice("dtype", self.dtype, DTYPES)
         _choice("scheme", self.scheme, get_args(Scheme))
         _choice("absmax_dtype", self.absmax_dtype, get_args(AbsmaxDType))
         if self.blocksize is not None:
             _integer("blocksize", self.blocksize, ALLOWED_BLOCKSIZE)
-            if self.blocksize < 1:
+            if not 1 <= self.blocksize <= LARGEST_NUMBER:
                 raise SpecError("blocksize", self.blocksize, ALLOWED_BLOCKSIZE)
+        if self.exponent_bits is not None:
+            self._validate_exponent_bits(self.exponent_bits)
+        if self.subnormals is not None:
+            _choice("subnormals", self.subnormals, get_args(Subnormals))
+        if self.dynamic_interval is not None:
+            _choice("dynamic_interval", self.dynamic_interval, get_args(DynamicInterval))
         if not isinstance(self.center, bool):
             raise SpecError("center", self.center, "true or false")
         fraction = self.outlier_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
             raise SpecError("outlier_fraction", fraction, "a number from 0 (none) to below 1")
-        self._normalise()
 
-    def _normalise(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "outlier_fraction", float(self.outlier_fraction))
-        if self.blocksize is None:
-            set_(self, "scheme", "block")
-        if self.dtype == "float":
-            exponent_bits = self._resolved_exponent_bits()
-            set_(self, "exponent_bits", exponent_bits)
-            subnormals = self.subnormals or "ieee"
-            _choice("subnormals", subnormals, get_args(Subnormals))
-            # Without mantissa bits there is no subnormal number, so both rules give the same values.
-            set_(self, "subnormals", subnormals if self.bits - 1 - exponent_bits > 0 else "ieee")
+    def _validate_exponent_bits(self, value: int | str) -> None:
+        if self.dtype == "float" and not self.is_baseline:
+            most, why = self.bits - 1, f"bits - 1 = {self.bits - 1} (with bits={self.bits})"
         else:
-            set_(self, "exponent_bits", None)
-            set_(self, "subnormals", None)
-        if self.dtype == "dynamic":
-            interval = self.dynamic_interval or "bnb"
-            _choice("dynamic_interval", interval, get_args(DynamicInterval))
-            set_(self, "dynamic_interval", interval)
-        else:
-            set_(self, "dynamic_interval", None)
-
-    def _resolved_exponent_bits(self) -> int:
-        value = "paper" if self.exponent_bits is None else self.exponent_bits
-        allowed = f"a whole number from 1 to bits - 1 = {self.bits - 1}, or 'paper' or 'heuristic'"
+            most, why = MAX_BITS - 1, str(MAX_BITS - 1)
+        allowed = f"a whole number from 1 to {why}, or 'paper' or 'heuristic'"
         if isinstance(value, str):
             if value not in EXPONENT_RULES:
                 raise SpecError("exponent_bits", value, allowed)
-            return EXPONENT_RULES[value][self.bits]
+            return
         _integer("exponent_bits", value, allowed)
-        if not 1 <= value <= self.bits - 1:
-            raise SpecError("exponent_bits", value, f"{allowed} (with bits={self.bits})")
-        return value
+        if not 1 <= value <= most:
+            raise SpecError("exponent_bits", value, allowed)
+
+    def _normalise(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "outlier_fraction", float(self.outlier_fraction) + 0.0)  # -0.0 is 0.0, with another name in JSON
+        if self.blocksize is None:
+            set_(self, "scheme", "block")
+        exponent_bits, subnormals = None, None
+        if self.dtype == "float":
+            named = self.exponent_bits or "paper"
+            exponent_bits = EXPONENT_RULES[named][self.bits] if isinstance(named, str) else named
+            # Without fraction bits there is no subnormal number, so both rules give the same values.
+            subnormals = (self.subnormals or "ieee") if self.bits - 1 - exponent_bits > 0 else "ieee"
+        set_(self, "exponent_bits", exponent_bits)
+        set_(self, "subnormals", subnormals)
+        set_(self, "dynamic_interval", (self.dynamic_interval or "bnb") if self.dtype == "dynamic" else None)
 
     @property
     def is_baseline(self) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import StoreError
-from sweeps.store import write_atomically
+from sweeps.store import read_json, write_atomically
 
 HEARTBEAT_SECONDS: Final = 10.0
 SILENT_SECONDS: Final = 900.0
@@ -84,7 +84,9 @@ class Claims:
         try:
             os.link(temporary, self._path(number, "json"))
         except FileExistsError as error:
-            raise ClaimTakenError(number) from error
+            # A network file system may repeat a link that had succeeded; then the file is ours, with two names.
+            if temporary.stat().st_nlink != 2:
+                raise ClaimTakenError(number) from error
         except OSError as error:
             raise StoreError(
                 f"out={str(self.out)!r}: its file system can't make hard links ({error.strerror}), "
@@ -106,7 +108,7 @@ class Claims:
     def running(self, claim: Claim) -> set[str]:
         """Measurements in flight by the last heartbeat."""
         try:
-            return set(json.loads(self._path(claim.number, "running").read_text())["running"])
+            return set(read_json(self._path(claim.number, "running"))["running"])
         except FileNotFoundError:
             return set()
 
@@ -117,7 +119,7 @@ class Claims:
         return {m for c in claims if not self._is_alive(c) for m in c.measurements}
 
     def _load(self, number: int) -> Claim:
-        data = json.loads(self._path(number, "json").read_text())
+        data = read_json(self._path(number, "json"))
         return Claim(number=number, **{**data, "measurements": frozenset(data["measurements"])})
 
     def _path(self, number: int, suffix: str) -> Path:

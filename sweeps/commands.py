@@ -13,12 +13,11 @@ from rich.table import Table
 
 from sweeps.cell import AXES
 from sweeps.claims import Claims
-from sweeps.cost import CostModel
-from sweeps.devices import plan_workers, resolve_device
+from sweeps.devices import Workers, plan_workers, resolve_device
 from sweeps.errors import UserError
 from sweeps.grid import check_axes, matches
 from sweeps.manifest import load_manifests
-from sweeps.plan import ROW_BYTES, parse_retry, plan_seconds
+from sweeps.plan import ROW_BYTES, parse_retry
 from sweeps.results import CELL_STATUSES, load_results
 from sweeps.run import out_dir, plan_study, run, run_config, run_name, tracking_config
 from sweeps.store import Store
@@ -40,8 +39,9 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
     manifest = study.manifest
     largest = max(c.model.params or 0 for c in manifest.cells)
     workers = plan_workers(device, cfg.executor.workers, largest)
-    plan = plan_study(store, manifest, parse_retry(_plain(cfg.retry)), workers)
-    gpu_seconds = plan.seconds if device == "cuda" else plan_seconds(plan, CostModel(device="cuda"))
+    retry = parse_retry(_plain(cfg.retry))
+    plan = plan_study(store, manifest, retry, workers)
+    gpu = plan_study(store, manifest, retry, Workers(device="cuda", count=1, threads=1))
     models = {c.model for c in manifest.cells}
     hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
     rows = [
@@ -56,7 +56,7 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
         *((f"  {n:,}", reason) for reason, n in manifest.excluded.items()),
         ("merged", f"{study.duplicates:,} named more than once"),
         ("packs", f"{len(plan.packs):,}, longest {_hours(plan.packs[0].seconds) if plan.packs else '0 s'}"),
-        ("GPU-hours", f"{gpu_seconds / 3600:,.1f} predicted on an H100-class GPU"),
+        ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),
         ("wall time", f"{_hours(plan.seconds / workers.count)} predicted with {workers.count} {device} worker(s) here"),
         ("disk", f"{_bytes(plan.todo * ROW_BYTES)} of results, {_bytes(hub_bytes)} of models from the hub"),
     ]
@@ -146,7 +146,9 @@ def drop_mode(cfg: DictConfig, console: Console) -> int:
     rows = long[long["row_id"].notna()]
     if not len(rows):
         raise UserError(f"mode=drop: nothing stored matches cell={cfg.cell} where={_plain(cfg.where)}")
-    Store(out=out_dir(cfg)).drop(rows["row_id"], why=f"cell={cfg.cell} where={_plain(cfg.where)}")
+    store = Store(out=out_dir(cfg))
+    # Older rows of the same measurements go too: else an earlier failure would come back in place of a new run.
+    store.drop(store.row_ids(set(rows["measurement"])), why=f"cell={cfg.cell} where={_plain(cfg.where)}")
     console.print(
         f"Retired {len(rows)} measurement(s) of {rows['key'].nunique()} cell(s). They stay on disk "
         f"(dropped/ names them) and run again with the next launch."
@@ -158,13 +160,19 @@ def sync_mode(cfg: DictConfig, console: Console) -> int:
     """Make W&B whole from the store."""
     config = tracking_config(cfg)
     store = Store(out=out_dir(cfg))
+    # A pack that is running mirrors itself: adding its rows here too would show them twice.
+    running = {m for claim in Claims(out=store.out).live() for m in claim.measurements}
     by_pack: dict[str, list[Mapping[str, Any]]] = {}
-    for row in store.read().to_pylist():
+    rows = store.read().to_pylist()
+    busy = {row["pack"] for row in rows if row["measurement"] in running}
+    for row in rows:
+        if row["pack"] in busy:
+            continue
         by_pack.setdefault(row["pack"], []).append(
             {**row, "metrics": dict(row["metrics"] or ()), "stderr": dict(row["stderr"] or ())}
         )
     if not by_pack:
-        raise UserError(f"out={str(store.out)!r} holds no measurement to mirror")
+        raise UserError(f"out={str(store.out)!r} holds no finished pack to mirror")
     packs = []
     for pack_id, rows in by_pack.items():
         about = run_config(rows[0])
@@ -173,6 +181,8 @@ def sync_mode(cfg: DictConfig, console: Console) -> int:
     with console.status("mirroring") as status:
         report = sync(packs, config, progress=lambda done, of: status.update(f"mirroring pack {done} of {of}"))
     console.print(str(report), highlight=False)
+    if busy:
+        console.print(f"{len(busy)} packs are running and mirror themselves; sync again when they are done.")
     return 1 if report.error else 0
 
 
@@ -217,8 +227,8 @@ def _results(cfg: DictConfig, *, long: bool = False) -> pd.DataFrame:
     if not isinstance(where, Mapping):
         raise UserError(f"where={where!r} is not valid: axis values, e.g. 'where={{bits: 3, dtype: int}}'")
     check_axes(where, "where")
-    prefixes = tuple(str(c) for c in as_list(_plain(cfg.cell), "cell"))
-    results = load_results(out_dir(cfg), long=long)
+    prefixes = _cell_prefixes()
+    results = load_results(out_dir(cfg), long=long, sweep=_asked_sweep(cfg))
     if prefixes:
         results = results[results["key"].str.startswith(prefixes)]
     if where:
@@ -228,6 +238,23 @@ def _results(cfg: DictConfig, *, long: bool = False) -> pd.DataFrame:
         known = ", ".join(sorted({m.sweep for m in load_manifests(out_dir(cfg))}))
         raise UserError(f"no cell matches cell={list(prefixes)} where={where} (studies there: {known})")
     return results
+
+
+def _cell_prefixes() -> tuple[str, ...]:
+    """What ``cell=`` says, as it was written: Hydra takes a key such as 0123 or 1e5 for a number."""
+    from hydra.core.hydra_config import HydraConfig
+
+    written = [o.partition("=")[2] for o in HydraConfig.get().overrides.task if o.startswith("cell=")]
+    names = [name.strip(" '\"") for text in written for name in text.strip("[] ").split(",")]
+    return tuple(name for name in names if name not in ("", "null"))
+
+
+def _asked_sweep(cfg: DictConfig) -> str | None:
+    """The study that the command line names; None, all of them, where it names none (the default is the demo)."""
+    from hydra.core.hydra_config import HydraConfig
+
+    named = any(o.startswith(("sweep=", "sweep.name=")) for o in HydraConfig.get().overrides.task)
+    return str(cfg.sweep.name) if named else None
 
 
 def _plain(value: Any) -> Any:

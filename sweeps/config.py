@@ -19,7 +19,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 DEMO_DIR = Path(__file__).parent / "demo"
-MODES = ("run", "plan", "status", "table", "logs", "fetch", "drop", "sync")
 
 
 @dataclass

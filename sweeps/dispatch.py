@@ -7,6 +7,7 @@ measurement whose worker died twice is recorded as failed, so that one poison ce
 from __future__ import annotations
 
 import json
+import logging
 import os
 import selectors
 import signal
@@ -30,6 +31,8 @@ from sweeps.store import Store
 MOST_CRASHES: Final = 2
 STOP_SECONDS: Final = 5.0
 LOG_TAIL: Final = 4000
+
+log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -88,14 +91,15 @@ class LocalExecutor:
         self.logs.mkdir(parents=True, exist_ok=True)
         count = min(self.workers.count, len(packs))
         slots = [_Slot(number=i, log=self.logs / f"worker-{i}.log") for i in range(count)]
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
         try:
             with selectors.DefaultSelector() as selector:
                 for slot in slots:
                     self._start(slot, selector)
                 self._loop(slots, selector)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             _stop([s.process for s in slots if s.process is not None])
 
     def _loop(self, slots: Sequence[_Slot], selector: selectors.BaseSelector) -> None:
@@ -108,7 +112,14 @@ class LocalExecutor:
                 self._receive(key.data, selector)
             if time.monotonic() - beat > HEARTBEAT_SECONDS:
                 beat = time.monotonic()
-                self.claims.heartbeat(self.claim, [s.measuring for s in slots if s.measuring])
+                self._heartbeat([s.measuring for s in slots if s.measuring])
+
+    def _heartbeat(self, running: Sequence[str]) -> None:
+        try:
+            self.claims.heartbeat(self.claim, running)
+        except OSError as error:
+            # Workers find out for themselves whether results can be written; a missed beat is no reason to stop them.
+            log.warning("%s can't be written just now: %s", self.claims.directory, error)
 
     def _start(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
         read, write = os.pipe()
@@ -167,7 +178,7 @@ class LocalExecutor:
             self._died(slot, selector)
             return
         *lines, slot.buffer = (slot.buffer + data).split(b"\n")
-        slot.said_anything = True
+        slot.said_anything, self._silent_deaths = True, 0
         for line in lines:
             self._take_in(slot, json.loads(line))
 

@@ -86,8 +86,14 @@ def expand(
 def matches(axes: Mapping[str, Any], when: Mapping[str, Any]) -> bool:
     """Whether every axis named in ``when`` has its value (or one of its list of values)."""
     return all(
-        axes.get(name) in (value if isinstance(value, list | tuple) else [value]) for name, value in when.items()
+        any(_same(axes.get(name), v) for v in (value if isinstance(value, list | tuple) else [value]))
+        for name, value in when.items()
     )
+
+
+def _same(axis: object, value: object) -> bool:
+    """Equal, whether the value was written as a number or quoted; true is not 1."""
+    return isinstance(axis, bool) == isinstance(value, bool) and (axis == value or str(axis) == str(value))
 
 
 def check_axes(names: Iterable[str], key: str) -> None:

@@ -44,7 +44,6 @@ _TIMEOUT: Final = 10.0
 _FAMILY_AND_SIZE: Final = re.compile(
     r"(?P<family>[a-z].*)-(xs|s|m|l|xl|xxl|small|medium|large|\d+(\.\d+)?[mbt]\d*)", re.IGNORECASE
 )
-_CHECKED_LINES: Final = 100
 _asked: Final[dict[tuple[str, str, str], str]] = {}
 """Branch or tag by (type, id, commit) that the hub resolved in this process: a fetch of the commit is one of it."""
 
@@ -182,8 +181,6 @@ def check_jsonl(path: Path, fields: Iterable[str]) -> None:
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if checked == _CHECKED_LINES:
-                    break
                 if line.strip():
                     _check_line(line, f"{path}, line {number}", fields)
                     checked += 1

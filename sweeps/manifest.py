@@ -7,8 +7,7 @@ configuration files.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import Any
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.cell import Cell, Measurement, ModelRef, canonical_json, eval_to_dict, model_to_dict, quant_from_canonical
-from sweeps.store import write_atomically
-
-log = logging.getLogger(__name__)
+from sweeps.store import read_json, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,10 @@ class Manifest:
         data = canonical_json(self._as_dict()).encode()
         name = hashlib.sha256(data).hexdigest()[:16]
         path = _directory(out) / f"{self.sweep}-{name}.json"
-        if not path.exists():
+        if path.exists():
+            # The newest launch decides which settings of an evaluation count where studies differ.
+            os.utime(path)
+        else:
             write_atomically(path, data)
         return path.stem
 
@@ -61,7 +61,7 @@ class Manifest:
 
 def load_manifest(path: Path) -> Manifest:
     """Read a manifest back."""
-    data = json.loads(path.read_text())
+    data = read_json(path)
     models = [ModelRef(**m) for m in data["models"]]
     return Manifest(
         sweep=data["sweep"],

@@ -16,6 +16,7 @@ from sweeps.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict
 from sweeps.cost import CostModel, load_seconds
 from sweeps.errors import UserError, did_you_mean
 from sweeps.manifest import Manifest
+from sweeps.store import FINISHED
 
 RETRY: Final = ("failed", "diverged", "lost")
 PACK_SECONDS: Final = (20.0, 7200.0)
@@ -129,9 +130,9 @@ def make_plan(
         state = statuses.get(measurement.key)
         if state is None:
             state = "in flight" if measurement.key in in_flight else "lost" if measurement.key in lost else "to do"
-        elif measurement.key in in_flight:
+        elif state not in FINISHED and measurement.key in in_flight:
             state = "in flight"
-        if state == "to do" or (state in retry and state != "in flight"):
+        if state == "to do" or (state in retry and measurement.key not in in_flight):
             counts["to do"] += 1
             todo.setdefault(measurement.cell, []).append(measurement.eval)
         else:
@@ -139,12 +140,6 @@ def make_plan(
     packs = _pack(manifest.sweep, todo, cost, workers)
     loads = sum(load_seconds(p.model) for p in packs)
     return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
-
-
-def plan_seconds(plan: Plan, cost: CostModel) -> float:
-    """What the plan's measurements would take by another cost model, loading each model once a pack."""
-    measuring = sum(cost.seconds(m) for p in plan.packs for m in p.measurements())
-    return measuring + sum(load_seconds(p.model) for p in plan.packs)
 
 
 def _pack(sweep: str, todo: Mapping[Cell, Sequence[EvalSpec]], cost: CostModel, workers: int) -> tuple[Pack, ...]:

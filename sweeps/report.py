@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.results import load_results, load_samples
+from sweeps.manifest import Manifest
+from sweeps.results import load_samples, study_results
 from sweeps.store import Store
 
 if TYPE_CHECKING:
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 MOST_FAILURES_SHOWN = 10
 
 
-def show_results(store: Store, sweep: str, console: Console, *, figures: bool) -> int:
-    """Print a study's results; returns how many cells failed.
+def show_results(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
+    """Print what a launch planned and what came of it; returns how many of its cells failed.
 
     Args:
         figures: draw them, and compute the findings that need per-sample outcomes; else say where they are.
     """
-    results = load_results(store.out, sweep=sweep)
+    results, long = study_results(store.out, manifest)
     if results["finished"].notna().any():
         _show_table(results, console)
         if figures:
             with console.status("comparing cells, drawing figures"):
-                _draw(store, sweep, results, console)
-    _show_places(store, sweep, console)
+                _draw(store, manifest.sweep, results, long, console)
+    _show_places(store, manifest.sweep, console)
     return _show_failures(results, console)
 
 
@@ -40,14 +41,13 @@ def _show_table(results: pd.DataFrame, console: Console) -> None:
         render(bits_by_dtype(results, metric=metric), console, metric=metric)
 
 
-def _draw(store: Store, sweep: str, results: pd.DataFrame, console: Console) -> None:
+def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, console: Console) -> None:
     """Findings to the console; figures and the table to files."""
     from analysis.figures import write_figures
     from analysis.findings import findings, wanted_samples
     from analysis.mixtures import mixture_warnings
     from analysis.tables import write_table
 
-    long = load_results(store.out, long=True, sweep=sweep)
     # Only what is compared: the samples of a large study don't fit into memory.
     wanted = wanted_samples(results, long)
     samples = {wanted[m]: outcome for m, outcome in load_samples(store.out, list(wanted)).items()}
@@ -60,12 +60,14 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, console: Console) -> 
 
 
 def _show_places(store: Store, sweep: str, console: Console) -> None:
-    console.print(f"\nIn {store.out}:", highlight=False)
-    for figure in sorted((store.out / "figures" / sweep).glob("*.png")):
-        console.print(f"  {figure.relative_to(store.out)}", highlight=False)
+    console.print(f"\nIn {store.out}:", highlight=False, soft_wrap=True)
+    made = [*sorted((store.out / "figures" / sweep).glob("*.png")), store.out / "tables" / f"{sweep}.csv"]
+    for path in made:
+        if path.exists():
+            console.print(f"  {path.relative_to(store.out)}", highlight=False)
     console.print(
-        f"  tables/{sweep}.csv  (mode=table to=FILE for parquet, Markdown, or long=true)\n"
-        "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)",
+        "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)\n"
+        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row a measurement.",
         highlight=False,
     )
 

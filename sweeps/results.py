@@ -39,14 +39,21 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     Args:
         out: the results directory.
         long: one row a measurement; else one row a planned cell, with a column ``{eval}_{metric}`` and
-            ``{eval}_{metric}_stderr`` for each metric, and ``zero_shot_mean`` where the paper's four tasks are there.
+            ``{eval}_{metric}_stderr`` for each metric, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four
+            tasks are there. Where launches planned an evaluation with different settings, the newest launch's count.
         sweep: only the cells that this study planned.
 
     Raises:
         UserError: no study was ever planned there.
     """
-    rows = _long_rows(Path(out), sweep)
-    return _frame(rows, [c.name for c in COLUMNS if c.name != "samples"]) if long else _wide(rows)
+    rows = _long_rows(Path(out), _manifests(Path(out), sweep))
+    return _long(rows) if long else _wide(rows)
+
+
+def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(wide, long) of exactly what one launch planned, whatever else the directory holds."""
+    rows = _long_rows(out, [manifest])
+    return _wide(rows), _long(rows)
 
 
 def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, dict[str, NDArray[Any]]]:
@@ -56,13 +63,17 @@ def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, dict
     return {key: decode_samples(samples or []) for key, samples in pairs}
 
 
-def _long_rows(out: Path, sweep: str | None) -> list[dict[str, Any]]:
+def _manifests(out: Path, sweep: str | None) -> list[Manifest]:
     manifests = load_manifests(out, sweep)
     if not manifests:
         known = sorted({m.sweep for m in load_manifests(out)})
         raise UserError(
             f"out={str(out)!r} holds no study" + (f" named {sweep!r}; it holds {', '.join(known)}" if known else "")
         )
+    return manifests
+
+
+def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
     stored = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
     claims = Claims(out=out)
     live = claims.live()
@@ -129,6 +140,10 @@ def _planned_row(measurement: Measurement) -> dict[str, Any]:
     return {**empty, **measurement_row(measurement), "metrics": {}, "stderr": {}}
 
 
+def _long(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    return _frame(rows, [c.name for c in COLUMNS if c.name != "samples"])
+
+
 def _wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     cells: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -136,7 +151,8 @@ def _wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     metrics: dict[str, None] = {}
     wide = []
     for group in cells.values():
-        values = _metric_columns(group)
+        values: dict[str, Any] = {f"{row['eval']}_status": row["status"] for row in group}
+        values |= _metric_columns(group)
         metrics |= dict.fromkeys(values)
         wide.append({**_wide_fixed(group), **values})
     fixed = [*CELL_COLUMNS[:1], "sweep", "status", *CELL_COLUMNS[1:]]

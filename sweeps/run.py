@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 
 from sweeps.claims import Claim, Claims, ClaimTakenError
 from sweeps.cost import CostModel
@@ -52,6 +53,8 @@ def run(cfg: DictConfig, console: Console) -> int:
     plan, claim = _claim(store, manifest, retry, workers, launch)
     if claim is None:
         console.print(f"[bold]{manifest.sweep}[/]: nothing to do. {_counts(plan)}")
+        for other in Claims(out=store.out).live() if plan.counts["in flight"] else ():
+            console.print(f"{other.sweep} is being run by launch {other.launch}, process {other.pid} on {other.host}.")
         return _ending(store, manifest, console, figures=False)
     console.print(
         f"[bold]{manifest.sweep}[/]: {sum(len(p.items) for p in plan.packs)} cells, {plan.todo} measurements "
@@ -72,12 +75,17 @@ def run(cfg: DictConfig, console: Console) -> int:
     except ExecutorError as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return EXIT_FAILED
+    except OSError as error:
+        console.print(f"[red]{escape(f'results can not be written any more: {error}')}[/]\nWhat is stored is safe.")
+        return EXIT_FAILED
     finally:
-        Claims(out=store.out).release(claim)
+        _close(store, claim, plan, console)
     return _ending(store, manifest, console, figures=True)
 
 
 def out_dir(cfg: DictConfig) -> Path:
+    if not str(cfg.out).strip():
+        raise UserError("out='' is not valid: name a directory for the results, e.g. out=results")
     return Path(cfg.out).expanduser().absolute()
 
 
@@ -151,7 +159,7 @@ def _execute(
     tracking: TrackingConfig,
     console: Console,
 ) -> None:
-    tracker = Tracker(tracking, warn=lambda text: console.print(f"[yellow]{text}[/]"))
+    tracker = Tracker(tracking, warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"))
     for pack in plan.packs:
         config = run_config(pack)
         tracker.start_pack(pack.id, sweep=pack.sweep, name=run_name(pack.id, config), config=config)
@@ -180,12 +188,22 @@ def _execute(
     finally:
         warning = tracker.close()
         if warning:
-            console.print(f"[yellow]{warning}[/]")
+            console.print(f"[yellow]{escape(warning)}[/]")
+
+
+def _close(store: Store, claim: Claim, plan: Plan, console: Console) -> None:
+    """Compact what interrupted packs left as parts, and give back what was claimed."""
+    try:
+        for pack in plan.packs:
+            store.compact(pack.id)
+        Claims(out=store.out).release(claim)
+    except OSError as error:
+        console.print(f"[yellow]{escape(f'{store.out} can not be tidied up: {error}')}[/]")
 
 
 def _ending(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
     """Table, figures, findings, where everything lies; which cells failed."""
-    failed = show_results(store, manifest.sweep, console, figures=figures)
+    failed = show_results(store, manifest, console, figures=figures)
     return EXIT_FAILED if failed else 0
 
 

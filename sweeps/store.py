@@ -12,7 +12,6 @@ measurement: a result before a failure, then the newest.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+
+_REPORTED: Final[set[Path]] = set()
+"""Damaged files that were already said to be so in this process."""
 
 FINISHED: Final = ("done", "diverged")
 """States that are results; 'failed' is a record that there is none."""
@@ -78,18 +80,15 @@ class Store:
         """Merge the parts of a finished pack into one file, then remove them."""
         import pyarrow as pa
 
-        directory = self.out / "parts" / pack
         read = {path: self._read(path, None) for path in self._files(f"parts/{pack}/*.parquet")}
         mine = {path: table for path, table in read.items() if table is not None}
         if not mine:
             return
         target = self.out / "packs" / f"{pack}-{uuid.uuid4().hex[:12]}.parquet"
         self._write_table(pa.concat_tables(mine.values()), target)
+        # The directory stays: removing it would race with readers that list it and writers that just made it.
         for path in mine:
             path.unlink(missing_ok=True)
-        # A damaged part, or a temporary file of a killed worker, keeps its directory.
-        with contextlib.suppress(OSError):
-            directory.rmdir()
 
     def read(self, columns: Sequence[str] | None = None, *, measurements: Collection[str] | None = None) -> pa.Table:
         """The current row of every measurement: results before failures, then the newest; dropped rows left out.
@@ -120,7 +119,12 @@ class Store:
     def _dropped_ids(self) -> set[str]:
         ids: set[str] = set()
         for path in sorted((self.out / "dropped").glob("*.json")):
-            ids.update(json.loads(path.read_text())["row_ids"])
+            ids.update(read_json(path)["row_ids"])
+        return ids
+
+    def row_ids(self, measurements: Collection[str]) -> list[str]:
+        """Every stored row of some measurements, those that don't count included."""
+        ids: list[str] = self._read_all(["row_id", "measurement"], measurements).column("row_id").to_pylist()
         return ids
 
     def _files(self, pattern: str) -> list[Path]:
@@ -152,18 +156,28 @@ class Store:
         names = schema.names if columns is None else columns
         try:
             with pq.ParquetFile(path) as file:
-                present = [name for name in names if name in file.schema_arrow.names]
+                known = set(file.schema_arrow.names)
+                present = [name for name in names if name in known]
                 table = file.read(columns=present)
         except FileNotFoundError:
             return None
         except (pa.ArrowInvalid, OSError) as error:
-            log.warning("%s is damaged and left out (%s): its measurements will run again", path, error)
-            self.damaged.append(path)
+            # What the system refuses (no permission, too many open files, a stale mount) is not damage: taking it for
+            # missing would compute everything again.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise StoreError(f"{path} can't be read: {error.strerror}. Nothing was changed; try again") from error
+            self._report_damage(path, error)
             return None
         for name in names:
             if name not in present:
                 table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
         return table.select(names)
+
+    def _report_damage(self, path: Path, error: Exception) -> None:
+        self.damaged.append(path)
+        if path not in _REPORTED:
+            _REPORTED.add(path)
+            log.warning("%s is damaged and left out, so its measurements count as missing: %s", path, error)
 
     def _write_rows(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         import pyarrow as pa
@@ -184,6 +198,18 @@ class Store:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of the store.
+
+    Raises:
+        StoreError: it is damaged; the store writes whole files, so something else did that.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}): restore it, or move it out of the results directory") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

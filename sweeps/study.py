@@ -75,8 +75,10 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
     resolver = Resolver(strict=strict)
     plain = _plain(cfg.sweep)
     name = str(plain["name"])
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-        raise UserError(f"sweep.name={name!r} is not valid: letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise UserError(f"sweep.name={name!r} is not valid: letters, digits, '.', '_' and '-', not a '.' or '-' first")
+    if not plain["quant"]:
+        raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
     models = _models(cfg, resolver, progress)
     grid = expand(plain["quant"], models, plain["exclude"])
     evals = _evals(cfg.eval, resolver, device)
@@ -122,20 +124,26 @@ def _without_missing(value: Any) -> Any:
 def _models(cfg: DictConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
     sizes = as_list(_plain(cfg.sweep).get("sizes"), "sweep.sizes")
     if cfg.path is not None:
-        paths = as_list(_plain(cfg)["path"], "path")
-        return [_local(Path(str(p)), None, None, progress) for p in paths]
+        paths = [Path(str(p)).expanduser() for p in as_list(_plain(cfg)["path"], "path")]
+        if not paths:
+            raise UserError("path=[] is not valid: name at least one model directory, or leave it null")
+        _check_sizes(sizes, [p.name for p in paths])
+        return [_local(p, None, None, progress) for p in paths if not sizes or p.name in map(str, sizes)]
     members = {
         (str(family.get("family") or group), str(name)): member
         for group, family in _plain(cfg.models).items()
         for name, member in family["members"].items()
     }
-    known = [name for _, name in members]
+    _check_sizes(sizes, [name for _, name in members])
+    chosen = {k: m for k, m in members.items() if not sizes or k[1] in map(str, sizes)}
+    return [_member(family, name, member, resolver, progress) for (family, name), member in chosen.items()]
+
+
+def _check_sizes(sizes: list[Any], known: list[str]) -> None:
     for size in sizes:
         if str(size) not in known:
             hint = did_you_mean(str(size), known)
-            raise UserError(f"sweep.sizes={size!r} is not a member of the chosen families.{hint} Allowed: {known}")
-    chosen = {k: m for k, m in members.items() if not sizes or k[1] in map(str, sizes)}
-    return [_member(family, name, member, resolver, progress) for (family, name), member in chosen.items()]
+            raise UserError(f"sweep.sizes={size!r} is not among the chosen models.{hint} Allowed: {', '.join(known)}")
 
 
 def _member(
@@ -287,7 +295,9 @@ def _file(path: Path, key: str) -> dict[str, Any]:
 
 def _dataset_identity(source: Mapping[str, Any]) -> str:
     if "sha256" in source:
-        return f"sha256:{source['sha256']}"
-    parts = [source.get("config"), source.get("split")]
+        field = source.get("field") or "text"
+        return f"sha256:{source['sha256']}" + (f"/field={field}" if field != "text" else "")
+    field = source.get("field") or "text"
+    parts = [source.get("config"), source.get("split"), f"field={field}" if field != "text" else None]
     detail = "".join(f"/{p}" for p in parts if p)
     return f"hub:{source['hub']}{detail}@{source['revision']}"

@@ -70,6 +70,8 @@ class RunView:
             self._current[event["worker"]] = event["label"]
         elif kind == "measured":
             self._on_row(event["row"])
+        elif kind == "pack_done":
+            self._current.pop(event["worker"], None)
         elif kind == "crashed":
             self._current.pop(event["worker"], None)
             self.console.print(f"[yellow]worker {event['worker']} {event['how']}: starting it anew[/] ({event['log']})")

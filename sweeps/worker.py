@@ -8,6 +8,7 @@ compute import torch.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from kbit.model import QuantHandle
 
 SEED: Final = 0
+PR_SET_PDEATHSIG: Final = 1
 
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -60,6 +62,7 @@ class Worker:
     _loaded: tuple[tuple[ModelRef, str], LoadedModel] | None = None
     _prepared: dict[tuple[EvalSpec, str], PreparedEval] = field(default_factory=dict)
     _load_seconds: float = 0.0
+    _load_error: tuple[tuple[ModelRef, str], Exception] | None = None
 
     def run_pack(self, pack: Pack) -> None:
         """Measure everything in a pack; a failure is recorded and the rest goes on."""
@@ -113,6 +116,7 @@ class Worker:
             **self._common(pack, measurement, started),
             **_result_columns(result),
             **_handle_columns(handle),
+            "compute_dtype": str(loaded.model.dtype).removeprefix("torch."),
             "seconds": seconds,
             "quantize_seconds": quantize_seconds,
             "load_seconds": self._load_seconds,
@@ -124,18 +128,26 @@ class Worker:
         from kbit.loading import load_model
 
         wanted = (model, dtype)
+        if self._load_error is not None and self._load_error[0] == wanted:
+            # What can't be loaded fails all its cells at once; trying again for each may take hours.
+            raise self._load_error[1]
         if self._loaded is None or self._loaded[0] != wanted:
             # The old model goes first: two at once may not fit.
             self._loaded = None
             self._recover(None)
             began = time.perf_counter()
-            loaded = load_model(
-                model.path or str(model.hub_id),
-                revision=model.commit,
-                device=self.device,
-                compute_dtype=dtype,
-                trust_remote_code=self.trust_remote_code,
-            )
+            try:
+                _check_unchanged(model)
+                loaded = load_model(
+                    model.path or str(model.hub_id),
+                    revision=model.commit,
+                    device=self.device,
+                    compute_dtype=dtype,
+                    trust_remote_code=self.trust_remote_code,
+                )
+            except Exception as error:
+                self._load_error = (wanted, error)
+                raise
             self._load_seconds = time.perf_counter() - began
             self._loaded = (wanted, loaded)
             self.emit({"event": "loaded", "model": model.label, "seconds": self._load_seconds})
@@ -189,10 +201,25 @@ class Worker:
         import torch
 
         if error is not None:
+            if "CUDA error" in str(error):
+                # The process can't use its device any more; a new worker goes on with the rest.
+                sys.exit(f"the device is lost to this process: {error}")
             traceback.clear_frames(error.__traceback__)
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _check_unchanged(model: ModelRef) -> None:
+    """Refuse a local model that has changed since the launch: its numbers would go by another's name."""
+    if model.path is None:
+        return
+    from sweeps.hub import local_model
+
+    if local_model(Path(model.path)).content_hash != model.weights_hash:
+        raise ValueError(
+            f"{model.path} has changed since the study was launched: launch it again to measure what is there"
+        )
 
 
 def _quantize(loaded: LoadedModel, cell: Cell) -> QuantHandle:
@@ -243,6 +270,12 @@ def _read_packs() -> Iterator[Pack]:
         yield Pack.from_dict(json.loads(line))
 
 
+def _die_with_launcher() -> None:
+    """Have the kernel end this worker when its launcher dies, so that a new launch never measures beside it (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """The local executor's worker process: runs packs from standard input until it ends."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -255,6 +288,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     events = os.fdopen(args.events, "w", buffering=1)
     parent = os.getppid()
+    _die_with_launcher()
 
     def emit(event: Mapping[str, Any]) -> None:
         if os.getppid() != parent:

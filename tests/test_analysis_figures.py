@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 from analysis import style
 from analysis.drawing import LOSS_CAP
 from analysis.figures import bit_scaling, block_sizes, data_types, write_figures
+from analysis.findings import findings
 from analysis.metrics import parse_metric
+from kbit.spec import QuantSpec
 from tests.test_analysis_study import MODELS, Study, diverge, make_study, study
 
 LOSS = parse_metric("jargon_loss")
@@ -222,6 +224,52 @@ def test_no_text_is_clipped_and_no_legend_covers_a_panel(study: Study, shape: st
         assert not any(legend.overlaps(p) for p in panels)
         assert not any(t.overlaps(p) for t in texts for p in panels)
         assert not any(a.overlaps(b) for i, a in enumerate(panels) for b in panels[:i])
+
+
+def test_cells_of_other_windows_have_no_interval_and_the_figure_is_drawn(study: Study) -> None:
+    short = {key: {name: x[:7] for name, x in s.items()} for key, s in study.samples.items() if "16-bit" in key[0]}
+    for odd in (short, {key: {} for key in short}):
+        fig = data_types(study.wide, LOSS, samples=study.samples | odd)
+        assert fig is not None
+        assert "95 %" not in written(fig)
+        assert len(fig.axes) == 2
+
+
+def test_a_figure_compares_block_sizes_of_one_number_of_exponent_bits_and_names_it() -> None:
+    pairs = ((2, 64), (3, 64), (3, 256))
+    wide = make_study(specs=[QuantSpec(bits=4, dtype="float", exponent_bits=e, blocksize=b) for e, b in pairs]).wide
+    fig = block_sizes(wide, LOSS)
+    assert fig is not None
+    three = wide[(wide["exponent_bits"] == 3) & (wide["blocksize"] == 64)]
+    np.testing.assert_array_equal(curves(fig.axes[0])["64"][1], three["jargon_loss"])
+    assert "Exponent bits of float: 3 at 4 bits." in written(fig)
+
+
+@pytest.mark.parametrize("shape", ["all", "quantized", "baselines", "one window", "no sizes"])
+def test_any_measured_study_is_drawn_and_described(study: Study, tmp_path: Path, shape: str) -> None:
+    samples = study.samples
+    if shape in ("all", "quantized", "baselines"):
+        bits = study.wide["bits"]
+        wide = diverge(study, {"all": bits > 0, "quantized": bits < 16, "baselines": bits == 16}[shape]).wide
+        if shape == "all":
+            wide.loc[wide.index[0], "jargon_loss"] = 3.0  # or there is no metric
+    elif shape == "one window":
+        wide = study.wide.assign(jargon_loss_stderr=np.nan)
+        samples = {key: {name: x[:1] for name, x in s.items()} for key, s in samples.items()}
+    else:
+        wide = study.wide.assign(total_bits=np.nan, total_bits_nominal=np.nan)
+    figures = [p.name for p in write_figures(wide, tmp_path, samples=samples)]
+    assert figures == (NAMES if shape != "no sizes" else NAMES[1:])
+    said = "\n".join(findings(wide, samples))
+    assert "nan" not in said
+    assert "inf" not in said
+
+
+def test_with_everything_diverged_cells_stand_at_the_cap(study: Study) -> None:
+    fig = data_types(diverge(study, study.wide["bits"] > 0).wide, LOSS)
+    assert fig is not None
+    assert {y for _, y in open_markers(fig.axes[0])} == {LOSS_CAP}
+    assert legend_labels(fig) == ["int", "float", "dynamic", "quantile"]
 
 
 def test_analysis_imports_no_torch_and_draws_late() -> None:

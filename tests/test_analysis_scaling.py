@@ -14,7 +14,7 @@ from scipy import stats
 from analysis.findings import findings, wanted_samples
 from analysis.metrics import parse_metric
 from analysis.scaling import best_precision, budget_grid, common_range, interpolate, scaling_points
-from analysis.significance import compare, compare_loss, compare_mean_loss, compare_outcomes
+from analysis.significance import can_pair, compare, compare_loss, compare_mean_loss, compare_outcomes
 from kbit.spec import QuantSpec
 from tests.test_analysis_study import MODELS, Study, diverge, make_study, study
 
@@ -177,14 +177,31 @@ def test_a_mean_over_models_counts_what_they_share_in_a_window() -> None:
     rng = np.random.default_rng(4)
     shared = rng.normal(5, 3, 30)
     one = (windows(1500 + shared, np.full(30, 511)), windows(np.full(30, 1500.0), np.full(30, 511)))
-    single, twice = compare_mean_loss([one]), compare_mean_loss([one, one])
+    single, twice = compare_mean_loss([one], ["x"]), compare_mean_loss([one, one], ["x", "x"])
     assert twice.stderr == pytest.approx(single.stderr)  # twice the same evidence is no more evidence
     other = (windows(1400 + shared[:20], np.full(20, 300)), windows(np.full(20, 1400.0), np.full(20, 300)))
-    mixed = compare_mean_loss([one, other])
+    mixed = compare_mean_loss([one, other], ["x", "x"])
     assert mixed.difference == pytest.approx((compare_loss(*one).difference + compare_loss(*other).difference) / 2)
     assert mixed.stderr == pytest.approx((compare_loss(*one).stderr + compare_loss(*other).stderr) / 2)
     with pytest.raises(ValueError, match="no models"):
-        compare_mean_loss([])
+        compare_mean_loss([], [])
+    with pytest.raises(ValueError, match="different windows"):
+        compare_mean_loss([(one[0], other[0])] * 2, ["x", "x"])
+
+
+def test_windows_of_different_tokenizers_are_not_averaged_though_their_tokens_are_as_many() -> None:
+    rng = np.random.default_rng(5)
+    full = np.full(30, 511)
+    base = windows(np.full(30, 1500.0), full)
+    one, two, three = ((windows(1500 + rng.normal(5, 3, 30), full), base) for _ in range(3))
+    errors = [compare_loss(*pair).stderr for pair in (one, two, three)]
+    apart = compare_mean_loss([one, two, three], ["x", "y", "z"])
+    assert apart.stderr == pytest.approx(np.mean(errors))
+    shared = compare_mean_loss([one, two], ["x", "x"])
+    assert shared.stderr < 0.9 * np.mean(errors[:2])
+    mixed = compare_mean_loss([one, three, two], ["x", "y", "x"])
+    assert mixed.stderr == pytest.approx((2 * shared.stderr + errors[2]) / 3)
+    assert mixed.difference == pytest.approx(apart.difference)
 
 
 def test_findings_say_what_the_formula_put_in(study: Study) -> None:
@@ -194,10 +211,10 @@ def test_findings_say_what_the_formula_put_in(study: Study) -> None:
         "Best precision for a fixed number of model bits, neox, 11.7 Mbit to 32.4 Mbit: 5-bit throughout"
     )
     types = next(s for s in said if s.startswith("Data types at 4 bits"))
-    assert [types.index(d) for d in ("quantile +", "float +", "int +", "dynamic +")] == sorted(
-        types.index(d) for d in ("quantile +", "float +", "int +", "dynamic +")
+    assert [types.index(d) for d in ("quantile +", "float e2 +", "int +", "dynamic +")] == sorted(
+        types.index(d) for d in ("quantile +", "float e2 +", "int +", "dynamic +")
     )
-    assert "quantile against float: -0.00" in types
+    assert "quantile against float e2: -0.00" in types
     assert "mean of 3 models" in types
     blocks = next(s for s in said if s.startswith("Block sizes at 4 bits, int"))
     assert [blocks.index(f" {b} +") for b in (16, 64, 256, 1024, 4096)] == sorted(
@@ -205,7 +222,8 @@ def test_findings_say_what_the_formula_put_in(study: Study) -> None:
     )
     assert "16 against 4096: -0.2" in blocks
     assert "6 to 8 bits, block size 64: perplexity within 1.0" in text
-    assert "2 % outlier dimensions in 16 bits, float at 3 bits" in text
+    assert "2 % outlier dimensions in 16 bits, float e2 at 3 bits" in text
+    assert "exponent bits: 2 at 3, 4 bits; 3 at 5, 6 bits; 4 at 7, 8 bits" in said[0]
     assert "diverged" not in text
 
 
@@ -260,3 +278,103 @@ def test_two_models_are_compared_without_a_baseline_out_of_reach() -> None:
     two = make_study(models, [QuantSpec(bits=16), *(QuantSpec(bits=b, dtype="int") for b in (3, 4, 5))], family="x")
     said = findings(two.wide)
     assert said[0].startswith("Best precision for a fixed number of model bits, x, ")
+
+
+def data_type_sentence(said: list[str]) -> str:
+    return next(s for s in said if s.startswith("Data types at 4 bits"))
+
+
+def test_cells_of_other_windows_have_no_interval_and_stop_nothing(study: Study) -> None:
+    short = {name: x[:7] for name, x in study.samples["neox-s quantile4 b64", "jargon"].items()}
+    for odd in (short, {}):
+        samples = study.samples | {("neox-s quantile4 b64", "jargon"): odd}
+        said, full = findings(study.wide, samples), findings(study.wide, study.samples)
+        assert data_type_sentence(said) == data_type_sentence(full).split(" quantile against")[0]
+        assert [s for s in said if s not in full] == [data_type_sentence(said)]  # all else is as it was
+
+
+def test_an_interval_is_none_without_what_can_be_paired() -> None:
+    a, b = windows([1, 2], [5, 5]), windows([1, 2], [5, 6])
+    assert can_pair(a, a, "loss")
+    assert not can_pair(a, b, "loss")
+    assert not can_pair(a, {}, "loss")
+    assert not can_pair({"acc": np.ones(3)}, {"acc": np.ones(2)}, "acc")
+    assert not can_pair({"acc": np.ones(3)}, {"f1": np.ones(3)}, "acc")
+
+
+def test_a_data_type_that_diverged_on_a_model_is_named_last_and_the_others_keep_every_model(study: Study) -> None:
+    before = data_type_sentence(findings(study.wide))
+    gone = diverge(study, study.wide["key"].isin(["neox-s quantile4 b64"]))
+    said = data_type_sentence(findings(gone.wide, gone.samples))
+    float_mean = before.split("float e2 ")[1].split(",")[0]
+    assert f"mean of 3 models: float e2 {float_mean}, int +" in said
+    assert ", quantile diverged on 1 of 3 models. float e2 against int: -0." in said
+    alone = data_type_sentence(findings(gone.wide[gone.wide["model"] == "neox-s"]))
+    assert "neox-s: float e2 +" in alone
+    assert alone.endswith("quantile diverged.")
+    every = diverge(study, study.wide["bits"] == 4)
+    assert "int diverged on 3 of 3 models" in data_type_sentence(findings(every.wide, every.samples))
+
+
+def test_a_block_size_that_diverged_is_said_in_its_place(study: Study) -> None:
+    gone = diverge(study, study.wide["key"] == "neox-m int4 b4096")
+    said = next(s for s in findings(gone.wide, gone.samples) if s.startswith("Block sizes at 4 bits, int"))
+    assert ", 4096 diverged on 1 of 3 models. 16 against 1024: -0." in said
+
+
+def test_outliers_on_a_model_that_diverged_without_them_are_said_so(study: Study) -> None:
+    gone = diverge(study, study.wide["key"] == "neox-m float3 e2 b64")
+    said = next(s for s in findings(gone.wide) if s.startswith("2 % outlier") and "at 3 bits" in s)
+    assert "diverged on 0 of 3 models with them, on 1 without; over the others, change of loss" in said
+    assert "mean of 2 models" in said
+    every = diverge(study, study.wide["bits"] == 3)
+    said = next(s for s in findings(every.wide) if s.startswith("2 % outlier") and "at 3 bits" in s)
+    assert said.endswith("diverged on 3 of 3 models with them, on 3 without.")
+
+
+def floats(*cells: tuple[int, int, float]) -> pd.DataFrame:
+    """4-bit floats of (exponent bits, block size, outlier fraction), with the baseline."""
+    specs = [QuantSpec(bits=4, dtype="float", exponent_bits=e, blocksize=b, outlier_fraction=f) for e, b, f in cells]
+    return make_study(specs=[QuantSpec(bits=16), *specs]).wide
+
+
+def test_block_sizes_are_compared_at_one_number_of_exponent_bits() -> None:
+    said = findings(floats((2, 64, 0.0), (3, 64, 0.0), (3, 256, 0.0)))
+    assert any(s.startswith("Block sizes at 4 bits, float e3,") for s in said)
+    said = findings(floats((2, 64, 0.0), (2, 256, 0.0), (3, 64, 0.0), (3, 256, 0.0)))
+    assert any(s.startswith("Block sizes at 4 bits, float e2,") for s in said)
+    assert not any(s.startswith("Block sizes") for s in findings(floats((2, 64, 0.0), (3, 256, 0.0))))
+
+
+def test_outliers_are_compared_with_cells_of_the_same_exponent_bits() -> None:
+    said = findings(floats((2, 64, 0.0), (3, 64, 0.0), (3, 64, 0.02)))
+    assert sum(s.startswith("2 % outlier dimensions in 16 bits, float e3 at 4 bits") for s in said) == 1
+    assert not any("outlier" in s for s in findings(floats((2, 64, 0.0), (3, 64, 0.02))))
+    both = findings(floats((2, 64, 0.0), (3, 64, 0.0), (2, 64, 0.02), (3, 64, 0.02)))
+    assert [s.split(" at ")[0][-8:] for s in both if "outlier" in s] == ["float e2"]
+
+
+def test_another_exponent_measured_on_one_model_takes_no_model_from_a_curve() -> None:
+    wide = floats((2, 64, 0.0), (3, 64, 0.0))
+    wide = wide[(wide["model"] == "neox-s") | (wide["exponent_bits"] != 2).fillna(True)]
+    curves, _ = scaling_points(wide, LOSS)
+    quantized = curves[curves["bits"] == 4]
+    assert quantized["model"].tolist() == list(MODELS)
+    assert set(quantized["exponent_bits"]) == {3}
+
+
+def test_a_baseline_that_diverged_is_no_baseline(study: Study) -> None:
+    gone = diverge(study, study.wide["key"] == "neox-s 16-bit")
+    said = data_type_sentence(findings(gone.wide, gone.samples))
+    assert "mean of 2 models" in said
+    none = diverge(study, study.wide["bits"] == 16)
+    assert not any("from 16-bit" in s for s in findings(none.wide, none.samples))
+
+
+def test_divergence_on_a_cell_whose_other_eval_failed_is_counted(study: Study) -> None:
+    gone = diverge(study, study.wide["key"] == "neox-s int3 b64").wide
+    row = gone["key"] == "neox-s int3 b64"
+    gone.loc[row, [c for c in gone if c.startswith("jargon")]] = np.nan
+    gone["jargon_status"] = np.where(row, "diverged", "done")
+    gone.loc[row, "status"] = "failed"
+    assert findings(gone)[-1] == "1 of 129 measured cells diverged: 1 at 3 bits."

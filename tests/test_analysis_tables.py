@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from analysis.cells import measured, plain, points
-from analysis.metrics import headline_metrics, metric_columns, parse_metric, primary_loss, stderr
+from analysis.cells import measured, one_exponent, plain, points
+from analysis.metrics import ZERO_SHOT_TASKS, headline_metrics, metric_columns, parse_metric, primary_loss, stderr
 from analysis.mixtures import mixture_warnings
 from analysis.tables import bits_by_dtype, render, to_markdown, write_table
 from kbit.spec import QuantSpec, SpecError
@@ -48,7 +48,7 @@ def test_metrics_are_found_named_and_split_at_the_metric(study: Study) -> None:
     assert primary_loss(study.wide) == LOSS
 
 
-@pytest.mark.parametrize("column", ["loss", "_loss", "jargon_loss_stderr"])
+@pytest.mark.parametrize("column", ["loss", "_loss", "jargon_loss_stderr", "jargon_status"])
 def test_what_is_no_metric_is_refused(column: str) -> None:
     with pytest.raises(ValueError, match="EVAL_METRIC"):
         parse_metric(column)
@@ -123,10 +123,49 @@ def test_divergence_is_shown_and_never_the_best(study: Study) -> None:
 
 def test_float_cells_of_several_exponents_give_the_heuristics(study: Study) -> None:
     specs = [QuantSpec(bits=4, dtype="float", exponent_bits=e) for e in (3, 2, 1)]
-    cells = plain(measured(make_study(specs=specs).wide))
-    assert set(cells["exponent_bits"]) == {2}
-    without = plain(measured(make_study(specs=[specs[0], specs[2]]).wide))
-    assert set(without["exponent_bits"]) == {3}
+
+    def taken(chosen: list[QuantSpec]) -> set[float]:
+        cells = points(plain(measured(make_study(specs=chosen).wide)), LOSS)
+        return set(one_exponent(cells, ["dtype", "bits"])["exponent_bits"])
+
+    assert taken(specs) == {2}
+    assert taken([specs[0], specs[2]]) == {3}
+    assert taken([specs[2]]) == {1}
+
+
+def test_a_table_holds_one_number_of_exponent_bits(study: Study) -> None:
+    specs = [QuantSpec(bits=4, dtype="float", exponent_bits=e) for e in (3, 2)]
+    wide = make_study(specs=specs).wide
+    wide = wide[wide["key"] != "neox-m float4 e2 b64"]
+    table = bits_by_dtype(wide, metric=LOSS)
+    threes = [one(wide, model=m, exponent_bits=3)["jargon_loss"] for m in MODELS]
+    assert table[("float", "value")].tolist() == threes
+
+
+def test_only_the_metrics_own_eval_makes_its_value_diverged(study: Study) -> None:
+    wide = study.wide.assign(status="diverged", jargon_status="done", jargon_choice_status="done")
+    row = wide["key"] == "neox-s int4 b64"
+    wide.loc[row, "jargon_status"] = "diverged"
+    wide.loc[row, ["jargon_loss", "jargon_choice_acc"]] = np.nan
+    wide.loc[row, "jargon_choice_status"] = None  # not planned there
+    assert [m.eval for m in metric_columns(wide)] == [m.eval for m in metric_columns(study.wide)]
+    loss = points(plain(measured(wide)), LOSS)
+    assert one(loss, key="neox-s int4 b64")["value"] == np.inf
+    assert loss["diverged"].sum() == 1
+    accuracy = points(plain(measured(wide)), parse_metric("jargon_choice_acc"))
+    assert "neox-s int4 b64" not in set(accuracy["key"])
+    assert not accuracy["diverged"].any()
+    by_cell = points(plain(measured(wide)), parse_metric("jargon_lastword_acc"))
+    assert by_cell["diverged"].all()  # no column for that eval: the cell's status
+
+
+def test_a_zero_shot_mean_that_was_not_measured_did_not_diverge(study: Study) -> None:
+    mean = parse_metric("zero_shot_mean")
+    wide = study.wide[study.wide["key"] == "neox-s int4 b64"].assign(status="diverged")
+    assert points(plain(measured(wide)), mean)["value"].tolist() == [-np.inf]
+    statuses = {f"{task}_status": "done" for task in ZERO_SHOT_TASKS}
+    assert points(plain(measured(wide.assign(**statuses))), mean)["value"].tolist() == [-np.inf]
+    assert points(plain(measured(wide.assign(**(statuses | {"piqa_status": None})))), mean).empty
 
 
 @pytest.mark.parametrize(
@@ -137,7 +176,6 @@ def test_float_cells_of_several_exponents_give_the_heuristics(study: Study) -> N
         {"scheme": "group"},
         {"absmax_dtype": "nested"},
         {"subnormals": "bnb"},
-        {"exponent_bits": 1},
     ],
 )
 def test_plain_cells_leave_out_what_the_main_results_hold_fixed(odd: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Block-wise quantization against DEFINITIONS written out in plain NumPy, and against bitsandbytes."""
+"""Block-wise quantization against its definition written out in plain NumPy, and against bitsandbytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def blocks_by_hand(shape: tuple[int, ...], spec: QuantSpec) -> list[list[int]]:
 
 
 def quantize_by_hand(weight: torch.Tensor, spec: QuantSpec, values: np.ndarray, kept: list[int]):
-    """DEFINITIONS, 'Quantizing a weight', a block and a value at a time: float32 throughout. Returns absmax, codes,
+    """Quantizing a weight by its definition, a block and a value at a time: float32 throughout. Returns absmax, codes,
     weight."""
     storage = STORAGE[weight.dtype]
     x = weight.to(storage).float().numpy().ravel().copy()
@@ -436,6 +436,7 @@ import sys, torch
 from kbit import QuantSpec, quantize, dequantize
 small = torch.randn(64, 64)
 specs = [QuantSpec(bits=4, dtype=d, center=True, scheme=s) for d in ("int", "quantile") for s in ("block", "group")]
+specs += [QuantSpec(bits=4, dtype="int", blocksize=b, absmax_dtype=a) for b, a in ((1, "float16"), (8, "nested"))]
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

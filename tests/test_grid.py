@@ -43,7 +43,7 @@ def test_an_impossible_combination_is_excluded_with_its_reason() -> None:
 
 
 def test_rules_exclude_with_the_users_reason() -> None:
-    rule = {"when": {"dtype": "dynamic", "bits": [3, 4], "model": "neox-a"}, "reason": "known to be bad"}
+    rule = {"when": {"dtype": "dynamic", "bits": [3, "4"], "model": "neox-a"}, "reason": "known to be bad"}
     grid = expand([{"bits": [3, 4, 5], "dtype": ["dynamic", "int"]}], MODELS, [rule])
     assert len(grid.cells) == 12 - 2
     assert grid.excluded_counts() == {"known to be bad": 2}

@@ -70,6 +70,40 @@ def test_what_is_no_weight_keeps_float32_precision(checkpoint):
     assert torch.equal(logits(loaded.model), logits(direct))
 
 
+FAMILIES = ["neox", "opt", "opt-350m", "gpt2", "bloom", "llama-gqa", "llama-tied"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compute", ["storage", "float32"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_model_is_what_transformers_loads_with_its_parameters_cast_up(checkpoint, name, compute, dtype):
+    directory = checkpoint(name, dtype)
+    loaded = load_model(str(directory), device="cpu", compute_dtype=compute).model
+    direct = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    buffers = {key: buffer.dtype for key, buffer in loaded.named_buffers()}
+    assert buffers == {key: buffer.dtype for key, buffer in direct.named_buffers()}
+    assert (name in ("neox", "llama-gqa", "llama-tied")) == (torch.float32 in buffers.values())
+    if compute == "float32":
+        for parameter in direct.parameters():
+            parameter.data = parameter.data.float()
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32 if compute == "float32" else dtype}
+    assert torch.equal(logits(loaded), logits(direct))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
+def test_tied_parameters_stay_tied(checkpoint, name):
+    loaded = load_model(str(checkpoint(name, torch.float16)), device="cpu", compute_dtype="float32").model
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_masks_and_indices_in_the_files_do_not_count_for_the_dtype(checkpoint):
+    directory = checkpoint("gpt2", torch.bfloat16)
+    file = directory / "model.safetensors"
+    masks = {"transformer.h.0.attn.bias": torch.ones(2**18, dtype=torch.bool), "ids": torch.arange(2**16)}
+    save_file(load_file(file) | masks, file, metadata={"format": "pt"})
+    assert load_model(str(directory), device="cpu", compute_dtype="storage").storage_dtype == torch.bfloat16
+
+
 def test_a_loaded_model_quantizes_as_the_16_bit_one(checkpoint):
     directory = checkpoint("llama-gqa", torch.bfloat16)
     wide = load_model(str(directory), device="cpu", compute_dtype="float32")

@@ -221,6 +221,7 @@ def test_the_baseline_changes_nothing_and_counts_16_bits():
         assert handle.bits_per_param == 16
         assert handle.total_bits == handle.total_bits_nominal == 16 * sum(p.numel() for p in model.parameters())
         assert handle.layers == {}
+        assert handle.codebook_hash is None
 
 
 def test_codebook_hash_covers_every_codebook_used():

@@ -13,13 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+)
 
-from kbit.evaluation import EvalSpec, prepare
+from kbit.evaluation import EvalSpec, prepare, scoring
 from kbit.evaluation.perplexity import summarize
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.texts import encode_text, read_documents
 from kbit.spec import SpecError
+from tests.tiny_models import tiny
 
 DEMO = Path(__file__).parent.parent / "sweeps" / "demo"
 JARGON = DEMO / "text" / "jargon.jsonl"
@@ -184,29 +192,59 @@ def test_standard_errors_match_resampling_of_windows() -> None:
     assert summarize(nats[:1], 100, window_bytes[:1])[1] == {}
 
 
-def test_a_model_that_caps_its_logits_is_scored_by_its_own_logits() -> None:
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.5,
-    )
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def capped(cap: float) -> Any:
     torch.manual_seed(0)
-    capped = Gemma2ForCausalLM(config).eval()
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=cap)).eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=0.5),
+        Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=30.0),
+        CohereConfig(**SMALL, logit_scale=0.99),
+        GraniteConfig(**SMALL, logits_scaling=1.01),
+    ],
+    ids=["tight cap", "Gemma 2's cap", "scale", "scaling"],
+)
+def test_a_model_that_changes_its_logits_is_scored_by_its_own(config: Any) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
     ids = np.arange(24).reshape(2, 12) % 64
     rows, positions = np.indices((2, 11)).reshape(2, -1)
-    scorer = TokenScorer(capped)
+    scorer = TokenScorer(model)
     nats, greedy = scorer.score(ids, rows, positions, ids[:, 1:].reshape(-1))
     with torch.inference_mode():
-        logits = capped(torch.from_numpy(ids)).logits[:, :-1].reshape(22, 64)
+        logits = model(torch.from_numpy(ids)).logits[:, :-1].reshape(22, 64)
     expected = functional.cross_entropy(logits, torch.from_numpy(ids[:, 1:].reshape(-1)), reduction="none")
     assert not scorer.separable
     np.testing.assert_allclose(nats, expected, rtol=1e-5)
     assert greedy.tolist() == (logits.argmax(-1).numpy() == ids[:, 1:].reshape(-1)).tolist()
+
+
+def test_a_weak_cap_shows_without_a_word_of_it_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "LOGIT_CHANGES", ())
+    model = capped(30.0)
+    model.get_output_embeddings().weight.data.mul_(10)
+    with torch.inference_mode():
+        assert 1 < float(model(torch.arange(4)[None]).logits.abs().max()) < 10
+    assert not TokenScorer(model).separable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["neox", "opt-350m", "gpt2", "bloom", "llama-tied"])
+def test_the_head_of_a_plain_model_is_applied_to_scored_positions_only(name: str, dtype: torch.dtype) -> None:
+    assert TokenScorer(tiny(name, dtype)).separable
 
 
 @pytest.mark.parametrize(
@@ -235,7 +273,7 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_limit_below_one_window_and_a_foreign_tokenizer_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(SpecError, match=r"eval\.limit=100 .*window of 512"):
+    with pytest.raises(SpecError, match=r"eval\.tokens=100 .*window of 512"):
         prepare(text_spec(JARGON, limit=100), tokenizer, context=512, vocab_size=VOCAB)
     with pytest.raises(ValueError, match="vocabulary has 50 entries"):
         prepare(text_spec(JARGON, limit=512), tokenizer, context=512, vocab_size=50)

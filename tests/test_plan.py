@@ -66,6 +66,10 @@ def test_what_others_are_at_is_left_to_them() -> None:
     assert planned.counts["in flight"] == 10
 
 
+def test_what_is_done_counts_as_done_while_its_launch_still_runs() -> None:
+    assert plan({KEYS[0]: "done"}, in_flight=set(KEYS)).counts["done"] == 1
+
+
 def test_an_added_evaluation_runs_alone() -> None:
     first_eval = {m.key: "done" for m in MANIFEST.measurements() if m.eval.name == "x"}
     planned = plan(first_eval)

@@ -1,4 +1,4 @@
-"""QuantSpec: what is allowed, what is normalised away, what it counts."""
+"""QuantSpec: what is allowed, what is normalised away, what it counts; EvalSpec: what is allowed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbit.evaluation.spec import EvalSpec
 from kbit.spec import DTYPES, EXPONENT_RULES, QuantSpec, SpecError
 
 
@@ -22,13 +23,28 @@ from kbit.spec import DTYPES, EXPONENT_RULES, QuantSpec, SpecError
         ("bits", {"bits": True}),
         ("dtype", {"bits": 4}),
         ("dtype", {"bits": 4, "dtype": "flaot"}),
+        ("bits", {"bits": 9, "dtype": None, "scheme": "row"}),
+        ("dtype", {"bits": 16, "dtype": "bogus"}),
         ("blocksize", {"bits": 4, "dtype": "int", "blocksize": 0}),
+        ("blocksize", {"bits": 4, "dtype": "int", "blocksize": 2**40 + 1}),
+        ("blocksize", {"bits": 16, "blocksize": -3}),
         ("blocksize", {"bits": 4, "dtype": "int", "blocksize": 64.0}),
         ("scheme", {"bits": 4, "dtype": "int", "scheme": "row"}),
         ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": 4}),
         ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": 0}),
         ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": "best"}),
+        ("exponent_bits", {"bits": 4, "dtype": "float", "exponent_bits": True}),
+        ("exponent_bits", {"bits": 4, "dtype": "int", "exponent_bits": 9}),
+        ("exponent_bits", {"bits": 4, "dtype": "int", "exponent_bits": 0}),
+        ("exponent_bits", {"bits": 16, "exponent_bits": "best"}),
         ("subnormals", {"bits": 6, "dtype": "float", "subnormals": "none"}),
+        ("subnormals", {"bits": 4, "dtype": "int", "subnormals": "zzz"}),
+        ("subnormals", {"bits": 4, "dtype": "float", "exponent_bits": 3, "subnormals": ""}),
+        ("dynamic_interval", {"bits": 4, "dtype": "int", "dynamic_interval": "wide"}),
+        ("scheme", {"bits": 4, "dtype": "int", "blocksize": None, "scheme": "row"}),
+        ("absmax_dtype", {"bits": 16, "absmax_dtype": "bfloat16"}),
+        ("center", {"bits": 16, "center": 1}),
+        ("outlier_fraction", {"bits": 16, "outlier_fraction": 2}),
         ("dynamic_interval", {"bits": 4, "dtype": "dynamic", "dynamic_interval": "wide"}),
         ("absmax_dtype", {"bits": 4, "dtype": "int", "absmax_dtype": "bfloat16"}),
         ("center", {"bits": 4, "dtype": "int", "center": "yes"}),
@@ -43,6 +59,43 @@ def test_bad_value_is_named_with_its_key_and_what_is_allowed(key, values):
     assert caught.value.key == key
     assert str(caught.value).startswith(f"{key}={values.get(key)!r} is not valid: ")
     assert caught.value.allowed in str(caught.value)
+
+
+def test_exponent_bits_of_other_data_types_are_any_that_a_float_can_have():
+    for bits, dtype in ((4, "int"), (16, "float"), (16, None)):
+        spec = QuantSpec(bits=bits, dtype=dtype, exponent_bits=7)
+        assert spec == QuantSpec(bits=bits, dtype=dtype, exponent_bits="heuristic") == QuantSpec(bits=bits, dtype=dtype)
+
+
+def test_minus_zero_is_zero_in_the_canonical_form():
+    canonical = [QuantSpec(bits=4, dtype="int", outlier_fraction=p).canonical() for p in (0, 0.0, -0.0)]
+    assert {json.dumps(c) for c in canonical} == {json.dumps(canonical[0])}
+    assert "-0" not in json.dumps(canonical)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "field", "value"),
+    [
+        ("eval.tokens", "perplexity", "limit", 0),
+        ("eval.tokens", "perplexity", "limit", 2**40 + 1),
+        ("eval.limit", "task", "limit", 0),
+        ("eval.limit", "task", "limit", 2**63),
+        ("eval.limit", "task", "limit", True),
+        ("eval.window", "perplexity", "window", 1),
+        ("eval.window", "perplexity", "window", 2**40 + 1),
+        ("eval.num_fewshot", "task", "num_fewshot", -1),
+        ("eval.num_fewshot", "task", "num_fewshot", 2**40 + 1),
+        ("eval.compute_dtype", "task", "compute_dtype", "float64"),
+    ],
+)
+def test_a_bad_value_of_an_evaluation_is_named_by_the_setting_it_comes_from(key, kind, field, value):
+    good = {"kind": kind, "name": "x", "dataset": "sha256:x", "compute_dtype": "float32"}
+    with pytest.raises(SpecError) as caught:
+        EvalSpec(**{**good, field: value})
+    assert caught.value.key == key
+    assert str(caught.value).startswith(f"{key}={value!r} is not valid: ")
+    if field != "compute_dtype":
+        assert getattr(EvalSpec(**{**good, field: 2**40}), field) == 2**40
 
 
 def test_exponent_bits_rules_resolve_to_their_number():

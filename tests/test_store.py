@@ -58,7 +58,7 @@ def test_compaction_changes_no_row_and_removes_the_parts(tmp_path: Path) -> None
     before = rows_of(store)
     store.compact("p1")
     assert rows_of(store) == before
-    assert not (tmp_path / "parts" / "p1").exists()
+    assert not list((tmp_path / "parts" / "p1").iterdir())
     assert len(list((tmp_path / "packs").iterdir())) == 1
     assert len(list((tmp_path / "parts" / "p2").iterdir())) == 1
 
@@ -69,7 +69,6 @@ def test_a_crash_between_compaction_and_removal_doubles_nothing(tmp_path: Path) 
     store.write(row("m2"))
     parts = {p: p.read_bytes() for p in tmp_path.glob("parts/p1/*")}
     store.compact("p1")
-    (tmp_path / "parts" / "p1").mkdir()
     for path, data in parts.items():
         path.write_bytes(data)
     assert sorted(rows_of(store)) == ["m1", "m2"]
@@ -113,6 +112,44 @@ def test_stale_temporary_and_truncated_files_do_not_stop_reading(tmp_path: Path)
     store.compact("p1")
     assert sorted(rows_of(store)) == ["m1"]
     assert victim.exists()
+
+
+def test_a_damaged_file_is_reported_and_an_unreadable_one_is_not_taken_for_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    store = Store(out=tmp_path)
+    store.write(row("m1"))
+    (path,) = tmp_path.glob("parts/p1/*")
+    path.write_bytes(b"garbage")
+    assert rows_of(store) == {}
+    assert str(path) in caplog.text
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(StoreError, match="Permission denied"):
+        store.read()
+
+
+def test_dropping_retires_older_rows_too(tmp_path: Path) -> None:
+    store = Store(out=tmp_path)
+    store.write(row("m1", "failed", minutes=1))
+    store.write(row("m1", "done", minutes=2))
+    store.write(row("m2"))
+    store.drop(store.row_ids({"m1"}), why="wrong")
+    assert sorted(rows_of(store)) == ["m2"]
+
+
+def test_a_damaged_record_of_the_store_is_named(tmp_path: Path) -> None:
+    store = Store(out=tmp_path)
+    store.drop(["x"], why="")
+    (path,) = tmp_path.glob("dropped/*")
+    path.write_text('{"row_ids": [')
+    with pytest.raises(StoreError, match=path.name):
+        store.read()
 
 
 def test_a_part_of_an_older_schema_is_read(tmp_path: Path) -> None:

@@ -155,6 +155,25 @@ def test_running_again_does_nothing_and_says_so(demo: tuple[Path, subprocess.Com
     assert before == sorted((p, p.stat().st_mtime_ns) for p in out.glob("pa*/**/*.parquet"))
 
 
+def test_launches_that_differ_in_settings_each_show_their_own_numbers(tmp_path: Path, launch: Launch) -> None:
+    few = [*SMALL[:2], "sweep.quant=[{bits: 16}, {bits: 4, dtype: [int, quantile]}]"]
+    shown = [launch("out=r", *few, f"eval.tokens={n}") for n in (1024, 1536, 1024)]
+    assert [r.returncode for r in shown] == [0, 0, 0], shown[1].stdout + shown[1].stderr
+    first, second, third = (next(line for line in r.stdout.splitlines() if line.startswith("  neox-xs")) for r in shown)
+    assert first == third != second
+    assert "nothing to do" in shown[2].stdout
+
+
+def test_ctrl_c_at_any_moment_is_one_line_and_130(tmp_path: Path) -> None:
+    for delay in (0.2, 0.6, 1.2):
+        process = start(tmp_path / "r", *SMALL)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+        assert "Traceback" not in text
+        assert process.returncode == 130, text
+
+
 def test_an_added_evaluation_runs_alone(tmp_path: Path, launch: Launch) -> None:
     out = tmp_path / "r"
     assert launch(f"out={out}", *SMALL).returncode == 0

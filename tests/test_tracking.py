@@ -23,6 +23,7 @@ import pytest
 
 from kbit.spec import SpecError
 from sweeps.tracking import SyncReport, TrackedPack, Tracker, TrackingConfig, sync
+from tests.conftest import Launch
 
 KEY = "x" * 40
 """openwandb lets any key in, and spends a quarter of a second a request on its own."""
@@ -370,3 +371,38 @@ def test_the_study_itself_never_imports_wandb() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(SpecError, match=r"tracking\.mode='on' is not valid: one of online, offline, disabled"):
         TrackingConfig(mode="on")
+
+
+STUDY = (
+    "sweep.sizes=[neox-xs]",
+    "eval.tasks=[]",
+    "eval.tokens=512",
+    "sweep.quant=[{bits: 16}, {bits: [3, 4], dtype: int}]",
+)
+
+
+def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbServer, launch: Launch) -> None:
+    online = ("tracking=online", f"tracking.base_url={server.url}")
+    down = ("tracking=online", f"tracking.base_url=http://127.0.0.1:{free_port()}")
+    first = launch("out=a", *STUDY, *online)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "W&B" not in first.stdout
+    whole = launch("out=a", "mode=sync", *online)
+    assert "W&B holds 3 of 3 measurements in 1 packs (0 added)" in whole.stdout
+
+    outage = launch("out=b", *STUDY, "sweep.name=outage", *down)
+    assert outage.returncode == 0, outage.stdout + outage.stderr
+    assert "mode=sync" in outage.stdout
+    added = launch("out=b", "mode=sync", *online)
+    assert added.returncode == 0
+    assert "W&B holds 3 of 3 measurements in 1 packs (3 added)" in added.stdout
+
+
+def test_a_study_without_a_key_runs_untracked_and_asks_for_no_login(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    result = launch("out=a", *STUDY, "tracking=online", f"tracking.base_url=http://127.0.0.1:{free_port()}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "WANDB_API_KEY" in result.stdout
+    assert "bit_scaling.png" in result.stdout or "tables/demo.csv" in result.stdout

@@ -1,4 +1,6 @@
-"""Perplexity of a text set: disjoint windows of its concatenated documents (DEFINITIONS: Perplexity)."""
+"""Perplexity of a text set: its documents joined by blank lines, encoded once, cut into disjoint windows; the first
+token of each is context only.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def prepare_perplexity(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_si
     length = context if spec.window is None else min(context, spec.window)
     if spec.limit is not None and spec.limit < length:
         raise SpecError(
-            "eval.limit",
+            spec.limit_key,
             spec.limit,
             f"at least one window of {length} tokens for the text set {spec.name!r}, or null for all",
         )

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.spec import SpecError
+from kbit.spec import LARGEST_NUMBER, SpecError
 
 EvalKind = Literal["perplexity", "task"]
 ComputeDType = Literal["storage", "float16", "bfloat16", "float32"]
@@ -31,6 +31,9 @@ class EvalSpec:
         limit: a task's first documents, or a text set's first tokens; None is all.
         source: where to read, which is not identity: {'path': FILE} or {'hub': ID, 'revision': COMMIT, ...}; a task
             has {'task_file': YAML} too.
+
+    Raises:
+        SpecError: a value that is not allowed, by the name of the setting that it comes from.
     """
 
     kind: str
@@ -47,13 +50,18 @@ class EvalSpec:
         if self.kind not in get_args(EvalKind):
             raise SpecError("kind", self.kind, "one of " + ", ".join(get_args(EvalKind)))
         if self.compute_dtype not in COMPUTE_DTYPES:
-            raise SpecError("compute_dtype", self.compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
-        _at_least("eval.limit", self.limit, 1)
-        _at_least("eval.window", self.window, 2)
-        _at_least("eval.num_fewshot", self.num_fewshot, 0)
+            raise SpecError("eval.compute_dtype", self.compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
+        _whole_number(self.limit_key, self.limit, 1)
+        _whole_number("eval.window", self.window, 2)
+        _whole_number("eval.num_fewshot", self.num_fewshot, 0)
+
+    @property
+    def limit_key(self) -> str:
+        """The setting that ``limit`` comes from, for messages: a text set's tokens, or a task's documents."""
+        return "eval.tokens" if self.kind == "perplexity" else "eval.limit"
 
     def canonical(self) -> dict[str, Any]:
-        """What defines the measurement beside its cell, as plain JSON values ."""
+        """What defines the measurement beside its cell, as plain JSON values."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -94,6 +102,8 @@ class EvalResult:
         return sum(np.asarray(a).nbytes for a in self.samples.values())
 
 
-def _at_least(key: str, value: int | None, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise SpecError(key, value, f"a whole number of at least {least}")
+def _whole_number(key: str, value: int | None, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST_NUMBER:
+        raise SpecError(key, value, f"a whole number of at least {least} (and at most 2^40)")
