@@ -64,8 +64,9 @@ def _run_mode(cfg: DictConfig) -> int:
     from sweeps import commands
     from sweeps.errors import UserError, did_you_mean
 
-    # Hydra's own logging is off; warnings (a damaged file, a figure that can't be drawn) go to the user.
+    # Hydra's own logging is off; warnings (a damaged file) go to the user.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
     try:
         if cfg.mode not in commands.MODES:
             known = ", ".join(commands.MODES)

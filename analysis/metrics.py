@@ -14,7 +14,7 @@ STATUS_SUFFIX: Final = "_status"
 _NO_METRIC: Final = (STDERR_SUFFIX, STATUS_SUFFIX)
 ZERO_SHOT_MEAN: Final = "zero_shot_mean"
 ZERO_SHOT_TASKS: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
-"""The paper's four tasks (section 4); ``zero_shot_mean`` is the mean of their accuracies (DEFINITIONS: Zero-shot)."""
+"""The paper's four tasks (section 4); ``zero_shot_mean`` is the mean of their accuracies."""
 
 
 @dataclass(frozen=True, kw_only=True)

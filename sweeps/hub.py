@@ -1,6 +1,6 @@
 """What a model or dataset *is*, found without torch: a hub id's commit, a local directory's contents. Fetches both.
 
-Commits and hashes are resolved once, at launch, and frozen in the study's manifest (DEFINITIONS: Identity). Nothing
+Commits and hashes are resolved once, at launch, and frozen in the study's manifest. Nothing
 here guesses one: what can't be resolved is a ``HubError`` that says what to do.
 """
 

@@ -388,14 +388,14 @@ def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbS
     assert first.returncode == 0, first.stdout + first.stderr
     assert "W&B" not in first.stdout
     whole = launch("out=a", "mode=sync", *online)
-    assert "W&B holds 3 of 3 measurements in 1 packs (0 added)" in whole.stdout
+    assert "W&B holds 3 of 3 measurements in 1 packs, 0 added now" in whole.stdout
 
     outage = launch("out=b", *STUDY, "sweep.name=outage", *down)
     assert outage.returncode == 0, outage.stdout + outage.stderr
     assert "mode=sync" in outage.stdout
     added = launch("out=b", "mode=sync", *online)
     assert added.returncode == 0
-    assert "W&B holds 3 of 3 measurements in 1 packs (3 added)" in added.stdout
+    assert "W&B holds 3 of 3 measurements in 1 packs, 3 added now" in added.stdout
 
 
 def test_a_study_without_a_key_runs_untracked_and_asks_for_no_login(
