@@ -160,14 +160,17 @@ def _execute(
     console: Console,
 ) -> None:
     tracker = Tracker(tracking, warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"))
-    for pack in plan.packs:
-        config = run_config(pack)
-        tracker.start_pack(pack.id, sweep=pack.sweep, name=run_name(pack.id, config), config=config)
+    waiting = {pack.id: pack for pack in plan.packs}
     cells = Counter(m.cell.key for p in plan.packs for m in p.measurements())
     view = RunView(console=console, cells=cells)
 
     def on_event(event: Mapping[str, Any]) -> None:
         view.on_event(event)
+        # A run is opened when its pack begins: a large study has more packs than W&B likes to have open.
+        pack = waiting.pop(event["pack"], None) if event["event"] == "started" else None
+        if pack is not None:
+            config = run_config(pack)
+            tracker.start_pack(pack.id, sweep=pack.sweep, name=run_name(pack.id, config), config=config)
         if event["event"] == "measured":
             tracker.log(event["row"])
         elif event["event"] == "pack_done":
