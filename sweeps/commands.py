@@ -15,7 +15,7 @@ from sweeps.cell import AXES
 from sweeps.claims import Claims
 from sweeps.devices import Workers, plan_workers, resolve_device
 from sweeps.errors import UserError
-from sweeps.grid import check_axes, matches
+from sweeps.grid import check_axes, excluded_counts, matches
 from sweeps.manifest import load_manifests
 from sweeps.plan import ROW_BYTES, parse_retry
 from sweeps.results import CELL_STATUSES, load_results
@@ -52,8 +52,8 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
             f"{len(manifest.cells) * len(manifest.evals):,} ({', '.join(e.name for e in manifest.evals)})",
         ),
         *((state, f"{n:,}") for state, n in plan.counts.items()),
-        ("excluded", f"{sum(manifest.excluded.values()):,}"),
-        *((f"  {n:,}", reason) for reason, n in manifest.excluded.items()),
+        ("excluded", f"{len(manifest.excluded):,}"),
+        *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
         ("merged", f"{study.duplicates:,} named more than once"),
         ("packs", f"{len(plan.packs):,}, longest {_hours(plan.packs[0].seconds) if plan.packs else '0 s'}"),
         ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),

@@ -35,6 +35,11 @@ class Excluded:
     reason: str
 
 
+def excluded_counts(excluded: Iterable[Excluded]) -> dict[str, int]:
+    """How many combinations each reason left out, the most frequent first."""
+    return dict(Counter(e.reason for e in excluded).most_common())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """The cells of a sweep, each once, in the order of its models and blocks; and what was left out."""
@@ -44,7 +49,7 @@ class Grid:
     duplicates: int = 0
 
     def excluded_counts(self) -> dict[str, int]:
-        return dict(Counter(e.reason for e in self.excluded).most_common())
+        return excluded_counts(self.excluded)
 
 
 def expand(

@@ -15,6 +15,7 @@ from typing import Any
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.cell import Cell, Measurement, ModelRef, canonical_json, eval_to_dict, model_to_dict, quant_from_canonical
+from sweeps.grid import Excluded
 from sweeps.store import read_json, write_atomically
 
 
@@ -25,7 +26,7 @@ class Manifest:
     sweep: str
     cells: tuple[Cell, ...]
     evals: tuple[EvalSpec, ...]
-    excluded: Mapping[str, int]
+    excluded: tuple[Excluded, ...]
     config: Mapping[str, Any]
 
     def measurements(self) -> Iterator[Measurement]:
@@ -54,7 +55,7 @@ class Manifest:
             "models": [model_to_dict(m) for m in models],
             "cells": [[index[c.model], c.quant.canonical()] for c in self.cells],
             "evals": [eval_to_dict(e) for e in self.evals],
-            "excluded": dict(self.excluded),
+            "excluded": [{"axes": dict(e.axes), "reason": e.reason} for e in self.excluded],
             "config": dict(self.config),
         }
 
@@ -67,7 +68,7 @@ def load_manifest(path: Path) -> Manifest:
         sweep=data["sweep"],
         cells=tuple(Cell(model=models[i], quant=quant_from_canonical(q)) for i, q in data["cells"]),
         evals=tuple(EvalSpec(**e) for e in data["evals"]),
-        excluded=data["excluded"],
+        excluded=tuple(Excluded(**e) for e in data["excluded"]),
         config=data["config"],
     )
 

@@ -87,9 +87,7 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
     # Where it runs and what is done with it is not part of the study.
     frozen = {k: v for k, v in _plain(cfg).items() if k in ("sweep", "models", "path", "eval")}
-    manifest = Manifest(
-        sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded_counts(), config=frozen
-    )
+    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=frozen)
     return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
 
 
