@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kbit.checkpoint import CheckpointError, safetensors_header
 from kbit.evaluation.spec import COMPUTE_DTYPES
 from kbit.spec import SpecError
 from kbit.storage import STORAGE_DTYPES
@@ -164,28 +164,19 @@ def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
     for path in files:
         if path.suffix == ".safetensors":
-            for tensor in _safetensors_header(path).values():
-                if tensor["dtype"].startswith(_SAFETENSORS_FLOATS):
-                    begin, end = tensor["data_offsets"]
-                    counts[_SAFETENSORS_DTYPES.get(tensor["dtype"], torch.float32)] += end - begin
+            try:
+                header = safetensors_header(path)
+            except CheckpointError as error:
+                raise SpecError("path", str(path), f"an undamaged safetensors file; {error}") from error
+            for tensor in header:
+                if tensor.dtype.startswith(_SAFETENSORS_FLOATS):
+                    counts[_SAFETENSORS_DTYPES.get(tensor.dtype, torch.float32)] += tensor.stop - tensor.start
         else:
             for tensor in _torch_file(path).values():
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                     counts[tensor.dtype] += tensor.nbytes
     most = counts.most_common(1)[0][0] if counts else torch.float32
     return most if most in STORAGE_DTYPES else torch.float16
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Dtype, shape and place of each tensor, by name, without reading any."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (struct.error, ValueError, MemoryError, OverflowError) as error:
-        raise SpecError("path", str(path), "an undamaged safetensors file; this one's header can't be read") from error
-    header.pop("__metadata__", None)
-    return header
 
 
 def _torch_file(path: Path) -> dict[str, Any]:

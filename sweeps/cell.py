@@ -62,10 +62,6 @@ class ModelRef:
         return {"hub": str(self.hub_id), "commit": str(self.commit)}
 
     @property
-    def is_resolved(self) -> bool:
-        return not (self.commit or "").startswith(UNRESOLVED)
-
-    @property
     def label(self) -> str:
         """'pythia-70m'; a directory's name, or one that holds its family, stands alone ('neox-s', 'gpt2-xl')."""
         alone = self.path is not None or self.name.lower().startswith(self.family.lower())

@@ -29,7 +29,6 @@ class MemberConfig:
     revision: str = "main"
     path: str | None = None
     params: int | None = None
-    params_source: str | None = None
     compute_dtype: str | None = None
 
 

@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.checkpoint import (
+from kbit.checkpoint import (
     CheckpointError,
     count_parameters,
     extra_files,

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from sweeps.manifest import Manifest
 from sweeps.results import load_samples, study_results
-from sweeps.store import Store
+from sweeps.store import Store, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,8 +45,9 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
     """Findings to the console; figures and the table to files."""
     from analysis.figures import write_figures
     from analysis.findings import findings, wanted_samples
+    from analysis.metrics import headline_metrics
     from analysis.mixtures import mixture_warnings
-    from analysis.tables import write_table
+    from analysis.tables import bits_by_dtype, to_markdown, write_table
 
     # Only what is compared: the samples of a large study don't fit into memory.
     wanted = wanted_samples(results, long)
@@ -56,12 +57,15 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
     for finding in findings(results, samples):
         console.print(f"• {escape(finding)}", highlight=False)
     write_figures(results, store.out / "figures" / sweep, sweep=sweep, samples=samples)
-    write_table(results, store.out / "tables" / f"{sweep}.csv")
+    tables = store.out / "tables"
+    write_table(results, tables / f"{sweep}.csv")
+    shown = [to_markdown(bits_by_dtype(results, metric=m), metric=m) for m in headline_metrics(results)]
+    write_atomically(tables / f"{sweep}.md", "\n".join(shown).encode())
 
 
 def _show_places(store: Store, sweep: str, console: Console) -> None:
     console.print(f"\nIn {store.out}:", highlight=False, soft_wrap=True)
-    made = [*sorted((store.out / "figures" / sweep).glob("*.png")), store.out / "tables" / f"{sweep}.csv"]
+    made = [*sorted((store.out / "figures" / sweep).glob("*.png")), *sorted((store.out / "tables").glob(f"{sweep}.*"))]
     for path in made:
         if path.exists():
             console.print(f"  {path.relative_to(store.out)}", highlight=False)

@@ -106,11 +106,6 @@ class Store:
         keep = _current_rows(table, self._dropped_ids())
         return table.take(pa.array(keep, pa.int64())).select(wanted)
 
-    def statuses(self) -> dict[str, str]:
-        """Status by measurement key."""
-        table = self.read(["measurement", "status"])
-        return dict(zip(table.column("measurement").to_pylist(), table.column("status").to_pylist(), strict=True))
-
     def drop(self, row_ids: Iterable[str], why: str) -> None:
         """Retire rows: they stay on disk and no longer count, so that their measurements run again."""
         record = {"row_ids": sorted(row_ids), "why": why}

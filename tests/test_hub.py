@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from sweeps import checkpoint, filehash, hub
+from kbit import checkpoint
+from sweeps import filehash, hub
 
 DEMO = Path(hub.__file__).parent / "demo" / "models"
 COMMIT = "5c1f" * 10

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-import numpy as np
 from numpy.typing import NDArray
 
 from kbit.spec import LARGEST_NUMBER, SpecError
@@ -97,9 +96,6 @@ class EvalResult:
     n_samples: int
     n_tokens: int
     dataset_hash: str
-
-    def sample_bytes(self) -> int:
-        return sum(np.asarray(a).nbytes for a in self.samples.values())
 
 
 def _whole_number(key: str, value: int | None, least: int) -> None:
