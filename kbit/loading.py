@@ -16,6 +16,8 @@ import torch
 
 from kbit.checkpoint import CheckpointError, safetensors_header
 from kbit.evaluation.spec import COMPUTE_DTYPES
+from kbit.memory import is_out_of_memory
+from kbit.placement import place
 from kbit.spec import SpecError
 from kbit.storage import STORAGE_DTYPES
 
@@ -36,8 +38,8 @@ class LoadedModel:
     """A model ready to be quantized and evaluated.
 
     Attributes:
-        model: in eval mode, on its device, without gradients; its weights are 16-bit values in the compute dtype, its
-            buffers in the dtypes that transformers loads them in.
+        model: in eval mode, on its device or devices, without gradients; its weights are 16-bit values in the compute
+            dtype, its buffers in the dtypes that transformers loads them in.
         tokenizer: the checkpoint's.
         storage_dtype: float16 or bfloat16, what the checkpoint's weights were cast to: pass it to ``quantize_model``.
     """
@@ -74,6 +76,7 @@ def load_model(
     revision: str | None = None,
     device: str,
     compute_dtype: str,
+    gpus: int = 1,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a causal language model in its 16-bit storage dtype, then cast it up to the compute dtype if that is wider.
@@ -87,16 +90,20 @@ def load_model(
         device: 'cpu', 'cuda' or 'cuda:N'.
         compute_dtype: 'float16', 'bfloat16' or 'float32', the dtype of activations and arithmetic; or 'storage', the
             checkpoint's own 16-bit dtype.
+        gpus: with device 'cuda', how many GPUs to spread the model over, from the first on.
         trust_remote_code: run the modelling code that the repository brings.
 
     Raises:
-        SpecError: no such device; the directory or repository, its weights or its configuration are missing or
-            unusable; or compute_dtype can't hold the weights.
+        SpecError: no such device, or not so many; the directory or repository, its weights or its configuration are
+            missing or unusable; or compute_dtype can't hold the weights.
     """
     if compute_dtype not in COMPUTE_DTYPES:
         raise SpecError("compute_dtype", compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SpecError("device", device, "'cpu' on this machine: torch finds no GPU")
+    if gpus > 1 and (device != "cuda" or gpus > torch.cuda.device_count()):
+        found = torch.cuda.device_count()
+        raise SpecError("gpus", gpus, f"1, or with device='cuda' as many as torch finds, which is {found}")
     directory = _directory(path_or_id, revision, trust_remote_code)
     files = _weight_files(directory, path_or_id)
     storage = _stored_dtype(files)
@@ -105,20 +112,10 @@ def load_model(
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
         raise SpecError("compute_dtype", compute_dtype, allowed)
     model, tokenizer = _read(directory, path_or_id, storage, trust_remote_code)
-    _place(model, device, compute)
+    place(model, device, compute, gpus=gpus)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return LoadedModel(model=model, tokenizer=tokenizer, storage_dtype=storage)
-
-
-def _place(model: PreTrainedModel, device: str, compute: torch.dtype) -> None:
-    """Move a model to its device and cast its parameters up. ``model.to(dtype=...)`` would cast its buffers down too,
-    and transformers keeps rotary frequencies in float32 whatever the weights are.
-    """
-    model.to(device=device)  # type: ignore[call-arg]
-    for parameter in model.parameters():  # tied ones are one object: they stay tied
-        if parameter.is_floating_point() and parameter.dtype.itemsize < compute.itemsize:
-            parameter.data = parameter.data.to(compute)
 
 
 def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path:
@@ -198,6 +195,8 @@ def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -
             directory, dtype=storage, trust_remote_code=remote_code, weights_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise  # nothing is wrong with the checkpoint
         raise SpecError(
             "path", name, f"a causal language model that transformers can load; it says: {error}"
         ) from error

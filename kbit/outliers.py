@@ -153,4 +153,6 @@ def _largest(spread: Tensor | None, layer: Layer, fraction: float) -> Tensor | N
             "Use outlier_fraction=0 with this model"
         )
     count = max(1, round(fraction * inputs))
-    return spread.sort(descending=True, stable=True).indices[:count].sort().values.to(torch.int32)
+    chosen = spread.sort(descending=True, stable=True).indices[:count].sort().values
+    # A model may be spread over GPUs, and the predecessor lie on another.
+    return chosen.to(layer.weight.device, torch.int32)

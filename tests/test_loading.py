@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kbit import QuantSpec, SpecError, quantize_model
+from kbit.architectures import decoder_blocks
 from kbit.loading import load_model
-from tests.tiny_models import tiny
+from kbit.memory import is_out_of_memory
+from kbit.placement import device_map
+from tests.tiny_models import NAMES, tiny
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -218,6 +221,72 @@ def test_a_device_that_is_not_there_is_named(checkpoint):
     directory = checkpoint("opt", torch.float16)
     with pytest.raises(SpecError, match="device='cuda'"):
         load_model(str(directory), device="cuda", compute_dtype="float16")
+
+
+def homes(model: torch.nn.Module, placed: dict[str, int]) -> dict[str, int]:
+    """The GPU of each parameter by name."""
+    return {
+        name: next(gpu for module, gpu in placed.items() if name.startswith(f"{module}."))
+        for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_spreading_puts_every_parameter_in_one_place_and_tied_ones_together(name, gpus):
+    model = tiny(name, torch.float16)
+    placed = device_map(model, gpus)
+    for module in placed:
+        assert not any(other.startswith(f"{module}.") for other in placed)
+    where = homes(model, placed)
+    assert set(where.values()) <= set(range(gpus))
+    by_tensor: dict[int, set[int]] = {}
+    for parameter, gpu in where.items():
+        by_tensor.setdefault(model.get_parameter(parameter).data_ptr(), set()).add(gpu)
+    assert all(len(gpus_of) == 1 for gpus_of in by_tensor.values())
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4])
+def test_spreading_cuts_a_deep_model_into_runs_of_equal_size(gpus):
+    from transformers import GPTNeoXConfig
+
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=128, num_hidden_layers=24, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    placed = device_map(model, gpus)
+    name, blocks = decoder_blocks(model)
+    order = [placed[f"{name}.{number}"] for number in range(len(blocks))]
+    assert order == sorted(order)
+    names = {module: name for name, module in model.named_modules()}
+    assert placed[names[model.get_input_embeddings()]] == 0
+    assert placed[names[model.get_output_embeddings()]] == gpus - 1
+    sizes = [0] * gpus
+    for parameter, gpu in homes(model, placed).items():
+        sizes[gpu] += model.get_parameter(parameter).nbytes
+    block = sum(p.nbytes for p in blocks[0].parameters())
+    assert max(sizes) - min(sizes) <= 2 * block
+
+
+def test_more_gpus_than_there_are_is_named(checkpoint):
+    directory = checkpoint("opt", torch.float16)
+    with pytest.raises(SpecError, match="gpus=2"):
+        load_model(str(directory), device="cpu", compute_dtype="float16", gpus=2)
+
+
+def test_running_out_of_memory_is_told_from_other_failures():
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(cpu.value)
+    wrapped = ValueError("a model that can be loaded")
+    wrapped.__cause__ = cpu.value
+    assert is_out_of_memory(wrapped)
+    for error in (MemoryError(), OSError(12, "Cannot allocate memory"), torch.OutOfMemoryError("CUDA out of memory")):
+        assert is_out_of_memory(error)
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2) @ torch.ones(3)
+    for error in (other.value, OSError(28, "No space left on device"), RuntimeError("CUDA error: illegal memory")):
+        assert not is_out_of_memory(error)
 
 
 HUB = """

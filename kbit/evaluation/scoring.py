@@ -25,7 +25,8 @@ class TokenScorer:
 
     The base model runs once a batch; its head is applied to the scored positions only, a chunk at a time, with a
     float32 log-softmax. Padding is on the right and attention causal, so no scored position sees it, and no attention
-    mask is passed (lm-eval's HFLM does the same).
+    mask is passed (lm-eval's HFLM does the same). A model spread over several GPUs takes its inputs where its embedding
+    lies.
 
     Models that do more to their logits than apply the head (soft caps, scales) are found by their configuration, and
     by comparing on a few tokens; theirs are computed by the model itself, one sequence at a time.
@@ -63,7 +64,9 @@ class TokenScorer:
             torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (input_ids, rows, positions, targets)
         )
         if self.separable:
-            hidden = self.base(ids, use_cache=False).last_hidden_state[row, position]
+            states = self.base(ids, use_cache=False).last_hidden_state
+            # Those of a model spread over GPUs may lie on another than its inputs.
+            hidden = states[row.to(states.device), position.to(states.device)]
             chunk = max(1, HEAD_CHUNK // int(self.head.weight.shape[0]))
             pieces = zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True)
             parts = [_nats(self.head(piece), of_piece, greedy) for piece, of_piece in pieces]
@@ -88,7 +91,7 @@ class TokenScorer:
         outputs = self.base(ids, use_cache=False)
         if not hasattr(outputs, "last_hidden_state"):
             return False
-        logits = self.head(outputs.last_hidden_state)
+        logits = self.head(outputs.last_hidden_state).to(expected.device)
         # The arithmetic is the same: what may differ is the last bit or two of 16.
         close = 1e-4 if logits.dtype == torch.float32 else 2 * torch.finfo(logits.dtype).eps
         # A model that diverged gives NaN both ways.
