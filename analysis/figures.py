@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -233,5 +235,15 @@ def _comparison(
 def _save(fig: Figure, stem: Path) -> Path:
     fig.savefig(stem.with_suffix(".png"))
     fig.set_layout_engine("none")  # laid out already, and laying out costs most of saving
-    fig.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    _save_svg(fig, stem.with_suffix(".svg"))
     return stem.with_suffix(".png")
+
+
+def _save_svg(fig: Figure, path: Path) -> None:
+    """The same data give the same bytes: matplotlib numbers clip paths by where objects lie in memory."""
+    text = io.StringIO()
+    fig.savefig(text, format="svg", metadata={"Date": None})
+    names: dict[str, str] = {}
+    path.write_text(
+        re.sub(r"\bp[0-9a-f]{10}\b", lambda m: names.setdefault(m[0], f"clip{len(names)}"), text.getvalue())
+    )
