@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint slurm-up slurm-down clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo "  With another Python than python3: make demo PYTHON=python3.12"
 
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
@@ -21,6 +21,12 @@ lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+slurm-up:  ## a test SLURM cluster on this host: real daemons, fake GPUs (tests/slurm)
+	@$(PYTHON) -m tests.slurm.cluster up
+
+slurm-down:  ## end it, its jobs too
+	@$(PYTHON) -m tests.slurm.cluster down
 
 clean:  ## remove what make made; results stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

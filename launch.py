@@ -99,15 +99,23 @@ def _explain(error: Exception) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         return _explain_value(text, cause)
-    if "mismatched input" in text or "token recognition error" in text or "extraneous input" in text:
-        given = _unreadable_argument()
-        quoted = f"'{given.partition('=')[0]}=\"{given.partition('=')[2]}\"'"
+    if any(words in text for words in ("mismatched input", "token recognition", "extraneous input", "no viable")):
+        key, _, value = _unreadable_argument().partition("=")
+        value = f'["{value[1:-1]}"]' if value.startswith("[") and value.endswith("]") else f'"{value}"'
         return (
-            f"{given!r} can't be read: {text.splitlines()[0]}. "
-            f"Put double quotes around the value and single quotes around all of it: {quoted}"
+            f"{_unreadable_argument()!r} can't be read: {text.splitlines()[0]}. "
+            f"Put double quotes around each value and single quotes around all of it: '{key}={value}'"
         )
     if "Ambiguous value" in text:
         return text.replace("argument '", "'").replace("\\'", "'") + "\n   e.g. 'key=[a,b]', quoted for the shell"
+    missing = re.search(r"Could not find '(\S+)/(\S+)'.*Available options in '\1':\s*(.*)", text, re.DOTALL)
+    if missing:
+        from sweeps.errors import did_you_mean
+
+        group, option = missing.group(1), missing.group(2)
+        known = [line.strip() for line in missing.group(3).partition("Config search path:")[0].splitlines()]
+        options = [name for name in known if name]
+        return f"{group}={option} is not valid: one of {', '.join(options)}.{did_you_mean(option, options)}"
     search_path = text.find("Config search path:")
     return text[:search_path].strip() if search_path >= 0 else text.strip()
 

@@ -4,8 +4,9 @@ A claim is a numbered file that names measurements, created by an atomic hard li
 number. A launch reads the claims up to n, plans what none of the live ones holds, and creates number n + 1; if somebody
 else was faster it reads again and plans anew (compare and swap). Nothing is locked, so nothing can stay locked.
 
-A claim ends when its launch releases it, or is void when its owner is known to be gone: on the same machine by its
-process, from another machine only after its heartbeat has been silent for long.
+A claim of workers on this machine ends when its launch releases it, or is void when its owner is known to be gone: on
+the same machine by its process, from another machine only after its heartbeat has been silent for long. A claim of
+SLURM jobs ends pack by pack, by what the scheduler says of their jobs (sweeps.inflight).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -30,15 +32,26 @@ SILENT_SECONDS: Final = 900.0
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One launch's hold on measurements."""
+    """One launch's hold on measurements.
+
+    Attributes:
+        executor: 'local' or 'slurm'.
+        host, pid, pid_started: the process that launched it.
+        packs: measurement keys by pack.
+    """
 
     number: int
     launch: str
     sweep: str
+    executor: str
     host: str
     pid: int
     pid_started: str
-    measurements: frozenset[str]
+    packs: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def measurements(self) -> frozenset[str]:
+        return frozenset(m for keys in self.packs.values() for m in keys)
 
 
 class ClaimTakenError(Exception):
@@ -58,14 +71,24 @@ class Claims:
     def last_number(self) -> int:
         return max((int(p.stem) for p in self.directory.glob("[0-9]*.json")), default=0)
 
-    def live(self) -> list[Claim]:
-        """Claims whose owner may still be at work."""
+    def open(self, *, after: int = 0) -> list[Claim]:
+        """Claims that were not released, in their order; only those with a number above ``after``."""
         numbers = sorted(int(p.stem) for p in self.directory.glob("[0-9]*.json"))
-        claims = [self._load(n) for n in numbers if not self._path(n, "released").exists()]
-        return [c for c in claims if self._is_alive(c)]
+        return [self._load(n) for n in numbers if n > after and not self._path(n, "released").exists()]
 
-    def create(self, number: int, *, launch: str, sweep: str, measurements: Iterable[str]) -> Claim:
+    def create(
+        self,
+        number: int,
+        *,
+        launch: str,
+        sweep: str,
+        packs: Mapping[str, Iterable[str]],
+        executor: str = "local",
+    ) -> Claim:
         """Take number ``number``.
+
+        Args:
+            packs: measurement keys by pack.
 
         Raises:
             ClaimTakenError: another launch was faster.
@@ -74,10 +97,11 @@ class Claims:
         claim = {
             "launch": launch,
             "sweep": sweep,
+            "executor": executor,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "pid_started": _process_start(os.getpid()),
-            "measurements": sorted(measurements),
+            "packs": {pack: sorted(keys) for pack, keys in packs.items()},
         }
         temporary = self.directory / f".{uuid.uuid4().hex}.tmp"
         write_atomically(temporary, json.dumps(claim).encode())
@@ -112,20 +136,17 @@ class Claims:
         except FileNotFoundError:
             return set()
 
-    def lost(self) -> set[str]:
-        """Measurements that a launch held when it died without releasing its claim."""
-        numbers = (int(p.stem) for p in self.directory.glob("[0-9]*.json"))
-        claims = [self._load(n) for n in numbers if not self._path(n, "released").exists()]
-        return {m for c in claims if not self._is_alive(c) for m in c.measurements}
-
     def _load(self, number: int) -> Claim:
-        data = read_json(self._path(number, "json"))
-        return Claim(number=number, **{**data, "measurements": frozenset(data["measurements"])})
+        data = {"executor": "local", **read_json(self._path(number, "json"))}
+        # Version 0.1 wrote one list of measurements.
+        packs = data.pop("packs", None) or {"": data.pop("measurements", [])}
+        return Claim(number=number, packs={p: tuple(keys) for p, keys in packs.items()}, **data)
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.directory / f"{number:08d}.{suffix}"
 
-    def _is_alive(self, claim: Claim) -> bool:
+    def is_alive(self, claim: Claim) -> bool:
+        """Whether the process that launched it may still be at work."""
         if claim.host == socket.gethostname():
             return _process_start(claim.pid) == claim.pid_started
         beat = self._path(claim.number, "running")

@@ -1,4 +1,4 @@
-"""The modes beside ``run``: plan, status, table, logs, fetch, drop, sync. Each returns the command's exit code."""
+"""The modes beside ``run``: plan, status, table, logs, cancel, fetch, drop, sync. Each returns the exit code."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from sweeps.cell import AXES
-from sweeps.claims import Claims
-from sweeps.devices import Workers, plan_workers, resolve_device
+from sweeps.devices import plan_workers, resolve_device
 from sweeps.errors import UserError
+from sweeps.execute import run_config, run_name
 from sweeps.grid import check_axes, excluded_counts, matches
+from sweeps.inflight import read_flight
+from sweeps.jobs import cancel_mode, failed_logs, reconciled_flight, show_jobs, why_never_run
+from sweeps.launching import out_dir, plain, plan_study, tracking_config
 from sweeps.manifest import load_manifests
-from sweeps.plan import ROW_BYTES, parse_retry
+from sweeps.on_slurm import hours, plan_rows, slurm_device
+from sweeps.plan import ROW_BYTES, Packing, parse_retry
+from sweeps.resources import SlurmConfig, counted
 from sweeps.results import CELL_STATUSES, load_results
-from sweeps.run import out_dir, plan_study, run, run_config, run_name, tracking_config
+from sweeps.run import check_executor, run
 from sweeps.store import Store
 from sweeps.study import as_list, build_study
 from sweeps.tracking import TrackedPack, sync
@@ -32,16 +37,25 @@ MOST_UNRESOLVED_SHOWN: Final = 5
 
 def plan_mode(cfg: DictConfig, console: Console) -> int:
     """Say what a run would do, without doing it and without torch."""
-    device = resolve_device(cfg.executor.device)
+    device = _device(cfg)
     store = Store(out=out_dir(cfg))
     with console.status("resolving models and data") as status:
         study = build_study(cfg, device=device, strict=False, progress=status.update)
     manifest = study.manifest
-    largest = max(c.model.params or 0 for c in manifest.cells)
-    workers = plan_workers(device, cfg.executor.workers, largest)
-    retry = parse_retry(_plain(cfg.retry))
-    plan = plan_study(store, manifest, retry, workers)
-    gpu = plan_study(store, manifest, retry, Workers(device="cuda", count=1, threads=1))
+    retry = parse_retry(plain(cfg.retry))
+    flight = read_flight(store.out)
+    gpu = plan_study(store, manifest, retry, Packing(workers=1), "cuda", flight)
+    if cfg.executor.name == "slurm":
+        plan, where = plan_rows(cfg, store, manifest, retry, device, flight)
+    else:
+        largest = max(c.model.params or 0 for c in manifest.cells)
+        workers = plan_workers(device, cfg.executor.workers, largest)
+        plan = plan_study(store, manifest, retry, Packing(workers=workers.count), device, flight)
+        wall = f"{hours(plan.seconds / workers.count)} predicted with {workers.count} {device} worker(s) here"
+        where = [
+            ("packs", f"{len(plan.packs):,}, longest {hours(plan.packs[0].seconds) if plan.packs else '0 s'}"),
+            ("wall time", wall),
+        ]
     models = {c.model for c in manifest.cells}
     hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
     rows = [
@@ -55,9 +69,8 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
         ("excluded", f"{len(manifest.excluded):,}"),
         *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
         ("merged", f"{study.duplicates:,} named more than once"),
-        ("packs", f"{len(plan.packs):,}, longest {_hours(plan.packs[0].seconds) if plan.packs else '0 s'}"),
+        *where,
         ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),
-        ("wall time", f"{_hours(plan.seconds / workers.count)} predicted with {workers.count} {device} worker(s) here"),
         ("disk", f"{_bytes(plan.todo * ROW_BYTES)} of results, {_bytes(hub_bytes)} of models from the hub"),
     ]
     table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
@@ -79,12 +92,14 @@ def plan_mode(cfg: DictConfig, console: Console) -> int:
 
 
 def status_mode(cfg: DictConfig, console: Console) -> int:
-    """Count cells by state, and by the axes of ``by``."""
-    by = [str(b) for b in as_list(_plain(cfg.by), "by")]
+    """Count cells by state, and by the axes of ``by``; say how their jobs do."""
+    by = [str(b) for b in as_list(plain(cfg.by), "by")]
     check_axes(by, "by")
+    flight = reconciled_flight(out_dir(cfg), console)
     results = _results(cfg)
     states = [s for s in reversed(CELL_STATUSES) if (results["status"] == s).any()]
-    table = Table(title=f"cells in {out_dir(cfg)}", title_justify="left")
+    console.print(f"Cells in {out_dir(cfg)}:", highlight=False, soft_wrap=True)
+    table = Table()
     groups = by or ["sweep"]
     for name in groups:
         table.add_column(name)
@@ -95,13 +110,50 @@ def status_mode(cfg: DictConfig, console: Console) -> int:
         numbers = [str(counts.get(s, 0) or "") for s in states]
         table.add_row(*("-" if _is_na(v) else str(v) for v in values), *numbers, str(len(group)))
     console.print(table)
-    live = Claims(out=out_dir(cfg)).live()
-    for claim in live:
+    for claim in flight.local:
         console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
+    show_jobs(flight, console)
+    cancelled = {m for m, how in flight.ended.items() if how == "cancelled"}
+    blocked = why_never_run(out_dir(cfg), flight.queued | cancelled)
+    if blocked:
+        results = _say_blocked(blocked, results, _results(cfg, long=True), console)
+    _explain_states(results, console)
+    return 0
+
+
+def _say_blocked(
+    blocked: Mapping[str, set[str]], results: pd.DataFrame, long: pd.DataFrame, console: Console
+) -> pd.DataFrame:
+    """Say which cells wait for what failed; returns the other cells."""
+    waiting = long[long["status"].isin(["cancelled", "queued"])]
+    for why, measurements in blocked.items():
+        keys = set(waiting.loc[waiting["measurement"].isin(measurements), "key"])
+        if keys:
+            console.print(
+                f"[red]{counted(len(keys), 'cell')} can't run:[/] {escape(why)}", highlight=False, soft_wrap=True
+            )
+            console.print("  mode=logs says more. Mend it, and run the same command again.", highlight=False)
+        results = results[~results["key"].isin(keys)]
+    return results
+
+
+def _explain_states(results: pd.DataFrame, console: Console) -> None:
+    """For what did not finish: why, and what to do."""
     failed = results[results["status"] == "failed"]
     for error, count in failed["error_type"].value_counts().items():
         console.print(f"[red]{count} failed[/] with {error!s}: mode=logs shows why", highlight=False)
-    return 0
+    advice = {
+        "oom": "they ran out of memory; 'retry=\\[oom]' runs them with a larger job",
+        "timeout": "they did not finish in their job's walltime; the same command goes on with them",
+        "node_fail": "they were on a node that failed; the same command runs them elsewhere",
+        "preempted": "they were preempted and not requeued; the same command runs them",
+        "cancelled": "their jobs were cancelled; the same command runs them",
+        "lost": "they were being run when their job or launch died; the same command runs them, mode=logs says more",
+    }
+    for state, text in advice.items():
+        count = int((results["status"] == state).sum())
+        if count:
+            console.print(f"[yellow]{count} {state}:[/] {text}", highlight=False)
 
 
 def table_mode(cfg: DictConfig, console: Console) -> int:
@@ -122,19 +174,24 @@ def table_mode(cfg: DictConfig, console: Console) -> int:
 
 
 def logs_mode(cfg: DictConfig, console: Console) -> int:
-    """Print why cells failed."""
+    """Print why cells failed, and the ends of the logs of jobs that died."""
+    reconciled_flight(out_dir(cfg), console)
     long = _results(cfg, long=True)
-    failed = long[long["status"] == "failed"]
-    if not len(failed):
-        states = ", ".join(f"{n} {s}" for s, n in long["status"].value_counts().items())
-        console.print(f"No failed measurement among those chosen ({states}).")
-        return 0
+    failed = long[long["status"].isin(["failed", "oom"]) & long["error"].notna()]
     for row in failed.to_dict("records"):
         console.rule(f"{row['key'][:10]}  {row['model']} {row['label']}  {row['eval']}")
         console.print(row["error"], markup=False, highlight=False, soft_wrap=True)
         logs = out_dir(cfg) / "logs" / str(row["launch"]).split(" ")[0]
-        where = f"host {row['host']}, job {row['job']}, {row['finished']}; worker logs: {logs}"
+        of_job = sorted(logs.glob(f"*/{str(row['job']).partition('/')[2]}_*log*"))
+        where = (
+            f"host {row['host']}, job {row['job']}, {row['finished']}; logs: {', '.join(map(str, of_job or [logs]))}"
+        )
         console.print(where, markup=False, highlight=False, soft_wrap=True)
+    unrecorded = long[long["row_id"].isna() & (long["status"] != "missing")]
+    shown = failed_logs(out_dir(cfg), set(unrecorded["measurement"]), console)
+    if not len(failed) and not shown:
+        states = ", ".join(f"{n} {s}" for s, n in long["status"].value_counts().items())
+        console.print(f"No failed measurement among those chosen ({states}).")
     return 0
 
 
@@ -145,10 +202,10 @@ def drop_mode(cfg: DictConfig, console: Console) -> int:
     long = _results(cfg, long=True)
     rows = long[long["row_id"].notna()]
     if not len(rows):
-        raise UserError(f"mode=drop: nothing stored matches cell={cfg.cell} where={_plain(cfg.where)}")
+        raise UserError(f"mode=drop: nothing stored matches cell={cfg.cell} where={plain(cfg.where)}")
     store = Store(out=out_dir(cfg))
     # Older rows of the same measurements go too: else an earlier failure would come back in place of a new run.
-    store.drop(store.row_ids(set(rows["measurement"])), why=f"cell={cfg.cell} where={_plain(cfg.where)}")
+    store.drop(store.row_ids(set(rows["measurement"])), why=f"cell={cfg.cell} where={plain(cfg.where)}")
     console.print(
         f"Retired {len(rows)} measurement(s) of {rows['key'].nunique()} cell(s). They stay on disk "
         f"(dropped/ names them) and run again with the next launch."
@@ -161,7 +218,7 @@ def sync_mode(cfg: DictConfig, console: Console) -> int:
     config = tracking_config(cfg)
     store = Store(out=out_dir(cfg))
     # A pack that is running mirrors itself: adding its rows here too would show them twice.
-    running = {m for claim in Claims(out=store.out).live() for m in claim.measurements}
+    running = read_flight(store.out).held
     by_pack: dict[str, list[Mapping[str, Any]]] = {}
     rows = store.read().to_pylist()
     busy = {row["pack"] for row in rows if row["measurement"] in running}
@@ -190,7 +247,7 @@ def fetch_mode(cfg: DictConfig, console: Console) -> int:
     """Download the study's models and data, so that runs need no network."""
     from sweeps import hub
 
-    device = resolve_device(cfg.executor.device)
+    device = _device(cfg)
     with console.status("resolving models and data") as status:
         study = build_study(cfg, device=device, strict=True, progress=status.update)
         models = {(c.model.hub_id, c.model.commit) for c in study.manifest.cells if c.model.hub_id}
@@ -215,6 +272,7 @@ MODES: Final[Mapping[str, Callable[[DictConfig, Console], int]]] = {
     "status": status_mode,
     "table": table_mode,
     "logs": logs_mode,
+    "cancel": lambda cfg, console: cancel_mode(out_dir(cfg), _asked_sweep(cfg), console),
     "fetch": fetch_mode,
     "drop": drop_mode,
     "sync": sync_mode,
@@ -223,7 +281,7 @@ MODES: Final[Mapping[str, Callable[[DictConfig, Console], int]]] = {
 
 def _results(cfg: DictConfig, *, long: bool = False) -> pd.DataFrame:
     """The results that ``cell=`` and ``where=`` choose."""
-    where = _plain(cfg.where) or {}
+    where = plain(cfg.where) or {}
     if not isinstance(where, Mapping):
         raise UserError(f"where={where!r} is not valid: axis values, e.g. 'where={{bits: 3, dtype: int}}'")
     check_axes(where, "where")
@@ -257,20 +315,17 @@ def _asked_sweep(cfg: DictConfig) -> str | None:
     return str(cfg.sweep.name) if named else None
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def _device(cfg: DictConfig) -> str:
+    check_executor(plain(cfg.executor))
+    if cfg.executor.name == "slurm":
+        return slurm_device(cfg.executor.device, SlurmConfig.from_config(plain(cfg.executor)))
+    return resolve_device(cfg.executor.device)
 
 
 def _is_na(value: Any) -> bool:
     import pandas as pd
 
     return bool(pd.isna(value))
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def _bytes(count: float) -> str:

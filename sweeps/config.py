@@ -30,6 +30,9 @@ class MemberConfig:
     path: str | None = None
     params: int | None = None
     compute_dtype: str | None = None
+    gpus: int | None = None
+    mem_gb: float | None = None
+    reference: Any = None
 
 
 @dataclass
@@ -100,10 +103,33 @@ class EvalConfig:
 
 @dataclass
 class ExecutorConfig:
+    """Keys of both executors; those of SLURM are None where conf/executor/slurm.yaml does not give them."""
+
     name: str = "local"
     device: str = "auto"
-    workers: Any = "auto"
     batch_tokens: Any = "auto"
+    workers: Any = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus: Any = None
+    gpu_type: str | None = None
+    gpu_memory_gb: float | None = None
+    cpus: int | None = None
+    mem_gb: Any = None
+    time: Any = None
+    constraint: str | None = None
+    exclude: str | None = None
+    max_parallel: int | None = None
+    cells_per_job: Any = None
+    setup: Any = None
+    extra: Any = None
+    requeues: int | None = None
+    signal_seconds: int | None = None
+    preflight: bool | None = None
+    code: str | None = None
+    baseline_gate: bool | None = None
+    baseline_tolerance: float | None = None
 
 
 @dataclass
@@ -126,6 +152,7 @@ class Config:
     where: Any = None
     to: str | None = None
     long: bool = False
+    watch: bool = False
     trust_remote_code: bool = False
     models: dict[str, FamilyConfig] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,24 @@ class Manifest:
             for spec in self.evals:
                 yield Measurement(cell=cell, eval=spec)
 
+    @cached_property
+    def _data(self) -> bytes:
+        return canonical_json(self._as_dict()).encode()
+
+    @property
+    def name(self) -> str:
+        """The study's name and the hash of its content."""
+        return f"{self.sweep}-{hashlib.sha256(self._data).hexdigest()[:16]}"
+
     def save(self, out: Path) -> str:
         """Write it under its content's name and return that name."""
-        data = canonical_json(self._as_dict()).encode()
-        name = hashlib.sha256(data).hexdigest()[:16]
-        path = _directory(out) / f"{self.sweep}-{name}.json"
+        path = _directory(out) / f"{self.name}.json"
         if path.exists():
             # The newest launch decides which settings of an evaluation count where studies differ.
             os.utime(path)
         else:
-            write_atomically(path, data)
-        return path.stem
+            write_atomically(path, self._data)
+        return self.name
 
     def _as_dict(self) -> dict[str, Any]:
         models = list(dict.fromkeys(c.model for c in self.cells))

@@ -9,15 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-PACKAGES: Final = ("kbit-sweep", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
+PROJECT: Final = "kbit-sweep"
+PACKAGES: Final = (PROJECT, "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
 
 
 def code_provenance() -> dict[str, Any]:
     """Columns commit, dirty, versions. Outside a git checkout the commit is the installed version and dirty is null."""
     commit, dirty = _git_state(Path(__file__).parent.parent)
+    installed = f"kbit-sweep {_version('kbit-sweep') or 'unknown'}"
+    return {"commit": commit or installed, "dirty": dirty, "versions": package_versions()}
+
+
+def package_versions() -> str:
+    """Column versions: JSON of the packages' versions in this process's environment."""
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    installed = f"kbit-sweep {versions['kbit-sweep'] or 'unknown'}"
-    return {"commit": commit or installed, "dirty": dirty, "versions": json.dumps(versions, sort_keys=True)}
+    return json.dumps(versions, sort_keys=True)
 
 
 def _git_state(directory: Path) -> tuple[str | None, bool | None]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sweeps.cell import Cell, Measurement
-from sweeps.claims import Claims
 from sweeps.errors import UserError
+from sweeps.inflight import Flight, read_flight
 from sweeps.manifest import Manifest, load_manifests
+from sweeps.plan import OOM_ERROR
 from sweeps.schema import CELL_COLUMNS, COLUMNS
-from sweeps.store import Store, decode_samples
+from sweeps.store import FINISHED, Store, decode_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
 
-CELL_STATUSES: Final = ("running", "failed", "queued", "missing", "diverged", "done")
+CELL_STATUSES: Final = (
+    *("running", "failed", "oom", "timeout", "node_fail", "preempted", "cancelled", "lost"),
+    *("queued", "missing", "diverged", "done"),
+)
 """A cell's status is the first of these that one of its measurements has."""
 
 # What a cell's row in the wide table says of the run, beside its metrics: summed, or the latest measurement's.
@@ -74,22 +78,39 @@ def _manifests(out: Path, sweep: str | None) -> list[Manifest]:
 
 
 def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+    # Who is at it first: what ends in between has then already been stored.
+    flight = read_flight(out)
     stored = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
-    claims = Claims(out=out)
-    live = claims.live()
-    running = {m for c in live for m in claims.running(c)}
-    queued = {m for c in live for m in c.measurements}
     rows = []
     for study, measurement in planned(manifests).values():
         row = stored.get(measurement.key)
-        if row is None or (measurement.key in running and row["status"] == "failed"):
-            status = "running" if measurement.key in running else "queued" if measurement.key in queued else "missing"
-            row = {**_planned_row(measurement), "status": status}
+        state = _state(row, measurement.key, flight)
+        if row is None or state == "running":
+            row = {**_planned_row(measurement), "status": state}
         else:
             row["metrics"], row["stderr"] = dict(row["metrics"] or ()), dict(row["stderr"] or ())
+            row["status"] = state
         row["sweep"] = study
         rows.append(row)
     return rows
+
+
+def measurement_states(out: Path, manifest: Manifest, flight: Flight) -> dict[str, str]:
+    """The state of each measurement that a study planned, one of ``CELL_STATUSES``."""
+    rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
+    stored = {row["measurement"]: row for row in rows}
+    return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
+
+
+def _state(row: Mapping[str, Any] | None, key: str, flight: Flight) -> str:
+    """What is stored counts; then who is at it; then how work that left no record ended."""
+    if row is not None and row["status"] in FINISHED:
+        return str(row["status"])
+    if key in flight.running:
+        return "running"
+    if row is not None:
+        return "oom" if row["error_type"] == OOM_ERROR else str(row["status"])
+    return "queued" if key in flight.queued else flight.ended.get(key, "missing")
 
 
 def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -94,9 +94,11 @@ COLUMNS: Final[tuple[Column, ...]] = (
     _c("dirty", "bool", "the checkout had changes"),
     _c("versions", "string", "JSON of package versions"),
     _c("device", "string", "GPU or CPU"),
+    _c("gpus", "int64", "GPUs the model was spread over; 0 on a CPU; null in rows of version 1", "count"),
     _c("kernel", "string", "implementation of the quantizer"),
     _c("seed", "int64", "seed of torch's generator"),
-    _c("batch_tokens", "int64", "tokens in a batch", "tokens"),
+    _c("batch_tokens", "int64", "tokens in a batch, after any halving for want of memory", "tokens"),
+    _c("oom_rung", "int64", "step of the out-of-memory ladder: each doubles a job's memory or GPUs", "steps"),
     _c("launch", "string", "launch that planned it"),
     _c("pack", "string", "pack it ran in"),
     _c("job", "string", "scheduler's job, or the worker"),

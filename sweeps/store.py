@@ -106,6 +106,14 @@ class Store:
         keep = _current_rows(table, self._dropped_ids())
         return table.take(pa.array(keep, pa.int64())).select(wanted)
 
+    def read_pack(self, pack: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Every stored row of one pack, without reading any other; dropped rows left out."""
+        wanted = list(dict.fromkeys([*columns, "row_id"]))
+        files = [*self._files(f"parts/{pack}/*.parquet"), *self._files(f"packs/{pack}-*.parquet")]
+        tables = [table for path in files if (table := self._read(path, wanted)) is not None]
+        dropped = self._dropped_ids()
+        return [row for table in tables for row in table.to_pylist() if row["row_id"] not in dropped]
+
     def drop(self, row_ids: Iterable[str], why: str) -> None:
         """Retire rows: they stay on disk and no longer count, so that their measurements run again."""
         record = {"row_ids": sorted(row_ids), "why": why}

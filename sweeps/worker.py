@@ -1,8 +1,8 @@
 """A worker runs packs: load a model once; for each cell quantize, measure, restore; record every measurement at once.
 
-``python -m sweeps.worker`` is the process behind the local executor. It reads packs as JSON lines from standard input,
-says what happens as JSON lines on the descriptor named by ``--events``, and writes results itself. Only functions that
-compute import torch.
+``python -m sweeps.worker`` is the process behind every executor. It reads packs as JSON lines from standard input, each
+with the time ``until`` when it must be done (epoch seconds, or null), says what happens as JSON lines on the descriptor
+named by ``--events``, and writes results itself. Only functions that compute import torch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import argparse
 import ctypes
 import json
 import os
-import resource
 import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +23,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from sweeps.cell import Cell, Measurement, ModelRef
+from sweeps.cost import load_seconds
+from sweeps.errors import StoreError
+from sweeps.pacing import Pace
 from sweeps.plan import Pack
+from sweeps.provenance import PROJECT, package_versions
 from sweeps.results import measurement_row
+from sweeps.rows import device_name, failure_columns, handle_columns, peak_memory, reset_peak_memory, result_columns
 from sweeps.store import Store
+from sweeps.warm import Warm, is_lost, recover
 
 if TYPE_CHECKING:
     from kbit.evaluation.prepared import PreparedEval
@@ -35,9 +39,27 @@ if TYPE_CHECKING:
     from kbit.model import QuantHandle
 
 SEED: Final = 0
+MIN_BATCH_TOKENS: Final = 256
+"""A batch is not halved below this when memory runs out: one sequence takes about as much."""
+EXIT_IO: Final = os.EX_IOERR
+"""The exit code of a worker that can't write results: no cell's fault, and no use in starting another worker."""
 PR_SET_PDEATHSIG: Final = 1
 
 Emit = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(kw_only=True)
+class Stop:
+    """Whether the worker was asked to stop after the measurement in flight."""
+
+    _asked: bool = False
+
+    def ask(self, *_: object) -> None:
+        """A signal handler: it only takes note."""
+        self._asked = True
+
+    def asked(self) -> bool:
+        return self._asked
 
 
 @dataclass(kw_only=True)
@@ -47,10 +69,12 @@ class Worker:
     Attributes:
         store: where measurements go.
         device: 'cpu' or 'cuda'.
-        batch_tokens: tokens in a batch.
+        batch_tokens: tokens in a batch, where memory allows.
         provenance: columns that every row gets (commit, versions, launch, job, ...).
-        emit: told what happens: 'loaded', 'started', 'measured', 'pack_done'.
+        emit: told what happens: 'started', 'loaded', 'measuring', 'smaller_batch', 'measured', 'pack_done', 'stopped'.
+        gpus: over how many GPUs a model is spread; 0 on a CPU, whatever is given.
         trust_remote_code: run code that a checkpoint brings; only when the user asked for it by name.
+        stop: looked at before each measurement.
     """
 
     store: Store
@@ -58,22 +82,57 @@ class Worker:
     batch_tokens: int
     provenance: Mapping[str, Any]
     emit: Emit
+    gpus: int = 1
     trust_remote_code: bool = False
-    _loaded: tuple[tuple[ModelRef, str], LoadedModel] | None = None
-    _prepared: dict[tuple[EvalSpec, str], PreparedEval] = field(default_factory=dict)
-    _load_seconds: float = 0.0
-    _load_error: tuple[tuple[ModelRef, str], Exception] | None = None
+    stop: Stop = field(default_factory=Stop)
+    _warm: Warm = field(init=False)
+    _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
 
-    def run_pack(self, pack: Pack) -> None:
-        """Measure everything in a pack; a failure is recorded and the rest goes on."""
-        for cell, evals in pack.items:
+    def __post_init__(self) -> None:
+        if self.device == "cpu":
+            self.gpus = 0
+        self._warm = Warm(device=self.device, gpus=max(1, self.gpus), trust_remote_code=self.trust_remote_code)
+
+    def run_pack(self, pack: Pack, *, until: float | None = None) -> None:
+        """Measure everything in a pack; a failure is recorded and the rest goes on.
+
+        It ends early, after a whole measurement, when it is asked to stop ('asked'), or before a cell that would not
+        end by ``until``, in epoch seconds ('walltime'). What was not measured is the caller's to give to another.
+        """
+        why = self._run_items(pack, until)
+        self._storing(lambda: self.store.compact(pack.id))
+        ending = {"event": "pack_done"} if why is None else {"event": "stopped", "reason": why}
+        self.emit({**ending, "pack": pack.id})
+
+    def _run_items(self, pack: Pack, until: float | None) -> str | None:
+        """Why it ended before the last item, or None."""
+        pace = Pace(until=until, predicted=pack.item_seconds)
+        for number, (cell, evals) in enumerate(pack.items):
             # One arithmetic a model load: cells whose evaluations ask for another dtype load the model anew.
-            for dtype in dict.fromkeys(e.compute_dtype for e in evals):
-                self._run_cell(pack, cell, [e for e in evals if e.compute_dtype == dtype], dtype)
-        self.store.compact(pack.id)
-        self.emit({"event": "pack_done", "pack": pack.id})
+            dtypes = list(dict.fromkeys(e.compute_dtype for e in evals))
+            to_load = load_seconds(cell.model) if self._warm.holds != (cell.model, dtypes[0]) else 0.0
+            now = time.time()
+            # The first is begun when there is any time: else a cell that is predicted to take too long would never be.
+            if (number or pace.over(now)) and not pace.fits(number, now=now, load_seconds=to_load):
+                return "walltime"
+            began, loading = time.monotonic(), self._warm.total_seconds
+            for dtype in dtypes:
+                if not self._run_cell(pack, cell, [e for e in evals if e.compute_dtype == dtype], dtype):
+                    return "asked"
+            # Predictions are without loading.
+            pace.took(number, time.monotonic() - began - (self._warm.total_seconds - loading))
+        return None
 
-    def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], dtype: str) -> None:
+    @property
+    def _batch(self) -> int:
+        """Tokens in a batch of the loaded model."""
+        held = self._warm.holds
+        return self.batch_tokens if held is None else self._smaller_batches.get(held, self.batch_tokens)
+
+    def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], dtype: str) -> bool:
+        """Whether all of it was measured; if not, the worker was asked to stop."""
+        if self.stop.asked():
+            return False
         self.emit({"event": "started", "pack": pack.id, "cell": cell.key, "label": cell.label})
         started = datetime.now(UTC)
         try:
@@ -81,88 +140,71 @@ class Worker:
             began = time.perf_counter()
             handle = _quantize(loaded, cell)
         except Exception as error:
-            for spec in evals:
-                self._record_failure(pack, Measurement(cell=cell, eval=spec), error, started)
-            self._recover(error)
-            return
+            self._record_failure(pack, [Measurement(cell=cell, eval=spec) for spec in evals], error, started)
+            return True
         quantize_seconds = 0.0 if cell.quant.is_baseline else time.perf_counter() - began
         try:
             for spec in evals:
+                if self.stop.asked():
+                    return False
                 measurement = Measurement(cell=cell, eval=spec)
                 self._measure(pack, measurement, loaded, handle, quantize_seconds)
         finally:
             handle.restore()
+        return True
 
     def _measure(
         self, pack: Pack, measurement: Measurement, loaded: LoadedModel, handle: QuantHandle, quantize_seconds: float
     ) -> None:
-        import torch
-
         started = datetime.now(UTC)
         self.emit({"event": "measuring", "pack": pack.id, "measurement": measurement.key})
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        torch.manual_seed(SEED)
         try:
-            prepared = self._prepare(measurement, loaded)
-            began = time.perf_counter()
-            result = prepared.run(loaded.model, batch_tokens=self.batch_tokens)
-            seconds = time.perf_counter() - began
+            prepared = self._warm.prepare(measurement.eval, loaded)
+            result, seconds = self._evaluate(pack, prepared, loaded)
         except Exception as error:
-            self._record_failure(pack, measurement, error, started)
-            self._recover(error)
+            self._record_failure(pack, [measurement], error, started)
             return
         row = {
             **self._common(pack, measurement, started),
-            **_result_columns(result),
-            **_handle_columns(handle),
+            **result_columns(result),
+            **handle_columns(handle),
             "compute_dtype": str(loaded.model.dtype).removeprefix("torch."),
             "seconds": seconds,
             "quantize_seconds": quantize_seconds,
-            "load_seconds": self._load_seconds,
-            "peak_memory_bytes": _peak_memory(self.device),
+            "load_seconds": self._warm.load_seconds,
+            "peak_memory_bytes": peak_memory(self.gpus),
         }
         self._record(row)
 
-    def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
-        from kbit.loading import load_model
+    def _evaluate(self, pack: Pack, prepared: PreparedEval, loaded: LoadedModel) -> tuple[EvalResult, float]:
+        """The result and the seconds it took. Where memory runs out, again with half the batch, which then stays for
+        the model.
+        """
+        import torch
 
-        wanted = (model, dtype)
-        if self._load_error is not None and self._load_error[0] == wanted:
-            # What can't be loaded fails all its cells at once; trying again for each may take hours.
-            raise self._load_error[1]
-        if self._loaded is None or self._loaded[0] != wanted:
-            # The old model goes first: two at once may not fit.
-            self._loaded = None
-            self._recover(None)
+        from kbit.memory import is_out_of_memory
+
+        while True:
+            reset_peak_memory(self.gpus)
+            torch.manual_seed(SEED)
             began = time.perf_counter()
             try:
-                _check_unchanged(model)
-                loaded = load_model(
-                    model.path or str(model.hub_id),
-                    revision=model.commit,
-                    device=self.device,
-                    compute_dtype=dtype,
-                    trust_remote_code=self.trust_remote_code,
-                )
+                result = prepared.run(loaded.model, batch_tokens=self._batch)
+                return result, time.perf_counter() - began
             except Exception as error:
-                self._load_error = (wanted, error)
-                raise
-            self._load_seconds = time.perf_counter() - began
-            self._loaded = (wanted, loaded)
-            self.emit({"event": "loaded", "model": model.label, "seconds": self._load_seconds})
-        return self._loaded[1]
+                held = self._warm.holds
+                if held is None or self._batch <= MIN_BATCH_TOKENS or not is_out_of_memory(error):
+                    raise
+                recover(error, self.device)
+            self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
+            self.emit({"event": "smaller_batch", "pack": pack.id, "batch_tokens": self._batch})
 
-    def _prepare(self, measurement: Measurement, loaded: LoadedModel) -> PreparedEval:
-        """Requests and tokens are built once for all cells of models that share a tokenizer."""
-        from kbit.evaluation import prepare
-
-        spec = measurement.eval
-        context, vocab_size = loaded.context, loaded.vocab_size
-        key = (spec, f"{loaded.tokenizer_hash}/{context}/{vocab_size}")
-        if key not in self._prepared:
-            self._prepared[key] = prepare(spec, loaded.tokenizer, context=context, vocab_size=vocab_size)
-        return self._prepared[key]
+    def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
+        is_new = self._warm.holds != (model, dtype)
+        loaded = self._warm.load(model, dtype)
+        if is_new:
+            self.emit({"event": "loaded", "model": model.label, "seconds": self._warm.load_seconds})
+        return loaded
 
     def _common(self, pack: Pack, measurement: Measurement, started: datetime) -> dict[str, Any]:
         return {
@@ -172,54 +214,40 @@ class Worker:
             "pack": pack.id,
             "started": started,
             "finished": datetime.now(UTC),
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
+            "gpus": self.gpus,
+            "oom_rung": pack.rung,
             "kernel": "torch",
             "seed": SEED,
-            "batch_tokens": self.batch_tokens,
+            "batch_tokens": self._batch,
         }
 
-    def _record_failure(self, pack: Pack, measurement: Measurement, error: Exception, started: datetime) -> None:
-        text = "".join(traceback.format_exception(error))
-        print(f"{measurement.cell.label} on {measurement.eval.name} failed:\n{text}", file=sys.stderr, flush=True)
-        row = {
-            **self._common(pack, measurement, started),
-            "status": "failed",
-            "error_type": type(error).__name__,
-            "error": text,
-        }
-        self._record(row)
+    def _record_failure(
+        self, pack: Pack, measurements: Sequence[Measurement], error: Exception, started: datetime
+    ) -> None:
+        # Memory first: writing needs some.
+        recover(error, self.device)
+        failure = failure_columns(error)
+        names = ", ".join(m.eval.name for m in measurements)
+        print(f"{measurements[0].cell.label} on {names} failed:\n{failure['error']}", file=sys.stderr, flush=True)
+        for measurement in measurements:
+            self._record({**self._common(pack, measurement, started), **failure})
+        if is_lost(error):
+            # A new worker goes on with the rest.
+            sys.exit(f"the device is lost to this process: {error}")
 
     def _record(self, row: dict[str, Any]) -> None:
-        self.store.write(row)
+        self._storing(lambda: self.store.write(row))
         told = {k: v for k, v in row.items() if k not in ("samples", "error", "versions")}
         self.emit({"event": "measured", "row": told})
 
-    def _recover(self, error: Exception | None) -> None:
-        """Give back memory that an exception's frames, or the model before, still hold."""
-        import gc
-
-        import torch
-
-        if error is not None:
-            if "CUDA error" in str(error):
-                # The process can't use its device any more; a new worker goes on with the rest.
-                sys.exit(f"the device is lost to this process: {error}")
-            traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _check_unchanged(model: ModelRef) -> None:
-    """Refuse a local model that has changed since the launch: its numbers would go by another's name."""
-    if model.path is None:
-        return
-    from sweeps.hub import local_model
-
-    if local_model(Path(model.path)).content_hash != model.weights_hash:
-        raise ValueError(
-            f"{model.path} has changed since the study was launched: launch it again to measure what is there"
-        )
+    def _storing(self, write: Callable[[], None]) -> None:
+        """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""
+        try:
+            write()
+        except (OSError, StoreError) as error:
+            print(f"results can't be written to {self.store.out} any more: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_IO)
 
 
 def _quantize(loaded: LoadedModel, cell: Cell) -> QuantHandle:
@@ -228,46 +256,10 @@ def _quantize(loaded: LoadedModel, cell: Cell) -> QuantHandle:
     return quantize_model(loaded.model, cell.quant, storage_dtype=loaded.storage_dtype)
 
 
-def _result_columns(result: EvalResult) -> dict[str, Any]:
-    return {
-        "status": "diverged" if result.diverged else "done",
-        "metrics": dict(result.metrics),
-        "stderr": dict(result.stderr),
-        "samples": dict(result.samples),
-        "n_samples": result.n_samples,
-        "n_tokens": result.n_tokens,
-        "dataset_hash": result.dataset_hash,
-    }
-
-
-def _handle_columns(handle: QuantHandle) -> dict[str, Any]:
-    return {
-        "bits_per_param": handle.bits_per_param,
-        "total_bits": float(handle.total_bits),
-        "total_bits_nominal": handle.total_bits_nominal,
-        "codebook_hash": handle.codebook_hash,
-    }
-
-
-def _peak_memory(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return str(torch.cuda.get_device_name())
-    return f"cpu ({os.uname().machine})"
-
-
-def _read_packs() -> Iterator[Pack]:
+def _read_packs() -> Iterator[tuple[Pack, float | None]]:
     for line in sys.stdin:
-        yield Pack.from_dict(json.loads(line))
+        data = json.loads(line)
+        yield Pack.from_dict(data), data.get("until")
 
 
 def _die_with_launcher() -> None:
@@ -276,16 +268,27 @@ def _die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _handle_signals(stop: Stop, *, ignore_sigterm: bool) -> None:
+    """SIGUSR1 asks to stop; SIGTERM ends the process, and only the measurement in flight is lost, as parts are written
+    atomically. SLURM sends SIGUSR2, and SIGTERM, to every process of a job: there the launcher decides.
+    """
+    signal.signal(signal.SIGUSR1, stop.ask)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignore_sigterm else lambda *_: sys.exit(0))
+    # A launcher blocks them while it starts a worker, so that none comes before this and is fatal.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
+
+
 def main() -> None:
-    """The local executor's worker process: runs packs from standard input until it ends."""
+    """The executors' worker process: runs packs from standard input until it ends."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--events", type=int, required=True, help="file descriptor for events")
-    parser.add_argument("--settings", required=True, help="JSON: out, device, batch_tokens, threads, provenance, ...")
+    parser.add_argument("--settings", required=True, help="JSON: out, device, gpus, batch_tokens, threads, ...")
     args = parser.parse_args()
     settings = json.loads(args.settings)
-    # The launcher ends a study with SIGTERM: only the measurement in flight is lost, as parts are written atomically.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = Stop()
+    _handle_signals(stop, ignore_sigterm=settings.get("ignore_sigterm", False))
     events = os.fdopen(args.events, "w", buffering=1)
     parent = os.getppid()
     _die_with_launcher()
@@ -295,21 +298,33 @@ def main() -> None:
             sys.exit("the launcher is gone: stopping")
         events.write(json.dumps(event, default=str) + "\n")
 
+    # Parquet too: a failure for want of memory is recorded without loading libraries.
+    import pyarrow.parquet  # noqa: F401
     import torch
     from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(settings["threads"])
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    here = {"job": f"local/{os.getpid()}", "host": socket.gethostname()}
     worker = Worker(
         store=Store(out=Path(settings["out"])),
         device=settings["device"],
         batch_tokens=settings["batch_tokens"],
-        provenance={**settings["provenance"], "job": f"local/{os.getpid()}", "host": socket.gethostname()},
+        # The launch's machine may have other packages than this one.
+        provenance={**here, **settings["provenance"], "versions": _versions(settings["provenance"])},
         emit=emit,
+        gpus=settings.get("gpus", 1),
         trust_remote_code=settings["trust_remote_code"],
+        stop=stop,
     )
-    for pack in _read_packs():
-        worker.run_pack(pack)
+    for pack, until in _read_packs():
+        worker.run_pack(pack, until=until)
+
+
+def _versions(launched: Mapping[str, Any]) -> str:
+    """Packages of this environment, but the project's own version as it was launched: a copy of its code has none."""
+    known = json.loads(launched["versions"]) if "versions" in launched else {}
+    return json.dumps({**json.loads(package_versions()), **{k: v for k, v in known.items() if k == PROJECT}})
 
 
 if __name__ == "__main__":

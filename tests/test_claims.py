@@ -14,31 +14,31 @@ import pytest
 
 from sweeps import claims as claims_module
 from sweeps.claims import Claims, ClaimTakenError
+from sweeps.inflight import read_flight
 
 
 def test_a_number_is_given_once(tmp_path: Path) -> None:
     claims = Claims(out=tmp_path)
-    first = claims.create(1, launch="a", sweep="s", measurements=["m1"])
+    first = claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
     with pytest.raises(ClaimTakenError):
-        claims.create(1, launch="b", sweep="s", measurements=["m2"])
-    assert claims.live() == [first]
+        claims.create(1, launch="b", sweep="s", packs={"p": ["m2"]})
+    assert claims.open() == [first]
     assert claims.last_number() == 1
 
 
 def test_a_released_claim_holds_nothing_and_lost_nothing(tmp_path: Path) -> None:
     claims = Claims(out=tmp_path)
-    claim = claims.create(1, launch="a", sweep="s", measurements=["m1"])
+    claim = claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
     claims.heartbeat(claim, ["m1"])
     assert claims.running(claim) == {"m1"}
     claims.release(claim)
-    assert claims.live() == []
-    assert claims.lost() == set()
+    assert claims.open() == []
 
 
 def test_the_claim_of_a_killed_process_is_void_and_its_work_is_lost(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from sweeps.claims import Claims; "
-        "Claims(out=Path(sys.argv[1])).create(1, launch='a', sweep='s', measurements=['m1']); "
+        "Claims(out=Path(sys.argv[1])).create(1, launch='a', sweep='s', packs={'p': ['m1']}); "
         "print('claimed', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -46,24 +46,47 @@ def test_the_claim_of_a_killed_process_is_void_and_its_work_is_lost(tmp_path: Pa
     assert owner.stdout is not None
     owner.stdout.readline()
     claims = Claims(out=tmp_path)
-    assert [c.measurements for c in claims.live()] == [frozenset({"m1"})]
+    assert [c.measurements for c in claims.open()] == [frozenset({"m1"})]
+    assert read_flight(tmp_path).held == {"m1"}
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
-    assert claims.live() == []
-    assert claims.lost() == {"m1"}
+    flight = read_flight(tmp_path)
+    assert flight.held == set()
+    assert flight.ended == {"m1": "lost"}
 
 
 def test_a_claim_of_another_machine_lives_while_its_heart_beats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = Claims(out=tmp_path)
-    claim = claims.create(1, launch="a", sweep="s", measurements=["m1"])
+    claim = claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
     path = tmp_path / "claims" / "00000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere", "pid": 1}))
-    assert len(claims.live()) == 1
+    assert claims.is_alive(claims.open()[0])
     monkeypatch.setattr(claims_module, "SILENT_SECONDS", 0.2)
     time.sleep(0.3)
-    assert claims.live() == []
+    assert not claims.is_alive(claims.open()[0])
     claims.heartbeat(claim, [])
-    assert len(claims.live()) == 1
+    assert claims.is_alive(claims.open()[0])
+
+
+def test_a_later_claim_of_lost_work_holds_it(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={"p": ["m1", "m2"]})
+    path = tmp_path / "claims" / "00000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid_started": "another process"}))
+    claims.create(2, launch="b", sweep="s", packs={"p": ["m2"]})
+    flight = read_flight(tmp_path)
+    assert flight.queued == {"m2"}
+    assert flight.ended == {"m1": "lost"}
+
+
+def test_claims_of_version_0_1_are_read(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={})
+    path = tmp_path / "claims" / "00000001.json"
+    data = json.loads(path.read_text())
+    del data["packs"], data["executor"]
+    path.write_text(json.dumps({**data, "measurements": ["m1"]}))
+    assert read_flight(tmp_path).held == {"m1"}

@@ -30,7 +30,7 @@ def test_kbit_knows_nothing_of_sweeps(path: Path) -> None:
     assert not [m for m in imports(path, everywhere=True) if m.split(".")[0] in ("sweeps", "analysis", "launch")]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").rglob("*.py")), ids=lambda p: p.name)
 def test_sweeps_load_what_computes_only_inside_calls(path: Path) -> None:
     loaded = [m for m in imports(path, everywhere=False) if m.split(".")[0] in {*COMPUTES, "wandb", "matplotlib"}]
     assert not loaded

@@ -13,7 +13,7 @@ from sweeps.cost import CostModel
 from sweeps.errors import UserError
 from sweeps.grid import expand
 from sweeps.manifest import Manifest, load_manifests
-from sweeps.plan import Pack, Plan, make_plan, parse_retry
+from sweeps.plan import UNRECORDED, Pack, Packing, Plan, make_plan, parse_retry
 
 MODELS = [
     ModelRef(family="neox", name=f"neox-{s}", params=n, path=f"/{s}", weights_hash=s * 64)
@@ -29,7 +29,7 @@ KEYS = [m.key for m in MANIFEST.measurements()]
 
 
 def plan(statuses: dict[str, str], retry: object = "lost", **more: object) -> Plan:
-    known = {"in_flight": (), "lost": (), "workers": 2, **more}
+    known = {"in_flight": (), "ended": {}, "packing": Packing(workers=2), **more}
     return make_plan(MANIFEST, statuses=statuses, retry=parse_retry(retry), cost=CostModel(device="cpu"), **known)  # type: ignore[arg-type]
 
 
@@ -55,7 +55,7 @@ def test_results_are_never_run_again_whatever_retry_says() -> None:
 )
 def test_retry_chooses_what_runs_again(retry: object, again: set[str]) -> None:
     statuses = dict.fromkeys(KEYS[3:], "done") | {KEYS[0]: "failed", KEYS[1]: "diverged"}
-    planned = plan(statuses, retry=retry, lost={KEYS[2]})
+    planned = plan(statuses, retry=retry, ended={KEYS[2]: "lost"})
     names = {KEYS[0]: "failed", KEYS[1]: "diverged", KEYS[2]: "lost"}
     assert {names[k] for k in planned.measurement_keys()} == again
 
@@ -81,7 +81,7 @@ def test_a_pack_is_one_model_and_packs_are_shared_out() -> None:
     slow = {("neox-b", n, 1000): 10.0 for n in ("x", "y")}
     cost = CostModel(device="cpu", history=slow)
     packs = make_plan(
-        MANIFEST, statuses={}, in_flight=(), lost=(), retry=parse_retry("lost"), cost=cost, workers=2
+        MANIFEST, statuses={}, in_flight=(), ended={}, retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)
     ).packs
     assert all({c.model for c, _ in p.items} == {p.model} for p in packs)
     assert len([p for p in packs if p.model.name == "neox-b"]) > 1
@@ -108,7 +108,7 @@ def test_a_manifest_is_named_by_its_content_and_comes_back(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("retry", ["faild", ["failed", "done"], [3]])
 def test_an_unknown_retry_is_refused(retry: object) -> None:
-    with pytest.raises(UserError, match="failed, diverged, lost"):
+    with pytest.raises(UserError, match="failed, oom, diverged, timeout"):
         parse_retry(retry)
 
 
@@ -120,3 +120,47 @@ def test_the_cost_of_finished_cells_replaces_the_guess() -> None:
     measurement = next(m for m in MANIFEST.measurements() if m.cell.model.name == "neox-a" and m.eval.name == "x")
     assert CostModel.from_rows(rows, "cpu").seconds(measurement) == 3.0
     assert CostModel.from_rows(rows, "cuda").seconds(measurement) != 3.0
+
+
+@pytest.mark.parametrize("state", UNRECORDED)
+def test_what_ended_without_a_record_runs_again_unless_told_not_to(state: str) -> None:
+    assert plan(dict.fromkeys(KEYS[1:], "done"), ended={KEYS[0]: state}).measurement_keys() == [KEYS[0]]
+    idle = plan(dict.fromkeys(KEYS[1:], "done"), retry="none", ended={KEYS[0]: state})
+    assert idle.todo == 0
+    assert idle.counts[state] == 1
+
+
+def test_what_ran_out_of_memory_runs_again_when_asked_and_one_rung_up() -> None:
+    statuses = dict.fromkeys(KEYS[4:], "done") | dict.fromkeys(KEYS[:2], "oom")
+    assert set(plan(statuses).measurement_keys()) == set(KEYS[2:4])
+    again = plan(statuses, retry=["oom"], rungs=dict.fromkeys(KEYS[:2], 1))
+    assert {p.rung: {k.key for k in p.measurements()} for p in again.packs} == {0: set(KEYS[2:4]), 1: set(KEYS[:2])}
+
+
+def test_a_pack_has_as_many_cells_as_asked_for() -> None:
+    packs = plan({}, packing=Packing(cells=3)).packs
+    assert sorted(len(p.items) for p in packs) == [1, 1, 3, 3, 3, 3]
+
+
+def test_a_pack_is_predicted_to_fit_its_time() -> None:
+    cost = CostModel(device="cpu", history={(m, n, 1000): 30.0 for m in ("neox-a", "neox-b") for n in ("x", "y")})
+    known = {"statuses": {}, "in_flight": (), "ended": {}, "retry": parse_retry("lost"), "cost": cost}
+    packs = make_plan(MANIFEST, packing=Packing(seconds=130.0), **known).packs  # type: ignore[arg-type]
+    assert {len(p.items) for p in packs} == {2, 1}
+    assert all(p.seconds == sum(p.item_seconds) <= 130.0 for p in packs)
+
+
+def test_a_baseline_gets_a_pack_of_its_own_when_cells_wait_for_it() -> None:
+    packs = plan({}, packing=Packing(baseline_apart=True)).packs
+    assert [len(p.items) for p in packs if any(c.quant.is_baseline for c, _ in p.items)] == [1, 1]
+
+
+def test_what_is_left_of_a_pack_keeps_its_id_and_order() -> None:
+    pack = plan({}).packs[0]
+    keys = [m.key for m in pack.measurements()]
+    left = pack.without(keys[:3])
+    assert left is not None
+    assert left.id == pack.id
+    assert [m.key for m in left.measurements()] == keys[3:]
+    assert len(left.items) == len(left.item_seconds)
+    assert pack.without(keys) is None

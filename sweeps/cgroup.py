@@ -1,0 +1,54 @@
+"""What the kernel's control groups say: whether its out-of-memory killer was at work here (cgroups(7), Linux)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def oom_kills(process: Path = Path("/proc/self")) -> int | None:
+    """How many processes the kernel has killed for want of memory in the control group of a process, ever.
+
+    A killed process counts in its own group, whichever group's limit it was. So a rise between two calls tells such a
+    death from another SIGKILL.
+
+    Args:
+        process: a directory like /proc/PID, with the files ``cgroup`` and ``mountinfo``.
+
+    Returns:
+        None where there is no memory controller to ask.
+    """
+    for directory, counter in _memory_groups(process):
+        try:
+            lines = (directory / counter).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return None
+
+
+def _memory_groups(process: Path) -> Iterator[tuple[Path, str]]:
+    """Where a process's memory controller may be, and the file that counts: version 1's first, as both can be mounted
+    and then it is version 1 that has it.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return
+    for controllers, kind, counter in (("memory", "cgroup", "memory.oom_control"), ("", "cgroup2", "memory.events")):
+        paths = [path for _, names, path in groups if controllers in names.split(",")]
+        for fields in mounts:
+            # ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [OPTIONAL ...] - TYPE SOURCE SUPEROPTIONS
+            root, mountpoint, (type_, _, options) = fields[3], fields[4], fields[fields.index("-") + 1 :]
+            if type_ == kind and (not controllers or controllers in options.split(",")):
+                yield from ((_under(Path(mountpoint), root, path), counter) for path in paths)
+
+
+def _under(mountpoint: Path, root: str, path: str) -> Path:
+    """A group's directory, where the mount shows the hierarchy from ``root`` on (in a container, say)."""
+    group = Path(path)
+    return mountpoint / (group.relative_to(root) if group.is_relative_to(root) else group.relative_to("/"))
