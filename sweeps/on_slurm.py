@@ -91,7 +91,9 @@ def run_on_slurm(cfg: DictConfig, console: Console) -> int:
     _say(submitted, manifest, slurm, console)
     if cfg.watch:
         return _watch(submitter, console)
-    if submitted.launch is None and not submitted.left:
+    if submitted.launch is None and submitted.plan.counts["in flight"]:
+        console.print("mode=status says how those in flight do; watch=true follows them.", highlight=False)
+    elif submitted.launch is None and not submitted.left:
         failed = show_results(store, manifest, console, figures=False)
         return EXIT_FAILED if failed or submitted.held or submitted.unfit else 0
     return EXIT_FAILED if submitted.error else 0
