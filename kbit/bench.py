@@ -1,5 +1,7 @@
 """``python -m kbit.bench``: how fast the quantizers are here, beside bitsandbytes and the limit, all from one run.
 
+With ``--matmul``, on an NVIDIA GPU, the fused product of k-bit weights instead (kbit.kernels).
+
 The limit is what memory allows: a quantizer has to read 2 bytes a weight and write its codes and absmax, so it can't be
 faster than a copy of as many bytes. Figures are medians; ratios are to the limit.
 """
@@ -95,7 +97,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["int", "float", "quantile"])
     parser.add_argument("--blocksize", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--matmul", action="store_true", help="the fused product with 1, 16 and 32 rows of x, on a GPU")
     args = parser.parse_args()
+    if args.matmul:
+        _matmul(parser, args.bits, args.blocksize)
+        return
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(args.rows, 4096, generator=generator).to(torch.float16).to(args.device)
@@ -114,6 +120,28 @@ def main() -> None:
     peer = bench_peer(weight, args.blocksize, repeats=args.repeats)
     if peer is not None:
         _add(table, "bitsandbytes, 8 bits", peer, limit)
+    Console().print(table)
+
+
+def _matmul(parser: argparse.ArgumentParser, bits: list[int], blocksize: int) -> None:
+    if not torch.cuda.is_available():
+        parser.error("--matmul needs an NVIDIA GPU, and torch sees none here")
+    from kbit.kernels.bench import SHAPES
+    from kbit.kernels.bench import measure as measure_matmul
+
+    table = Table(title=f"x W^T, float16 x, block {blocksize}, on {torch.cuda.get_device_name()}; speedups over cuBLAS")
+    names = ("W", "bits", "rows of x", "us", "cuBLAS us", "speedup", "limit", "nf4 of bitsandbytes", "GB/s")
+    for name in names:
+        table.add_column(name, justify="right")
+    with Console(stderr=True).status("measuring") as status:
+        for row in measure_matmul(SHAPES, bits, (1, 16, 32), blocksize):
+            n, k = row.shape
+            status.update(f"measuring {n} x {k}, {row.bits} bits")
+            peer = "-" if row.peer_seconds is None else f"{row.cublas_seconds / row.peer_seconds:.2f}"
+            numbers = (f"{row.seconds * 1e6:.1f}", f"{row.cublas_seconds * 1e6:.1f}", f"{row.speedup:.2f}")
+            limit = f"{16 / (row.bits + 16 / blocksize):.2f}"
+            rate = f"{row.nbytes / row.seconds / 1e9:,.0f}"
+            table.add_row(f"{n} x {k}", str(row.bits), str(row.rows), *numbers, limit, peer, rate)
     Console().print(table)
 
 

@@ -1,0 +1,125 @@
+"""CUDA C++ to something that can be launched, with what torch brings along: NVRTC and the driver, no CUDA toolkit."""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_MOST_STATIC_SHARED: Final = 48 * 1024
+_FUNCTION_MAX_DYNAMIC_SHARED: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_LAUNCH: Final = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class CudaError(RuntimeError):
+    """A kernel can't be compiled, loaded or launched; says what NVRTC or the driver said."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_ubyte * 64))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def compile_cubin(source: str, options: Sequence[str], capability: tuple[int, int]) -> bytes:
+    """Machine code of CUDA C++ for a compute capability.
+
+    Raises:
+        CudaError: NVRTC isn't there, or refuses the source; with its log.
+    """
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kbit.cu", 0, None, None))
+    # The architecture's own instructions are the "a" targets from Hopper on.
+    target = f"sm_{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
+    arguments = [f"--gpu-architecture={target}", "--std=c++17", *options]
+    array = (ctypes.c_char_p * len(arguments))(*[a.encode() for a in arguments])
+    size = ctypes.c_size_t()
+    if nvrtc.nvrtcCompileProgram(program, len(arguments), array):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise CudaError(f"a kernel can't be compiled for {target}: {log.value.decode(errors='replace')}")
+    _check_nvrtc(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+    cubin = ctypes.create_string_buffer(size.value)
+    _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, cubin))
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+class Function:
+    """A compiled kernel, loaded on the current device."""
+
+    def __init__(self, cubin: bytes, name: str, shared: int) -> None:
+        torch.cuda.current_stream()  # torch's context, into which the module is loaded
+        self._driver, self._shared = _driver(), shared
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
+        self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        if shared > _MOST_STATIC_SHARED:
+            self._check(self._driver.cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared))
+
+    def launch(self, grid: int, threads: int, *arguments: Tensor | int | float, overlap: bool = False) -> None:
+        """Launch on torch's current stream. Tensors are passed as pointers, numbers as int32 and float32.
+
+        Args:
+            overlap: the kernel may begin while the one before ends; it waits itself for what that one makes.
+        """
+        values = [_argument(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values])
+        attribute = _Attribute(id=_PROGRAMMATIC_LAUNCH)
+        attribute.value[0] = 1
+        config = _Config(
+            *(grid, 1, 1, threads, 1, 1, self._shared),
+            torch.cuda.current_stream().cuda_stream,
+            ctypes.pointer(attribute),
+            int(overlap),
+        )
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None))
+
+    def _check(self, code: int) -> None:
+        if code:
+            name = ctypes.c_char_p()
+            self._driver.cuGetErrorString(code, ctypes.byref(name))
+            raise CudaError((name.value or b"unknown error").decode())
+
+
+def _argument(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    # torch has it loaded, or its wheel lies beside it.
+    beside = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/libnvrtc.so.*"))
+    names = [f"libnvrtc.so.{version}" for version in (13, 12)] + [str(p) for p in beside if "builtins" not in p.name]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CudaError("libnvrtc was not found: it comes with torch's CUDA build (nvidia-cuda-nvrtc)")
+
+
+def _check_nvrtc(code: int) -> None:
+    if code:
+        raise CudaError(f"NVRTC failed with code {code}")
