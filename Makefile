@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## the embedded study: real models, real text, a table 
 	$(BIN)/python launch.py
 
 test: $(VENV)/installed  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .

@@ -16,15 +16,15 @@ from sweeps.devices import plan_workers, resolve_device
 from sweeps.errors import UserError
 from sweeps.execute import run_config, run_name
 from sweeps.grid import check_axes, excluded_counts, matches
-from sweeps.inflight import read_flight
-from sweeps.jobs import cancel_mode, failed_logs, reconciled_flight, show_jobs, why_never_run
+from sweeps.inflight import has_scheduler, read_flight, reconcile
 from sweeps.launching import out_dir, plain, plan_study, tracking_config
 from sweeps.manifest import load_manifests
-from sweeps.on_slurm import hours, plan_rows, slurm_device
 from sweeps.plan import ROW_BYTES, Packing, parse_retry
-from sweeps.resources import SlurmConfig, counted
 from sweeps.results import CELL_STATUSES, load_results
 from sweeps.run import check_executor, run
+from sweeps.slurm.manage import cancel_mode, failed_logs, reconciled_flight, show_jobs, why_never_run
+from sweeps.slurm.resources import SlurmConfig, counted
+from sweeps.slurm.run import hours, plan_rows, slurm_device
 from sweeps.store import Store
 from sweeps.study import as_list, build_study
 from sweeps.tracking import TrackedPack, sync
@@ -217,6 +217,9 @@ def sync_mode(cfg: DictConfig, console: Console) -> int:
     """Make W&B whole from the store."""
     config = tracking_config(cfg)
     store = Store(out=out_dir(cfg))
+    if has_scheduler():
+        # What ended since somebody last looked is not running any more.
+        reconcile(store.out)
     # A pack that is running mirrors itself: adding its rows here too would show them twice.
     running = read_flight(store.out).held
     by_pack: dict[str, list[Mapping[str, Any]]] = {}

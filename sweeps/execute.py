@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,10 +12,13 @@ from sweeps.errors import UserError
 from sweeps.plan import Pack
 from sweeps.pool import WorkerPool
 from sweeps.store import Store
-from sweeps.tracking import Tracker, TrackingConfig
+from sweeps.tracking import CLOSE_SECONDS, Tracker, TrackingConfig
 
 BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
 """Tokens in a batch: on a CPU what keeps activations in its caches, on a GPU what fills it."""
+
+END_SECONDS: Final = 10.0
+"""What is kept of the time that is left, when W&B's mirror is closed: to end its processes, and for the caller."""
 
 
 class Execution:
@@ -23,6 +27,7 @@ class Execution:
     Args:
         on_event: told what happens, e.g. a view.
         warn: told what W&B's mirror can't do.
+        ends: epoch seconds at which this process is killed; W&B's mirror gets no time beyond. None is never.
         pool: options of ``WorkerPool`` beside those given here (log, beat, until, pin).
     """
 
@@ -36,11 +41,13 @@ class Execution:
         tracking: TrackingConfig,
         on_event: Callable[[Mapping[str, Any]], None],
         warn: Callable[[str], None],
+        ends: float | None = None,
         **pool: Any,
     ) -> None:
         self._packs = packs
         self._waiting = {pack.id: pack for pack in packs}
         self._tracking, self._warn, self._tell = tracking, warn, on_event
+        self._ends = ends
         self._tracker: Tracker | None = None
         self._pool = WorkerPool(store=store, workers=workers, settings=settings, on_event=self._on_event, **pool)
 
@@ -50,12 +57,18 @@ class Execution:
         try:
             return self._pool.run(self._packs)
         finally:
-            warning = self._tracker.close()
+            warning = self._tracker.close(close_seconds(self._ends, time.time()))
             if warning:
                 self._warn(warning)
 
-    def stop(self, seconds: float) -> None:
-        """Finish the measurements in flight, for so many seconds at most, and no more. For a signal handler."""
+    def stop(self, seconds: float, *, ends: float | None = None) -> None:
+        """Finish the measurements in flight, for so many seconds at most, and no more. For a signal handler.
+
+        Args:
+            ends: as for the class, where that is sooner now.
+        """
+        if ends is not None:
+            self._ends = min(ends, self._ends or ends)
         self._pool.stop(seconds)
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
@@ -70,6 +83,11 @@ class Execution:
             self._tracker.log(event["row"])
         elif event["event"] in ("pack_done", "stopped"):
             self._tracker.finish_pack(event["pack"])
+
+
+def close_seconds(ends: float | None, now: float) -> float:
+    """How long W&B's mirror may take to close."""
+    return CLOSE_SECONDS if ends is None else min(CLOSE_SECONDS, max(0.0, ends - now - END_SECONDS))
 
 
 def run_config(pack: Pack | Mapping[str, Any]) -> dict[str, Any]:

@@ -2,27 +2,32 @@
 
 Absence is not death: the jobs of a pack are over only on a terminal state from the scheduler, or when two successful
 looks, ``ABSENT_SECONDS`` apart, don't know them. What was seen is kept in each launch's ledger, so that reading results
-asks no scheduler, and a cluster without accounting forgets nothing.
+asks no scheduler, and a cluster without accounting forgets nothing. Where a look need not show a job at all (another
+user's, another cluster's), its absence says nothing.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from sweeps.claims import Claim, Claims
-from sweeps.launches import Attempt, Launch
+from sweeps.launches import Attempt, Launch, launch_dir
+from sweeps.ledger import ABSENT, SUBMITTING, Entry, Ledger
 from sweeps.slurm import JobState, Sighting, look
-from sweeps.store import read_json, write_atomically
+
+log = logging.getLogger(__name__)
 
 ABSENT_SECONDS: Final = 30.0
+SETTLE_SECONDS: Final = 120.0
+"""A network file system may show what a job stored only so long after the job said that it had finished."""
 LOOK_SECONDS: Final = 5.0
-SUBMITTING: Final = "SUBMITTING"
-ABSENT: Final = "ABSENT"
 _ENDED_AS: Final = {
     "TIMEOUT": "timeout",
     "DEADLINE": "timeout",
@@ -34,60 +39,11 @@ _ENDED_AS: Final = {
     "CANCELLED": "cancelled",
     "REVOKED": "cancelled",
 }
+_AT_WORK: Final = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 _DIED_AS: Final = ("FAILED", "TIMEOUT", "COMPLETED", ABSENT)
 """Ends that count against the measurement that was in flight, where the job did not say a word of its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What is known of one pack's job.
-
-    Attributes:
-        state: SLURM's word, or SUBMITTING (the launcher has not submitted it yet) or ABSENT (unknown to the scheduler).
-        absent_since: first successful look that didn't know the job.
-        ended: how it ended, once that is sure: 'lost', 'timeout', 'oom', 'node_fail', 'preempted', 'cancelled'.
-        suspect: measurement in flight when the job died without a word; its log, and when that attempt began.
-    """
-
-    state: str
-    job: str = ""
-    reason: str = ""
-    nodes: str = ""
-    restarts: int = 0
-    absent_since: float | None = None
-    ended: str | None = None
-    suspect: str | None = None
-    suspect_log: str = ""
-    suspect_began: float = 0.0
-
-
-@dataclass(kw_only=True)
-class Ledger:
-    """The scheduler's last word on every pack of a launch.
-
-    Attributes:
-        looked: the last successful look at the queue, in epoch seconds; 0 is never.
-        cancelled: when the user cancelled the launch; a job that is gone since was cancelled.
-    """
-
-    entries: dict[str, Entry] = field(default_factory=dict)
-    looked: float = 0.0
-    cancelled: float | None = None
-
-    @classmethod
-    def load(cls, launch: Launch) -> Ledger:
-        try:
-            data = read_json(launch.directory / "ledger.json")
-        except FileNotFoundError:
-            return cls()
-        return cls(**{**data, "entries": {p: Entry(**e) for p, e in data["entries"].items()}})
-
-    def save(self, launch: Launch) -> None:
-        write_atomically(launch.directory / "ledger.json", json.dumps(asdict(self)).encode())
-
-    def settled(self, launch: Launch) -> bool:
-        """Whether every pack's job is known to be over."""
-        return all(pack in self.entries and self.entries[pack].ended for chunk in launch.chunks for pack in chunk.packs)
+_REPORTED: Final[set[Path]] = set()
+"""Launch directories that were already said to be gone in this process."""
 
 
 @dataclass(kw_only=True)
@@ -127,6 +83,16 @@ class Flight:
             (la, e) for la, ledger in self.launches for e in ledger.entries.values() if e.absent_since and not e.ended
         ]
 
+    def unseen(self) -> Counter[tuple[str, str]]:
+        """Jobs by (user, cluster) that the last look did not show, and need not have shown."""
+        entries = (
+            (la, ledger.looked, ledger.entries.get(pack, Entry(state="")))
+            for la, ledger in self.launches
+            if not la.in_sight()
+            for pack in la.places
+        )
+        return Counter((la.user, la.cluster) for la, looked, e in entries if not e.ended and e.seen < looked)
+
 
 def read_flight(out: Path) -> Flight:
     """Bring claims, attempts and ledgers together, without asking anybody."""
@@ -135,7 +101,11 @@ def read_flight(out: Path) -> Flight:
     # In their order: what a later claim holds is that claim's.
     for claim in claims.open():
         if claim.executor == "slurm":
-            _add_slurm(flight, out, claim)
+            launch = load_launch(out, claim)
+            if launch is not None:
+                _add_slurm(flight, launch, claim)
+            else:
+                _end(flight, claim.measurements, "lost")
         elif claims.is_alive(claim):
             flight.local.append(claim)
             running = claims.running(claim)
@@ -143,6 +113,18 @@ def read_flight(out: Path) -> Flight:
         else:
             _end(flight, claim.measurements, "lost")
     return flight
+
+
+def load_launch(out: Path, claim: Claim) -> Launch | None:
+    """The launch of a claim; None, and a warning, where somebody deleted its directory: the claim is over then."""
+    try:
+        return Launch.load(out, claim.launch)
+    except FileNotFoundError:
+        gone = launch_dir(out, claim.launch)
+        if gone not in _REPORTED:
+            _REPORTED.add(gone)
+            log.warning("%s is gone: what its jobs did not store counts as lost", gone)
+        return None
 
 
 def reconcile(out: Path) -> Sighting | None:
@@ -155,7 +137,8 @@ def reconcile(out: Path) -> Sighting | None:
         (launch, ledger, claim)
         for claim in claims.open()
         if claim.executor == "slurm"
-        for launch in [Launch.load(out, claim.launch)]
+        for launch in [load_launch(out, claim)]
+        if launch is not None
         for ledger in [Ledger.load(launch)]
         if not ledger.settled(launch)
     ]
@@ -188,6 +171,11 @@ def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> Sighting | Non
     return sighting
 
 
+def has_scheduler() -> bool:
+    """Whether SLURM can be asked on this machine at all."""
+    return shutil.which("squeue") is not None
+
+
 def _update(launch: Launch, ledger: Ledger, sighting: Sighting, submitting: bool) -> None:
     """One launch's ledger after a look at the queue that succeeded."""
     ledger.looked = sighting.at
@@ -195,7 +183,9 @@ def _update(launch: Launch, ledger: Ledger, sighting: Sighting, submitting: bool
     attempts = launch.attempts(open_packs)
     for pack in open_packs:
         before = ledger.entries.get(pack)
-        entry = _entry(launch.places[pack], before, sighting, submitting, cancelled=ledger.cancelled is not None)
+        entry = _entry(launch.places[pack], before, sighting, submitting, cancelled=ledger.cancelled)
+        if entry.state == ABSENT and not launch.in_sight():
+            continue
         if entry.ended is not None:
             entry = _with_last_words(entry, attempts.get(pack, []))
         ledger.entries[pack] = entry
@@ -209,22 +199,22 @@ def _entry(
     accounted = (sighting.accounting or {}).get(place)
     if queued is not None and not queued.terminal:
         # A state that nobody knows is neither success nor failure.
-        return _from_job(queued, ended=None)
+        return _from_job(queued, sighting.at, ended=None)
     over = queued or accounted
     if over is not None and over.terminal:
-        return _from_job(over, ended=_ENDED_AS.get(over.state, "lost"))
+        return _from_job(over, sighting.at, ended=_ENDED_AS.get(over.state, "lost"))
     if submitting:
         return Entry(state=SUBMITTING)
     known = before or Entry(state=ABSENT)
     since = known.absent_since or sighting.at
     ended = "cancelled" if cancelled else "lost" if sighting.at - since >= ABSENT_SECONDS else None
+    return replace(known, state=ABSENT, reason="", absent_since=since, ended=ended)
+
+
+def _from_job(job: JobState, at: float, *, ended: str | None) -> Entry:
     return Entry(
-        state=ABSENT, job=known.job, nodes=known.nodes, restarts=known.restarts, absent_since=since, ended=ended
+        state=job.state, job=job.job, reason=job.reason, nodes=job.nodes, restarts=job.restarts, ended=ended, seen=at
     )
-
-
-def _from_job(job: JobState, *, ended: str | None) -> Entry:
-    return Entry(state=job.state, job=job.job, reason=job.reason, nodes=job.nodes, restarts=job.restarts, ended=ended)
 
 
 def _with_last_words(entry: Entry, attempts: list[Attempt]) -> Entry:
@@ -232,19 +222,24 @@ def _with_last_words(entry: Entry, attempts: list[Attempt]) -> Entry:
     if not attempts:
         return entry
     last = attempts[-1]
-    values = asdict(entry)
     said = last.end or {}
-    if said.get("reason") == "walltime" and entry.ended == "lost":
-        values["ended"] = "timeout"
+    reason = said.get("reason")
+    # SLURM says so also where one process of the job was killed and the job went on.
+    own_end = reason in ("walltime", "finished", "terminated") and not said.get("requeued")
+    if entry.ended == "oom" and own_end:
+        entry = replace(entry, ended="lost")
+    if reason == "walltime" and entry.ended == "lost":
+        entry = replace(entry, ended="timeout")
+    if reason == "finished":
+        entry = replace(entry, finished_at=float(said["at"]))
     # A whole walltime without a measurement is as good as a death.
-    died = said.get("measured") == 0 if last.end else entry.state in _DIED_AS
+    died = entry.state in _DIED_AS and (last.end is None or said.get("measured") == 0)
     if died and last.measuring is not None:
-        values |= {"suspect": last.measuring, "suspect_log": last.log, "suspect_began": last.started}
-    return Entry(**values)
+        entry = replace(entry, suspect=last.measuring, suspect_log=last.log, suspect_began=last.started)
+    return entry
 
 
-def _add_slurm(flight: Flight, out: Path, claim: Claim) -> None:
-    launch = Launch.load(out, claim.launch)
+def _add_slurm(flight: Flight, launch: Launch, claim: Claim) -> None:
     ledger = Ledger.load(launch)
     if not ledger.settled(launch):
         flight.launches.append((launch, ledger))
@@ -254,9 +249,11 @@ def _add_slurm(flight: Flight, out: Path, claim: Claim) -> None:
     for pack, keys in claim.packs.items():
         entry = ledger.entries.get(pack)
         if entry is None or entry.ended is None:
-            last = attempts[pack][-1] if pack in attempts else None
-            running = {last.measuring} if last and last.measuring and last.end is None else set()
+            running = _measuring(entry, attempts.get(pack, []))
             _hold(flight, set(keys) - running, running)
+            continue
+        if _settling(launch, pack, entry):
+            _hold(flight, keys, ())
             continue
         _end(flight, keys, entry.ended)
         if entry.ended == "oom":
@@ -265,6 +262,26 @@ def _add_slurm(flight: Flight, out: Path, claim: Claim) -> None:
             flight.suspects.setdefault(entry.suspect, []).append((entry.suspect_log, entry.suspect_began))
         if entry.ended == "node_fail" and entry.nodes:
             flight.failed_on |= dict.fromkeys(keys, entry.nodes)
+
+
+def _measuring(entry: Entry | None, attempts: list[Attempt]) -> set[str]:
+    """What a pack's job is measuring; nothing where it is back in the queue since its last attempt."""
+    last = attempts[-1] if attempts else None
+    if last is None or last.measuring is None or last.end is not None:
+        return set()
+    # An attempt that began after the last look knows more than the look.
+    if entry is None or last.started > entry.seen:
+        return {last.measuring}
+    if entry.state not in _AT_WORK or last.restart < entry.restarts:
+        return set()
+    return {last.measuring}
+
+
+def _settling(launch: Launch, pack: str, entry: Entry) -> bool:
+    """Whether a pack that finished just now has not come into sight in the store yet."""
+    if entry.ended != "lost" or abs(time.time() - entry.finished_at) >= SETTLE_SECONDS:
+        return False
+    return next((launch.out / "packs").glob(f"{pack}-*.parquet"), None) is None
 
 
 def _hold(flight: Flight, queued: Collection[str], running: Collection[str]) -> None:

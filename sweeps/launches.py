@@ -4,7 +4,9 @@
     OUT/launches/LAUNCH/packs.jsonl       the packs, one a line: a job reads only its own
     OUT/launches/LAUNCH/submitted.json    job ids; written when the launcher has finished submitting
     OUT/launches/LAUNCH/attempts/*.json   one a pack, job and restart: where it ran, what it is measuring, how it ended
+    OUT/launches/LAUNCH/owners/PACK       the job that runs a pack: one submission that was served twice runs it once
     OUT/launches/LAUNCH/ledger.json       the last word of the scheduler on each pack (sweeps.inflight)
+    OUT/launches/LAUNCH/cancelled.json    when its user cancelled it
     OUT/launches/LAUNCH/preflight-N.json  problems that the preflight of shape N found
     OUT/logs/LAUNCH/CHUNK/                at most two logs a job: its own and its worker's
 
@@ -16,20 +18,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from sweeps.plan import Pack
+from sweeps.slurm.command import user_name
 from sweeps.store import read_json, write_atomically
 
 JOB_PREFIX: Final = "kbit"
-RUNNING_SILENT_SECONDS: Final = 60.0
-"""An attempt writes down that it is alive at least this often."""
+_SLURM_CONFS: Final = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class Launch:
     Attributes:
         settings: what every job needs: device, batch_tokens, requeues, signal_seconds, tracking, provenance, ...
         offsets: byte offset of each pack's line in packs.jsonl.
+        user, cluster: whose jobs they are, and where (``here``); '' is unknown.
     """
 
     out: Path
@@ -80,6 +84,8 @@ class Launch:
     settings: Mapping[str, Any]
     offsets: Mapping[str, int]
     launched: float
+    user: str = ""
+    cluster: str = ""
 
     @property
     def directory(self) -> Path:
@@ -99,6 +105,11 @@ class Launch:
     def places(self) -> dict[str, tuple[str, int]]:
         """(job name, array index) of each pack."""
         return {pack: (self.chunk_name(c.number), i) for c in self.chunks for i, pack in enumerate(c.packs)}
+
+    def in_sight(self) -> bool:
+        """Whether a look from here must show its jobs: clusters may hide other users', and don't know each other's."""
+        user, cluster = here()
+        return self.user in ("", user) and (self.cluster in ("", cluster) or not cluster)
 
     def chunk_of(self, pack: str) -> Chunk:
         return next(c for c in self.chunks if pack in c.packs)
@@ -139,6 +150,14 @@ class Launch:
             return None
         return jobs
 
+    def cancel(self) -> None:
+        """Write down that its user cancelled it: what is not submitted yet must not be."""
+        write_atomically(self.directory / "cancelled.json", json.dumps({"at": time.time()}).encode())
+
+    def cancelled(self) -> bool:
+        """Whether its user cancelled it. A file of its own: nobody who looks at the jobs can overwrite it."""
+        return (self.directory / "cancelled.json").exists()
+
     def attempts(self, packs: Collection[str]) -> dict[str, list[Attempt]]:
         """Every attempt at some packs, oldest first."""
         found: dict[str, list[Attempt]] = {}
@@ -148,10 +167,9 @@ class Launch:
                 continue
             try:
                 data = read_json(path)
-                modified = path.stat().st_mtime
             except FileNotFoundError:
                 continue
-            attempt = Attempt(launch=self, beat=modified, **data)
+            attempt = Attempt(launch=self, **data)
             found.setdefault(attempt.pack, []).append(attempt)
         return {pack: sorted(of_pack, key=lambda a: a.started) for pack, of_pack in found.items()}
 
@@ -172,7 +190,6 @@ class Attempt:
         measuring: measurement in flight at the last word; None between measurements.
         end: how it ended, by its own word: {'reason': 'finished' | 'walltime' | 'terminated' | 'gate' | 'error', ...};
             None while it runs, and for ever when it was killed.
-        beat: when its file was last written, by the store's clock.
     """
 
     launch: Launch = field(repr=False)
@@ -184,7 +201,6 @@ class Attempt:
     log: str
     measuring: str | None = None
     end: Mapping[str, Any] | None = None
-    beat: float = 0.0
 
     @classmethod
     def begin(cls, launch: Launch, pack: str, *, job: str, restart: int, log: Path) -> Attempt:
@@ -214,6 +230,27 @@ class Attempt:
         path = self.launch.directory / "attempts" / f"{self.pack}-{self.job}-{self.restart}.json"
         write_atomically(path, json.dumps(data).encode())
         return self
+
+
+@cache
+def here() -> tuple[str, str]:
+    """(user, cluster) as SLURM has them on this machine, without asking it; '' for what can't be told.
+
+    The cluster is ClusterName of the file that SLURM_CONF names, else of the first usual one that can be read.
+    """
+    try:
+        user = user_name()
+    except KeyError:
+        user = ""
+    for path in [os.environ["SLURM_CONF"]] if os.environ.get("SLURM_CONF") else _SLURM_CONFS:
+        try:
+            text = Path(path).read_text(errors="replace")
+        except OSError:
+            continue
+        named = re.search(r"^\s*ClusterName\s*=\s*([^\s#]+)", text, re.IGNORECASE | re.MULTILINE)
+        # SLURM itself keeps clusters' names in lower case.
+        return user, named[1].strip('"').lower() if named else ""
+    return user, ""
 
 
 def launch_dir(out: Path, launch: str) -> Path:

@@ -16,7 +16,6 @@ from sweeps.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict
 from sweeps.cost import CostModel, load_seconds
 from sweeps.errors import UserError, did_you_mean
 from sweeps.manifest import Manifest
-from sweeps.store import FINISHED
 
 UNRECORDED: Final = ("timeout", "node_fail", "preempted", "cancelled", "lost")
 """How work ends without a record, and not by its own fault: a launch runs it again unless told not to."""
@@ -186,7 +185,7 @@ def make_plan(
     for measurement in manifest.measurements():
         key = measurement.key
         state = statuses.get(key) or ended.get(key, "to do")
-        if state not in FINISHED and key in in_flight:
+        if state != "done" and key in in_flight:
             state = "in flight"
         if state == "to do" or state in retry:
             counts["to do"] += 1

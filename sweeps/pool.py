@@ -27,8 +27,8 @@ from sweeps.cgroup import oom_kills
 from sweeps.devices import Workers, gpus
 from sweeps.plan import OOM_ERROR, Pack
 from sweeps.results import measurement_row
-from sweeps.store import FINISHED, Store
-from sweeps.worker import EXIT_IO, MIN_BATCH_TOKENS
+from sweeps.store import Store
+from sweeps.worker import EXIT_IO, EXIT_LOAD, MIN_BATCH_TOKENS
 
 MOST_CRASHES: Final = 2
 BEAT_SECONDS: Final = 10.0
@@ -43,6 +43,10 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 
 class PoolError(Exception):
     """Workers can't run at all; the message ends with what they last said."""
+
+
+class LoadError(PoolError):
+    """A worker that may leave it to another node could not load its first model; the message ends with its log."""
 
 
 class WriteError(OSError):
@@ -105,6 +109,7 @@ class WorkerPool:
 
         Raises:
             PoolError: no worker can be started.
+            LoadError: with the setting load_again, a first model can't be loaded.
             WriteError: results can't be written.
             KeyboardInterrupt: the user stopped it; finished measurements are stored, workers are gone.
         """
@@ -231,7 +236,7 @@ class WorkerPool:
 
     def _take_in(self, slot: _Slot, event: Mapping[str, Any]) -> None:
         if event["event"] == "started":
-            slot.cell, slot.measuring = event["cell"], None
+            slot.cell, slot.measuring = event["cell"], event["measurement"]
         elif event["event"] == "measuring":
             slot.measuring = event["measurement"]
         elif event["event"] == "measured":
@@ -259,6 +264,8 @@ class WorkerPool:
         if self._stopped is not None:
             slot.pack = slot.measuring = slot.cell = None
             return
+        if code == EXIT_LOAD:
+            raise LoadError(f"a model can't be loaded; {slot.log} ends with:\n{tail}")
         if code == -signal.SIGKILL and (oom_kills() or 0) > slot.oom_kills:
             how = OOM_WORDS
         if not slot.said_anything:
@@ -291,10 +298,11 @@ class WorkerPool:
             self._queue.appendleft(rest)
 
     def _stored(self, pack: Pack) -> set[str]:
-        """Measurements of a pack that are stored: results, and failures of this very launch."""
+        """Measurements of a pack that are stored, and not to be done again."""
         launch = self.settings["provenance"].get("launch")
         rows = self.store.read_pack(pack.id, ["measurement", "status", "launch"])
-        return {r["measurement"] for r in rows if r["status"] in FINISHED or r["launch"] == launch}
+        # A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.
+        return {r["measurement"] for r in rows if r["status"] == "done" or r["launch"] == launch}
 
     def _halve_batch(self) -> bool:
         """Start workers with half the batch from now on; False when it is as small as it gets."""

@@ -15,7 +15,7 @@ from sweeps.claims import Claim, Claims
 from sweeps.devices import Workers, plan_workers, resolve_device
 from sweeps.errors import UserError, did_you_mean
 from sweeps.execute import Execution, batch_tokens, worker_log
-from sweeps.inflight import read_flight
+from sweeps.inflight import has_scheduler, read_flight, reconcile_twice
 from sweeps.launching import (
     Claimer,
     counts_text,
@@ -48,7 +48,7 @@ def run(cfg: DictConfig, console: Console) -> int:
     """
     check_executor(plain(cfg.executor))
     if cfg.executor.name == "slurm":
-        from sweeps.on_slurm import run_on_slurm
+        from sweeps.slurm.run import run_on_slurm
 
         return run_on_slurm(cfg, console)
     return _run_here(cfg, console)
@@ -82,6 +82,9 @@ def _run_here(cfg: DictConfig, console: Console) -> int:
     store.check_writable()
     with console.status("resolving models and data") as status:
         study = build_study(cfg, device=device, strict=True, progress=status.update)
+        if has_scheduler():
+            # What dead SLURM jobs held is free only once that is known.
+            reconcile_twice(store.out, lambda n: status.update(f"waiting to be sure: SLURM does not know {n} job(s)"))
     manifest = study.manifest
     workers = plan_workers(device, cfg.executor.workers, max(c.model.params or 0 for c in manifest.cells))
     name = manifest.save(store.out)

@@ -43,6 +43,8 @@ MIN_BATCH_TOKENS: Final = 256
 """A batch is not halved below this when memory runs out: one sequence takes about as much."""
 EXIT_IO: Final = os.EX_IOERR
 """The exit code of a worker that can't write results: no cell's fault, and no use in starting another worker."""
+EXIT_LOAD: Final = os.EX_TEMPFAIL
+"""The exit code of a worker that could not load its first model, where that may be the node's fault."""
 PR_SET_PDEATHSIG: Final = 1
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -74,6 +76,8 @@ class Worker:
         emit: told what happens: 'started', 'loaded', 'measuring', 'smaller_batch', 'measured', 'pack_done', 'stopped'.
         gpus: over how many GPUs a model is spread; 0 on a CPU, whatever is given.
         trust_remote_code: run code that a checkpoint brings; only when the user asked for it by name.
+        load_again: a model that can't be loaded, where nothing was measured before, ends the process with ``EXIT_LOAD``
+            and leaves no record: it may be the node's fault, and another node may do better.
         stop: looked at before each measurement.
     """
 
@@ -84,8 +88,10 @@ class Worker:
     emit: Emit
     gpus: int = 1
     trust_remote_code: bool = False
+    load_again: bool = False
     stop: Stop = field(default_factory=Stop)
     _warm: Warm = field(init=False)
+    _has_measured: bool = False
     _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,21 +139,23 @@ class Worker:
         """Whether all of it was measured; if not, the worker was asked to stop."""
         if self.stop.asked():
             return False
-        self.emit({"event": "started", "pack": pack.id, "cell": cell.key, "label": cell.label})
+        measurements = [Measurement(cell=cell, eval=spec) for spec in evals]
+        # Where loading or quantizing kills the process, its first measurement is the suspect.
+        first = measurements[0].key
+        self.emit({"event": "started", "pack": pack.id, "cell": cell.key, "label": cell.label, "measurement": first})
         started = datetime.now(UTC)
         try:
             loaded = self._load(cell.model, dtype)
             began = time.perf_counter()
             handle = _quantize(loaded, cell)
         except Exception as error:
-            self._record_failure(pack, [Measurement(cell=cell, eval=spec) for spec in evals], error, started)
+            self._record_failure(pack, measurements, error, started)
             return True
         quantize_seconds = 0.0 if cell.quant.is_baseline else time.perf_counter() - began
         try:
-            for spec in evals:
+            for measurement in measurements:
                 if self.stop.asked():
                     return False
-                measurement = Measurement(cell=cell, eval=spec)
                 self._measure(pack, measurement, loaded, handle, quantize_seconds)
         finally:
             handle.restore()
@@ -175,6 +183,7 @@ class Worker:
             "peak_memory_bytes": peak_memory(self.gpus),
         }
         self._record(row)
+        self._has_measured = True
 
     def _evaluate(self, pack: Pack, prepared: PreparedEval, loaded: LoadedModel) -> tuple[EvalResult, float]:
         """The result and the seconds it took. Where memory runs out, again with half the batch, which then stays for
@@ -201,10 +210,26 @@ class Worker:
 
     def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
         is_new = self._warm.holds != (model, dtype)
-        loaded = self._warm.load(model, dtype)
+        try:
+            loaded = self._warm.load(model, dtype)
+        except Exception as error:
+            self._blame_node(model, error)
+            raise
         if is_new:
             self.emit({"event": "loaded", "model": model.label, "seconds": self._warm.load_seconds})
         return loaded
+
+    def _blame_node(self, model: ModelRef, error: Exception) -> None:
+        """End the process where a failure to load may be the node's: want of memory and later failures are not."""
+        from kbit.memory import is_out_of_memory
+
+        if not self.load_again or self._has_measured or is_out_of_memory(error):
+            return
+        what = " ".join(str(error).split())
+        print(
+            f"{model.label} can't be loaded on this node: {type(error).__name__}: {what}", file=sys.stderr, flush=True
+        )
+        sys.exit(EXIT_LOAD)
 
     def _common(self, pack: Pack, measurement: Measurement, started: datetime) -> dict[str, Any]:
         return {
@@ -315,6 +340,7 @@ def main() -> None:
         emit=emit,
         gpus=settings.get("gpus", 1),
         trust_remote_code=settings["trust_remote_code"],
+        load_again=settings.get("load_again", False),
         stop=stop,
     )
     for pack, until in _read_packs():

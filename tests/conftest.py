@@ -17,6 +17,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With -n: a file's tests stay together, for their shared fixtures; those of the one SLURM cluster too."""
+    for item in items:
+        on_cluster = "slurm" in item.path.relative_to(ROOT / "tests").parts[:-1]
+        item.add_marker(pytest.mark.xdist_group("slurm" if on_cluster else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """Real models (models/) and evaluation sets (eval/) outside the project; KBIT_ASSETS says where."""

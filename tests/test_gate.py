@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sweeps.gate import gate_problem
+from sweeps.slurm.gate import gate_problem
 
 
 def row(status: str = "done", **metrics: float) -> dict[str, Any]:
@@ -40,3 +40,8 @@ def test_a_reference_for_what_is_not_measured_is_a_mistake() -> None:
     problem = gate_problem([row(perplexity=10.0)], {"wikitext2_loss": 2.3}, 0.02)
     assert problem is not None
     assert "has no wikitext2_loss" in problem
+
+
+def test_a_baseline_that_is_not_measured_on_everything_keeps_it_shut() -> None:
+    problem = gate_problem([row(perplexity=10.0)], {"wikitext2_perplexity": 10.0}, 0.02, missing=["c4", "piqa"])
+    assert problem == "its baseline is not measured on c4, piqa"

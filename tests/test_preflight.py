@@ -15,10 +15,11 @@ import pytest
 from huggingface_hub import constants, file_download
 
 from kbit.evaluation.spec import EvalSpec
-from sweeps import hub, preflight
+from sweeps import hub
 from sweeps.cell import ModelRef
 from sweeps.config import DEMO_DIR
-from sweeps.preflight import Preflight
+from sweeps.slurm import preflight
+from sweeps.slurm.preflight import Preflight
 from tests.conftest import ROOT
 from tests.test_hub import COMMIT, HubServer, write_model
 
@@ -100,7 +101,7 @@ class Missing(MetaPathFinder):
         if name == {module!r}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
 from kbit.evaluation.spec import EvalSpec
-from sweeps.preflight import Preflight
+from sweeps.slurm.preflight import Preflight
 task = EvalSpec(kind="task", name="t", dataset="x", compute_dtype="float32", source={{"task_file": {str(TASK)!r}}})
 now = time.time()
 case = Preflight(out=Path({str(tmp_path)!r}), device="cuda", gpus=1, models=(), evals=(task,), launched=now,
@@ -161,7 +162,7 @@ def test_a_store_that_is_not_there_is_not_made(sound: Preflight) -> None:
 )
 def test_a_store_that_is_full_or_nearly_so(tmp_path: Path, options: str, before: str, said: str) -> None:
     code = (
-        "import sys, time, os; from pathlib import Path; from sweeps.preflight import Preflight\n"
+        "import sys, time, os; from pathlib import Path; from sweeps.slurm.preflight import Preflight\n"
         "case = Preflight(out=Path(sys.argv[1]), device='cpu', gpus=0, models=(), evals=(),\n"
         "                 launched=time.time(), store_launched=time.time())\n"
         "for problem in case.problems(): print('PROBLEM', problem)"

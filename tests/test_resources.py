@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sweeps.cell import ModelRef
 from sweeps.errors import UserError
-from sweeps.resources import SlurmConfig, parse_time
+from sweeps.slurm.resources import SlurmConfig, parse_time
 
 
 def model(params: int) -> ModelRef:
@@ -88,3 +88,14 @@ def test_each_rung_of_the_ladder_doubles_memory_and_gpus() -> None:
     on_cpu = [config.shape(model(10**9), "cpu", rung, {}) for rung in (0, 1)]
     assert on_cpu[1].mem_gb == 2 * on_cpu[0].mem_gb
     assert on_cpu[1].gpus == 0
+
+
+@pytest.mark.parametrize("name", ["job-name", "job_name", "dependency", "array", "no-requeue", "time"])
+def test_extra_options_can_not_undo_what_makes_a_launch(name: str) -> None:
+    with pytest.raises(UserError, match=r"executor\.extra="):
+        SlurmConfig.from_config({"extra": {name: 1}})
+
+
+def test_an_unquoted_time_of_yaml_is_seen_through() -> None:
+    with pytest.raises(UserError, match="in quotes"):
+        parse_time(36000)

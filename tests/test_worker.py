@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from sweeps.hub import local_model
 from sweeps.pacing import LEAST_SCALE, Pace
 from sweeps.plan import Pack
 from sweeps.store import Store
-from sweeps.worker import EXIT_IO, Worker
+from sweeps.worker import EXIT_IO, EXIT_LOAD, Worker
 from tests.conftest import ROOT
 
 NEOX_XS = DEMO_DIR / "models" / "neox-xs"
@@ -59,6 +60,14 @@ def pack_of(
     )
     items = tuple((Cell(model=ref, quant=q), evals or (evaluation(),)) for q in quants)
     return Pack(id=name, sweep="s", model=ref, items=items, seconds=1.0, item_seconds=item_seconds, rung=rung)
+
+
+def pack_of_unloadable(model: Path) -> Pack:
+    """A pack of two cells whose model was there when it was planned."""
+    shutil.copytree(NEOX_XS, model)
+    pack = pack_of(BASELINE, INT4, name="unloadable", model=model)
+    shutil.rmtree(model)
+    return pack
 
 
 class Bench:
@@ -285,6 +294,25 @@ def test_results_that_cannot_be_written_end_the_process_with_its_own_code(
     assert str(tmp_path) in text
     assert Store(out=tmp_path).read().num_rows == 1
     assert not list(tmp_path.glob("*/*/.*"))
+
+
+def test_a_first_model_that_cannot_be_loaded_may_be_left_to_another_node(
+    tmp_path: Path, started: list[Process]
+) -> None:
+    unloadable = pack_of_unloadable(tmp_path / "gone")
+    worker = Process(tmp_path / "r", load_again=True)
+    started.append(worker)
+    worker.feed(unloadable)
+    assert worker.until("started")["measurement"] == unloadable.measurements()[0].key
+    code, text = worker.end()
+    assert code == EXIT_LOAD == 75
+    assert text.splitlines()[-1].startswith(f"{unloadable.model.label} can't be loaded on this node: ")
+    assert Store(out=tmp_path / "r").read().num_rows == 0
+    # Where a model could be loaded before, it is this one's fault (with the same weights: the baseline has its result).
+    bench = Bench(tmp_path / "r", load_again=True)
+    bench.worker.run_pack(pack_of(BASELINE))
+    bench.worker.run_pack(unloadable)
+    assert {r["bits"]: r["status"] for r in bench.rows()} == {16: "done", 4: "failed"}
 
 
 SHORT_OF_MEMORY = """

@@ -25,6 +25,24 @@ HOST_WORK_BYTES: Final = 8e9
 JOB_BYTES: Final = 0.4e9
 """Of the process that watches over the worker."""
 CODE: Final = ("snapshot", "checkout")
+OURS: Final = (
+    *(
+        "job-name",
+        "array",
+        "dependency",
+        "signal",
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "output",
+        "error",
+        "open-mode",
+    ),
+    *("requeue", "no-requeue", "kill-on-invalid-dep", "time", "chdir", "export", "partition", "account", "qos"),
+)
+"""Options of sbatch that make a launch what it is, or have a key of their own."""
+MOST_MINUTES: Final = 14 * 24 * 60
+"""Longer walltimes are written D-HH."""
 MOST_GPUS: Final = 8
 """On one node; a model that needs more is asked for with models.FAMILY.members.NAME.gpus."""
 
@@ -75,6 +93,11 @@ class SlurmConfig:
                 f"executor.extra={given['extra']!r} is not valid: long options of sbatch with their values, "
                 "e.g. 'executor.extra={mail-type: FAIL}'"
             )
+        for name in given.get("extra", {}):
+            if str(name).replace("_", "-") in OURS:
+                raise UserError(
+                    f"executor.extra={{{name}: ...}} is not for {name}: a key of its own or the launch sets that"
+                )
         minutes = parse_time(executor.get("time") or cls.minutes)
         warned = given.get("signal_seconds", cls.signal_seconds)
         if warned >= 60 * minutes:
@@ -198,6 +221,9 @@ def parse_time(value: object) -> int:
         seconds = first * 60
     if seconds < 60:
         raise _bad_time(value)
+    if isinstance(value, int) and value > MOST_MINUTES:
+        # YAML reads 10:00:00 without quotes as the number 36000.
+        raise UserError(f"executor.time={value!r} would be {value} minutes: in a file, write HH:MM:SS in quotes")
     return math.ceil(seconds / 60)
 
 

@@ -1,20 +1,12 @@
-"""Inside a SLURM job: run one pack, tell how it went, and go back into the queue when the walltime comes.
-
-The job script's command is ``python -m sweeps.job ... -u -m submitit.core._submit FOLDER``: what submitit would start,
-with this module in front of it. It mends what submitit trips over (a temporary file that a kill left, a pickle that a
-dead launcher did not rename), then hands over; submitit unpickles a ``PackJob`` or a ``PreflightJob`` and calls it.
-"""
+"""One attempt at a pack, in a SLURM job: measure what is left, hear SLURM's signals, say how it ended, be requeued."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,76 +16,28 @@ from typing import Any, Final
 from sweeps.claims import Claims
 from sweeps.devices import Workers
 from sweeps.execute import Execution
-from sweeps.gate import gate_problem
 from sweeps.launches import Attempt, Chunk, Launch
 from sweeps.plan import Pack
-from sweeps.store import FINISHED, Store, write_atomically
+from sweeps.pool import LoadError
+from sweeps.slurm.gate import gate_problem
+from sweeps.slurm.owners import own_pack
+from sweeps.store import Store, read_json
 from sweeps.tracking import TrackingConfig
 
 END_MARGIN: Final = 30.0
 """A cell is not begun that is predicted to end within so many seconds of the walltime."""
 SIGNAL_SLACK: Final = 90.0
 """SLURM may send its warning a minute early."""
-RENAME_SECONDS: Final = 20.0
-"""The launcher renames a job's pickle after sbatch; when it is not there by then, the launcher is dead."""
-GRACE_SECONDS: Final = 300.0
+GRACE_SECONDS: Final = 1800.0
 """After a preemption's warning SLURM leaves some time; a job that ends in it by itself is not requeued, so it waits."""
+
+MOST_LOAD_ERRORS: Final = 3
+"""When so many jobs could not load a pack's model it is the model's fault, and recorded as such."""
+_ASK_SECONDS: Final = 10.0
 
 
 class JobError(Exception):
     """The job can't do its work; the message says why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackJob:
-    """What submitit calls: one pack of a launch."""
-
-    out: str
-    launch: str
-    claim: int
-    chunk: int
-    index: int
-
-    def __call__(self) -> str:
-        launch = Launch.load(Path(self.out), self.launch)
-        chunk = launch.chunks[self.chunk]
-        return PackRun(launch=launch, chunk=chunk, pack=launch.pack(chunk.packs[self.index]), claim=self.claim).run()
-
-    def checkpoint(self) -> Any:
-        """For submitit, on a requeue: progress is in the store, so the same call goes on where this one stopped."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreflightJob:
-    """What submitit calls: the checks of one resource shape."""
-
-    out: str
-    launch: str
-    shape: int
-
-    def __call__(self) -> str:
-        from sweeps.preflight import Preflight
-
-        launch = Launch.load(Path(self.out), self.launch)
-        packs = [launch.pack(p) for c in launch.chunks if c.shape == self.shape for p in c.packs]
-        preflight = Preflight(
-            out=launch.out,
-            device=launch.settings["device"],
-            gpus=launch.shapes[self.shape].gpus,
-            models=tuple(dict.fromkeys(p.model for p in packs)),
-            evals=tuple(dict.fromkeys(e for p in packs for _, evals in p.items for e in evals)),
-            launched=launch.launched,
-            store_launched=launch.settings["store_launched"],
-        )
-        problems = [*_code_problems(launch), *preflight.problems()]
-        path = launch.directory / f"preflight-{self.shape}.json"
-        write_atomically(path, json.dumps({"problems": problems}).encode())
-        if problems:
-            raise JobError("preflight failed: " + "; ".join(problems))
-        return "ok"
 
 
 @dataclass(kw_only=True)
@@ -124,12 +68,17 @@ class PackRun:
         log = self.launch.logs(self.chunk.number) / f"{job}_worker.log"
         # Before anything else: what SLURM says from now on is heard.
         requeue = self._listen()
+        self._own()
         self._attempt = Attempt.begin(self.launch, self.pack.id, job=job, restart=restart, log=log)
         try:
-            problems = _code_problems(self.launch)
+            problems = code_problems(self.launch)
             if problems:
                 raise JobError("; ".join(problems))
             reason = self._measure(log)
+        except LoadError as error:
+            # Nothing was measured in all of its time: as good as a death (sweeps.slurm.poison).
+            self._end("error", error=str(error), measured=0, load=True)
+            raise
         except BaseException as error:
             self._end("error", error=f"{type(error).__name__}: {error}")
             raise
@@ -157,6 +106,7 @@ class PackRun:
                 "batch_tokens": settings["batch_tokens"],
                 "trust_remote_code": settings["trust_remote_code"],
                 "ignore_sigterm": True,
+                "load_again": self._load_errors() < MOST_LOAD_ERRORS - 1,
                 "gpus": shape.gpus if on_gpu else 0,
                 "provenance": {
                     **settings["provenance"],
@@ -169,6 +119,7 @@ class PackRun:
             warn=lambda text: print(f"warning: {text}", flush=True),
             log=lambda _: log,
             beat=self._beat,
+            ends=self._job_end(),
             until=self._job_end() - END_MARGIN,
             pin=False,
         )
@@ -176,14 +127,34 @@ class PackRun:
         return (self._reason or "terminated") if outcome == "asked" else outcome
 
     def _not_mine(self) -> set[str]:
-        """Measurements of the pack that need not, or must not, be measured here: stored, or held by a later claim."""
+        """Measurements of the pack that need not, or must not, be measured here: stored, or held by a later claim.
+
+        A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.
+        """
         stored = {
             row["measurement"]
             for row in Store(out=self.launch.out).read_pack(self.pack.id, ["measurement", "status", "launch"])
-            if row["status"] in FINISHED or str(row["launch"]).startswith(self.launch.id)
+            if row["status"] == "done" or str(row["launch"]).partition(" ")[0] == self.launch.id
         }
         later = Claims(out=self.launch.out).open(after=self.claim)
         return stored | {m for claim in later for m in claim.measurements}
+
+    def _own(self) -> None:
+        """Leave the pack to another job that has it."""
+        mine = job_id().partition("_")[0]
+        owner = own_pack(self.launch, self.pack.id, mine)
+        if owner != mine:
+            raise JobError(
+                f"pack {self.pack.id} is job {owner}'s: sbatch was served twice for "
+                f"{self.launch.chunk_name(self.chunk.number)}, and job {mine} has nothing to do"
+            )
+
+    def _load_errors(self) -> int:
+        """Earlier jobs, of any launch, that could not load this pack's model."""
+        ends = [
+            read_json(p).get("end") or {} for p in self.launch.out.glob(f"launches/*/attempts/{self.pack.id}-*.json")
+        ]
+        return sum(1 for end in ends if end.get("load"))
 
     def _on_event(self, event: Mapping[str, Any]) -> None:
         self._measured += event["event"] == "measured"
@@ -207,16 +178,19 @@ class PackRun:
         if left <= self.launch.settings["signal_seconds"] + SIGNAL_SLACK:
             self._stop("walltime", max(5.0, left - END_MARGIN))
         else:
-            self._stop("preempted", self._kill_seconds())
+            self._stop("preempted", self._kill_seconds(), ends=self._kill_time())
 
     def _on_end(self, *_: object) -> None:
         """SIGTERM: SLURM ends the job (preemption, cancellation, walltime, requeue), and requeues it if that is due."""
-        self._stop("terminated", self._kill_seconds())
+        self._stop("terminated", self._kill_seconds(), ends=self._kill_time())
 
-    def _stop(self, reason: str, seconds: float) -> None:
+    def _stop(self, reason: str, seconds: float, *, ends: float | None = None) -> None:
         self._reason = reason
         if self._execution is not None:
-            self._execution.stop(seconds)
+            self._execution.stop(seconds, ends=ends)
+
+    def _kill_time(self) -> float:
+        return time.time() + float(self.launch.settings["kill_wait"])
 
     def _kill_seconds(self) -> float:
         return max(1.0, 0.5 * float(self.launch.settings["kill_wait"]) - 2.0)
@@ -234,15 +208,20 @@ class PackRun:
         used = sum(1 for a in attempts if a.job == self._attempt.job and (a.end or {}).get("requeued"))
         if not self._measured:
             self._end("walltime", requeued=False, measured=0)
-            print("no measurement fits into the walltime: launch again with a longer executor.time", flush=True)
-            return "walltime"
+            return self._stay("no measurement fits into the walltime: launch again with a longer executor.time")
         if used >= self.launch.settings["requeues"]:
             self._end("walltime", requeued=False, measured=self._measured)
-            print(f"the walltime is near, and {used} requeues are used up: the next launch goes on", flush=True)
-            return "walltime"
+            return self._stay(f"the walltime is near, and {used} requeues are used up: the next launch goes on")
         self._end("walltime", requeued=True, measured=self._measured)
         requeue(signal.SIGUSR2, None)
         raise JobError("submitit did not put the job back into the queue")
+
+    def _stay(self, why: str) -> str:
+        """Out of the queue before all is measured; what waits for a baseline must not take that for success."""
+        if self._is_gate():
+            raise JobError(f"{self.pack.model.label}: {why}; its quantized cells don't run")
+        print(why, flush=True)
+        return "walltime"
 
     def _finish(self) -> str:
         problem = self._gate_problem()
@@ -252,14 +231,23 @@ class PackRun:
         self._end("finished")
         return "finished"
 
+    def _is_gate(self) -> bool:
+        """Whether other chunks wait for this one."""
+        return any(c.after == self.chunk.number for c in self.launch.chunks)
+
     def _gate_problem(self) -> str | None:
-        if all(c.after != self.chunk.number for c in self.launch.chunks):
+        """Why what waits for this baseline must not run; an earlier launch may have measured some of it."""
+        if not self._is_gate():
             return None
-        wanted = {m.key for m in self.pack.measurements()}
-        rows = Store(out=self.launch.out).read_pack(self.pack.id, ["measurement", "eval", "status", "metrics"])
-        references = self.launch.settings["references"].get(self.pack.model.label, {})
-        mine = [row for row in rows if row["measurement"] in wanted]
-        return gate_problem(mine, references, self.launch.settings["baseline_tolerance"])
+        model, settings = self.pack.model.label, self.launch.settings
+        names = {m.key: m.eval.name for m in self.pack.measurements()}
+        wanted = settings.get("baselines", {}).get(model) or list(names)
+        columns = ["measurement", "eval", "status", "metrics"]
+        rows = Store(out=self.launch.out).read(columns, measurements=set(wanted)).to_pylist()
+        stored = {row["measurement"] for row in rows}
+        missing = [names.get(key, f"measurement {key}") for key in wanted if key not in stored]
+        references = settings["references"].get(model, {})
+        return gate_problem(rows, references, settings["baseline_tolerance"], missing=missing)
 
     def _end(self, reason: str, **more: Any) -> None:
         try:
@@ -278,7 +266,7 @@ def job_id() -> str:
 _PROCESS_START: Final = time.time()
 
 
-def _code_problems(launch: Launch) -> list[str]:
+def code_problems(launch: Launch) -> list[str]:
     from sweeps.snapshot import CodeChangedError, check_code
 
     try:
@@ -291,15 +279,18 @@ def _code_problems(launch: Launch) -> list[str]:
 def _await_end() -> None:
     """Where SLURM still lets the job run although it was told to end, wait: it is in a preemption's grace time."""
     deadline = time.time() + GRACE_SECONDS
+    command = ["squeue", "--noheader", "--jobs", job_id(), "--format", "%T"]
     while time.time() < deadline:
-        command = ["squeue", "--noheader", "--jobs", job_id(), "--format", "%T"]
         try:
             asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        if asked.returncode != 0 or asked.stdout.strip() != "RUNNING":
-            return
-        time.sleep(10.0)
+            # A controller that is busy or away says nothing of the job.
+            if asked.returncode == 0 and asked.stdout.strip() != "RUNNING":
+                return
+            if "Invalid job id" in asked.stderr:
+                return
+        except (OSError, subprocess.TimeoutExpired) as error:
+            print(f"squeue can't be asked: {error}", file=sys.stderr, flush=True)
+        time.sleep(_ASK_SECONDS)
 
 
 def _print_event(event: Mapping[str, Any]) -> None:
@@ -308,54 +299,3 @@ def _print_event(event: Mapping[str, Any]) -> None:
         print(f"{row['status']:9} {row['model']} {row['label']} {row['eval']}", flush=True)
     elif event["event"] in ("crashed", "smaller_batch", "stopped"):
         print({k: v for k, v in event.items() if k != "pack"}, flush=True)
-
-
-def _mend(folder: Path, job: PackJob | PreflightJob, timeout_min: int, requeues: int) -> None:
-    """Make sure that submitit finds its pickle, and nothing else."""
-    from submitit.core.utils import DelayedSubmission, JobPaths
-
-    paths = JobPaths(folder, job_id=job_id(), task_id=0)
-    for path in (paths.submitted_pickle, paths.result_pickle):
-        path.with_suffix(path.suffix + ".save_tmp").unlink(missing_ok=True)
-    deadline = time.time() + RENAME_SECONDS
-    while not paths.submitted_pickle.exists() and time.time() < deadline:
-        time.sleep(0.5)
-    if not paths.submitted_pickle.exists():
-        print("the launcher died before it handed over this job: taking it from the launch's files", flush=True)
-        delayed = DelayedSubmission(job)
-        delayed.set_timeout(timeout_min, requeues + 1)
-        temporary = paths.submitted_pickle.with_name(f".{uuid.uuid4().hex}.tmp")
-        delayed.dump(temporary)
-        temporary.replace(paths.submitted_pickle)
-
-
-def main() -> None:
-    """The job's process."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--launch", required=True)
-    parser.add_argument("--claim", type=int, required=True)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--chunk", type=int)
-    which.add_argument("--preflight", type=int)
-    args, rest = parser.parse_known_args()
-    from submitit.core.submission import process_job
-
-    folder = Path(rest[-1])
-    launch = Launch.load(Path(args.out), args.launch)
-    job: PackJob | PreflightJob
-    if args.preflight is not None:
-        shape, job = args.preflight, PreflightJob(out=args.out, launch=args.launch, shape=args.preflight)
-    else:
-        index = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
-        shape = launch.chunks[args.chunk].shape
-        job = PackJob(out=args.out, launch=args.launch, claim=args.claim, chunk=args.chunk, index=index)
-    _mend(folder, job, launch.shapes[shape].minutes, launch.settings["requeues"])
-    process_job(folder)
-
-
-if __name__ == "__main__":
-    # Under this name the classes would be __main__'s, and not the ones that are unpickled.
-    from sweeps.job import main as run_main
-
-    run_main()

@@ -19,22 +19,24 @@ from sweeps.devices import DEVICES
 from sweeps.errors import UserError
 from sweeps.execute import batch_tokens
 from sweeps.inflight import Flight, read_flight, reconcile, reconcile_twice
-from sweeps.jobs import why_never_run
 from sweeps.launching import counts_text, launch_provenance, new_launch, out_dir, plain, plan_study, tracking_config
 from sweeps.manifest import Manifest
-from sweeps.plan import Plan, parse_retry
-from sweeps.poison import record_poison
+from sweeps.plan import UNRECORDED, Plan, parse_retry
 from sweeps.report import show_results
-from sweeps.resources import SlurmConfig, counted, shape_text
 from sweeps.results import measurement_states
 from sweeps.slurm import SchedulerError, Sighting
+from sweeps.slurm.manage import why_never_run
+from sweeps.slurm.poison import record_poison
+from sweeps.slurm.resources import SlurmConfig, counted, shape_text
+from sweeps.slurm.submit import Submitted, Submitter, packing_for, submit_settings
+from sweeps.slurm.watch import WatchView
 from sweeps.store import FINISHED, Store
 from sweeps.study import build_study
-from sweeps.submit import Submitted, Submitter, packing_for, submit_settings
-from sweeps.watching import WatchView
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
+MOST_TRIES: Final = 3
+"""Times that a watch submits the same work, which ends each time without a record."""
 WATCH_SECONDS: Final = 15.0
 """Between two looks of watch=true: two calls each, for however many people watch a cluster."""
 
@@ -224,8 +226,8 @@ def _say(submitted: Submitted, manifest: Manifest, slurm: SlurmConfig, console: 
 def _watch(submitter: Submitter, console: Console) -> int:
     """Follow a study, submitting what limits kept out, until nothing is left; Ctrl-C only stops looking."""
     store, manifest = submitter.store, submitter.manifest
-    # What somebody cancels meanwhile stays cancelled.
-    submitter = replace(submitter, retry=submitter.retry - {"cancelled"})
+    # What somebody cancels meanwhile stays cancelled, and what fails again is not tried for ever.
+    submitter = replace(submitter, retry=frozenset(UNRECORDED) - {"cancelled"})
     try:
         with WatchView(console=console, out=store.out, manifest=manifest) as view:
             _follow(submitter, view)
@@ -248,6 +250,7 @@ def _watch(submitter: Submitter, console: Console) -> int:
 
 def _follow(submitter: Submitter, view: WatchView) -> None:
     store, manifest = submitter.store, submitter.manifest
+    tries: Counter[str] = Counter()
     while True:
         sighting = reconcile(store.out)
         for text in record_poison(store, manifest, read_flight(store.out)):
@@ -255,8 +258,12 @@ def _follow(submitter: Submitter, view: WatchView) -> None:
         flight = read_flight(store.out)
         view.show(flight, sighting)
         plan = plan_study(store, manifest, submitter.retry, submitter.packing, submitter.device, flight)
-        if plan.todo:
-            held = _top_up(submitter, view)
+        worn_out = plan.todo and all(tries[m] >= MOST_TRIES for m in plan.measurement_keys())
+        if worn_out and not plan.counts["in flight"]:
+            view.note(f"{plan.todo} measurements ended {MOST_TRIES} times without a record: not submitted again")
+            return
+        if plan.todo and not worn_out:
+            held = _top_up(submitter, view, tries)
             if held and not plan.counts["in flight"]:
                 return
         elif not plan.counts["in flight"]:
@@ -264,14 +271,15 @@ def _follow(submitter: Submitter, view: WatchView) -> None:
         time.sleep(WATCH_SECONDS)
 
 
-def _top_up(submitter: Submitter, view: WatchView) -> Mapping[str, str]:
-    """Submit what fits now; returns why some of it never will."""
+def _top_up(submitter: Submitter, view: WatchView, tries: Counter[str]) -> Mapping[str, str]:
+    """Submit what fits now, and count that; returns why some of it never will."""
     try:
         submitted = submitter.submit(new_launch(), read_flight(submitter.store.out))
     except (SchedulerError, UserError) as error:
         view.note(str(error))
         return {}
     if submitted.launch is not None:
+        tries.update(submitted.plan.measurement_keys())
         view.note(f"{counted(submitted.jobs, 'more job')} submitted")
     if submitted.error:
         view.note(submitted.error)

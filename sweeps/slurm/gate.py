@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def gate_problem(rows: Iterable[Mapping[str, Any]], reference: Mapping[str, float], tolerance: float) -> str | None:
+def gate_problem(
+    rows: Iterable[Mapping[str, Any]],
+    reference: Mapping[str, float],
+    tolerance: float,
+    *,
+    missing: Sequence[str] = (),
+) -> str | None:
     """Why a baseline doesn't open the gate; None when it does.
 
     Args:
         rows: the baseline's stored measurements (columns eval, status, metrics).
         reference: expected values by ``{eval}_{metric}``; what is not named is not compared.
         tolerance: relative difference that is allowed.
+        missing: what of the baseline should be stored and is not, by name.
     """
     values: dict[str, float] = {}
     for row in rows:
         if row["status"] != "done":
             return f"its baseline is {row['status']} on {row['eval']}"
         values |= {f"{row['eval']}_{metric}": value for metric, value in dict(row["metrics"] or ()).items()}
+    if missing:
+        return f"its baseline is not measured on {', '.join(missing)}"
     for name, expected in reference.items():
         if name not in values:
             return f"its baseline has no {name}, which its reference names (there are {', '.join(sorted(values))})"

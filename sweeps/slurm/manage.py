@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from time import time
+from time import sleep
 from typing import Final
 
 from rich.console import Console
@@ -14,12 +14,15 @@ from rich.markup import escape
 
 from sweeps.claims import Claim, Claims
 from sweeps.errors import UserError
-from sweeps.inflight import Entry, Flight, Ledger, job_counts, read_flight, reconcile
+from sweeps.inflight import Flight, job_counts, load_launch, read_flight, reconcile
 from sweeps.launches import Attempt, Chunk, Launch
+from sweeps.ledger import Entry, Ledger
 from sweeps.slurm import SchedulerError, cancel, look
 
 LINES_SHOWN: Final = 30
 MOST_LOGS_SHOWN: Final = 10
+SUBMIT_SECONDS: Final = 20.0
+"""How long mode=cancel waits for a launch to end its last sbatch."""
 _ORDINARY: Final = ("", "None", "Priority", "Resources")
 _IN_WORDS: Final = {
     "Dependency": "the preflight, or for their model's baseline",
@@ -55,6 +58,13 @@ def show_jobs(flight: Flight, console: Console) -> None:
     if any(e.state == "ABSENT" and not e.ended for _, ledger in flight.launches for e in ledger.entries.values()):
         console.print(
             "  absent: SLURM doesn't know them just now; when it still doesn't half a minute later, they are lost"
+        )
+    for (user, cluster), count in flight.unseen().items():
+        where = f" on {cluster}" if cluster else ""
+        console.print(
+            f"  {count} jobs of {user}{where} can't be seen from here: none is given up for that",
+            markup=False,
+            highlight=False,
         )
 
 
@@ -103,8 +113,9 @@ def _launches(out: Path) -> Iterator[tuple[Claim, Launch, Ledger]]:
     """Every launch on SLURM whose claim stands, the latest first."""
     for claim in reversed(Claims(out=out).open()):
         if claim.executor == "slurm":
-            launch = Launch.load(out, claim.launch)
-            yield claim, launch, Ledger.load(launch)
+            launch = load_launch(out, claim)
+            if launch is not None:
+                yield claim, launch, Ledger.load(launch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +133,16 @@ def _block(launch: Launch, ledger: Ledger, chunk: Chunk) -> _Block | None:
     if problems:
         return _Block(text="preflight: " + "; ".join(problems), logs=logs)
     ended = all((entry := ledger.entries.get(p)) and entry.ended == "cancelled" for p in chunk.packs)
-    if problems is None and logs and ended and ledger.cancelled is None:
+    if problems is None and logs and ended and not ledger.cancelled:
         return _Block(text=f"the preflight died before it could say why; {_last(logs[-1])}", logs=logs)
     if chunk.after is None:
         return None
     for gate in launch.chunks[chunk.after].packs:
         attempts = launch.attempts([gate]).get(gate, [])
         end = attempts[-1].end if attempts else None
-        if end is not None and end["reason"] == "gate":
-            text = f"{launch.pack(gate).model.label} is held back: {end['error']}"
+        if end is not None and end["reason"] in ("gate", "walltime", "error") and not end.get("requeued"):
+            why = end.get("error") or f"its baseline did not finish ({end['reason']})"
+            text = f"{launch.pack(gate).model.label} is held back: {why}"
             return _Block(text=text, logs=_logs(launch, ledger, gate))
     return None
 
@@ -193,18 +205,20 @@ def cancel_mode(out: Path, sweep: str | None, console: Console) -> int:
         UserError: several studies have jobs and none was named, or SLURM can't be asked.
     """
     flight = read_flight(out)
-    chosen = [(la, ledger) for la, ledger in flight.launches if sweep in (None, la.sweep)]
-    studies = sorted({la.sweep for la, _ in chosen})
+    chosen = [la for la, _ in flight.launches if sweep in (None, la.sweep)]
+    studies = sorted({la.sweep for la in chosen})
     if len(studies) > 1:
         raise UserError(f"mode=cancel: {', '.join(studies)} have jobs: name one, e.g. sweep={studies[0]}")
     if not chosen:
         named = f" of {sweep}" if sweep else ""
         console.print(f"No jobs{named} in {out} are known to be queued or running.", highlight=False)
         return 0
-    names = [n for la, _ in chosen for n in _job_names(la)]
-    sighting = look(names, min(la.launched for la, _ in chosen))
+    stopped = _stop_submitting(out, chosen, console)
+    names = [n for la in chosen for n in _job_names(la)]
+    sighting = look(names, min(la.launched for la in chosen))
     if sighting.queue is None:
-        raise UserError(f"mode=cancel: {'; '.join(sighting.problems)}. Nothing was cancelled")
+        rest = "No job was cancelled" if stopped else "Nothing was cancelled"
+        raise UserError(f"mode=cancel: {'; '.join(sighting.problems)}. {rest}")
     live = [job for job in sighting.queue.values() if not job.terminal]
     if not live:
         reconcile(out)
@@ -215,9 +229,9 @@ def cancel_mode(out: Path, sweep: str | None, console: Console) -> int:
         f"Cancelling {len(live)} jobs of {studies[0]}: {running} running, {len(live) - running} queued.",
         highlight=False,
     )
-    for launch, ledger in chosen:
+    for launch in chosen:
         # A job that is gone from now on was cancelled, not lost.
-        replace(ledger, cancelled=time()).save(launch)
+        _write_cancelled(launch)
     try:
         cancel([job.job for job in live])
     except SchedulerError as error:
@@ -226,6 +240,34 @@ def cancel_mode(out: Path, sweep: str | None, console: Console) -> int:
     reconcile(out)
     console.print("What they had finished is stored; the same study's command runs the rest.")
     return 0
+
+
+def _stop_submitting(out: Path, launches: Sequence[Launch], console: Console) -> bool:
+    """Tell launches that are still being submitted to stop, and wait for their last sbatch; whether there were any."""
+    claims = Claims(out=out)
+    alive = {c.launch for c in claims.open() if c.executor == "slurm" and claims.is_alive(c)}
+    submitting = [la for la in launches if la.id in alive and la.submitted() is None]
+    for launch in submitting:
+        _write_cancelled(launch)
+        console.print(
+            f"Launch {launch.id}: it is still being submitted: what is not submitted yet won't be.", highlight=False
+        )
+    waited = 0.0
+    while any(la.submitted() is None for la in submitting):
+        if waited >= SUBMIT_SECONDS:
+            console.print("[yellow]It has not stopped yet: mode=cancel once more makes sure.[/]", highlight=False)
+            break
+        sleep(0.5)
+        waited += 0.5
+    return bool(submitting)
+
+
+def _write_cancelled(launch: Launch) -> None:
+    try:
+        launch.cancel()
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"mode=cancel: {launch.directory} can't be written: {why}. No job was cancelled") from error
 
 
 def _job_names(launch: Launch) -> list[str]:
