@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweeps import inflight
+from sweeps import inflight, ledger
 from sweeps import launches as launches_module
 from sweeps.claims import Claims
 from sweeps.inflight import ABSENT_SECONDS, SETTLE_SECONDS, job_counts, read_flight, reconcile
