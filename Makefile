@@ -14,8 +14,11 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
+# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end.
 test: $(VENV)/installed  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@log=$$(mktemp); $(BIN)/python -m pytest tests/slurm >$$log 2>&1 & slurm=$$!; status=0; \
+	$(BIN)/python -m pytest --ignore tests/slurm || status=$$?; \
+	echo "The tests on SLURM (tests/slurm):"; wait $$slurm || status=$$?; cat $$log; rm -f $$log; exit $$status
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .

@@ -17,13 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With -n: a file's tests stay together, for their shared fixtures; those of the one SLURM cluster too."""
-    # Not in pytest_collection_modifyitems, where xdist may have looked at the groups already.
-    on_cluster = "slurm" in item.path.relative_to(ROOT / "tests").parts[:-1]
-    item.add_marker(pytest.mark.xdist_group("slurm" if on_cluster else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """Real models (models/) and evaluation sets (eval/) outside the project; KBIT_ASSETS says where."""
