@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint slurm-up slurm-down clean
+.PHONY: help demo test test-slow lint slurm-up slurm-down clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -14,11 +14,15 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
-# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end.
-test: $(VENV)/installed  ## the tests
-	@log=$$(mktemp); $(BIN)/python -m pytest tests/slurm >$$log 2>&1 & slurm=$$!; status=0; \
+# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end. A shell makes what runs
+# in the background deaf to Ctrl-C, which some of them test.
+test: $(VENV)/installed  ## the tests, but for the slow ones on SLURM
+	@log=$$(mktemp); env --default-signal=INT $(BIN)/python -m pytest tests/slurm -m 'not slow' >$$log 2>&1 & slurm=$$!; status=0; \
 	$(BIN)/python -m pytest --ignore tests/slurm || status=$$?; \
 	echo "The tests on SLURM (tests/slurm):"; wait $$slurm || status=$$?; cat $$log; rm -f $$log; exit $$status
+
+test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting
+	$(BIN)/python -m pytest tests/slurm -m slow
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .

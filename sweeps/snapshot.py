@@ -46,7 +46,7 @@ class DataChangedError(UserError):
 
 def code_hash() -> str:
     """SHA-256 over the sources of this installation that a job may run: relative paths and bytes."""
-    return _hash(_sources(_root()))
+    return _hash(_sources(code_root()))
 
 
 def snapshot_code(out: Path) -> Path:
@@ -58,7 +58,7 @@ def snapshot_code(out: Path) -> Path:
         CodeChangedError: the copy is there already and has been edited since.
         OSError: it can't be written.
     """
-    sources = _sources(_root())
+    sources = _sources(code_root())
     return _place(out / "code" / _hash(sources)[:_NAME_DIGITS], sources)
 
 
@@ -81,9 +81,9 @@ def check_code(expected_hash: str) -> None:
     actual = code_hash()
     if not actual.startswith(expected_hash):
         raise CodeChangedError(
-            f"the code in {_root()} has changed since the study was launched ({expected_hash[:12]} then, {actual[:12]} "
-            "now). Launch the study again to run what is there now; with executor.code=snapshot edits don't reach "
-            "queued jobs"
+            f"the code in {code_root()} has changed since the study was launched ({expected_hash[:12]} then, "
+            f"{actual[:12]} now). Launch the study again to run what is there now; with executor.code=snapshot edits "
+            "don't reach queued jobs"
         )
 
 
@@ -138,7 +138,8 @@ def task_data_files(config: Mapping[str, Any]) -> list[Path]:
     return [Path(f) for value in values for f in (value if isinstance(value, list) else [value]) if f is not None]
 
 
-def _root() -> Path:
+def code_root() -> Path:
+    """The directory that this installation is imported from."""
     return Path(__file__).resolve().parent.parent
 
 

@@ -68,7 +68,7 @@ class Warm:
     def _read(self, model: ModelRef, dtype: str) -> LoadedModel:
         from kbit.loading import load_model
 
-        _check_unchanged(model)
+        check_unchanged(model)
         return load_model(
             model.path or str(model.hub_id),
             revision=model.commit,
@@ -118,7 +118,7 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _check_unchanged(model: ModelRef) -> None:
+def check_unchanged(model: ModelRef) -> None:
     """Refuse a local model that has changed since the launch: its numbers would go by another's name."""
     if model.path is None:
         return

@@ -31,7 +31,7 @@ from sweeps.provenance import PROJECT, package_versions
 from sweeps.results import measurement_row
 from sweeps.rows import device_name, failure_columns, handle_columns, peak_memory, reset_peak_memory, result_columns
 from sweeps.store import Store
-from sweeps.warm import Warm, is_lost, recover
+from sweeps.warm import Warm, check_unchanged, is_lost, recover
 
 if TYPE_CHECKING:
     from kbit.evaluation.prepared import PreparedEval
@@ -223,7 +223,7 @@ class Worker:
         """End the process where a failure to load may be the node's: want of memory and later failures are not."""
         from kbit.memory import is_out_of_memory
 
-        if not self.load_again or self._has_measured or is_out_of_memory(error):
+        if not self.load_again or self._has_measured or is_out_of_memory(error) or _is_the_models(error, model):
             return
         what = " ".join(str(error).split())
         print(
@@ -345,6 +345,17 @@ def main() -> None:
     )
     for pack, until in _read_packs():
         worker.run_pack(pack, until=until)
+
+
+def _is_the_models(error: Exception, model: ModelRef) -> bool:
+    """Whether a failure to load is the model's own: its files are here, as they were at launch, and no GPU is named."""
+    if model.path is None or "cuda" in str(error).lower():
+        return False
+    try:
+        check_unchanged(model)
+    except Exception:
+        return False
+    return True
 
 
 def _versions(launched: Mapping[str, Any]) -> str:

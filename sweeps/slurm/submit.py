@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from sweeps.cell import ModelRef
@@ -18,7 +17,7 @@ from sweeps.slurm import check_request, read_limits
 from sweeps.slurm.draft import Draft
 from sweeps.slurm.resources import SlurmConfig
 from sweeps.slurm.sbatch import Submission
-from sweeps.snapshot import code_hash, snapshot_code
+from sweeps.snapshot import code_hash, code_root, snapshot_code
 from sweeps.store import Store
 
 
@@ -85,7 +84,7 @@ class Submitter:
         self.progress("asking the cluster for its limits")
         # One reading of the sources gives both what jobs run and what they expect it to be.
         snapshot = self.slurm.code == "snapshot"
-        code = snapshot_code(self.store.out) if snapshot else Path(__file__).parent.parent
+        code = snapshot_code(self.store.out) if snapshot else code_root()
         expected = code.name if snapshot else code_hash()
         limits = read_limits(partition=self.slurm.partition, account=self.slurm.account, qos=self.slurm.qos)
         parallel = self._parallel_left(flight)

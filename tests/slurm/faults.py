@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -124,9 +125,15 @@ def attempts(study: Study) -> list[Attempt]:
 def records(study: Study) -> list[str]:
     """The states of all runs of a study's jobs, requeues apart, as sacct's duplicates tell them; oldest first."""
     names = ",".join(la.chunk_name(c.number) for la in study.launches() for c in la.chunks)
-    said = study.cluster.command("sacct", "-D", "-X", "-n", "-P", "--name", names, "-o", "DBIndex,State")
-    rows = sorted((int(line.split("|")[0]), line.split("|")[1].split()[0]) for line in said.splitlines())
-    return [state for _, state in rows]
+    deadline = time.monotonic() + 30
+    while True:
+        said = study.cluster.command("sacct", "-D", "-X", "-n", "-P", "--name", names, "-o", "DBIndex,State")
+        rows = sorted((int(line.split("|")[0]), line.split("|")[1].split()[0]) for line in said.splitlines())
+        states = [state for _, state in rows]
+        # Accounting lags behind the queue.
+        if not {"RUNNING", "PENDING", "COMPLETING"} & set(states) or time.monotonic() > deadline:
+            return states
+        time.sleep(0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
