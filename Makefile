@@ -14,10 +14,9 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
-# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end. A shell makes what runs
-# in the background deaf to Ctrl-C, which some of them test.
+# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end.
 test: $(VENV)/installed  ## the tests, but for the slow ones on SLURM
-	@log=$$(mktemp); env --default-signal=INT $(BIN)/python -m pytest tests/slurm -m 'not slow' >$$log 2>&1 & slurm=$$!; status=0; \
+	@log=$$(mktemp); $(BIN)/python -m pytest tests/slurm -m 'not slow' >$$log 2>&1 & slurm=$$!; status=0; \
 	$(BIN)/python -m pytest --ignore tests/slurm || status=$$?; \
 	echo "The tests on SLURM (tests/slurm):"; wait $$slurm || status=$$?; cat $$log; rm -f $$log; exit $$status
 
