@@ -269,8 +269,13 @@ class Worker:
     def _storing(self, write: Callable[[], None]) -> None:
         """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""
         try:
-            write()
-        except (OSError, StoreError) as error:
+            try:
+                write()
+            except MemoryError as error:
+                # A measurement at the limit of memory: what it left behind is given back, and the result is kept.
+                recover(error, self.device)
+                write()
+        except (OSError, StoreError, MemoryError) as error:
             print(f"results can't be written to {self.store.out} any more: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_IO)
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,24 @@ def test_without_time_left_no_model_is_loaded(tmp_path: Path) -> None:
         bench = Bench(tmp_path)
         bench.worker.run_pack(pack_of(BASELINE, name=name, item_seconds=item_seconds), until=time.time() - 1)
         assert bench.names() == ["stopped"]
+
+
+def test_a_result_that_memory_was_too_short_to_write_is_written_once_some_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, write, refused = Bench(tmp_path), Store.write, []
+
+    def write_when_free(store: Store, row: Mapping[str, Any]) -> None:
+        # Stands for an allocation that fails: where exactly it does can't be steered.
+        if not refused:
+            refused.append(row["measurement"])
+            raise MemoryError("malloc of size 512 failed")
+        write(store, row)
+
+    monkeypatch.setattr(Store, "write", write_when_free)
+    bench.worker.run_pack(pack_of(BASELINE))
+    assert [r["measurement"] for r in bench.rows()] == refused
+    assert bench.rows()[0]["status"] == "done"
 
 
 def test_on_a_slow_machine_predictions_grow_by_what_cells_took() -> None:

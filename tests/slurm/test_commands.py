@@ -103,6 +103,7 @@ def test_jobs_that_ended_are_no_error_to_cancel(name: str) -> None:
     job = submit(name)
     look_until(name, lambda s: states(s.queue) == {0: "COMPLETED"})
     cancel([job, "99999", "99999_3"])
+    assert states(look([name], time.time()).queue) == {0: "COMPLETED"}
 
 
 def test_ends_are_told_by_queue_and_accounting(name: str) -> None:
@@ -117,7 +118,9 @@ def test_ends_are_told_by_queue_and_accounting(name: str) -> None:
 def test_jobs_killed_before_they_could_ever_start_are_in_accounting(name: str) -> None:
     first = submit(name + "-first", script="exit 1")
     submit(name, f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes", "--array=0-3")
-    look_until(name, lambda s: states(s.accounting) == dict.fromkeys(range(4), "CANCELLED"))
+    killed = look_until(name, lambda s: states(s.accounting) == dict.fromkeys(range(4), "CANCELLED"))
+    assert killed.accounting is not None
+    assert not any(job.nodes for job in killed.accounting.values())
 
 
 def test_a_requeue_counts_as_a_restart(name: str) -> None:
