@@ -1,8 +1,8 @@
-"""The reference quantizer: block-wise (sections 2.2-2.3, Appendix B), in plain torch, on any device.
+"""The quantizer: block-wise (sections 2.2-2.3, Appendix B); its reference in plain torch, on any device.
 
-Every step is a definition that other kernels must meet to the bit: casting to the storage dtype, cutting blocks
-(``kbit.blocks``), rounding absmax before it is used, IEEE division, codes as counts of midpoints (``kbit.encode``),
-rounding to the storage dtype again.
+Every step is a definition that the kernels (``kbit.kernels.blockwise``) meet to the bit: casting to the storage dtype,
+cutting blocks (``kbit.blocks``), rounding absmax before it is used, IEEE division, codes as counts of midpoints
+(``kbit.encode``), rounding to the storage dtype again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from kbit.blocks import Blocks, NestedAbsmax, Part, load_absmax, nest
 from kbit.codebooks import codebook, is_data_dependent, quantile_codebook
 from kbit.encode import Encoder
+from kbit.impl import choose_blockwise
 from kbit.packing import pack, packed_bytes, unpack
 from kbit.spec import QuantSpec, SpecError
 from kbit.storage import check_weight, columns_of, flattened, mean16, non_finite, storage_dtype_of
@@ -76,6 +77,7 @@ def quantize(
     *,
     outlier_columns: Tensor | list[int] | None = None,
     storage_dtype: torch.dtype | None = None,
+    impl: str = "auto",
 ) -> QuantizedTensor:
     """Quantize a weight block by block.
 
@@ -86,6 +88,8 @@ def quantize(
             are named.
         outlier_columns: input dimensions that stay in 16 bits (section 3).
         storage_dtype: float16 or bfloat16; None is the weight's own, or float16 if it is wider.
+        impl: 'torch' is this reference; 'triton' are kernels for NVIDIA GPUs that give the same, to the bit; 'auto' is
+            the faster one that runs on the weight's device.
 
     Returns:
         The quantized tensor, on the weight's device. Beside it and the weight about 20 MB are used; with nested absmax
@@ -95,12 +99,14 @@ def quantize(
         SpecError: the spec is the 16-bit baseline, or `storage_dtype` has not 16 bits.
         WeightError: not floating point, empty, without dimensions or values, with NaN or infinite ones; columns that
             don't exist.
+        ValueError: `impl` is unknown or can't run on the weight's device.
     """
     if spec.is_baseline:
         raise SpecError("bits", spec.bits, "2 to 8 to quantize; the 16-bit baseline stores the weight as it is")
     check_weight(weight)
     dtype = storage_dtype_of(weight, storage_dtype)
     columns = columns_of(weight, outlier_columns)
+    impl = choose_blockwise(impl, weight.device)
     mean = mean16(weight, dtype) if spec.center else None
     values = (
         quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
@@ -109,9 +115,17 @@ def quantize(
     )
     source = _Source(weight, dtype, columns, mean)
     blocks = Blocks.of(tuple(weight.shape), spec)
-    absmax = _absmax(source, blocks, spec)
+    if impl == "triton":
+        from kbit.kernels.blockwise import quantize_values  # triton may be absent
+
+        codes, absmax = quantize_values(
+            source.flat, blocks, spec, dtype=dtype, values=values, mean=mean, columns=columns, row=weight.shape[-1]
+        )
+    else:
+        absmax = _absmax(source, blocks, spec)
+        codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
     return QuantizedTensor(
-        codes=_codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits),
+        codes=codes,
         absmax=absmax,
         codebook=values,
         spec=spec,
@@ -125,19 +139,46 @@ def quantize(
 
 
 @torch.no_grad()
-def dequantize(q: QuantizedTensor) -> Tensor:
+def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
     """The weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
 
     codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
     the storage dtype's range are saturated.
+
+    Args:
+        impl: as in ``quantize``.
+
+    Raises:
+        ValueError: `impl` is unknown or can't run on its device; the codes aren't as many as `q` has values.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.codes.device)
-    flat, bits = out.view(-1), q.spec.bits
-    absmax = load_absmax(q.absmax)
+    device, nbytes = q.codes.device, packed_bytes(q.numel, q.spec.bits)
+    impl = choose_blockwise(impl, device)
+    if q.codes.numel() != nbytes:
+        raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
+    if impl == "triton":
+        from kbit.kernels.blockwise import dequantize_values  # triton may be absent
+
+        narrow = q.dtype if q.dtype in (torch.float16, torch.bfloat16, torch.float32) else q.storage_dtype
+        out = torch.empty(q.shape, dtype=narrow, device=device)
+        dequantize_values(
+            q.codes, q.absmax, q.blocks, q.spec, out, dtype=q.storage_dtype, values=q.codebook, mean=q.mean
+        )
+        out = out.to(q.dtype)
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=device)
+        _fill(out.view(-1), q)
+    if q.kept_columns is not None and q.kept_values is not None:
+        out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
+    return out
+
+
+def _fill(flat: Tensor, q: QuantizedTensor) -> None:
+    """All but the kept columns of a dequantized tensor, into its values in row-major order."""
+    bits, absmax = q.spec.bits, load_absmax(q.absmax)
     limit = torch.finfo(q.storage_dtype).max
     lowest, highest = (float(v) for v in torch.aminmax(absmax))
     overflows = max(-lowest, highest) + (0.0 if q.mean is None else abs(float(q.mean))) > limit
-    for part in q.blocks.parts(out.device):
+    for part in q.blocks.parts(flat.device):
         codes = unpack(q.codes[part.start * bits // 8 : packed_bytes(part.stop, bits)], bits, part.stop - part.start)
         values = q.codebook.index_select(0, codes.int())
         part.multiply_(values, absmax)
@@ -146,9 +187,6 @@ def dequantize(q: QuantizedTensor) -> Tensor:
         if overflows:
             values.clamp_(-limit, limit)
         flat[part.start : part.stop] = values.to(q.storage_dtype)
-    if q.kept_columns is not None and q.kept_values is not None:
-        out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
-    return out
 
 
 class _Source:
@@ -158,7 +196,7 @@ class _Source:
         self.weight, self.dtype, self.mean = weight.detach(), dtype, mean
         self.columns = None if columns is None else columns.long()
         self.row = None if columns is None else weight.shape[1]
-        self._flat = flattened(weight, dtype)
+        self.flat = flattened(weight, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +204,7 @@ class _Source:
 
     def __getitem__(self, part: Part) -> Tensor:
         """float32, flat, a fresh tensor."""
-        values = self._flat[part.start : part.stop].to(self.dtype).float()
+        values = self.flat[part.start : part.stop].to(self.dtype).float()
         if self.mean is not None:
             values -= self.mean.float()
         if self.columns is not None and self.row is not None:

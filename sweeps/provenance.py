@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 PROJECT: Final = "kbit-sweep"
-PACKAGES: Final = (PROJECT, "torch", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
+PACKAGES: Final = (PROJECT, "torch", "triton", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
 
 
 def code_provenance() -> dict[str, Any]:

@@ -242,10 +242,18 @@ class Worker:
             "device": device_name(self.device),
             "gpus": self.gpus,
             "oom_rung": pack.rung,
-            "kernel": "torch",
+            "kernel": self._kernel(),
             "seed": SEED,
             "batch_tokens": self._batch,
         }
+
+    def _kernel(self) -> str:
+        """What quantizes here."""
+        import torch
+
+        from kbit.impl import choose_blockwise
+
+        return choose_blockwise("auto", torch.device(self.device))
 
     def _record_failure(
         self, pack: Pack, measurements: Sequence[Measurement], error: Exception, started: datetime

@@ -1,0 +1,79 @@
+"""Which implementation of an operation runs: the reference in torch, or kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Final, Literal
+
+import torch
+
+IMPLS: Final = ("auto", "torch", "triton", "cuda")
+_FEWEST_CAPABILITY: Final = (8, 0)
+
+
+def choose_blockwise(impl: str, device: torch.device) -> Literal["torch", "triton"]:
+    """What quantizes and dequantizes a tensor on `device`: for 'auto', Triton's kernels where they run, else torch.
+
+    Raises:
+        ValueError: `impl` is none of ``IMPLS``, or can't run there.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
+    if impl == "cuda":
+        raise ValueError(
+            "impl='cuda': quantizing and dequantizing have no kernels in CUDA C++, only the matmul has; "
+            "use 'triton', 'torch' or 'auto'"
+        )
+    if impl == "torch":
+        return "torch"
+    why = why_not_triton(device)
+    if why is None:
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f"impl='triton' can't run here: {why}; use 'torch' or 'auto'")
+    return "torch"
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels don't run on a device, in words; None if they do.
+
+    Triton is imported only for the last question, a trial.
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return None if interpreted() else "the tensor is on the CPU (where Triton runs only with TRITON_INTERPRET=1)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the tensor is on {device.type}, and the kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < _FEWEST_CAPABILITY:
+        return "the GPU is older than compute capability 8.0"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels, and there is neither gcc nor clang nor CC"
+    return _trial_failure(device)
+
+
+@cache
+def _trial_failure(device: torch.device) -> str | None:
+    """Why a small kernel fails to be compiled, linked or launched on a GPU, in words; None if it doesn't.
+
+    A toolchain can be broken in ways that nothing but a trial finds; a study must not fail for that.
+    """
+    from kbit.kernels.blockwise import midpoint_tree
+
+    try:
+        midpoint_tree(torch.tensor([-1.0, 0.0, 1.0], device=device), 2)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of compilers, linkers, drivers
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        warnings.warn(f"quantizing is slow here: a trial of Triton's kernels failed: {what}", stacklevel=2)
+        return f"a trial of its kernels failed: {what}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
