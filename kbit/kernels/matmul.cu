@@ -1,12 +1,19 @@
 // y = x · dequantize(W)^T for k-bit weights. Compiled by NVRTC with
 //   BITS 2-8, PAIR 0|1 (codebook looked up by pairs of codes), BLOCK 32|64|128|256, TILES (8 rows of x each) 1|2|4|8,
-//   BF16 0|1, WR x WK warps (row groups x splits of the columns), DEPTH (tiles in flight per warp) 1|2, MIN_CTAS,
+//   BF16 0|1, WR x WK warps (row groups x splits of the columns), STAGES (steps of x, and of codes, in shared memory),
+//   STAGED 0|1 (codes go through shared memory, STAGES - 1 tiles ahead, or through registers, one ahead), MIN_CTAS,
 //   SPLIT (CTAs that share a unit of rows, each with a part of the columns).
 // No headers: half pairs are 32-bit words.
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
+#if !STAGED && STAGES != 2
+#error "codes through registers are one tile ahead, and so must x be"
+#endif
+
+#define OVERLAP (__CUDA_ARCH__ >= 900)  // with the kernels before and after in the stream
+#define OPAQUE(...) asm volatile("" : __VA_ARGS__)
 #define LANES 32
 #define ROWS 64                       // rows of W in a tile
 #define COLS 64                       // columns of W in a tile
@@ -14,11 +21,19 @@ typedef unsigned short u16;
 #define WIDTH (PAIR ? 2 * BITS : BITS)
 #define ENTRIES (1 << WIDTH)
 #define MASK ((u32)(ENTRIES - 1) << 7)
+#define BYTES (WIDTH == 8)            // an index is a byte: one permutation makes its address, with entries 256 bytes apart
+#define ENTRY_BYTES (BYTES ? 256 : LANES * 4)
 #define WARPS (WR * WK)
 #define UNIT (ROWS * WR)              // rows of W that a CTA works on at a time
-#define STAGES (DEPTH + 1)            // of x in shared memory: one more than are fetched, so that none is overwritten early
-#define STRIDE 68                     // of the reduction buffer: avoids bank conflicts
+#define X_BYTES (TILES * 1024)        // of x in a stage: 8 TILES rows, 64 columns, shared by the row groups
+#define CODE_BYTES (BITS * LANES * 16)
+#define TILE_BYTES (STAGED ? CODE_BYTES + SCALES * 128 : 0)
+#define HOLD (TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
+#define AT_ONCE (HOLD ? 1 : 2)
+#define GROUP (WR * LANES)            // threads that share a stage of x
+#define X_COPIES (TILES * 64 / GROUP) // chunks of x that each of them copies
 #define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
+#define STRIDE 68                     // of the reduction buffer: avoids bank conflicts
 
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
@@ -49,12 +64,14 @@ __device__ __forceinline__ float half_to_float(u32 h) {
   return f;
 }
 
-__device__ __forceinline__ u16 round_out(float f) {
+// A sum of products with the scaled codebook to what is stored of y: one rounding.
+__device__ __forceinline__ u16 finish(float sum, float unscale, const u16* bias, int n) {
+  const u32 b = bias ? (u32)__ldg(bias + n) : 0;
   u16 h;
 #if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(sum * unscale + __uint_as_float(b << 16)));
 #else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(sum * unscale + half_to_float(b)));
 #endif
   return h;
 }
@@ -63,20 +80,23 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// For what this multiprocessor reads once: past the L1.
+__device__ __forceinline__ void copy_once(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ uint4 lds128(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
 }
 
-struct Tile {
-  uint4 codes[BITS];
-  uint4 scales[SCALES];
-};
-
 // Byte offset in the table of the index that begins at bit `bit` of a lane's codes; all shifts are known to the compiler.
 __device__ __forceinline__ u32 entry(const u32* w, int bit, u32 lane4) {
   const int word = bit >> 5, off = bit & 31;
+#if BYTES
+  return __byte_perm(w[word], lane4, 0x5504 | (off / 8 << 4));
+#else
   u32 v;
   if (off + WIDTH <= 32) {
     v = off >= 7 ? w[word] >> (off - 7) : w[word] << (7 - off);
@@ -85,6 +105,7 @@ __device__ __forceinline__ u32 entry(const u32* w, int bit, u32 lane4) {
     v = __funnelshift_r(w[word], w[word + 1], off - 7);
   }
   return (v & MASK) | lane4;
+#endif
 }
 
 __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 table) {
@@ -99,93 +120,123 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 
 extern "C" __global__ void __launch_bounds__(WARPS * LANES, MIN_CTAS)
 kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const u16* __restrict__ codebook,
-            const u16* __restrict__ x, u16* __restrict__ y, float* __restrict__ partial, u32* __restrict__ arrived,
-            int M, int N, int K, int x_stride, float unscale) {
+            const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, float* __restrict__ partial,
+            u32* __restrict__ arrived, const float* __restrict__ unscale_at, int M, int N, int K, int x_stride) {
   extern __shared__ __align__(128) unsigned char shared[];
   u32* table = (u32*)shared;
-  float* sums = (float*)(shared + ENTRIES * LANES * 4 + WARPS * STAGES * TILES * 1024);
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   const int wr = warp % WR, wk = warp / WR;
   const int g = lane >> 2, t = lane & 3;
-  const u32 lane4 = lane * 4;
+  u32 lane4 = lane * 4;
+  const float unscale = __ldg(unscale_at);
   u32 table_address;
   asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(table_address) : "l"((u64)table));
+  const u32 x_address = table_address + ENTRIES * ENTRY_BYTES + wk * (STAGES * X_BYTES);
+  const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + warp * (STAGES * TILE_BYTES);
+  float* sums = (float*)(shared + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + WARPS * STAGES * TILE_BYTES);
 
-  // SPLIT CTAs work on one unit of rows after another; each has a part of the columns, and each of its warps some of
-  // the part's tiles: those from its number on, every WK.
+  // SPLIT CTAs work on one unit of rows after another; each has a part of the columns, and each of its splits some of
+  // the part's tiles: those from its number on, every WK. All take as many steps; in the last some have no tile.
   const int per_unit = K / COLS, row_blocks = (N + ROWS - 1) / ROWS, units = (row_blocks + WR - 1) / WR;
   const int groups = gridDim.x / SPLIT, rank = blockIdx.x % SPLIT, kblocks = K / BLOCK;
   const int part_begin = per_unit * rank / SPLIT, part_end = per_unit * (rank + 1) / SPLIT;
-  const int count = max(0, (part_end - part_begin - wk + WK - 1) / WK);
+  const int steps = (part_end - part_begin + WK - 1) / WK, first = part_begin + wk;
+  const int count = (part_end - first + WK - 1) / WK;  // of this split's tiles: steps, or one less
 
-  // Rows beyond the last repeat it: their sums are not stored, and no lane may leave the others.
-  const u16* xp[TILES];
+  // A group stages its tiles of x: [row 0..8 TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
+  // repeat it: their sums are not stored.
+  const int x_row = (wr * LANES + lane) >> 3, x_chunk = lane & 7;
+  const u16* xp[X_COPIES];
 #pragma unroll
-  for (int n = 0; n < TILES; n++) xp[n] = x + (long long)min(n * 8 + g, M - 1) * x_stride + t * 8;
-  // A warp stages its tiles of x by itself: [stage][row 0..8 TILES][8 chunks of 16 bytes], chunks swizzled by row.
-  const u32 stage_address = table_address + ENTRIES * LANES * 4 + warp * (STAGES * TILES * 1024);
-  const u32 chunk0 = g * 128 + ((t ^ ((g & 1) * 4)) * 16), chunk1 = chunk0 ^ 64;
+  for (int i = 0; i < X_COPIES; i++) xp[i] = x + (long long)min(x_row + i * (GROUP / 8), M - 1) * x_stride + x_chunk * 8;
+  u32 x_to = x_address + x_row * 128 + ((x_chunk ^ ((x_row & 1) * 4)) * 16);
+  // Where a lane reads: x of row g, the chunk t and that 64 bytes away; its own codes; the absmax of its rows.
+  u32 x_at = x_address + g * 128 + ((t ^ ((g & 1) * 4)) * 16);
+  u32 code_at = tile_address + lane * 16, scale_at = tile_address + CODE_BYTES + g * 16;
+  u32 scale_to = tile_address + CODE_BYTES + lane * 16;
 
-  Tile tiles[DEPTH];
-  auto fetch = [&](Tile& tile, int unit, int column) {
-    const int row_block = unit * WR + wr;
-    if (row_block >= row_blocks) return;
-    const uint4* p = codes + (long long)(row_block * per_unit + column) * (BITS * LANES) + lane;
-#pragma unroll
-    for (int i = 0; i < BITS; i++) tile.codes[i] = load_once(p + i * LANES);
-    const uint4* s = scales + (long long)(row_block * kblocks + (BLOCK <= COLS ? column * (COLS / BLOCK) : column / (BLOCK / COLS))) * 8 + g;
-#pragma unroll
-    for (int i = 0; i < SCALES; i++) tile.scales[i] = __ldg(s + i * 8);
-  };
-  // What is fetched next: this warp's tile `ahead` of unit `ahead_unit`.
+  // What is fetched next: tile `ahead` of `ahead_unit`, into stage `stage_in`.
   int ahead_unit = blockIdx.x / SPLIT, ahead = 0, stage_in = 0;
-  auto fetch_next = [&](Tile& tile) {
-    if (ahead_unit < units && count > 0) fetch(tile, ahead_unit, part_begin + wk + ahead * WK);
-  };
-  auto stage_next = [&]() {
-    if (ahead_unit < units && count > 0) {
-      const int column = (part_begin + wk + ahead * WK) * COLS;
-#pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        const u32 to = stage_address + stage_in * (TILES * 1024) + n * 1024;
-        copy_async(to + chunk0, xp[n] + column);
-        copy_async(to + chunk1, xp[n] + column + 32);
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
+  const uint4 *code_row, *scale_row;
+  bool fetched;
+  auto enter = [&]() {  // a unit of rows
+    const int row_block = ahead_unit * WR + wr;
+    fetched = row_block < row_blocks;
+    code_row = codes + ((long long)row_block * per_unit + first) * (BITS * LANES) + lane;
+    scale_row = scales + (long long)row_block * kblocks * 8 + (STAGED ? lane : g);
+    OPAQUE("+l"(code_row), "+l"(scale_row));
   };
   auto advance = [&]() {
-    if (++ahead >= count) ahead = 0, ahead_unit += groups;
+    stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
+    if (++ahead == steps) {
+      ahead = 0, ahead_unit += groups;
+      enter();
+    }
+  };
+#if !STAGED
+  uint4 codes_now[BITS], scales_now[SCALES];
+#endif
+  auto fetch_codes = [&]() {
+    if (!fetched || ahead >= count) return;
+    const int column = first + ahead * WK;
+    const uint4* p = code_row + (long long)ahead * (WK * BITS * LANES);
+    const uint4* s = scale_row + (long long)(BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS)) * 8;
+#if STAGED
+#pragma unroll
+    for (int i = 0; i < BITS; i++) copy_once(code_at + stage_in * TILE_BYTES + i * 512, p + i * LANES);
+    if (lane < SCALES * 8) copy_async(scale_to + stage_in * TILE_BYTES, s);
+#else
+#pragma unroll
+    for (int i = 0; i < BITS; i++) codes_now[i] = load_once(p + i * LANES);
+#pragma unroll
+    for (int i = 0; i < SCALES; i++) scales_now[i] = __ldg(s + i * 8);
+#endif
+  };
+  auto fetch_x = [&]() {
+    if (ahead_unit < units && ahead < count) {
+      const int column = (first + ahead * WK) * COLS;
+#pragma unroll
+      for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), xp[i] + column);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
   };
 
   // The weights are nobody's result: they are fetched before the kernel that makes x has ended.
+  enter();
 #pragma unroll
-  for (int d = 0; d < DEPTH; d++) {
-    fetch_next(tiles[d]);
+  for (int d = 0; d < (STAGED ? STAGES - 1 : 1); d++) {
+    fetch_codes();
     advance();
   }
+#if OVERLAP
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += WARPS * LANES) {
-    const u32 index = i / LANES;
+    const u32 index = i / LANES, to = index * (ENTRY_BYTES / 4) + i % LANES;
 #if PAIR
-    table[i] = (u32)codebook[index & ((1 << BITS) - 1)] | ((u32)codebook[index >> BITS] << 16);
+    table[to] = (u32)codebook[index & ((1 << BITS) - 1)] | ((u32)codebook[index >> BITS] << 16);
 #else
-    table[i] = (u32)codebook[index] * 0x10001u;
+    table[to] = (u32)codebook[index] * 0x10001u;
 #endif
   }
   __syncthreads();
   // Lookups are not volatile: none may be moved before the table is whole.
   asm volatile("" : "+r"(table_address)::"memory");
+#if OVERLAP
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  ahead = 0, ahead_unit = blockIdx.x / SPLIT;
+#endif
+  ahead = 0, ahead_unit = blockIdx.x / SPLIT, stage_in = 0;
+  enter();
+  // Kept in registers: the compiler would rather compute them again for every tile.
+  OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_at), "+r"(scale_at), "+r"(scale_to), "+r"(lane4));
 #pragma unroll
-  for (int d = 0; d < DEPTH; d++) {
-    stage_next();
+  for (int i = 0; i < X_COPIES; i++) OPAQUE("+l"(xp[i]));
+#pragma unroll
+  for (int d = 0; d < STAGES - 1; d++) {
+    fetch_x();
     advance();
   }
-
-  int stage_out = 0, turn = 0;
+  int stage_out = 0;
   for (int unit = blockIdx.x / SPLIT; unit < units; unit += groups) {
     const bool mine = unit * WR + wr < row_blocks;
     float acc[4][TILES][4];
@@ -196,60 +247,84 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 
-    for (int base = 0; base < count; base += DEPTH) {
+    for (int step = 0; step < steps; step++) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+      // After this the stage before is free: all of the group have read it.
+#if WR == 1
+      __syncwarp();
+#else
+      asm volatile("bar.sync %0, %1;" ::"r"(wk + 1), "n"(GROUP) : "memory");
+#endif
+#if STAGED
+      fetch_codes();
+#endif
+      fetch_x();
+      if (mine && step < count) {
+        const u32 x_from = x_at + stage_out * X_BYTES, x_beside = x_from ^ 64;
+#if HOLD
+        uint4 xs[TILES][2];
 #pragma unroll
-      for (int d = 0; d < DEPTH; d++) {
-        if (base + d < count) {
-          if (mine) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
-            __syncwarp();
-            uint4 xs[TILES][2];
-            const u32 from = stage_address + stage_out * (TILES * 1024);
+        for (int n = 0; n < TILES; n++) xs[n][0] = lds128(x_from + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
+#endif
+#if STAGED
+        uint4 codes_now[BITS], scales_now[SCALES];
 #pragma unroll
-            for (int n = 0; n < TILES; n++) {
-              xs[n][0] = lds128(from + n * 1024 + chunk0);
-              xs[n][1] = lds128(from + n * 1024 + chunk1);
-            }
-            const u32* w = (const u32*)tiles[d].codes;
-            const u32* s = (const u32*)tiles[d].scales;
+        for (int i = 0; i < SCALES; i++) scales_now[i] = lds128(scale_at + stage_out * TILE_BYTES + i * 128);
+#endif
+        const u32* w = (const u32*)codes_now;
+        const u32* s = (const u32*)scales_now;
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-              u32 a[4][4];
+        for (int r0 = 0; r0 < 4; r0 += AT_ONCE) {
+          u32 a[AT_ONCE][4][4];
 #pragma unroll
-              for (int k = 0; k < 4; k++)
+          for (int q = 0; q < AT_ONCE; q++) {
+            const int r = r0 + q;
+#if STAGED
+            // Sixteen rows are BITS words of a lane: the pieces that begin within them.
 #pragma unroll
-                for (int j = 0; j < 4; j++) a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
+            for (int i = 0; i < BITS; i++)
+              if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) codes_now[i] = lds128(code_at + stage_out * TILE_BYTES + i * 512);
+#endif
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+              for (int j = 0; j < 4; j++) a[q][k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
+          }
+#pragma unroll
+          for (int n = 0; n < TILES; n++) {
+#if HOLD
+            const u32* b = (const u32*)xs[n];
+#else
+            const uint4 x_now[2] = {lds128(x_from + n * 1024), lds128(x_beside + n * 1024)};
+            const u32* b = (const u32*)x_now;
+#endif
+#pragma unroll
+            for (int q = 0; q < AT_ONCE; q++) {
+              const int r = r0 + q;
 #pragma unroll
               for (int h = 0; h < SCALES; h++) {
                 const u32 both = s[h * 4 + r];
                 const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
+                float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                for (int n = 0; n < TILES; n++) {
-                  float c[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-                  for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) {
-                    const u32* b = (const u32*)&xs[n][k >> 1] + 2 * (k & 1);
-                    mma(c, a[k], b[0], b[1]);
-                  }
-                  acc[r][n][0] += s0 * c[0];
-                  acc[r][n][1] += s0 * c[1];
-                  acc[r][n][2] += s1 * c[2];
-                  acc[r][n][3] += s1 * c[3];
-                }
+                for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) mma(c, a[q][k], b[2 * k], b[2 * k + 1]);
+                acc[r][n][0] += s0 * c[0];
+                acc[r][n][1] += s0 * c[1];
+                acc[r][n][2] += s1 * c[2];
+                acc[r][n][3] += s1 * c[3];
               }
             }
           }
-          stage_out = stage_out + 1 == STAGES ? 0 : stage_out + 1;
-          fetch_next(tiles[d]);
-          stage_next();
-          advance();
         }
       }
+#if !STAGED
+      fetch_codes();
+#endif
+      advance();
+      stage_out = stage_out + 1 == STAGES ? 0 : stage_out + 1;
     }
-    // Slot 0 must hold this warp's next tile.
-    if (DEPTH == 2 && (count & 1)) { Tile swap = tiles[0]; tiles[0] = tiles[DEPTH - 1]; tiles[DEPTH - 1] = swap; }
 
-    // Sums over the warps, then over the cluster's CTAs, always in the same order; eight rows of x at a time.
+    // Sums over the warps, then over the CTAs of a unit, always in the same order; eight rows of x at a time.
 #pragma unroll
     for (int n8 = 0; n8 < TILES; n8++) {
       const int rows = min(8, M - n8 * 8);
@@ -268,7 +343,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll
         for (int v = 0; v < WK; v++) sum += sums[(v * WR + row / ROWS) * (8 * STRIDE) + m8 * STRIDE + row % ROWS];
 #if SPLIT == 1
-        if (n < N) y[(long long)(n8 * 8 + m8) * N + n] = round_out(sum * unscale);
+        if (n < N) y[(long long)(n8 * 8 + m8) * N + n] = finish(sum, unscale, bias, n);
 #else
         partial[((long long)(unit * SPLIT + rank) * (TILES * 8) + n8 * 8 + m8) * UNIT + row] = sum;
 #endif
@@ -286,14 +361,19 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     }
     __syncthreads();
     if (last) {
-      for (int i = threadIdx.x; i < M * UNIT; i += WARPS * LANES) {
-        const int m = i / UNIT, row = i % UNIT, n = unit * UNIT + row;
-        float parts[SPLIT], sum = 0.f;
+      // Four rows of W at a time: a long wait for each load, so few of them one after another.
+      const float4* parts = (const float4*)partial + (long long)unit * SPLIT * (TILES * 8) * (UNIT / 4);
+      for (int i = threadIdx.x; i < M * (UNIT / 4); i += WARPS * LANES) {
+        const int m = i / (UNIT / 4), n = unit * UNIT + i % (UNIT / 4) * 4;
+        float4 part[SPLIT];
 #pragma unroll
-        for (int v = 0; v < SPLIT; v++) parts[v] = __ldcg(&partial[((long long)(unit * SPLIT + v) * (TILES * 8) + m) * UNIT + row]);
+        for (int v = 0; v < SPLIT; v++) part[v] = __ldcg(parts + v * (TILES * 8) * (UNIT / 4) + i);
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int v = 0; v < SPLIT; v++) sum += parts[v];
-        if (n < N) y[(long long)m * N + n] = round_out(sum * unscale);
+        for (int v = 0; v < SPLIT; v++) sum[0] += part[v].x, sum[1] += part[v].y, sum[2] += part[v].z, sum[3] += part[v].w;
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (n + e < N) y[(long long)m * N + n + e] = finish(sum[e], unscale, bias, n + e);
       }
     }
 #endif

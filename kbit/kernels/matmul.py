@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -14,10 +15,19 @@ from kbit.kernels.nvrtc import Function, compile_cubin
 from kbit.kernels.tiles import TILE, TiledWeight
 
 MOST_ROWS: Final = 64
-"""Rows of x that one launch takes."""
+"""Rows of x that one launch of the fused kernel takes."""
 _LANES: Final = 32
 _STRIDE: Final = 68
+_STATIC_SHARED: Final = 1024 + 16
+"""Bytes of a CTA that the hardware and the kernel itself take."""
 _FEWEST_CAPABILITY: Final = (8, 0)
+_MOST_SPLIT: Final = 8
+_UNTILE_WARPS: Final = 8
+_UNTILE_CTAS: Final = 6
+_MOST_FUSED_ROWS: Final = 192
+"""With more, dequantizing and cuBLAS are faster than one launch of the fused kernel after another."""
+_PART_BYTES: Final = 256 << 20
+"""Of 16-bit weights dequantized at a time: as fast as all at once, measured, and bounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,8 @@ class Variant:
         pair: the codebook is looked up by pairs of codes.
         tiles: rows of x it takes, in eights.
         wr, wk: warps of a CTA: groups of 64 rows of W, times splits of the columns.
+        stages: tiles of x in shared memory at a time.
+        staged: codes take the same way, else through registers.
         ctas: of a multiprocessor.
         split: CTAs that share a unit of rows, each with a part of the columns.
     """
@@ -39,6 +51,8 @@ class Variant:
     pair: bool
     wr: int
     wk: int
+    stages: int
+    staged: bool
     ctas: int
     split: int
 
@@ -48,9 +62,12 @@ class Variant:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a CTA: the table, the tiles of x in flight, sums over warps."""
-        entries = 1 << (2 * self.bits if self.pair else self.bits)
-        return entries * _LANES * 4 + self.warps * (2 * self.tiles * 1024 + 8 * _STRIDE * 4)
+        """Bytes of shared memory of a CTA, asked for at launch: the table, x and codes in flight, sums over warps."""
+        width = 2 * self.bits if self.pair else self.bits
+        table = (1 << width) * (256 if width == 8 else _LANES * 4)
+        x = self.wk * self.stages * self.tiles * 1024
+        codes = self.warps * self.stages * (self.bits * 512 + (256 if self.blocksize == 32 else 128))
+        return table + x + codes * self.staged + self.warps * 8 * _STRIDE * 4
 
     def options(self) -> tuple[str, ...]:
         values = {
@@ -61,82 +78,167 @@ class Variant:
             "BF16": int(self.bfloat16),
             "WR": self.wr,
             "WK": self.wk,
-            "DEPTH": 1,
+            "STAGES": self.stages,
+            "STAGED": int(self.staged),
             "MIN_CTAS": self.ctas,
             "SPLIT": self.split,
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
-def choose(w: TiledWeight, rows: int, dtype: torch.dtype, processors: int) -> Variant:
-    """The variant for a weight and so many rows of x: measured on an H100 over the shapes of large models."""
-    tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
-    # Pairs halve the lookups; the table of 5-bit pairs fills a multiprocessor's shared memory but for small x.
-    pair = w.bits <= 4 or (w.bits == 5 and tiles <= 2)
-    if w.bits == 5 and pair:
-        wr, wk, ctas = (1, 16, 1) if tiles == 1 else (2, 8, 1)
-    elif tiles <= 2:
-        wr, wk, ctas = 1, 8, 2
-    elif tiles == 4:
-        wr, wk, ctas = 2, 6, 1
-    else:
-        wr, wk, ctas = 2, 2, 1
-    units = -(-w.rows // (TILE * wr))
-    # Units that don't fill the GPU are shared by several CTAs, each with a part of the columns.
-    split = max(1, min(8, ctas * processors // units, w.columns // TILE // wk))
-    return Variant(
-        bits=w.bits,
-        blocksize=w.blocksize,
-        bfloat16=dtype == torch.bfloat16,
-        tiles=tiles,
-        pair=pair,
-        wr=wr,
-        wk=wk,
-        ctas=ctas,
-        split=split,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What of a GPU decides: multiprocessors, and bytes of shared memory that a CTA may have."""
+
+    processors: int
+    shared: int
+
+    @classmethod
+    @cache
+    def of(cls, index: int) -> Gpu:
+        properties = torch.cuda.get_device_properties(index)
+        shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls(processors=properties.multi_processor_count, shared=shared)
 
 
-def matmul(x: Tensor, w: TiledWeight) -> Tensor:
-    """x · W^T, summed in float32, the same bits each time.
+def choose(w: TiledWeight, rows: int, dtype: torch.dtype, gpu: Gpu, *, batch_invariant: bool = False) -> Variant:
+    """The variant for a weight and so many rows of x: measured on an H100 over the shapes of large models.
 
     Args:
-        x: float16 or bfloat16 [rows, columns], rows 1 to 64, contiguous, on the weight's device; the codebook's dtype.
+        batch_invariant: sums are taken in the same order for any number of rows, at the cost of speed with few.
+    """
+    tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
+    measured = next(_fitting(w, 8 if batch_invariant else tiles, dtype, gpu))
+    units = -(-w.row_blocks // measured.wr)
+    # Units that don't fill the GPU are shared by several CTAs, each with a part of the columns.
+    split = max(1, min(_MOST_SPLIT, measured.ctas * gpu.processors // units, w.columns // TILE // measured.wk))
+    return replace(measured, tiles=tiles, split=split)
+
+
+def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Variant]:
+    """The fastest variant first, then what needs less shared memory, as GPUs other than Hopper's have it."""
+    wr, wk, stages, staged, ctas = _warps(w.bits, tiles, w.row_blocks, w.columns, gpu.processors)
+    for pair in (True, False):
+        for shape in ((wr, wk, stages, staged, ctas), *((wr, wk // i, 2, False, 1) for i in (1, 2, 4) if wk >= i)):
+            variant = Variant(
+                bits=w.bits,
+                blocksize=w.blocksize,
+                bfloat16=dtype == torch.bfloat16,
+                tiles=tiles,
+                # Halves the lookups; a table of larger pairs has no room, nor that of five bits beside much of x.
+                pair=pair and (w.bits <= 4 or (w.bits == 5 and tiles <= 4)),
+                wr=shape[0],
+                wk=shape[1],
+                stages=shape[2],
+                staged=shape[3],
+                ctas=shape[4],
+                split=1,
+            )
+            if variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
+                yield variant
+
+
+def _warps(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> tuple[int, int, int, bool, int]:
+    """(row groups, splits of the columns, stages, staged, CTAs of a multiprocessor), measured on an H100."""
+    if tiles == 8:
+        return 2, 4, 2, False, 1
+    if tiles == 4:
+        # Units of 256 rows where those of 128 would need a second round that is half empty.
+        if bits <= 4 and -(-row_blocks // 4) <= processors < -(-row_blocks // 2):
+            return 4, 3, 2, True, 1
+        return (2, 6, 2, True, 1) if bits == 4 else (2, 4, 3 if bits <= 3 else 2, True, 1)
+    if bits in (5, 8):  # large tables leave no room for codes
+        return 2, 8, 2, False, 1
+    if tiles == 2:
+        shared_rows = -(-row_blocks // 2) < processors
+        return (1, 8, 2, True, 2) if bits >= 6 or (bits <= 3 and shared_rows) else (2, 6, 3, True, 1)
+    # With few steps a shorter way to the first is worth more than many in flight.
+    few = row_blocks <= processors // 2 and columns <= 4096
+    return (2, 8, 2, False, 1) if few else (2, 8, 3 if bits <= 4 else 2, True, 1)
+
+
+def matmul(x: Tensor, w: TiledWeight, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
+    """x · W^T (+ bias), summed in float32, the same bits each time.
+
+    Up to 192 rows of x are multiplied with the codes as they are stored, 64 at a time. For more, parts of W are
+    dequantized to x's dtype and multiplied by cuBLAS.
+
+    Args:
+        x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
+        bias: of x's dtype [W's rows], contiguous, on the same GPU.
+        batch_invariant: a row's result depends on no other row, nor on how many there are. Else it may depend on how
+            many rows there are.
 
     Returns:
-        x's dtype [rows, W's rows]. A row's result does not depend on the other rows, only on how many eights they are.
+        x's dtype [rows, W's rows].
 
     Raises:
-        ValueError: x is something else; nothing was launched.
+        ValueError: x or bias is something else; nothing was launched.
     """
     _check(x, w)
-    rows = x.shape[0]
-    index = x.device.index or 0
-    properties = torch.cuda.get_device_properties(index)
-    variant = choose(w, rows, x.dtype, properties.multi_processor_count)
-    units = -(-w.rows // (TILE * variant.wr))
-    y = torch.empty(rows, w.rows, dtype=x.dtype, device=x.device)
-    # Sums of columns that several CTAs share; where none do, nothing is read or written there.
-    shared_sums = units * variant.split * variant.tiles * 8 * TILE * variant.wr if variant.split > 1 else 1
-    partial = torch.empty(shared_sums, device=x.device)
-    groups = max(1, min(variant.ctas * properties.multi_processor_count // variant.split, units))
-    # Equal shares: with as many rounds of units, no multiprocessor has more than it must.
-    groups = -(-units // -(-units // groups))
-    with torch.cuda.device(index):
-        _function(variant, index).launch(
-            groups * variant.split,
-            variant.warps * _LANES,
-            *(w.codes, w.scales, w.codebook, x, y, partial, w.arrived, rows, w.rows, w.columns, x.stride(0), w.unscale),
-            overlap=(properties.major, properties.minor) >= (9, 0),
-        )
+    _check_bias(bias, x, w)
+    y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device):
+        if batch_invariant or x.shape[0] <= _MOST_FUSED_ROWS:
+            for start in range(0, x.shape[0], MOST_ROWS):
+                _fused(x[start : start + MOST_ROWS], w, bias, y[start : start + MOST_ROWS], batch_invariant)
+        else:
+            _by_parts(x, w, bias, y)
     return y
 
 
+def _fused(x: Tensor, w: TiledWeight, bias: Tensor | None, y: Tensor, batch_invariant: bool) -> None:
+    index, rows = x.device.index, x.shape[0]
+    gpu = Gpu.of(index)
+    variant = choose(w, rows, x.dtype, gpu, batch_invariant=batch_invariant)
+    units = -(-w.row_blocks // variant.wr)
+    # Sums of columns that several CTAs share; where none do, nothing is read or written there.
+    shared_sums = units * variant.split * variant.tiles * 8 * TILE * variant.wr if variant.split > 1 else 1
+    partial = torch.empty(shared_sums, device=x.device)
+    groups = max(1, min(variant.ctas * gpu.processors // variant.split, units))
+    # Equal shares: with as many rounds of units, no multiprocessor has more than it must.
+    groups = -(-units // -(-units // groups))
+    _function(variant, index).launch(
+        groups * variant.split,
+        variant.warps * _LANES,
+        *(w.codes, w.scales, w.table, x, bias, y, partial, w.arrived, w.unscale),
+        *(rows, w.rows, w.columns, x.stride(0)),
+        overlap=torch.cuda.get_device_capability(index) >= (9, 0),
+    )
+
+
+def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, y: Tensor) -> None:
+    parts = -(-2 * w.rows * w.columns // _PART_BYTES)
+    step = -(-w.row_blocks // parts)
+    part = torch.empty(min(step * TILE, w.rows), w.columns, dtype=x.dtype, device=x.device)
+    for first in range(0, w.row_blocks, step):
+        start, stop = first * TILE, min((first + step) * TILE, w.rows)
+        dequantize_rows(w, first, part[: stop - start])
+        if bias is None:
+            torch.mm(x, part[: stop - start].T, out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, part[: stop - start].T, out=y[:, start:stop])
+
+
+def dequantize_rows(w: TiledWeight, first: int, out: Tensor) -> None:
+    """Fill out, 16-bit [rows, columns] on the weight's GPU, with the rows of W from row block `first` on.
+
+    Codebook value times absmax in float32, rounded once: to the bit what ``kbit.dequantize`` gives.
+    """
+    index = out.device.index
+    tiles = -(-out.shape[0] // TILE) * (w.columns // TILE)
+    grid = min(-(-tiles // _UNTILE_WARPS), Gpu.of(index).processors * _UNTILE_CTAS)
+    # The kernel leaves out rows beyond the last of the weight, not of `out`: that ends with it, or at a row block.
+    _untile(w.bits, w.blocksize, out.dtype == torch.bfloat16, index).launch(
+        grid, _UNTILE_WARPS * _LANES, *(w.codes, w.scales, w.codebook, out, first, tiles, w.rows, w.columns)
+    )
+
+
 def _check(x: Tensor, w: TiledWeight) -> None:
-    if x.dim() != 2 or x.shape[1] != w.columns or not 1 <= x.shape[0] <= MOST_ROWS:
-        raise ValueError(f"x is {list(x.shape)}: [1 to {MOST_ROWS}, {w.columns}] is needed")
-    if x.dtype != w.codebook.dtype:
-        raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.codebook.dtype}")
+    if x.dim() != 2 or x.shape[1] != w.columns or x.shape[0] < 1:
+        raise ValueError(f"x is {list(x.shape)}: [at least 1, {w.columns}] is needed")
+    if x.dtype != w.table.dtype:
+        raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
     if x.device != w.codes.device or x.device.type != "cuda":
         raise ValueError(f"x is on {x.device} and the weight on {w.codes.device}: both must be on one GPU")
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -145,8 +247,27 @@ def _check(x: Tensor, w: TiledWeight) -> None:
         raise ValueError("a GPU of compute capability 8.0 or later is needed")
 
 
+def _check_bias(bias: Tensor | None, x: Tensor, w: TiledWeight) -> None:
+    if bias is None:
+        return
+    if bias.shape != (w.rows,) or bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous():
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}: contiguous {x.dtype} [{w.rows}] on "
+            f"{x.device} is needed"
+        )
+
+
 @cache
 def _function(variant: Variant, device: int) -> Function:
-    source = Path(__file__).with_suffix(".cu").read_text()
-    cubin = compile_cubin(source, variant.options(), torch.cuda.get_device_capability(device))
-    return Function(cubin, "kbit_matmul", variant.shared)
+    return Function(_compiled("matmul.cu", variant.options(), device), "kbit_matmul", variant.shared)
+
+
+@cache
+def _untile(bits: int, blocksize: int, bfloat16: bool, device: int) -> Function:
+    options = (f"-DBITS={bits}", f"-DBLOCK={blocksize}", f"-DBF16={int(bfloat16)}")
+    return Function(_compiled("untile.cu", options, device), "kbit_untile", 0)
+
+
+def _compiled(name: str, options: tuple[str, ...], device: int) -> bytes:
+    source = Path(__file__).with_name(name).read_text()
+    return compile_cubin(source, options, torch.cuda.get_device_capability(device))

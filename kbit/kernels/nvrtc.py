@@ -71,8 +71,9 @@ class Function:
         if shared > _MOST_STATIC_SHARED:
             self._check(self._driver.cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared))
 
-    def launch(self, grid: int, threads: int, *arguments: Tensor | int | float, overlap: bool = False) -> None:
-        """Launch on torch's current stream. Tensors are passed as pointers, numbers as int32 and float32.
+    def launch(self, grid: int, threads: int, *arguments: Tensor | int | float | None, overlap: bool = False) -> None:
+        """Launch on torch's current stream. Tensors are passed as pointers, None as a null pointer, numbers as int32
+        and float32.
 
         Args:
             overlap: the kernel may begin while the one before ends; it waits itself for what that one makes.
@@ -96,9 +97,9 @@ class Function:
             raise CudaError((name.value or b"unknown error").decode())
 
 
-def _argument(value: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
+def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
     return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 

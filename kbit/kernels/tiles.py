@@ -3,11 +3,12 @@
 A warp multiplies a tile by tensor-core instructions (m16n8k16), whose operands are spread over its lanes: lane 4 g + t
 has rows g and g + 8 of each 16, and of each 32 columns the eight from 8 t on (the instruction's own order of columns is
 permuted, which changes no sum as long as x is read in the same order). A lane's 128 codes of a tile are one stream of
-exactly k bits a code, so that it reads k times 16 bytes, and a warp 512 contiguous bytes at a time.
+exactly k bits a code (``kbit.packing``), so that it reads k times 16 bytes, and a warp 512 contiguous bytes at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from kbit.blockwise import QuantizedTensor
-from kbit.packing import unpack
+from kbit.packing import pack, unpack
+from kbit.spec import QuantSpec
+from kbit.storage import chunk_length
 
 TILE: Final = 64
 BLOCKSIZES: Final = (32, 64, 128, 256)
-_LANES: Final = 32
-_CODES: Final = TILE * TILE // _LANES
-_CHUNK_TILES: Final = 4096
+LANES: Final = 32
 _SCALE_STEPS: Final = 256
 _SCALE: Final = 2.0**12
 """Codebook values are at most 1: times this, small ones of a dynamic map are normal numbers in float16."""
@@ -34,8 +35,9 @@ class TiledWeight:
     Attributes:
         codes: int32 [row blocks · column tiles, bits, 32 lanes, 4].
         scales: float16 [row blocks, columns / blocksize, 8, 8]: absmax values, as lanes take them.
-        codebook: 16-bit [2^bits], times ``1 / unscale``; unused entries are zero.
-        unscale: what products with the codebook are multiplied by.
+        codebook: float32 [2^bits], what codes stand for; a shorter one repeats its last value.
+        table: the same in 16 bits, times ``1 / unscale``, for the tensor cores.
+        unscale: float32 [1], what products with the table are multiplied by.
         arrived: int32 [row blocks], zero between launches: how many of the CTAs that share some rows are done. One
             launch at a time may use it, so a weight is for one stream at a time.
     """
@@ -43,7 +45,8 @@ class TiledWeight:
     codes: Tensor
     scales: Tensor
     codebook: Tensor
-    unscale: float
+    table: Tensor
+    unscale: Tensor
     arrived: Tensor
     rows: int
     columns: int
@@ -51,23 +54,32 @@ class TiledWeight:
     blocksize: int
 
     @property
+    def row_blocks(self) -> int:
+        return -(-self.rows // TILE)
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return self.codes.nbytes + self.scales.nbytes + self.codebook.nbytes + self.arrived.nbytes
+        return sum(t.nbytes for t in (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived))
 
 
 def why_not_tiled(q: QuantizedTensor) -> str | None:
     """Why a weight has no such layout, in words; None when it has."""
-    if len(q.shape) != 2:
-        return f"it has {len(q.shape)} dimensions, not 2"
-    if q.shape[1] % TILE:
-        return f"its {q.shape[1]} columns are no multiple of {TILE}"
-    if q.spec.blocksize not in BLOCKSIZES:
-        return f"its block size is {q.spec.blocksize}, not one of {', '.join(map(str, BLOCKSIZES))}"
-    if q.shape[1] % q.spec.blocksize:
-        return f"blocks of {q.spec.blocksize} don't divide its {q.shape[1]} columns"
-    if not isinstance(q.absmax, Tensor) or q.absmax.dtype != torch.float16:
-        return f"its absmax is {q.spec.absmax_dtype}, not float16"
+    return why_no_layout(q.shape, q.spec)
+
+
+def why_no_layout(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
+    """The same for a weight of this shape, quantized so."""
+    if len(shape) != 2:
+        return f"it has {len(shape)} dimensions, not 2"
+    if shape[1] % TILE:
+        return f"its {shape[1]} columns are no multiple of {TILE}"
+    if spec.blocksize not in BLOCKSIZES:
+        return f"its block size is {spec.blocksize}, not one of {', '.join(map(str, BLOCKSIZES))}"
+    if shape[1] % spec.blocksize:
+        return f"blocks of {spec.blocksize} don't divide its {shape[1]} columns"
+    if spec.absmax_dtype != "float16":
+        return f"its absmax is {spec.absmax_dtype}, not float16"
     return None
 
 
@@ -75,8 +87,11 @@ def why_not_tiled(q: QuantizedTensor) -> str | None:
 def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     """Lay a quantized weight out for the kernels; mean and kept columns are the caller's.
 
+    Beside the weight and its layout about 8 bytes a value are at work, for a chunk of some row blocks: 16 MB on a GPU,
+    more only where 64 rows have more than two million values.
+
     Args:
-        dtype: float16 or bfloat16, of the codebook: that of the x it will be multiplied with.
+        dtype: float16 or bfloat16, of the table: that of the x it will be multiplied with.
 
     Raises:
         ValueError: it has no such layout, or another dtype.
@@ -84,89 +99,115 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     why = why_not_tiled(q)
     if why is not None:
         raise ValueError(f"this weight has no tiled layout: {why}")
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype={dtype} is not torch.float16 or torch.bfloat16")
     assert isinstance(q.absmax, Tensor)
     assert q.spec.blocksize is not None
-    (rows, columns), bits, blocksize = q.shape, q.spec.bits, q.spec.blocksize
-    row_blocks = -(-rows // TILE)
-    padding = row_blocks * TILE - rows
-    codes = torch.nn.functional.pad(unpack(q.codes, bits, q.numel).view(rows, columns), (0, 0, 0, padding))
-    absmax = torch.nn.functional.pad(q.absmax.view(rows, columns // blocksize), (0, 0, 0, padding))
-    values, unscale = _scaled(q.codebook, dtype)
-    codebook = torch.zeros(1 << bits, dtype=dtype, device=q.codes.device)
-    codebook[: values.numel()] = values
+    (rows, columns), bits = q.shape, q.spec.bits
+    codebook = full_codebook(q.codebook, bits)
+    table, unscale = lookup_table(codebook, dtype)
+    row_blocks, column_tiles = -(-rows // TILE), columns // TILE
+    codes = torch.empty(row_blocks * column_tiles, bits, LANES, 4, dtype=torch.int32, device=q.codes.device)
+    for first, last in row_block_chunks(row_blocks, columns, q.codes.device):
+        start, stop = first * TILE, min(last * TILE, rows)
+        part = unpack(q.codes[start * columns * bits // 8 : stop * columns * bits // 8], bits, (stop - start) * columns)
+        lanes = _by_lane(_padded(part.view(-1, columns), (last - first) * TILE))
+        codes[first * column_tiles : last * column_tiles] = _pack(lanes, bits)
+    absmax = _padded(q.absmax.view(rows, -1), row_blocks * TILE)
     return TiledWeight(
-        codes=_pack(_by_lane(codes), bits),
+        codes=codes,
         # Lane (g, t) takes the absmax of rows 16 r + g and 16 r + g + 8 for r = 0..3: sixteen bytes.
         scales=absmax.view(row_blocks, 4, 2, 8, -1).permute(0, 4, 3, 1, 2).reshape(row_blocks, -1, 8, 8).contiguous(),
         codebook=codebook,
+        table=table,
         unscale=unscale,
         arrived=torch.zeros(row_blocks, dtype=torch.int32, device=q.codes.device),
         rows=rows,
         columns=columns,
         bits=bits,
-        blocksize=blocksize,
+        blocksize=q.spec.blocksize,
     )
 
 
 @torch.no_grad()
-def untile(w: TiledWeight) -> Tensor:
-    """The float32 weight [rows, columns] that the layout stands for, unrounded but for the codebook; on any device."""
-    row_blocks, column_tiles = -(-w.rows // TILE), w.columns // TILE
-    lanes = _unpack(w.codes, w.bits).view(row_blocks, column_tiles, 8, 4, 4, 2, 2, 2, 2, 2)
-    #                                 g  t  r  kh kl j1 j0 e -> r, j0, g; kh, t, kl, j1, e
-    codes = lanes.permute(0, 4, 8, 2, 1, 5, 3, 6, 7, 9).reshape(row_blocks * TILE, w.columns)
-    scales = w.scales.view(row_blocks, -1, 8, 4, 2).permute(0, 3, 4, 2, 1).reshape(row_blocks * TILE, -1)
-    values = w.codebook.float()[codes.int()] * w.unscale
-    return (values * scales.float().repeat_interleave(w.blocksize, 1))[: w.rows]
+def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
+    """The float32 weight that the layout stands for, on any device: codebook value times absmax, unrounded.
+
+    Args:
+        first, last: row blocks [first, last) of it; all of them without. The result begins at row 64 · first.
+    """
+    codes = untile_codes(w, first, last)
+    values = w.codebook.index_select(0, codes.view(-1).int())
+    scales = untile_absmax(w, first, last).float()
+    values.view(codes.shape[0], -1, w.blocksize).mul_(scales.unsqueeze(-1))
+    return values.view(codes.shape)
 
 
-def _by_lane(codes: Tensor) -> Tensor:
-    """uint8 [tiles, 32 lanes, 128] of uint8 [rows, columns], rows in whole blocks of 64."""
-    row_blocks, column_tiles = codes.shape[0] // TILE, codes.shape[1] // TILE
-    # row = 16 r + 8 j0 + g; column = 32 kh + 8 t + 4 kl + 2 j1 + e
-    split = codes.view(row_blocks, 4, 2, 8, column_tiles, 2, 4, 2, 2, 2)
-    return split.permute(0, 4, 3, 6, 1, 5, 7, 8, 2, 9).reshape(row_blocks * column_tiles, _LANES, _CODES)
+def untile_codes(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
+    """uint8 codes [rows, columns] of row blocks [first, last): exactly those that were laid out."""
+    last = w.row_blocks if last is None else last
+    tiles = w.columns // TILE
+    lanes = _unpack(w.codes[first * tiles : last * tiles], w.bits)
+    # Columns in pairs move as one 16-bit number. Lanes hold g  t  r  kh kl j1 j0 (e) -> r, j0, g; kh, t, kl, j1 (, e)
+    pairs = lanes.view(torch.int16).view(last - first, tiles, 8, 4, 4, 2, 2, 2, 2)
+    codes = pairs.permute(0, 4, 8, 2, 1, 5, 3, 6, 7).contiguous().view(torch.uint8)
+    return codes.view(-1, w.columns)[: w.rows - first * TILE]
 
 
-def _pack(lanes: Tensor, bits: int) -> Tensor:
-    """int32 [tiles, bits, 32, 4]: each lane's stream of codes, in pieces of sixteen bytes."""
-    packed = torch.empty(lanes.shape[0], bits, _LANES, 4, dtype=torch.int32, device=lanes.device)
-    for start in range(0, lanes.shape[0], _CHUNK_TILES):
-        part = lanes[start : start + _CHUNK_TILES].long()
-        words = part.new_zeros(part.shape[0], _LANES, 4 * bits + 1)
-        for i in range(_CODES):
-            word, offset = divmod(i * bits, 32)
-            value = part[:, :, i] << offset
-            words[:, :, word] |= value & 0xFFFFFFFF
-            words[:, :, word + 1] |= value >> 32
-        pieces = words[:, :, :-1].view(-1, _LANES, bits, 4).permute(0, 2, 1, 3)
-        packed[start : start + _CHUNK_TILES] = pieces.to(torch.int32)
-    return packed
+def untile_absmax(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
+    """float16 absmax [rows, columns / blocksize] of row blocks [first, last)."""
+    last = w.row_blocks if last is None else last
+    scales = w.scales[first:last].view(last - first, -1, 8, 4, 2).permute(0, 3, 4, 2, 1)
+    return scales.reshape((last - first) * TILE, -1)[: w.rows - first * TILE]
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """uint8 [tiles, 32, 128], the inverse of ``_pack``."""
-    words = packed.permute(0, 2, 1, 3).reshape(packed.shape[0], _LANES, 4 * bits).long() & 0xFFFFFFFF
-    words = torch.nn.functional.pad(words, (0, 1))
-    codes = torch.empty(packed.shape[0], _LANES, _CODES, dtype=torch.uint8, device=packed.device)
-    for i in range(_CODES):
-        word, offset = divmod(i * bits, 32)
-        both = (words[:, :, word] >> offset) | (words[:, :, word + 1] << (32 - offset))
-        codes[:, :, i] = (both & ((1 << bits) - 1)).to(torch.uint8)
-    return codes
+def row_block_chunks(row_blocks: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """[first, last) of runs of row blocks that are small enough to work on: ``chunk_length`` values, or one block."""
+    step = max(1, chunk_length(device) // (TILE * columns))
+    for first in range(0, row_blocks, step):
+        yield first, min(first + step, row_blocks)
 
 
-def _scaled(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(codebook in 16 bits, what to multiply products by): scaled so that its values are rounded least.
+def full_codebook(codebook: Tensor, bits: int) -> Tensor:
+    """float32 [2^bits]: a shorter one repeats its last value, so that every weight of a spec has the same shapes."""
+    return torch.cat([codebook, codebook[-1:].expand((1 << bits) - codebook.numel())])
+
+
+def lookup_table(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A layout's (table, unscale): the codebook's values in 16 bits, scaled so that they are rounded least.
 
     A scale is free, since sums are multiplied in float32 anyway; a good one rounds the values several times less than
     rounding each weight would.
+
+    Raises:
+        ValueError: dtype is not float16 or bfloat16.
     """
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is not torch.float16 or torch.bfloat16")
     steps = torch.arange(_SCALE_STEPS, dtype=torch.float64, device=codebook.device)
     scales = _SCALE * (1 + steps / _SCALE_STEPS)
     exact = codebook.double() * scales.unsqueeze(1)
     errors = ((exact.to(dtype).double() - exact) / scales.unsqueeze(1)).square().sum(1)
-    best = int(errors.argmin())
-    return exact[best].to(dtype), 1.0 / float(scales[best])
+    best = errors.argmin(0, keepdim=True)  # not read back from a GPU
+    return exact.index_select(0, best).squeeze(0).to(dtype), scales.index_select(0, best).reciprocal().float()
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    return rows if rows.shape[0] == count else torch.nn.functional.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _by_lane(codes: Tensor) -> Tensor:
+    """uint8, flat, lane by lane, of uint8 [rows, columns], rows in whole blocks of 64."""
+    row_blocks, column_tiles = codes.shape[0] // TILE, codes.shape[1] // TILE
+    # row = 16 r + 8 j0 + g; column = 32 kh + 8 t + 4 kl + 2 j1 + e, and e moves with j1 as one 16-bit number
+    split = codes.view(torch.int16).view(row_blocks, 4, 2, 8, column_tiles, 2, 4, 2, 2)
+    return split.permute(0, 4, 3, 6, 1, 5, 7, 8, 2).contiguous().view(torch.uint8).view(-1)
+
+
+def _pack(lanes: Tensor, bits: int) -> Tensor:
+    """int32 [tiles, bits, 32, 4]: each lane's stream of codes, in pieces of sixteen bytes."""
+    return pack(lanes, bits).view(torch.int32).view(-1, LANES, bits, 4).transpose(1, 2)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """uint8, flat, the inverse of ``_pack``."""
+    streams = packed.transpose(1, 2).contiguous().view(torch.uint8).view(-1)
+    return unpack(streams, bits, packed.shape[0] * TILE * TILE)

@@ -1,0 +1,71 @@
+// Tiles of k-bit codes to 16-bit rows of W: codebook value times absmax, rounded once. Compiled by NVRTC with
+//   BITS 2-8, BLOCK 32|64|128|256, BF16 0|1.
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define LANES 32
+#define ROWS 64
+#define COLS 64
+#define ENTRIES (1 << BITS)
+#define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
+
+__device__ __forceinline__ float half_to_float(u32 h) {
+  float f;
+  asm("{ .reg .f16 t; mov.b16 t, %1; cvt.f32.f16 %0, t; }" : "=f"(f) : "h"((u16)h));
+  return f;
+}
+
+__device__ __forceinline__ u32 round_pair(float low, float high) {
+  u32 both;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+  return both;
+}
+
+// Row blocks from `first` on, [rows, K] at out; a warp takes one tile after another.
+extern "C" __global__ void __launch_bounds__(256)
+kbit_untile(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const float* __restrict__ codebook,
+            u16* __restrict__ out, int first, int tiles, int N, int K) {
+  __shared__ float table[ENTRIES * LANES];  // one copy a lane: no bank conflicts
+  for (int i = threadIdx.x; i < ENTRIES * LANES; i += blockDim.x) table[i] = codebook[i / LANES];
+  __syncthreads();
+  const int lane = threadIdx.x % LANES, g = lane >> 2, t = lane & 3, warps = gridDim.x * (blockDim.x / LANES);
+  const int per_row = K / COLS, kblocks = K / BLOCK;
+  for (int tile = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES; tile < tiles; tile += warps) {
+    const int block = tile / per_row, column = tile % per_row;
+    const uint4* p = codes + ((long long)(first + block) * per_row + column) * (BITS * LANES) + lane;
+    uint4 held[BITS], absmax[SCALES];
+#pragma unroll
+    for (int i = 0; i < BITS; i++) held[i] = p[i * LANES];
+    const int kblock = BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS);
+#pragma unroll
+    for (int i = 0; i < SCALES; i++) absmax[i] = scales[((long long)(first + block) * kblocks + kblock + i) * 8 + g];
+    const u32 *w = (const u32*)held, *s = (const u32*)absmax;
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)  // of the columns: 32
+#pragma unroll
+        for (int j = 0; j < 2; j++) {  // rows g and g + 8
+          const float scale = half_to_float(s[(SCALES == 2 ? half * 4 : 0) + r] >> (16 * j));
+          u32 pairs[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            float v[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              const int bit = ((((r * 4 + half * 2 + i / 2) * 2 + i % 2) * 2 + j) * 2 + e) * BITS, word = bit >> 5, off = bit & 31;
+              const u32 shifted = off + BITS <= 32 ? w[word] >> off : __funnelshift_r(w[word], w[word + 1], off);
+              v[e] = table[(shifted & (ENTRIES - 1)) * LANES + lane] * scale;
+            }
+            pairs[i] = round_pair(v[0], v[1]);
+          }
+          const int row = block * ROWS + r * 16 + j * 8 + g;
+          if (first * ROWS + row < N)
+            *(uint4*)(out + (long long)row * K + column * COLS + half * 32 + t * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+  }
+}
