@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kbit.blockwise import QuantizedTensor, dequantize, quantize
     from kbit.codebooks import codebook
+    from kbit.linear import KBitLinear
     from kbit.model import QuantHandle, quantize_model
+    from kbit.packed import load_packed, save_packed
     from kbit.spec import QuantSpec, SpecError
 
 _HOME = {
@@ -21,19 +23,25 @@ _HOME = {
     "QuantizedTensor": "kbit.blockwise",
     "quantize": "kbit.blockwise",
     "dequantize": "kbit.blockwise",
+    "KBitLinear": "kbit.linear",
     "QuantHandle": "kbit.model",
     "quantize_model": "kbit.model",
+    "load_packed": "kbit.packed",
+    "save_packed": "kbit.packed",
 }
 
 __all__ = [
+    "KBitLinear",
     "QuantHandle",
     "QuantSpec",
     "QuantizedTensor",
     "SpecError",
     "codebook",
     "dequantize",
+    "load_packed",
     "quantize",
     "quantize_model",
+    "save_packed",
 ]
 
 

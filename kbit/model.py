@@ -1,18 +1,21 @@
-"""Quantize a whole model in place, count its bits, and take it back."""
+"""Quantize a whole model, in place or packed into k bits, count its bits, and take it back."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from kbit.architectures import Layer, block_layers, key_of
+from kbit.architectures import ArchitectureError, Layer, block_layers, key_of
 from kbit.blockwise import QuantizedTensor, dequantize, quantize
 from kbit.codebooks import is_data_dependent
+from kbit.linear import KBitLinear
 from kbit.outliers import outlier_columns
+from kbit.replacing import check_replaceable, pack_layer
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 
@@ -38,11 +41,14 @@ class QuantHandle:
     total_bits: int
     total_bits_nominal: float
     codebook_hash: str | None
-    _originals: list[tuple[nn.Parameter, Tensor]] = field(repr=False)
+    _undo: list[Callable[[], None]] = field(repr=False)
 
     def restore(self) -> None:
-        """Give the model its original weights back, bit for bit. A second call does nothing."""
-        _restore(self._originals)
+        """Give the model its original weights back, bit for bit, and in a packed one its modules, where it now lies.
+
+        A second call does nothing.
+        """
+        _restore(self._undo)
 
     def __enter__(self) -> QuantHandle:
         return self
@@ -54,51 +60,62 @@ class QuantHandle:
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, spec: QuantSpec, *, storage_dtype: torch.dtype | None = None) -> QuantHandle:
-    """Replace the weights of a model's attention and FFN layers by their quantized and dequantized values.
+def quantize_model(
+    model: nn.Module, spec: QuantSpec, *, storage_dtype: torch.dtype | None = None, packed: bool = False
+) -> QuantHandle:
+    """Quantize a model's attention and FFN layers: those that ``kbit.architectures.block_layers`` lists.
 
-    Taken is what ``kbit.architectures.block_layers`` lists. GPT-2's Conv1D weights are transposed to [out, in] first.
-    The originals are copied to the host until ``restore``; at work are the largest weight's quantized and dequantized
-    forms beside it.
+    Their weights are replaced by their quantized and dequantized values, in the model's dtype; or, with `packed`, the
+    layers by ``KBitLinear`` modules, which hold k bits a weight. GPT-2's Conv1D weights are transposed to [out, in]
+    first. The originals are kept on the host until ``restore``; on the device there are never more than the model and
+    one layer's quantized and dequantized (packed: quantized and laid out) forms.
 
     Args:
         model: a causal language model on any device, in its 16-bit dtype or one that was cast up from it.
         spec: how. With bits=16 nothing changes, and the handle works all the same.
         storage_dtype: the checkpoint's 16-bit dtype, float16 or bfloat16, for a model that was cast up; None takes the
             weights' own, or float16.
+        packed: hold the layers in k bits. Such a model is for inference.
 
     Raises:
-        ArchitectureError: no layers to quantize, or spec.outlier_fraction > 0 and the layers' order isn't known.
+        ArchitectureError: no layers to quantize, or they are quantized already; spec.outlier_fraction > 0 and the
+            layers' order isn't known; packed, and a layer has hooks or a forward of its own, or shares its weight with
+            another.
         WeightError: a weight with NaN or infinite values. Whatever the error, the model has its original weights again.
     """
+    if any(isinstance(module, KBitLinear) for module in model.modules()):
+        raise ArchitectureError(f"{type(model).__name__} is packed in k bits already: restore or load the 16-bit model")
     layers = [] if spec.is_baseline else block_layers(model)
+    if packed:
+        check_replaceable(model, layers)
     columns = (
         outlier_columns(model, spec.outlier_fraction, storage_dtype=storage_dtype) if spec.outlier_fraction else {}
     )
+    quantized = sum(layer.weight.numel() for layer in layers)
+    rest = BASELINE_BITS * (_parameters(model) - quantized)
+    shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers}
     hashed = hashlib.sha256()
-    originals: list[tuple[nn.Parameter, Tensor]] = []
+    undo: list[Callable[[], None]] = []
     stored_bits = 0
     try:
         for number, layer in enumerate(layers):
             q = _quantized(layer, spec, columns.get(layer.name), storage_dtype)
-            originals.append((layer.parameter, layer.parameter.detach().to("cpu", copy=True)))
-            layer.weight.copy_(dequantize(q))
             stored_bits += q.nbits
             if number == 0 or is_data_dependent(spec):
                 hashed.update(q.codebook.cpu().numpy().astype("<f4").tobytes())
+            undo.append(pack_layer(model, layer, q) if packed else _overwrite(layer, q))
+            del q  # before the next one is made
     except BaseException:
-        _restore(originals)
+        _restore(undo)
         raise
-    quantized = sum(original.numel() for _, original in originals)
-    rest = BASELINE_BITS * (_parameters(model) - quantized)
     return QuantHandle(
         spec=spec,
-        layers={layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers},
+        layers=shapes,
         bits_per_param=stored_bits / quantized if quantized else float(BASELINE_BITS),
         total_bits=stored_bits + rest,
         total_bits_nominal=quantized * spec.bits_per_param_nominal + rest,
         codebook_hash=hashed.hexdigest() if layers else None,
-        _originals=originals,
+        _undo=undo,
     )
 
 
@@ -112,13 +129,24 @@ def _quantized(
         raise
 
 
-@torch.no_grad()
-def _restore(originals: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Copy the originals back, each dropped once it is: what remains is what is still quantized."""
-    while originals:
-        parameter, original = originals[-1]
+def _overwrite(layer: Layer, q: QuantizedTensor) -> Callable[[], None]:
+    """Give a layer its dequantized weight. Returns the way back."""
+    parameter = layer.parameter
+    original = parameter.detach().to("cpu", copy=True)
+    layer.weight.copy_(dequantize(q))
+
+    def undo() -> None:
         parameter.detach().copy_(original)
-        originals.pop()
+
+    return undo
+
+
+@torch.no_grad()
+def _restore(undo: list[Callable[[], None]]) -> None:
+    """Go every step back, each dropped once it is done: what remains is what is still quantized."""
+    while undo:
+        undo[-1]()
+        undo.pop()
 
 
 def _parameters(model: nn.Module) -> int:

@@ -1,0 +1,272 @@
+"""Packed models on disk: ``model.safetensors`` with every tensor once, and ``kbit.json``, which says what they are.
+
+A transformers model's ``config.json`` (and generation_config.json) lie beside them. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from kbit.checkpoint import CheckpointError, safetensors_header
+from kbit.linear import KBitLinear
+from kbit.replacing import replace
+from kbit.spec import QuantSpec
+
+VERSION: Final = 1
+WEIGHTS: Final = "model.safetensors"
+METADATA: Final = "kbit.json"
+_FORMAT: Final = "kbit-packed"
+_DERIVED: Final = ("table", "arrived", "absmax_codebook")
+"""Buffers that a KBitLinear makes from its others."""
+_DTYPES: Final = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def save_packed(model: nn.Module, directory: str | Path) -> None:
+    """Write a model with ``KBitLinear`` layers, as ``quantize_model(..., packed=True)`` leaves it, to a directory.
+
+    All parameters and buffers are written as they are, tied ones once. The host holds one copy while it is written.
+    A model that was in the directory before is replaced; other files, such as a tokenizer's, are left alone.
+
+    Raises:
+        ValueError: the model has no KBitLinear, or a tensor without values (on the meta device).
+    """
+    from safetensors.torch import save_file
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KBitLinear)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no KBitLinear: pack it with quantize_model(..., packed=True)")
+    tensors, tied = _distinct(dict(_tensors(model)))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "format": _FORMAT,
+        "version": VERSION,
+        "model": _save_config(model, directory),
+        "layers": {name: _arguments(layer) for name, layer in layers.items()},
+        "tied": tied,
+    }
+    # While kbit.json is missing, what lies there is no packed model.
+    (directory / METADATA).unlink(missing_ok=True)
+    unfinished = directory / f".{WEIGHTS}.part"
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.replace(directory / WEIGHTS)
+    unfinished = directory / f".{METADATA}.part"
+    unfinished.write_text(json.dumps(metadata, indent=1) + "\n")
+    unfinished.replace(directory / METADATA)
+
+
+@torch.no_grad()
+def load_packed(
+    directory: str | Path, *, device: torch.device | str = "cpu", model: nn.Module | None = None
+) -> nn.Module:
+    """Read a model that ``save_packed`` wrote; it gives the same bits as the one that was saved.
+
+    It is built without values and its tensors are read one by one straight onto the device: there is never a 16-bit
+    copy of a quantized layer. It comes back in eval mode, without gradients.
+
+    Args:
+        directory: that of ``save_packed``.
+        device: where it goes.
+        model: an unquantized model of the same architecture to fill, on any device (meta is best); it is changed and
+            given back. Needed for what transformers can't build from config.json.
+
+    Raises:
+        CheckpointError: no packed model, one of a later version, damaged files, or not the tensors of this model.
+    """
+    directory = Path(directory)
+    metadata = _read_metadata(directory)
+    try:
+        header = {stored.name: stored for stored in safetensors_header(directory / WEIGHTS)}
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {WEIGHTS}: copy it again") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    if model is None:
+        model = _skeleton(directory, metadata["model"])
+    _replace_layers(model, metadata["layers"], directory)
+    tied: Mapping[str, str] = metadata["tied"]
+    wanted = dict(_tensors(model))
+    _same_names(wanted.keys(), header.keys() | tied.keys(), directory)
+    _same_names(set(tied.values()), header.keys() & set(tied.values()), directory)
+    for name, tensor in wanted.items():
+        stored = header[tied.get(name, name)]
+        exact = name.rpartition(".")[0] in metadata["layers"] and not name.endswith(".bias")
+        if stored.shape != tensor.shape or (exact and _DTYPES.get(stored.dtype) != tensor.dtype):
+            is_, want = f"{stored.dtype} {list(stored.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(f"{directory}: {name} is {is_} in {WEIGHTS}, and the model's is {want}")
+    _fill(model, directory / WEIGHTS, wanted.keys(), tied, torch.device(device))
+    return model.eval()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by name, non-persistent ones too, tied ones under each of their names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not (isinstance(module, KBitLinear) and name in _DERIVED):
+                yield f"{path}.{name}" if path else name, tensor
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors to write, other names of those that have several). What overlaps another in part is copied."""
+    first: dict[tuple[object, ...], str] = {}
+    storages: set[int] = set()
+    written: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, without values: load the model first")
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+            continue
+        first[key] = name
+        storage = tensor.untyped_storage().data_ptr()
+        written[name] = (tensor.detach().clone() if storage in storages else tensor.detach()).contiguous()
+        storages.add(storage)
+    return written, tied
+
+
+def _arguments(layer: KBitLinear) -> dict[str, Any]:
+    """What makes a layer of the same shapes, as JSON."""
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "spec": asdict(layer.spec),
+        "storage_dtype": str(layer.storage_dtype).removeprefix("torch."),
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),
+        "bias": layer.bias is not None,
+    }
+
+
+def _layer(arguments: Mapping[str, Any]) -> KBitLinear:
+    return KBitLinear(
+        arguments["in_features"],
+        arguments["out_features"],
+        QuantSpec(**arguments["spec"]),
+        storage_dtype=getattr(torch, arguments["storage_dtype"]),
+        dtype=getattr(torch, arguments["dtype"]),
+        kept=arguments["kept"],
+        bias=arguments["bias"],
+        device="meta",
+    )
+
+
+def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
+    """The class of a transformers model, whose configuration is written; of another its name alone."""
+    from transformers import PreTrainedModel
+
+    about: dict[str, Any] = {"class": type(model).__name__, "transformers": isinstance(model, PreTrainedModel)}
+    if isinstance(model, PreTrainedModel):
+        model.config.save_pretrained(directory)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(directory)
+        about["attention"] = getattr(model.config, "_attn_implementation", None)
+    return about
+
+
+def _read_metadata(directory: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((directory / METADATA).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{directory} is no packed model: it has no {METADATA} (save_packed writes it)") from None
+    except ValueError as error:
+        raise CheckpointError(f"{directory}/{METADATA} is not valid JSON: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{directory}/{METADATA} does not say format={_FORMAT!r}: it is another program's file")
+    version = metadata.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise CheckpointError(
+            f"{directory} has version {version!r} of the format, and this kbit reads 1 to {VERSION}: a newer one may do"
+        )
+    damaged = [key for key in ("model", "layers", "tied") if not isinstance(metadata.get(key), dict)]
+    if damaged:
+        raise CheckpointError(f"{directory}/{METADATA} is damaged: it has no {' and no '.join(damaged)}")
+    return metadata
+
+
+def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
+    """The transformers model of config.json, without values."""
+    import transformers
+
+    kind = getattr(transformers, about["class"], None) if about["transformers"] else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"{directory} holds a {about['class']}, which transformers does not have: build one without values "
+            '(with torch.device("meta"): ...) and call load_packed(directory, model=...)'
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no usable config.json; transformers says: {error}") from error
+    config._attn_implementation = about["attention"]
+    with torch.device("meta"):
+        model: Any = kind(config)
+    if getattr(model, "generation_config", None) is not None and (directory / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _replace_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, arguments in layers.items():
+        try:
+            layer = _layer(arguments)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{directory}/{METADATA} has a damaged entry for {name}: {error!r}") from error
+        if name not in modules:
+            raise CheckpointError(
+                f"{directory}: this {type(model).__name__} has no layer {name}: another architecture?"
+            )
+        replace(model, modules[name], layer)
+
+
+def _same_names(wanted: Any, stored: Any, directory: Path) -> None:
+    for names, what in ((wanted - stored, "lacks"), (stored - wanted, "has, beyond the model's,")):
+        if names:
+            some = ", ".join(sorted(names)[:4])
+            raise CheckpointError(f"{directory}: {WEIGHTS} {what} {len(names)} tensors: {some}")
+
+
+def _fill(model: nn.Module, file: Path, names: Any, tied: Mapping[str, str], device: torch.device) -> None:
+    """Read every tensor onto the device; tied parameters become one."""
+    from safetensors import safe_open
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    read: dict[str, Tensor] = {}
+    with safe_open(file, framework="pt", device=str(device)) as stored:
+        for name in names:
+            source = tied.get(name, name)
+            path, _, own = name.rpartition(".")
+            module = modules[path]
+            if source not in read:
+                read[source] = stored.get_tensor(source)
+            tensor = read[source]
+            if own in module._parameters:
+                if not isinstance(tensor, nn.Parameter):
+                    tensor = read[source] = nn.Parameter(tensor, requires_grad=False)
+                module._parameters[own] = tensor
+            else:
+                module._buffers[own] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+    for module in modules.values():
+        if isinstance(module, KBitLinear):
+            module.derive()

@@ -1,0 +1,332 @@
+"""Models held in k bits: the same outputs as quantized in place, the size that is counted, the way back, files."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from kbit import KBitLinear, QuantSpec, load_packed, quantize_model, save_packed
+from kbit.architectures import ArchitectureError
+from kbit.checkpoint import CheckpointError
+from kbit.placement import place
+from kbit.storage import WeightError
+from tests.test_model import Unknown
+from tests.tiny_models import CONFIGS, NAMES, VOCABULARY, bits_of, identical, tiny
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+INT4 = QuantSpec(bits=4, dtype="int")
+SPECS = [
+    INT4,
+    QuantSpec(bits=3, dtype="quantile", center=True, outlier_fraction=0.05),
+    QuantSpec(bits=5, dtype="float", blocksize=24, scheme="group", outlier_fraction=0.02),
+    QuantSpec(bits=8, dtype="dynamic", absmax_dtype="nested"),
+    QuantSpec(bits=2, dtype="int", blocksize=1000),
+    QuantSpec(bits=6, dtype="normal", blocksize=32, center=True),
+]
+DERIVED = ("table", "arrived", "absmax_codebook")
+TOKENS = torch.arange(34).view(2, 17)
+
+
+def wide(name: str, dtype: torch.dtype) -> nn.Module:
+    """As tiny, of 64 or 128 columns: its weights have the kernels' tiles."""
+    config = copy.deepcopy(CONFIGS[name])
+    for key in ("hidden_size", "n_embd", "intermediate_size", "ffn_dim", "n_inner"):
+        if getattr(config, key, None):
+            setattr(config, key, 64 if key in ("hidden_size", "n_embd") else 128)
+    if name == "opt":
+        config.word_embed_proj_dim = 64
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.05)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    return model(tokens.to(next(model.parameters()).device)).logits
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def packed_layers(model: nn.Module) -> dict[str, KBitLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, KBitLinear)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [tiny, wide])
+def test_packed_models_give_the_outputs_of_models_quantized_in_place(make, name, dtype):
+    model = make(name, dtype)
+    before = bits_of(model)
+    first = 3 * NAMES.index(name) + [torch.float16, torch.bfloat16, torch.float32].index(dtype)
+    for spec in (SPECS[first % len(SPECS)], SPECS[(first + 2) % len(SPECS)]):
+        with quantize_model(model, spec) as handle:
+            expected = logits(model)
+        packed = quantize_model(model, spec, packed=True)
+        assert packed_layers(model).keys() == packed.layers.keys() == handle.layers.keys()
+        for attribute in ("spec", "layers", "bits_per_param", "total_bits", "total_bits_nominal", "codebook_hash"):
+            assert getattr(packed, attribute) == getattr(handle, attribute)
+        # With a mean the weight's own 16-bit rounding is gone.
+        rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 5e-4 if spec.center else 1e-6
+        assert difference(logits(model), expected) < 2 * rounding
+        packed.restore()
+        assert identical(bits_of(model), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_model_comes_back_with_the_same_bits(name, tmp_path):
+    number = NAMES.index(name)
+    model = (tiny, wide)[number % 2](name, (torch.float16, torch.bfloat16)[number // 2 % 2])
+    quantize_model(model, SPECS[1] if number % 3 == 0 else SPECS[number % len(SPECS)], packed=True)
+    expected = logits(model)
+    save_packed(model, tmp_path / "packed")
+    written = load_file(tmp_path / "packed" / "model.safetensors")
+    # Neither 16-bit weights of the layers nor a tied tensor twice.
+    assert not [key for key in packed_layers(model) if f"{key}.weight" in written]
+    size = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
+    derived = sum(b.nbytes for m in packed_layers(model).values() for k, b in m.named_buffers() if k in DERIVED)
+    assert sum(t.nbytes for t in written.values()) == size - derived
+    loaded = load_packed(tmp_path / "packed")
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(logits(loaded), expected)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight)
+    assert identical(bits_of(loaded), bits_of(model))
+    save_packed(loaded, tmp_path / "packed")  # over the files that it was read from
+    assert torch.equal(logits(load_packed(tmp_path / "packed")), expected)
+
+
+def test_a_model_of_no_transformers_class_is_loaded_into_a_skeleton(tmp_path):
+    model = Unknown().half()
+    quantize_model(model, INT4, packed=True)
+    save_packed(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds a Unknown, .* load_packed\(directory, model="):
+        load_packed(tmp_path)
+    with torch.device("meta"):
+        skeleton = Unknown()
+    assert identical(bits_of(load_packed(tmp_path, model=skeleton)), bits_of(model))
+    with pytest.raises(CheckpointError, match=r"has no layer stack\.2\.mixing"):
+        load_packed(tmp_path, model=Unknown(count=2))
+    with pytest.raises(CheckpointError, match=r"lacks .* stack\.3\.mixing"):
+        load_packed(tmp_path, model=Unknown(count=4))
+    with pytest.raises(CheckpointError, match=r"words\.weight is F16 \[50, 64\]"):
+        load_packed(tmp_path, model=Unknown(width=128))
+    other = nn.ModuleDict({"stack": Unknown().stack})
+    with pytest.raises(CheckpointError, match=r"has, beyond the model's, .* adapters"):
+        load_packed(tmp_path, model=other)
+
+
+def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
+    model = wide("opt", torch.float16)
+    with pytest.raises(ValueError, match="no KBitLinear"):
+        save_packed(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"no packed model: it has no kbit\.json"):
+        load_packed(tmp_path)
+    quantize_model(model, INT4, packed=True)
+    save_packed(model, tmp_path)
+    metadata = json.loads((tmp_path / "kbit.json").read_text())
+    for changed, why in [
+        ({**metadata, "version": 2}, "version 2 of the format"),
+        ({**metadata, "format": "gguf"}, "another program's"),
+        ({**metadata, "layers": None}, "no layers"),
+        ({**metadata, "layers": {"lm_head": {"spec": {"bits": 9}}}}, "damaged entry for lm_head"),
+    ]:
+        (tmp_path / "kbit.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=why):
+            load_packed(tmp_path)
+    (tmp_path / "kbit.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load_packed(tmp_path)
+    (tmp_path / "kbit.json").write_text(json.dumps(metadata))
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if key.endswith("codes"))
+    for changed, why in [
+        ({k: v for k, v in tensors.items() if k != name}, "lacks 1 tensors"),
+        ({**tensors, "more": torch.zeros(1)}, "beyond the model's, 1 tensors: more"),
+        ({**tensors, name: tensors[name].to(torch.int16)}, "is I16 .* the model's is torch.int32"),
+        ({**tensors, name: tensors[name][1:].clone()}, r"I32 \[\d"),
+    ]:
+        save_file(changed, weights)
+        with pytest.raises(CheckpointError, match=why):
+            load_packed(tmp_path)
+    save_file(tensors, weights)
+    assert torch.equal(logits(load_packed(tmp_path)), logits(model))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="should have"):
+        load_packed(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load_packed(tmp_path)
+
+
+def test_the_baseline_packs_nothing_and_a_packed_model_is_not_quantized_again():
+    model = tiny("neox")
+    before = bits_of(model)
+    with quantize_model(model, QuantSpec(bits=16), packed=True) as handle:
+        assert identical(bits_of(model), before)
+        assert handle.bits_per_param == 16
+    with quantize_model(model, INT4, packed=True), pytest.raises(ArchitectureError, match="packed in k bits already"):
+        quantize_model(model, INT4)
+    assert identical(bits_of(model), before)
+
+
+def test_when_a_layer_fails_the_modules_are_put_back():
+    model = tiny("llama-gqa")
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
+    before = bits_of(model)
+    with pytest.raises(WeightError, match="NaN"):
+        quantize_model(model, INT4, packed=True)
+    assert dict(model.named_modules()) == modules
+    assert identical(bits_of(model), before)
+
+
+def test_one_module_in_two_places_is_packed_once_and_two_with_one_weight_are_refused(tmp_path):
+    model = Unknown()
+    model.stack[2] = model.stack[0]
+    original = model.stack[0].mixing
+    handle = quantize_model(model, INT4, packed=True)
+    assert isinstance(model.stack[0].mixing, KBitLinear)
+    assert model.stack[2].mixing is model.stack[0].mixing
+    save_packed(model, tmp_path)
+    skeleton = Unknown()
+    skeleton.stack[2] = skeleton.stack[0]
+    loaded = load_packed(tmp_path, model=skeleton)
+    assert loaded.stack[2].mixing is loaded.stack[0].mixing
+    assert identical(bits_of(loaded), bits_of(model))
+    handle.restore()
+    assert model.stack[0].mixing is model.stack[2].mixing is original
+
+    model = Unknown()
+    model.stack[2].mixing.weight = model.stack[0].mixing.weight
+    with pytest.raises(ArchitectureError, match=r"stack\.0\.mixing: it shares its weight"):
+        quantize_model(model, INT4, packed=True)
+
+
+def test_hooks_that_move_inputs_survive_and_others_are_refused():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = Unknown()
+    layer = model.stack[1].mixing
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    handle = quantize_model(model, INT4, packed=True)
+    packed = model.stack[1].mixing
+    x = torch.randn(2, 64)
+    assert packed(x).shape == (2, 64)
+    assert packed._hf_hook.execution_device == "cpu"
+    handle.restore()
+    assert model.stack[1].mixing is layer
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    with pytest.raises(ArchitectureError, match=r"stack\.1\.mixing: it has a changed forward"):
+        quantize_model(model, INT4, packed=True)
+    model = Unknown()
+    model.stack[0].mixing.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArchitectureError, match="has forward or backward hooks"):
+        quantize_model(model, INT4, packed=True)
+    assert not packed_layers(model)
+
+
+@pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.label)
+def test_a_packed_model_compiles_as_one_graph(spec):
+    model = wide("opt", torch.float16)
+    quantize_model(model, spec, packed=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(TOKENS, use_cache=False).logits, logits(model))
+
+
+def medium(dtype: torch.dtype = torch.float16) -> nn.Module:
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=2048,
+        word_embed_proj_dim=2048,
+        ffn_dim=8192,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def held() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@needs_gpu
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_gpu_memory_is_what_the_bits_say_while_packing_and_after_loading(bits, tmp_path):
+    before = held()
+    model = medium()
+    full = held() - before
+    largest = max(p.nbytes for p in model.parameters())
+    torch.cuda.reset_peak_memory_stats()
+    handle = quantize_model(model, QuantSpec(bits=bits, dtype="quantile"), packed=True)
+    # One layer's row-major codes and its tiles, and what works on some rows of it.
+    assert torch.cuda.max_memory_allocated() - before <= full + 1.1 * largest + 2**28
+    assert abs(held() - before - handle.total_bits / 8) <= 0.03 * handle.total_bits / 8
+    expected = logits(model)
+    save_packed(model, tmp_path)
+    del model, handle
+    torch.cuda.reset_peak_memory_stats()
+    before = held()
+    loaded = load_packed(tmp_path, device="cuda")
+    assert torch.cuda.max_memory_allocated() - before <= 1.05 * (held() - before)
+    assert torch.equal(logits(loaded), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=lambda s: s.label)
+def test_on_a_gpu_graphs_and_compiled_models_give_the_outputs_of_models_quantized_in_place(spec, dtype):
+    model = medium(dtype)
+    before = bits_of(model)
+    tokens = torch.arange(2 * 48).view(2, 48).cuda() % VOCABULARY
+    with quantize_model(model, spec):
+        expected = logits(model, tokens)
+    handle = quantize_model(model, spec, packed=True)
+    found = logits(model, tokens)
+    assert difference(found, expected) < 8 * torch.finfo(dtype).eps
+    for columns in (1, 48):
+        part = tokens[:, :columns].contiguous()
+        alone = logits(model, part)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            captured = model(part, use_cache=False).logits
+        graph.replay()
+        assert torch.equal(captured, alone)
+        del graph
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        assert difference(compiled(tokens, use_cache=False).logits, expected) < 8 * torch.finfo(dtype).eps
+    handle.restore()
+    assert identical(bits_of(model), before)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_spread_over_gpus_is_packed_where_it_lies():
+    pytest.importorskip("accelerate")
+    model = wide("opt", torch.float16)
+    expected = logits(model)
+    place(model, "cuda", torch.float16, gpus=2)
+    with quantize_model(model, QuantSpec(bits=8, dtype="int"), packed=True):
+        assert {layer.codes.device.index for layer in packed_layers(model).values()} == {0, 1}
+        assert difference(logits(model).cpu(), expected) < 0.05
+    assert not packed_layers(model)
