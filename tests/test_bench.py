@@ -1,21 +1,339 @@
-"""``python -m kbit.bench`` prints its table."""
+"""``python -m kbit.bench``: tables, files, errors; the decode step is OPT's; the roofline's numbers and figure."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from analysis import style
+from kbit import QuantSpec, quantize
+from kbit.bench import figure
+from kbit.bench.__main__ import main
+from kbit.bench.decode import PRESETS, Architecture, Compiler, Decoder, plain_linear, random_source
+from kbit.bench.latency import Step, dequantized, kbit_linear, measure_step, sizes
+from kbit.bench.latency import table as decode_table
+from kbit.bench.matmul import CUBLAS, OURS, Product, limit, measure, repeated
+from kbit.bench.matmul import table as matmul_table
+from kbit.bench.roofline import Roofline
+from kbit.bench.timing import Ceilings
+from kbit.kernels.tiles import tile, untile
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+TINY = Architecture(name="tiny", hidden=64, ffn=128, layers=5, heads=2, vocab=96, positions=32)
+CEILINGS = Ceilings(copy=2.4e12, read=2.9e12, flops=700e12)
 
 
-def test_the_table_has_our_row_and_that_of_bitsandbytes_where_it_is_installed():
-    options = ["--rows", "64", "--repeats", "1", "--bits", "4", "--dtypes", "int", "--device", "cpu"]
-    env = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-m", "kbit.bench", *options], env=env, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def cpu_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a run prints, and its directory."""
+    out = tmp_path_factory.mktemp("bench") / "new"
+    options = ["--values", "262144", "--repeats", "1", "--bits", "4", "--dtypes", "int", "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kbit.bench", *options, "--out", str(out)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "64 x 4096 float16, block 64" in run.stdout
-    figures = r"\W+[\d,]+\W+[\d.]+%\W+[\d,]+\W+[\d.]+%"
-    assert re.search("int4 b64" + figures, run.stdout)
-    peer = re.search("bitsandbytes, 8 bits" + figures, run.stdout)
-    assert (peer is not None) == (find_spec("bitsandbytes") is not None)
+    return run.stdout, out
+
+
+def test_the_table_has_our_row_and_those_of_bitsandbytes_where_it_is_installed(cpu_run: tuple[str, Path]) -> None:
+    printed, _ = cpu_run
+    assert "262,144 float16 values, block 64" in printed
+    figures = r"(\W+[\d.,]+\W+[\d.]+%\W+[\d,]+){2}"
+    assert re.search("int4 b64" + figures, printed)
+    for peer in ("8 bits", "nf4", "fp4"):
+        assert bool(re.search(f"bitsandbytes, {peer}" + figures, printed)) == (find_spec("bitsandbytes") is not None)
+
+
+def test_the_files_hold_every_number_and_where_it_comes_from(cpu_run: tuple[str, Path]) -> None:
+    _, out = cpu_run
+    report = json.loads((out / "kernels.json").read_text())
+    assert report["options"]["bits"] == [4]
+    assert report["environment"]["torch"] == torch.__version__
+    ours = report["quantizers"][0]
+    assert ours["bytes"] == 262144 * (2 + 4.25 / 8)
+    assert ours["quantize_bytes_per_second"] == pytest.approx(ours["bytes"] / ours["quantize_seconds"])
+    rows = list(csv.DictReader((out / "quantizers.csv").open()))
+    assert [float(r["dequantize_seconds"]) for r in rows] == [r["dequantize_seconds"] for r in report["quantizers"]]
+    assert all(r["date"] == report["environment"]["date"] for r in rows)
+    assert f"| int4 b64 | {ours['quantize_bytes_per_second'] / 1e9:.3g} |" in (out / "kernels.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--roofline --device cpu", "--roofline needs an NVIDIA GPU"),
+        ("--model --device cpu", "--model opt-6.7b needs an NVIDIA GPU"),
+        ("--only matmul --device cpu", "--only matmul needs an NVIDIA GPU"),
+        ("--shapes 4096x4096 --device cpu", "--shapes needs an NVIDIA GPU"),
+        ("--shapes 4096", "'4096' is no ROWSxCOLUMNS"),
+        ("--model gpt-5", "choose from"),
+        ("--model --roofline", "not allowed with"),
+        ("--bits 9", "2 to 8 are possible"),
+        ("--bits 16", "16 bits are measured in any case"),
+        ("--blocksize 0", "at least 1"),
+        ("--rows 16 0", "at least 1"),
+        ("--device cpu --impl cuda --values 64", "cuda"),
+    ],
+)
+def test_bad_input_is_refused_with_the_reason(options: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(options.split())
+    assert end.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "why"), [("100x100", "a multiple of 64"), ("0x64", "W is ROWSxCOLUMNS")])
+def test_a_shape_the_kernel_does_not_take_is_refused(
+    options: str, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is refused before any GPU is asked
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda", "--shapes", options])
+    assert why in capsys.readouterr().err
+
+
+def test_help_names_the_three_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("--roofline", "--model", "--shapes", "--out DIR", *PRESETS))
+
+
+def test_a_weight_repeated_is_the_layout_of_the_matrix_repeated() -> None:
+    strip = torch.randn(128, 192, generator=torch.Generator().manual_seed(1)).half()
+    spec = QuantSpec(bits=5, dtype="normal", blocksize=64)
+    long = repeated(tile(quantize(strip, spec), torch.float16), 3)
+    assert long.rows == 384
+    assert torch.equal(untile(long), untile(tile(quantize(strip.repeat(3, 1), spec), torch.float16)))
+
+
+# The decode step.
+
+
+def test_a_decode_step_has_the_logits_of_transformers_opt() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(3)
+    config = OPTConfig(
+        vocab_size=TINY.vocab,
+        hidden_size=TINY.hidden,
+        ffn_dim=TINY.ffn,
+        num_hidden_layers=TINY.layers,
+        num_attention_heads=TINY.heads,
+        max_position_embeddings=TINY.positions,
+        word_embed_proj_dim=TINY.hidden,
+    )
+    opt = OPTForCausalLM(config).eval()
+    for parameter in opt.parameters():  # biases and norms too, so that one left out shows
+        nn.init.normal_(parameter, std=0.2)
+    tokens = torch.tensor([[5, 17, 2, 80, 33, 9], [1, 1, 60, 7, 95, 4]])
+    with torch.no_grad():
+        past = opt(tokens[:, :-1], use_cache=True).past_key_values
+        weights = opt_weights(opt, [(layer.keys.clone(), layer.values.clone()) for layer in past.layers])
+        expected = opt(tokens[:, -1:], past_key_values=past).logits[:, -1]
+        ours = Decoder(TINY, lambda name, shape: weights[name].view(shape), plain_linear, batch=2, context=6)
+        found = ours(tokens[:, -1], torch.tensor([5]))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    parameters = TINY.linear_weights + TINY.other_parameters
+    assert parameters == sum(p.numel() for p in opt.parameters())
+    assert sizes(ours)[1] == 4 * parameters
+
+
+def opt_weights(opt: nn.Module, past: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """transformers' parameters by our names; a slot of the cache is free."""
+    decoder = opt.model.decoder
+    found = {"tokens": decoder.embed_tokens.weight, "positions": decoder.embed_positions.weight}
+    norms = {"norm": decoder.final_layer_norm}
+    for i, (layer, (keys, values)) in enumerate(zip(decoder.layers, past, strict=True)):
+        name, attention = f"layers.{i}", layer.self_attn
+        norms |= {f"{name}.attention_norm": layer.self_attn_layer_norm, f"{name}.ffn_norm": layer.final_layer_norm}
+        norms |= {f"{name}.fc1": layer.fc1, f"{name}.fc2": layer.fc2, f"{name}.out": attention.out_proj}
+        for kind in ("weight", "bias"):
+            parts = [getattr(m, kind) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+            found[f"{name}.qkv.{kind}"] = torch.cat(parts)
+        free = torch.full_like(keys[:, :, :1], 7.0)
+        found |= {f"{name}.keys": torch.cat([keys, free], 2), f"{name}.values": torch.cat([values, free], 2)}
+    for name, module in norms.items():
+        found |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def decoder(bits: int, *, compiler: Compiler | None = None, device: str = "cpu") -> Decoder:
+    make = partial(kbit_linear, spec=QuantSpec(bits=bits, dtype="normal", blocksize=64))
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    source = random_source(device, dtype)
+    return Decoder(TINY, source, plain_linear if bits == 16 else make, batch=2, context=8, compiler=compiler)
+
+
+@pytest.mark.parametrize("bits", [16, 3])
+@torch.no_grad()
+def test_each_piece_compiles_as_one_graph_and_one_serves_all_layers(bits: int) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    tokens, position = torch.tensor([3, 50]), torch.tensor([7])
+    model = decoder(bits, compiler=partial(torch.compile, fullgraph=True, dynamic=False, backend=count))
+    compiled = model(tokens, position)
+    assert len(graphs) == 3
+    assert torch.equal(compiled, decoder(bits)(tokens, position))
+
+
+@torch.no_grad()
+def test_a_k_bit_step_is_that_of_its_weights_dequantized() -> None:
+    tokens, position = torch.tensor([3, 50]), torch.tensor([7])
+    model = decoder(4)
+    found, expected = model(tokens, position), model.reference(tokens, position, dequantized)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    plain = decoder(16)(tokens, position)
+    assert not torch.allclose(found, plain, rtol=1e-2)  # the weights really are quantized
+
+
+def test_a_step_reads_all_but_the_position_embeddings_and_the_size_is_without_the_cache() -> None:
+    model = decoder(16)
+    read, size = sizes(model)
+    cache = 4 * 2 * TINY.layers * 2 * 8 * TINY.hidden
+    assert size == 4 * (TINY.linear_weights + TINY.other_parameters)
+    assert read == size + cache - 4 * (TINY.positions + 2) * TINY.hidden
+
+
+def test_a_context_beyond_the_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 to 32 tokens"):
+        Decoder(TINY, random_source("cpu", torch.float32), plain_linear, context=33)
+
+
+def test_the_table_of_decode_steps_has_ratios_to_16_bits_and_to_the_limit_of_bytes() -> None:
+    sizes_ = {"read_bytes": 2900, "model_bytes": 10**9, "peak_bytes": 2 * 10**9, "error": 1e-4}
+    steps = [Step(bits=16, seconds=4e-9, **sizes_), Step(bits=4, seconds=2e-9, **sizes_ | {"read_bytes": 1450})]
+    found = decode_table(steps, TINY, CEILINGS, blocksize=64, batch=1, context=8, device="a GPU")
+    assert found.body[1] == ["4", "0.000", "2.00x", "0.000", "2.00x", "25%", "1.00", "2.00", "1.0e-04"]
+    assert found.records[1]["limit_seconds"] == pytest.approx(1450 / CEILINGS.read)
+    alone = decode_table(steps[1:], TINY, CEILINGS, blocksize=64, batch=1, context=8, device="a GPU")
+    assert alone.records[0]["speedup"] is None
+
+
+# The roofline.
+
+
+def product(bits: int, rows: int, efficiency: float = 0.8) -> Product:
+    """One that reads its weight at a share of the bandwidth."""
+    n, k = 1024, 512
+    nbytes = int(n * k * 16 / limit(bits, 64) / 8)
+    seconds = nbytes / (efficiency * CEILINGS.read)
+    return Product(
+        kernel=CUBLAS if bits == 16 else OURS, bits=bits, shape=(n, k), rows=rows, seconds=seconds, nbytes=nbytes
+    )
+
+
+def roofline(efficiency: float = 0.8) -> Roofline:
+    products = [
+        product(bits, rows, 1.0 if bits == 16 else efficiency) for bits in (16, *range(3, 9)) for rows in (1, 8, 64)
+    ]
+    return Roofline(ceilings=CEILINGS, products=products, blocksize=64, device="a GPU")
+
+
+def test_intensity_roof_and_speedup_are_those_of_the_bytes() -> None:
+    found = roofline()
+    four = found.product(4, 8)
+    assert four.moved == 1024 * 512 * 4.25 / 8 + 2 * 8 * (1024 + 512)
+    assert four.intensity == 2 * 8 * 1024 * 512 / four.moved
+    assert found.roof(10.0) == 10 * CEILINGS.read
+    assert found.roof(1e6) == CEILINGS.flops
+    assert found.speedup(four) == pytest.approx(0.8 * 16 / 4.25, rel=1e-3)
+    assert limit(4, 64) == 16 / 4.25
+    assert limit(16, 64) == 1
+    record = next(r for r in found.table().records if r["bits"] == 4 and r["rows"] == 8)
+    assert record["of_roof"] == pytest.approx(four.flops / (four.intensity * CEILINGS.read))
+
+
+def test_the_table_of_products_has_microseconds_and_ratios_and_leaves_out_what_is_missing() -> None:
+    found = [product(16, 1), product(16, 8), product(4, 1), product(4, 8), product(3, 8)]
+    rows = matmul_table(found, 64, "a GPU").body
+    assert rows[0] == ["limit", "", "", "3.76x", "4.92x"]
+    assert rows[1][-1] == "-"
+    assert [cell.split("\n")[1] for cell in rows[2][3:]] == ["3.76x", "4.92x"]
+
+
+def test_the_figure_is_written_as_png_and_svg(tmp_path: Path) -> None:
+    paths = figure.write_figure(roofline(), tmp_path / "new")
+    assert [p.name for p in paths] == ["roofline-1024x512.png", "roofline-1024x512.svg"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert "8-bit" in paths[1].read_text()
+
+
+@pytest.mark.parametrize("efficiency", [0.9, 0.3])
+def test_no_two_texts_of_the_figure_overlap_and_none_leaves_it(efficiency: float) -> None:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    with rc_context(figure.RC):
+        fig = figure.draw(roofline(efficiency))
+        canvas = FigureCanvasAgg(fig)
+        canvas.draw()
+        ticks = [t for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for t in (*axis.majorTicks, *axis.minorTicks)]
+        ticks = {label for tick in ticks for label in (tick.label1, tick.label2)}
+        texts = [t for t in fig.findobj(Text) if t.get_text() and t not in ticks and t.get_rotation() == 0]
+        # Text's own extent: an annotation's would take in its leader line.
+        boxes = {t.get_text(): Text.get_window_extent(t, canvas.get_renderer()) for t in texts}
+    assert {"3-bit", "16-bit (cuBLAS)"} <= boxes.keys()
+    for (one, a), (other, b) in combinations(boxes.items(), 2):
+        assert not a.overlaps(b), (one, other)
+    width, height = fig.bbox.width, fig.bbox.height
+    assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= width and b.y1 <= height for b in boxes.values())
+
+
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=8), st.floats(0.01, 1))
+def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -> None:
+    heights = figure.spread(values, gap)
+    placed = sorted(zip(values, heights, strict=True))
+    assert all(b[1] - a[1] >= gap * 0.999 for a, b in pairwise(sorted(placed, key=lambda p: p[1])))
+    assert all(a[1] <= b[1] for a, b in pairwise(placed) if a[0] < b[0])
+    if all(b - a >= gap for a, b in pairwise(sorted(values))):
+        assert heights == values
+
+
+def test_the_look_is_that_of_the_studys_figures() -> None:
+    assert figure.BITS_STYLE == style.BITS_STYLE
+    assert figure.INK == style.INK
+    assert figure.RC.items() <= style.RC.items()
+
+
+# On a GPU.
+
+
+@needs_gpu
+def test_products_and_ceilings_are_measured_on_a_gpu() -> None:
+    said: list[str] = []
+    found = measure([(4096, 4096)], [3, 4], [1, 100], 64, peers=True, say=said.append)
+    kernels = {p.label for p in found}
+    assert {CUBLAS, "k=3", "k=4"} <= kernels
+    assert all(p.seconds > p.moved / 8e12 for p in found)  # no GPU of today is faster than 8 TB/s
+    assert len(found) == 2 * len(kernels)
+
+
+@needs_gpu
+@pytest.mark.parametrize("bits", [16, 8, 3])
+def test_a_captured_step_agrees_with_its_weights_dequantized(bits: int) -> None:
+    torch.compiler.reset()
+    compiler = partial(torch.compile, fullgraph=True, dynamic=False)
+    step = measure_step(decoder(bits, compiler=compiler, device="cuda"), bits, batch=2, context=8)
+    assert step.error < 0.01
+    assert step.peak_bytes > step.model_bytes

@@ -1,0 +1,206 @@
+"""How fast k-bit kernels and models are on this machine, beside cuBLAS, bitsandbytes and the limit, from one run.
+
+  python -m kbit.bench               quantize and dequantize; on an NVIDIA GPU also the fused product x W^T
+  python -m kbit.bench --roofline    the paper's Figure 16, measured: ceilings, batch 1 to 64, 3 to 8 and 16 bits
+  python -m kbit.bench --model       a decode step of an OPT-shaped model: latency, memory and size by precision
+
+Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from rich.console import Console
+
+from kbit.bench import latency, quantizers, roofline
+from kbit.bench.decode import PRESETS
+from kbit.bench.figure import write_figure
+from kbit.bench.matmul import SHAPES, check_shape, measure
+from kbit.bench.matmul import table as matmul_table
+from kbit.bench.report import Report, Table, device_name, environment
+from kbit.bench.timing import measure_ceilings
+from kbit.blockwise import quantize
+from kbit.impl import IMPLS
+from kbit.spec import DTYPES, MAX_BITS, MIN_BITS, QuantSpec
+
+Say = Callable[[str], None]
+
+_KERNEL_ROWS: Final = (1, 16, 32, 64)
+_MATMUL_BITS: Final = (3, 4, 5, 6, 8)
+_CPU_BITS: Final = (3, 4, 8)
+_CPU_DTYPES: Final = ("int", "float", "quantile")
+_DEFAULT_MODEL: Final = "opt-6.7b"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line says. Exits with 2 on bad input, before anything is measured."""
+    began = time.monotonic()
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    _check(parser, args)
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {what}", file=sys.stderr, flush=True)
+
+    torch.set_num_threads(args.threads)
+    name, run = (
+        ("roofline", _roofline) if args.roofline else ("decode", _decode) if args.model else ("kernels", _kernels)
+    )
+    tables = run(args, say)
+    report = Report(
+        name=name,
+        tables=tables,
+        options={key: value for key, value in vars(args).items() if key != "out" and value is not None},
+        environment=environment(args.device),
+        seconds=time.monotonic() - began,
+    )
+    for table in tables:
+        table.print(Console())
+    if args.out is not None:
+        for path in report.write(args.out):
+            say(f"written: {path}")
+    say("done")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kbit.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--roofline", action="store_true", help="the roofline: table and figure (GPU)")
+    mode.add_argument(
+        "--model",
+        nargs="?",
+        const=_DEFAULT_MODEL,
+        choices=tuple(PRESETS),
+        help=f"a decode step of random weights in this shape (GPU; {_DEFAULT_MODEL} where none is named)",
+    )
+    mode.add_argument("--only", choices=("quantizers", "matmul"), help="one half of the default run")
+    every = parser.add_argument_group("any run")
+    every.add_argument("--out", type=Path, metavar="DIR", help="write tables, numbers and figures there")
+    every.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    every.add_argument("--bits", type=int, nargs="+", metavar="K", help=f"{MIN_BITS} to {MAX_BITS} (default: by run)")
+    every.add_argument(
+        "--blocksize", type=int, default=64, metavar="B", help="values that share an absmax (default 64)"
+    )
+    kernels = parser.add_argument_group("products (GPU)")
+    kernels.add_argument(
+        "--shapes", type=_shape, nargs="+", metavar="NxK", help="rows and columns of W (default: by run)"
+    )
+    kernels.add_argument("--rows", type=int, nargs="+", metavar="M", help="rows of x (default: by run)")
+    codes = parser.add_argument_group("quantizers")
+    codes.add_argument("--values", type=int, help="how many (default 2^28 on a GPU, 2^24 on a CPU)")
+    codes.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="data types (default: normal on a GPU, several on a CPU)"
+    )
+    codes.add_argument("--impl", nargs="+", choices=IMPLS, default=["auto"], help="implementations (default auto)")
+    codes.add_argument("--repeats", type=int, default=5, help="timings, of which the median counts (default 5)")
+    codes.add_argument("--threads", type=int, default=1, help="torch's on a CPU (default 1: a core's figure)")
+    model = parser.add_argument_group("--model")
+    model.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
+    model.add_argument(
+        "--context", type=int, default=128, help="tokens in the cache, the step's included (default 128)"
+    )
+    model.add_argument(
+        "--compile-mode",
+        choices=latency.COMPILE_MODES,
+        default=latency.COMPILE_MODES[0],
+        help="torch.compile's, for 16 bits and k bits alike",
+    )
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no ROWSxCOLUMNS such as 16384x4096")
+    return int(rows), int(columns)
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Bad input is refused before anything is measured."""
+    needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
+    needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
+    if needs and args.device != "cuda":
+        parser.error(f"{needs} needs an NVIDIA GPU: its kernels run nowhere else (--device is {args.device})")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    for name in ("blocksize", "values", "repeats", "threads", "batch", "context"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: at least 1 is needed")
+    for bits in args.bits or ():
+        if not MIN_BITS <= bits <= MAX_BITS:
+            parser.error(f"--bits {bits}: {MIN_BITS} to {MAX_BITS} are possible; 16 bits are measured in any case")
+    if min(args.rows or [1]) < 1:
+        parser.error(f"--rows {min(args.rows)}: at least 1 is needed")
+    if args.model and args.context > PRESETS[args.model].positions:
+        parser.error(f"--context {args.context}: {args.model} has positions for {PRESETS[args.model].positions} tokens")
+    try:
+        if args.device == "cuda" and args.only != "quantizers":
+            for shape in args.shapes or SHAPES:
+                check_shape(shape, args.blocksize)
+        for impl in args.impl:
+            quantize(torch.ones(64, device=args.device), QuantSpec(bits=4, dtype="int"), impl=impl)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:
+    tables, gpu = [], args.device == "cuda"
+    if args.only != "matmul":
+        bits = args.bits or (range(MIN_BITS, MAX_BITS + 1) if gpu else _CPU_BITS)
+        dtypes = args.dtypes or (("normal",) if gpu else _CPU_DTYPES)
+        table = quantizers.measure(
+            args.values or (2**28 if gpu else 2**24),
+            [QuantSpec(bits=b, dtype=dtype, blocksize=args.blocksize) for dtype in dtypes for b in bits],
+            blocksize=args.blocksize,
+            impls=args.impl,
+            device=args.device,
+            repeats=args.repeats,
+            say=say,
+        )
+        tables.append(table)
+    if gpu and args.only != "quantizers":
+        bits, rows = args.bits or _MATMUL_BITS, args.rows or _KERNEL_ROWS
+        found = measure(args.shapes or SHAPES, bits, rows, args.blocksize, peers=True, say=say)
+        tables.append(matmul_table(found, args.blocksize, device_name("cuda")))
+    return tables
+
+
+def _roofline(args: argparse.Namespace, say: Say) -> list[Table]:
+    say("ceilings")
+    ceilings, tables = measure_ceilings(), []
+    for shape in args.shapes or roofline.SHAPES:
+        bits, rows = args.bits or roofline.BITS, args.rows or roofline.ROWS
+        found = roofline.Roofline(
+            ceilings=ceilings,
+            products=measure([shape], bits, rows, args.blocksize, peers=False, say=say),
+            blocksize=args.blocksize,
+            device=device_name("cuda"),
+        )
+        tables.append(found.table())
+        if args.out is not None:
+            for path in write_figure(found, args.out):
+                say(f"written: {path}")
+    return tables
+
+
+def _decode(args: argparse.Namespace, say: Say) -> list[Table]:
+    say("ceilings")
+    ceilings, model = measure_ceilings(), PRESETS[args.model]
+    how = {"blocksize": args.blocksize, "batch": args.batch, "context": args.context}
+    steps = latency.measure(model, args.bits or latency.BITS, **how, compile_mode=args.compile_mode, say=say)
+    if not steps:
+        raise SystemExit(f"{args.model}: no precision fits this GPU's free memory")
+    return [latency.table(steps, model, ceilings, **how, device=device_name("cuda"))]
+
+
+if __name__ == "__main__":
+    main()

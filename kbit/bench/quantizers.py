@@ -1,0 +1,138 @@
+"""Quantize and dequantize: GB/s beside bitsandbytes' and a copy, which is the limit.
+
+A quantizer has to read 2 bytes a weight and write its codes and absmax, so it can't be faster than a copy of as many
+bytes read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kbit.bench.report import Table, device_name
+from kbit.bench.timing import call_seconds, copy_rate
+from kbit.blockwise import dequantize, quantize
+from kbit.spec import QuantSpec
+
+PEERS = ("8 bits", "nf4", "fp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """One quantizer: seconds of both directions, and the bytes that each must read and write."""
+
+    name: str
+    bits: int
+    values: int
+    nbytes: float
+    quantize_seconds: float
+    dequantize_seconds: float
+
+
+def measure(
+    values: int,
+    specs: Sequence[QuantSpec],
+    *,
+    blocksize: int,
+    impls: Sequence[str],
+    device: str,
+    repeats: int,
+    say: Callable[[str], None],
+) -> Table:
+    """Time ours and bitsandbytes' on one float16 weight of normally distributed values.
+
+    Raises:
+        ValueError: an impl that can't run here.
+    """
+    weight = torch.randn(values, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float16)
+    limit = copy_rate(values, device=device, repeats=repeats)
+    found = []
+    for impl in impls:
+        for spec in specs:
+            say(f"{spec.label} ({impl})")
+            found.append(_ours(weight, spec, impl, repeats))
+    for peer in PEERS:
+        say(f"bitsandbytes, {peer}")
+        found += _peer(weight, peer, blocksize, repeats)
+    return _table(found, limit, blocksize, device)
+
+
+def _ours(weight: Tensor, spec: QuantSpec, impl: str, repeats: int) -> Rates:
+    packed = quantize(weight, spec, impl=impl)
+    return _rates(
+        spec.label if impl == "auto" else f"{spec.label} ({impl})",
+        spec.bits,
+        weight,
+        packed.nbits / 8,
+        partial(quantize, weight, spec, impl=impl),
+        partial(dequantize, packed, impl=impl),
+        repeats,
+    )
+
+
+def _peer(weight: Tensor, kind: str, blocksize: int, repeats: int) -> Iterator[Rates]:
+    """bitsandbytes: its 8-bit codebook, or 4 bits; nothing where it isn't installed."""
+    try:
+        from bitsandbytes import functional as bnb
+    except ImportError:
+        return
+    if kind == "8 bits":
+        there = partial(bnb.quantize_blockwise, weight, blocksize=blocksize)
+        back: Callable[..., object] = bnb.dequantize_blockwise
+    else:
+        there = partial(bnb.quantize_4bit, weight, blocksize=blocksize, quant_type=kind)
+        back = bnb.dequantize_4bit
+    packed, state = there()
+    bits, nbytes = 8 if kind == "8 bits" else 4, packed.nbytes + state.absmax.nbytes
+    yield _rates(f"bitsandbytes, {kind}", bits, weight, nbytes, there, partial(back, packed, state), repeats)
+
+
+def _rates(
+    name: str,
+    bits: int,
+    weight: Tensor,
+    stored: float,
+    there: Callable[[], object],
+    back: Callable[[], object],
+    repeats: int,
+) -> Rates:
+    first, second = (call_seconds(f, device=weight.device.type, repeats=repeats) for f in (there, back))
+    return Rates(
+        name=name,
+        bits=bits,
+        values=weight.numel(),
+        nbytes=weight.nbytes + stored,
+        quantize_seconds=first,
+        dequantize_seconds=second,
+    )
+
+
+def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) -> Table:
+    body, records = [], []
+    for r in found:
+        cells = [r.name]
+        record: dict[str, str | int | float | None] = {"name": r.name, "bits": r.bits, "blocksize": blocksize}
+        record["values"] = r.values
+        for direction, seconds in (("quantize", r.quantize_seconds), ("dequantize", r.dequantize_seconds)):
+            rate = r.nbytes / seconds
+            cells += [_figure(rate / 1e9), f"{rate / limit:.1%}", f"{r.values / seconds / 1e6:,.0f}"]
+            numbers = {"seconds": seconds, "bytes_per_second": rate, "of_limit": rate / limit}
+            record |= {f"{direction}_{key}": value for key, value in numbers.items()}
+        body.append(cells)
+        records.append(record | {"bytes": r.nbytes, "copy_bytes_per_second": limit})
+    return Table(
+        name="quantizers",
+        title=f"Quantizing {found[0].values:,} float16 values, block {blocksize}, on {device_name(device)}",
+        header=("", *(c for d in ("quantize", "dequantize") for c in (f"{d}\nGB/s", "of limit", "M values/s"))),
+        body=body,
+        notes=[f"GB/s: read plus written. Limit: a copy on the device, {limit / 1e9:,.1f} GB/s."],
+        records=records,
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
