@@ -136,7 +136,7 @@ def quantile_codebook(
     """
     values, upto = _sorted_values(weight, dtype, columns)
     if not values.numel():
-        return torch.tensor([0.0, 1.0], device=weight.device)
+        return torch.tensor([0.0, 1.0], dtype=torch.float32, device=weight.device)
     if mean is not None:
         values = values - mean.float()
     # Whole-number arithmetic keeps the positions i (n - 1) / (2^k + 1) exact however many weights there are.

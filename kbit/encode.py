@@ -45,7 +45,7 @@ class Encoder:
         if compares > _MAX_COMPARES:
             return
         below = (counts.cumsum(0) - counts)[rank]
-        self._within = torch.full((compares, _CELLS), torch.inf)
+        self._within = torch.full((compares, _CELLS), torch.inf, dtype=torch.float32)
         self._within[torch.arange(points.numel()) - below[cell.long()], cell.long()] = points
         self._below = below.to(torch.uint8)
 

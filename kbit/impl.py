@@ -11,6 +11,8 @@ from typing import Final, Literal
 
 import torch
 
+from kbit.memory import is_out_of_memory
+
 IMPLS: Final = ("auto", "torch", "triton", "cuda")
 _FEWEST_CAPABILITY: Final = (8, 0)
 
@@ -65,9 +67,11 @@ def _trial_failure(device: torch.device) -> str | None:
     from kbit.kernels.blockwise import midpoint_tree
 
     try:
-        midpoint_tree(torch.tensor([-1.0, 0.0, 1.0], device=device), 2)
+        midpoint_tree(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float32, device=device), 2)
         torch.cuda.synchronize(device)
     except Exception as error:  # of compilers, linkers, drivers
+        if is_out_of_memory(error):
+            raise
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(f"quantizing is slow here: a trial of Triton's kernels failed: {what}", stacklevel=2)
         return f"a trial of its kernels failed: {what}"

@@ -96,10 +96,10 @@ class KBitLinear(nn.Module):
         self.register_buffer("bias", zeros(out_features, dtype=self.dtype) if bias else None)
         # What follows from the rest.
         self.register_buffer("table", zeros(1 << spec.bits, dtype=self._table_dtype), persistent=False)
-        self.register_buffer("unscale", zeros(1), persistent=False)
+        self.register_buffer("unscale", zeros(1, dtype=torch.float32), persistent=False)
         arrived = zeros(-(-out_features // TILE), dtype=torch.int32) if self.tiled else None
         self.register_buffer("arrived", arrived, persistent=False)
-        nested = zeros(1 << NESTED_SPEC.bits) if spec.absmax_dtype == "nested" else None
+        nested = zeros(1 << NESTED_SPEC.bits, dtype=torch.float32) if spec.absmax_dtype == "nested" else None
         self.register_buffer("absmax_codebook", nested, persistent=False)
         self.register_load_state_dict_post_hook(_derive)  # type: ignore[no-untyped-call]
 

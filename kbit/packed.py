@@ -23,7 +23,7 @@ VERSION: Final = 1
 WEIGHTS: Final = "model.safetensors"
 METADATA: Final = "kbit.json"
 _FORMAT: Final = "kbit-packed"
-_DERIVED: Final = ("table", "arrived", "absmax_codebook")
+_DERIVED: Final = ("table", "unscale", "arrived", "absmax_codebook")
 """Buffers that a KBitLinear makes from its others."""
 _DTYPES: Final = {
     "BOOL": torch.bool,

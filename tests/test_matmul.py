@@ -12,7 +12,7 @@ import torch
 
 from kbit import QuantSpec, codebook
 from kbit.kernels.matmul import Gpu, Variant, choose, dequantize_rows, matmul
-from kbit.kernels.tiles import BLOCKSIZES, untile
+from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, untile
 from tests.tiled_weights import error, weight
 
 KERNELS = Path(__file__).parent.parent / "kbit" / "kernels"
@@ -66,6 +66,21 @@ def assert_compiles(name: str, options: tuple[str, ...], target: str, folder: Pa
     assert done.returncode == 0, done.stderr
 
 
+def test_tiles_of_another_weight_or_out_of_order_are_refused() -> None:
+    tiled, _ = weight(64, 128, QuantSpec(bits=4, dtype="int", blocksize=64))
+    x = torch.zeros(1, 128, dtype=torch.float16)
+    for wrong in (
+        replace(tiled, rows=128),
+        replace(tiled, bits=5),
+        replace(tiled, codes=tiled.codes[::2]),
+    ):
+        with pytest.raises(ValueError, match="are not those of a weight"):
+            matmul(x, wrong)
+    channels_last = replace(tiled, codes=tiled.codes.to(memory_format=torch.channels_last))
+    with pytest.raises(ValueError, match="in order"):
+        matmul(x, channels_last)
+
+
 def test_x_of_another_shape_dtype_or_device_is_refused_before_any_launch() -> None:
     tiled, _ = weight(64, 128, QuantSpec(bits=4, dtype="int", blocksize=64))
     for x, why in [
@@ -89,6 +104,20 @@ def test_x_whose_rows_lie_askew_is_refused() -> None:
             matmul(askew, tiled)
 
 
+def products(
+    tiled: TiledWeight, exact: torch.Tensor, rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ours, torch's with the rounded weight, and the truth: of enough x that errors don't hang on chance."""
+    torch.manual_seed(rows)
+    found, plain, true = [], [], []
+    for _ in range(-(-64 // rows)):
+        x = torch.randn(rows, tiled.columns, device="cuda").to(dtype)
+        found.append(matmul(x, tiled))
+        plain.append(x @ exact.to(dtype).T)
+        true.append(x.double() @ exact.T)
+    return torch.cat(found), torch.cat(plain), torch.cat(true)
+
+
 @needs_gpu
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 61, 64, 65, 150, 193])
@@ -96,11 +125,10 @@ def test_the_product_is_as_exact_as_torchs_and_the_same_each_time(bits: int, row
     shapes = [(64, 64), (576, 1280), (1000, 4096), (4096, 256), (4096, 8192)]
     for (n, k), blocksize in zip(shapes, (64, 32, 128, 256, 64), strict=True):
         tiled, exact = weight(n, k, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), "cuda")
-        x = torch.randn(rows, k, device="cuda").half()
-        true = x.double() @ exact.T
-        plain = x @ exact.half().T
-        found = matmul(x, tiled)
+        found, plain, true = products(tiled, exact, rows, torch.float16)
         assert error(found, true) <= 1.1 * error(plain, true)
+        x = torch.randn(rows, k, device="cuda").half()
+        found = matmul(x, tiled)
         for _ in range(3):
             assert torch.equal(matmul(x, tiled), found)
         if rows <= 64:  # a row's result does not depend on what the others hold
@@ -117,9 +145,8 @@ def test_every_data_type_in_bfloat16_and_float16(dtype: str, blocksize: int) -> 
             spec = QuantSpec(bits=bits, dtype=dtype, blocksize=blocksize)
             tiled, exact = weight(320, 768, spec, "cuda", storage)
             for rows in (1, 24):
-                x = torch.randn(rows, 768, device="cuda").to(storage)
-                true = x.double() @ exact.T
-                assert error(matmul(x, tiled), true) <= 1.1 * error(x @ exact.to(storage).T, true)
+                found, plain, true = products(tiled, exact, rows, storage)
+                assert error(found, true) <= 1.1 * error(plain, true)
 
 
 @needs_gpu

@@ -201,7 +201,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
 
-  // The weights are nobody's result: they are fetched before the kernel that makes x has ended.
+  // The weights are fetched before the kernel that makes x has ended: they must not be that kernel's result.
   enter();
 #pragma unroll
   for (int d = 0; d < (STAGED ? STAGES - 1 : 1); d++) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kbit.kernels.nvrtc import Function, compile_cubin
-from kbit.kernels.tiles import TILE, TiledWeight
+from kbit.kernels.tiles import TILE, TiledWeight, check_tiles
 
 MOST_ROWS: Final = 64
 """Rows of x that one launch of the fused kernel takes."""
@@ -175,6 +175,7 @@ def matmul(x: Tensor, w: TiledWeight, bias: Tensor | None = None, *, batch_invar
     Raises:
         ValueError: x or bias is something else; nothing was launched.
     """
+    check_tiles(w)
     _check(x, w)
     _check_bias(bias, x, w)
     y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
@@ -194,7 +195,7 @@ def _fused(x: Tensor, w: TiledWeight, bias: Tensor | None, y: Tensor, batch_inva
     units = -(-w.row_blocks // variant.wr)
     # Sums of columns that several CTAs share; where none do, nothing is read or written there.
     shared_sums = units * variant.split * variant.tiles * 8 * TILE * variant.wr if variant.split > 1 else 1
-    partial = torch.empty(shared_sums, device=x.device)
+    partial = torch.empty(shared_sums, dtype=torch.float32, device=x.device)
     groups = max(1, min(variant.ctas * gpu.processors // variant.split, units))
     # Equal shares: with as many rounds of units, no multiprocessor has more than it must.
     groups = -(-units // -(-units // groups))
@@ -202,7 +203,7 @@ def _fused(x: Tensor, w: TiledWeight, bias: Tensor | None, y: Tensor, batch_inva
         groups * variant.split,
         variant.warps * _LANES,
         *(w.codes, w.scales, w.table, x, bias, y, partial, w.arrived, w.unscale),
-        *(rows, w.rows, w.columns, x.stride(0)),
+        *(rows, w.rows, w.columns, x.stride(0) if rows > 1 else w.columns),
         overlap=torch.cuda.get_device_capability(index) >= (9, 0),
     )
 
@@ -241,8 +242,8 @@ def _check(x: Tensor, w: TiledWeight) -> None:
         raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
     if x.device != w.codes.device or x.device.type != "cuda":
         raise ValueError(f"x is on {x.device} and the weight on {w.codes.device}: both must be on one GPU")
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        raise ValueError("x must be contiguous, its rows at multiples of 16 bytes: call x.contiguous()")
+    if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) % 8) or x.data_ptr() % 16:
+        raise ValueError("x must be contiguous, its rows at multiples of 16 bytes: call x.contiguous(), or x.clone()")
     if torch.cuda.get_device_capability(x.device) < _FEWEST_CAPABILITY:
         raise ValueError("a GPU of compute capability 8.0 or later is needed")
 
@@ -259,13 +260,13 @@ def _check_bias(bias: Tensor | None, x: Tensor, w: TiledWeight) -> None:
 
 @cache
 def _function(variant: Variant, device: int) -> Function:
-    return Function(_compiled("matmul.cu", variant.options(), device), "kbit_matmul", variant.shared)
+    return Function(_compiled("matmul.cu", variant.options(), device), "kbit_matmul", variant.shared, device)
 
 
 @cache
 def _untile(bits: int, blocksize: int, bfloat16: bool, device: int) -> Function:
     options = (f"-DBITS={bits}", f"-DBLOCK={blocksize}", f"-DBF16={int(bfloat16)}")
-    return Function(_compiled("untile.cu", options, device), "kbit_untile", 0)
+    return Function(_compiled("untile.cu", options, device), "kbit_untile", 0, device)
 
 
 def _compiled(name: str, options: tuple[str, ...], device: int) -> bytes:

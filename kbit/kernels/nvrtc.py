@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -60,11 +59,16 @@ def compile_cubin(source: str, options: Sequence[str], capability: tuple[int, in
 
 
 class Function:
-    """A compiled kernel, loaded on the current device."""
+    """A compiled kernel, loaded on a device.
 
-    def __init__(self, cubin: bytes, name: str, shared: int) -> None:
-        torch.cuda.current_stream()  # torch's context, into which the module is loaded
-        self._driver, self._shared = _driver(), shared
+    Args:
+        shared: bytes of shared memory that a launch asks for.
+        device: index of the current device.
+    """
+
+    def __init__(self, cubin: bytes, name: str, shared: int, device: int) -> None:
+        self._driver, self._shared, self._device = _driver(), shared, device
+        self._enter_context()
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
         self._check(self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
@@ -78,6 +82,7 @@ class Function:
         Args:
             overlap: the kernel may begin while the one before ends; it waits itself for what that one makes.
         """
+        self._enter_context()
         values = [_argument(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.byref(v), ctypes.c_void_p) for v in values])
         attribute = _Attribute(id=_PROGRAMMATIC_LAUNCH)
@@ -89,6 +94,14 @@ class Function:
             int(overlap),
         )
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None))
+
+    def _enter_context(self) -> None:
+        """A thread whose first work on a GPU this is has no context yet; it gets torch's, the primary one."""
+        context = ctypes.c_void_p()
+        self._check(self._driver.cuCtxGetCurrent(ctypes.byref(context)))
+        if not context.value:
+            self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device))
+            self._check(self._driver.cuCtxSetCurrent(context))
 
     def _check(self, code: int) -> None:
         if code:
@@ -110,10 +123,10 @@ def _driver() -> ctypes.CDLL:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    # torch has it loaded, or its wheel lies beside it.
-    beside = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/libnvrtc.so.*"))
-    names = [f"libnvrtc.so.{version}" for version in (13, 12)] + [str(p) for p in beside if "builtins" not in p.name]
-    for name in names:
+    # torch has that of its own CUDA version loaded, or its wheel lies beside it. Drivers may refuse a newer one's code.
+    major = (torch.version.cuda or "").partition(".")[0]
+    beside = sorted(Path(torch.__file__).parents[1].glob(f"nvidia/**/libnvrtc.so.{major}*"))
+    for name in (f"libnvrtc.so.{major}", *(str(p) for p in beside if "builtins" not in p.name)):
         try:
             return ctypes.CDLL(name)
         except OSError:

@@ -18,11 +18,12 @@ from torch.nn.functional import linear
 
 from kbit.blocks import Blocks, NestedAbsmax, Part, load_absmax
 from kbit.impl import choose_blockwise
-from kbit.kernels.tiles import TiledWeight, row_block_chunks, untile
+from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
 from kbit.packing import packed_bytes, unpack
 from kbit.spec import QuantSpec
 from kbit.storage import chunk_length
 
+_ALIGNMENT: Final = 16
 _library: Final[Any] = torch.library.Library("kbit", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "matmul_tiled(Tensor x, Tensor codes, Tensor scales, Tensor codebook, Tensor table, Tensor unscale, "
@@ -65,7 +66,9 @@ def by_row(product: Callable[..., Tensor], *inputs: Tensor, apart: bool) -> Tens
     """product(*inputs), or where `apart` one row at a time, so that no row's sums depend on how many there are."""
     if not apart or inputs[0].shape[0] <= 1:
         return product(*inputs)
-    return torch.cat([product(*row) for row in zip(*(torch.split(x, 1) for x in inputs), strict=True)])
+    # Copies, since cuBLAS chooses kernels by alignment too.
+    rows = zip(*(torch.split(x, 1) for x in inputs), strict=True)
+    return torch.cat([product(*(x.clone() for x in row)) for row in rows])
 
 
 def dequantized_rows(
@@ -169,10 +172,13 @@ def _matmul_tiled(
         bits=bits,
         blocksize=blocksize,
     )
+    check_tiles(w)
     if x.is_cuda and x.dtype == table.dtype:
         from kbit.kernels.matmul import matmul
 
-        return matmul(x, w, bias, batch_invariant=batch_invariant)
+        # A view may begin anywhere.
+        aligned = x.clone() if x.data_ptr() % _ALIGNMENT else x
+        return matmul(aligned, w, bias, batch_invariant=batch_invariant)
     chunks = row_block_chunks(w.row_blocks, w.columns, x.device)
     weights = (untile(w, first, last).to(storage) for first, last in chunks)
     return _by_dequantizing(x, weights, bias, rows, batch_invariant)

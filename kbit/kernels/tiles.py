@@ -63,6 +63,20 @@ class TiledWeight:
         return sum(t.nbytes for t in (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived))
 
 
+def check_tiles(w: TiledWeight) -> None:
+    """Refuse tensors that are not the layout of such a weight.
+
+    Raises:
+        ValueError: they are of another size, or don't lie in order.
+    """
+    tiles = w.row_blocks * w.columns // TILE
+    if w.codes.shape != (tiles, w.bits, LANES, 4) or not (w.codes.is_contiguous() and w.scales.is_contiguous()):
+        raise ValueError(
+            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} are not those of a weight [{w.rows}, {w.columns}], "
+            "or don't lie in order"
+        )
+
+
 def why_not_tiled(q: QuantizedTensor) -> str | None:
     """Why a weight has no such layout, in words; None when it has."""
     return why_no_layout(q.shape, q.spec)
