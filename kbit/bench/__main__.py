@@ -22,7 +22,7 @@ from rich.console import Console
 from kbit.bench import latency, quantizers, roofline
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
-from kbit.bench.matmul import SHAPES, check_shape, measure
+from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Report, Table, device_name, environment
 from kbit.bench.timing import measure_ceilings
@@ -169,8 +169,10 @@ def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:
         tables.append(table)
     if gpu and args.only != "quantizers":
         bits, rows = args.bits or _MATMUL_BITS, args.rows or _KERNEL_ROWS
-        found = measure(args.shapes or SHAPES, bits, rows, args.blocksize, peers=True, say=say)
-        tables.append(matmul_table(found, args.blocksize, device_name("cuda")))
+        shapes = args.shapes or SHAPES
+        found = measure(shapes, bits, rows, args.blocksize, peers=True, say=say)
+        notes = [layout_cost(shapes[0], b, args.blocksize) for b in bits]
+        tables.append(matmul_table(found, args.blocksize, device_name("cuda"), notes))
     return tables
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kbit.bench.report import Record, Table
-from kbit.bench.timing import copies_of, graph_seconds
+from kbit.bench.timing import call_seconds, copies_of, graph_seconds
 from kbit.blockwise import quantize
 from kbit.kernels.matmul import matmul
 from kbit.kernels.tiles import BLOCKSIZES, TILE, TiledWeight, tile
@@ -37,6 +37,7 @@ SHAPES: Final[tuple[Shape, ...]] = (
 DTYPE: Final = "normal"
 """Data type of the codes. Which one doesn't matter to the kernel: it looks every value up."""
 _STRIP_ROWS: Final = 1024
+_LAYOUTS: Final = 5
 OURS: Final = "kbit"
 CUBLAS: Final = "cuBLAS"
 PEERS: Final = {"bnb nf4": 4, "bnb fp4": 4, "bnb 8-bit": 8}
@@ -208,7 +209,21 @@ def _peer(shape: Shape, name: str, blocksize: int) -> _Contender | None:
     return _Contender(kernel=name, bits=PEERS[name], weights=weights, nbytes=nbytes, product=product)
 
 
-def table(found: Sequence[Product], blocksize: int, device: str) -> Table:
+def layout_cost(shape: Shape, bits: int, blocksize: int) -> str:
+    """What laying a quantized weight out for the kernel costs, once, in words."""
+    q = quantize(_random(*shape), QuantSpec(bits=bits, dtype=DTYPE, blocksize=blocksize))
+    seconds = call_seconds(lambda: tile(q, torch.float16), repeats=_LAYOUTS, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    nbytes = tile(q, torch.float16).nbytes
+    work = torch.cuda.max_memory_allocated() - before - nbytes
+    return (
+        f"Laying out a {shape[0]} x {shape[1]} weight of {bits} bits, once: {seconds * 1e3:.1f} ms; {nbytes / 1e6:.1f} MB, "
+        f"and {work / 1e6:.1f} MB while at it."
+    )
+
+
+def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence[str] = ()) -> Table:
     """A row a shape and number of rows of x; microseconds, and how many times as fast as cuBLAS in float16."""
     by_place = {(p.shape, p.rows, p.label): p for p in found}
     labels = list(dict.fromkeys(p.label for p in found if p.kernel != CUBLAS))
@@ -225,7 +240,8 @@ def table(found: Sequence[Product], blocksize: int, device: str) -> Table:
         body=body,
         notes=[
             f"limit: 16 / (k + 16/{blocksize}), of bytes alone. bnb: bitsandbytes; its 8-bit codebook has no fused "
-            "product: dequantized, then cuBLAS. Medians of CUDA-graph replays; every launch reads another copy of W."
+            "product: dequantized, then cuBLAS. Medians of CUDA-graph replays; every launch reads another copy of W.",
+            *notes,
         ],
         records=[_record(p, by_place[p.shape, p.rows, CUBLAS], blocksize) for p in found],
     )
