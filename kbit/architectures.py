@@ -53,7 +53,7 @@ class Layer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return _weight(self.module)
+        return _weight(self.module, self.name)
 
     @property
     def weight(self) -> Tensor:
@@ -76,13 +76,16 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Of the ModuleLists that lie in no other, they are the one with most weights in linear layers.
 
     Raises:
-        ArchitectureError: no ModuleList has linear layers.
+        ArchitectureError: no ModuleList has linear layers; or one of these has a weight that is computed.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
-    sizes = {name: sum(_weight(m).numel() for m in blocks.modules() if _is_linear(m)) for name, blocks in lists.items()}
+    sizes = {
+        name: sum(_weight(m, path).numel() for path, m in blocks.named_modules(prefix=name) if _is_linear(m))
+        for name, blocks in lists.items()
+    }
     best = max(sizes, key=lambda name: sizes[name], default=None)
     if best is None or sizes[best] == 0:
         raise ArchitectureError(
@@ -115,7 +118,7 @@ def block_layers(model: nn.Module) -> list[Layer]:
         for path, module in block.named_modules(prefix=f"{name}.{number}"):
             if not _is_linear(module):
                 continue
-            weight = _weight(module)
+            weight = _weight(module, path)
             if not weight.is_floating_point():
                 raise ArchitectureError(
                     f"{path} has weights of {weight.dtype}: quantized already; load the 16-bit model"
@@ -152,7 +155,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _weight(module: nn.Module) -> nn.Parameter:
+def _weight(module: nn.Module, name: str) -> nn.Parameter:
     weight = module.weight
-    assert isinstance(weight, nn.Parameter)
+    if not isinstance(weight, nn.Parameter):
+        raise ArchitectureError(
+            f"{name} has a weight that is computed (parametrized or weight-normed), not a parameter: remove the "
+            "parametrization first, leaving its result"
+        )
     return weight

@@ -7,19 +7,26 @@ from torch import Tensor
 
 from kbit.blocks import Blocks, NestedAbsmax
 from kbit.blockwise import QuantizedTensor
-from kbit.kernels.tiles import LANES, TILE, full_codebook, tile, why_no_layout
-from kbit.packing import packed_bytes
+from kbit.kernels.tiles import (
+    LANES,
+    TILE,
+    TiledWeight,
+    full_codebook,
+    row_block_chunks,
+    tiled_absmax,
+    tiled_codes,
+    untile_absmax,
+    untile_codes,
+    why_no_layout,
+    why_not_tiled,
+)
+from kbit.packing import pack, packed_bytes
 from kbit.spec import NESTED_BLOCKSIZE, QuantSpec
 
 
-def is_tiled(rows: int, columns: int, spec: QuantSpec) -> bool:
-    """Whether a weight [rows, columns], quantized so, lies in tiles: the same on every device."""
-    return why_no_layout((rows, columns), spec) is None
-
-
 def shapes(rows: int, columns: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what ``lay_out`` gives, by name."""
-    if is_tiled(rows, columns, spec):
+    """Shape and dtype of what ``lay_out`` gives, by name; "scales" are there where a weight lies in tiles."""
+    if why_no_layout((rows, columns), spec) is None:
         assert spec.blocksize is not None
         row_blocks = -(-rows // TILE)
         return {
@@ -48,7 +55,26 @@ def lay_out(q: QuantizedTensor) -> dict[str, Tensor]:
     if isinstance(q.absmax, NestedAbsmax):
         nested = {"absmax_scale": q.absmax.scale, "absmax_offset": q.absmax.offset}
         return {**stored, "absmax": q.absmax.codes, **nested}
-    if is_tiled(q.shape[0], q.shape[1], q.spec):
-        w = tile(q, q.storage_dtype)
-        return {**stored, "codes": w.codes, "scales": w.scales}
+    if why_not_tiled(q) is None:
+        return {**stored, "codes": tiled_codes(q), "scales": tiled_absmax(q)}
     return {**stored, "absmax": q.absmax}
+
+
+def row_major(w: TiledWeight) -> tuple[Tensor, Tensor]:
+    """The codes and absmax of a weight in tiles, as ``QuantizedTensor`` has them."""
+    chunks = row_block_chunks(w.row_blocks, w.columns, w.codes.device)
+    codes = torch.cat([pack(untile_codes(w, *chunk).reshape(-1), w.bits) for chunk in chunks])
+    return codes, untile_absmax(w).reshape(-1)
+
+
+def check_stored(name: str, found: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse a tensor that is not what a layer stores under this name.
+
+    Raises:
+        ValueError: it has another shape or dtype, or does not lie in order.
+    """
+    if found.shape != shape or found.dtype != dtype or not found.is_contiguous():
+        order = "" if found.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"{name} is {found.dtype} {list(found.shape)}{order}; this layer's is contiguous {dtype} {list(shape)}"
+        )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +15,28 @@ from kbit.blocks import NESTED_SPEC, NestedAbsmax
 from kbit.blockwise import QuantizedTensor, dequantize
 from kbit.codebooks import codebook
 from kbit.kernels.ops import by_row, matmul_rows, matmul_tiled
-from kbit.kernels.tiles import (
-    TILE,
-    TiledWeight,
-    lookup_table,
-    row_block_chunks,
-    untile_absmax,
-    untile_codes,
-    why_no_layout,
-)
-from kbit.layout import is_tiled, lay_out, shapes
-from kbit.packing import pack
+from kbit.kernels.tiles import TILE, TiledWeight, lookup_table, why_no_layout
+from kbit.layout import check_stored, lay_out, row_major, shapes
 from kbit.spec import QuantSpec
 from kbit.storage import STORAGE_DTYPES
+
+DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+"""Of x, and of the weights that a layer stands for."""
 
 
 class KBitLinear(nn.Module):
     """y = x · W^T + bias for a quantized W, with no copy of W in 16 bits, on the CPU and on a GPU.
 
     W lies in the kernels' tiles where it has that layout, else in row-major order, the same on every device
-    (``kbit.layout``). Everything is a buffer: ``state_dict`` holds what defines the layer, exactly. ``to(dtype)``
-    changes the bias and the dtype of x to come, never codes, absmax, codebook, mean or kept columns.
+    (``kbit.layout``). Everything is a buffer: ``state_dict`` holds what defines the layer, exactly, and one of another
+    spec is refused. ``to(dtype)`` changes the bias and the dtype of x to come, never codes, absmax, codebook, mean or
+    kept columns. Loading a state dict in place keeps every buffer's address, so that CUDA graphs stay valid.
 
-    Products and bias are summed in float32 and rounded to x's dtype; kept columns and the mean are added to that.
-    A GPU's fused kernel takes x of ``dtype``; float32 x, and layers without tiles, go by dequantizing some rows at a
-    time. A layer is for one CUDA stream at a time, and for inference: a backward raises NotImplementedError.
+    Products, kept columns, mean and bias are summed in float32 and rounded to x's dtype once. With centering W is not
+    rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x of ``dtype``;
+    float32 x, and layers without tiles, go by dequantizing some rows at a time. A layer is for one CUDA stream at a
+    time, and for inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that
+    raises NotImplementedError. Autocast does not reach into it.
 
     Args:
         in_features, out_features: W is [out_features, in_features].
@@ -49,6 +49,9 @@ class KBitLinear(nn.Module):
 
     Attributes:
         batch_invariant: whether a row's result depends on no other row, nor on how many there are; False at first.
+
+    Raises:
+        ValueError: a size, dtype or number of kept columns that is not possible, or a spec of 16 bits.
     """
 
     codes: Tensor
@@ -83,25 +86,34 @@ class KBitLinear(nn.Module):
             raise ValueError(
                 f"bits={spec.bits}, storage_dtype={storage_dtype}: 2 to 8 bits of a 16-bit dtype are needed"
             )
+        if in_features < 1 or out_features < 1 or not 0 <= kept <= in_features:
+            raise ValueError(
+                f"in_features={in_features}, out_features={out_features}, kept={kept}: sizes of at least 1, and 0 to "
+                "in_features kept columns are needed"
+            )
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.storage_dtype, self.dtype = storage_dtype, dtype or storage_dtype
-        self.tiled = is_tiled(out_features, in_features, spec)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype} is not torch.float16, torch.bfloat16 or torch.float32")
         self.batch_invariant = False
-        zeros = partial(torch.zeros, device=device)
-        for name, (shape, kind) in shapes(out_features, in_features, spec).items():
-            self.register_buffer(name, zeros(shape, dtype=kind))
-        self.register_buffer("mean", zeros((), dtype=torch.float16) if spec.center else None)
-        self.register_buffer("kept_columns", zeros(kept, dtype=torch.int32) if kept else None)
-        self.register_buffer("kept_values", zeros(out_features, kept, dtype=storage_dtype) if kept else None)
-        self.register_buffer("bias", zeros(out_features, dtype=self.dtype) if bias else None)
-        # What follows from the rest.
-        self.register_buffer("table", zeros(1 << spec.bits, dtype=self._table_dtype), persistent=False)
-        self.register_buffer("unscale", zeros(1, dtype=torch.float32), persistent=False)
-        arrived = zeros(-(-out_features // TILE), dtype=torch.int32) if self.tiled else None
-        self.register_buffer("arrived", arrived, persistent=False)
-        nested = zeros(1 << NESTED_SPEC.bits, dtype=torch.float32) if spec.absmax_dtype == "nested" else None
-        self.register_buffer("absmax_codebook", nested, persistent=False)
-        self.register_load_state_dict_post_hook(_derive)  # type: ignore[no-untyped-call]
+        self._stored = shapes(out_features, in_features, spec)
+        self.tiled = "scales" in self._stored
+        if spec.center:
+            self._stored["mean"] = ((), torch.float16)
+        if kept:
+            self._stored["kept_columns"] = ((kept,), torch.int32)
+            self._stored["kept_values"] = ((out_features, kept), storage_dtype)
+        # What follows from the rest, made by ``derive``.
+        derived = {"table": ((1 << spec.bits,), self._table_dtype), "unscale": ((1,), torch.float32)}
+        if self.tiled:
+            derived["arrived"] = ((-(-out_features // TILE),), torch.int32)
+        if self._is_nested:
+            derived["absmax_codebook"] = ((1 << NESTED_SPEC.bits,), torch.float32)
+        for name in ("mean", "kept_columns", "kept_values"):
+            self.register_buffer(name, None)
+        for name, (shape, kind) in {**self._stored, **derived}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device), persistent=name not in derived)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None)
 
     @classmethod
     @torch.no_grad()
@@ -142,25 +154,33 @@ class KBitLinear(nn.Module):
         """x [..., in_features] of ``dtype`` or float32 to [..., out_features] of x's dtype.
 
         Raises:
-            ValueError: x has another shape or dtype.
+            ValueError: x has another shape or dtype, or not all of the layer is on x's device.
         """
-        if x.shape[-1] != self.in_features or x.dtype not in (self.table.dtype, torch.float32):
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if x.shape[-1:] != (self.in_features,) or x.dtype not in (self.table.dtype, torch.float32):
+            why = "; autocast made x so: leave it, or give it this dtype" if autocast else ""
             raise ValueError(
                 f"x is {x.dtype} {list(x.shape)}: this layer takes [..., {self.in_features}] of {self.table.dtype} or "
-                "float32; layer.to(dtype) changes that"
+                f"float32; layer.to(dtype) changes that{why}"
             )
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.device != x.device:
+                raise ValueError(
+                    f"x is on {x.device} and this layer's {name} on {buffer.device}: move one of them; what is on meta "
+                    "has no values yet: load a state dict, or call layer.derive()"
+                )
         flat = x.reshape(-1, self.in_features).contiguous()
-        y = self._product(flat)
-        if self.kept_columns is not None:
-            y = self._with_kept(y, flat.index_select(1, self.kept_columns))
-        if self.mean is not None:
-            y = y.float() + self._sums(flat) * self.mean.float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if autocast:
+            with torch.autocast(x.device.type, enabled=False):
+                y = self._product(flat)
+        else:
+            y = self._product(flat)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x · W^T + bias without mean and kept columns, whose codes stand for zero."""
+        """x · W^T + bias. The codes of kept columns stand for zero, and codes for W less its mean."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        rest = (bias, self.out_features, self.spec.bits, self.spec.blocksize)
+        rest = (bias, self._addend(x), self.out_features, self.spec.bits, self.spec.blocksize)
         how = (self.storage_dtype, self.batch_invariant)
         y: Tensor
         if self.tiled:
@@ -171,42 +191,77 @@ class KBitLinear(nn.Module):
             y = matmul_rows(x, self.codes, self.absmax, nested, self.codebook, *rest, self.spec.scheme, *how)
         return y
 
-    def _with_kept(self, y: Tensor, kept: Tensor) -> Tensor:
-        """y plus the product of the kept columns of x, rounded once; float32 on the CPU."""
-        assert self.kept_values is not None
-        # The CPU does not sum all 16-bit products in float32.
-        compute = torch.float32 if kept.device.type == "cpu" else kept.dtype
-        values = self.kept_values.to(compute).t()
-        add = partial(_add_product, values=values)
-        return by_row(add, y.to(compute), kept.to(compute), apart=self.batch_invariant)
+    def _addend(self, x: Tensor) -> Tensor | None:
+        """The part of kept columns and mean, float32 [x's rows, out_features]; None without them."""
+        kept = None if self.kept_columns is None else x.index_select(1, self.kept_columns)
+        addend = None
+        if kept is not None:
+            assert self.kept_values is not None
+            product = partial(_wide_product, values=self.kept_values)
+            addend = by_row(product, kept, apart=self.batch_invariant)
+        if self.mean is not None:
+            part = self._sums(x, kept) * self.mean.float()
+            addend = part.expand(-1, self.out_features).contiguous() if addend is None else addend + part
+        return addend
 
-    def _sums(self, x: Tensor) -> Tensor:
+    def _sums(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """What the mean is multiplied by: each row's sum over the columns that are not kept, float32 [rows, 1]."""
         total = partial(torch.sum, dim=1, dtype=torch.float32, keepdim=True)
         sums = by_row(total, x, apart=self.batch_invariant)
-        if self.kept_columns is None:
-            return sums
-        return sums - by_row(total, x.index_select(1, self.kept_columns), apart=self.batch_invariant)
+        return sums if kept is None else sums - by_row(total, kept, apart=self.batch_invariant)
 
     def derive(self) -> None:
-        """Make the buffers that follow from those of the state dict, once these are there."""
-        device = self.codes.device
-        if device.type == "meta":
+        """Make the buffers that follow from those of the state dict, once these are there; in place where possible.
+
+        Raises:
+            ValueError: a buffer of the state dict is not what this layer stores.
+        """
+        if any(self._buffers[name].is_meta for name in self._stored):  # type: ignore[union-attr]
             return
-        self.table, self.unscale = lookup_table(self.codebook, self._table_dtype)
+        for name, (shape, kind) in self._stored.items():
+            check_stored(name, self.get_buffer(name), shape, kind)
+        device = self.codes.device
+        table, unscale = lookup_table(self.codebook, self._table_dtype)
+        self._keep("table", table)
+        self._keep("unscale", unscale)
         if self.tiled:
-            self.arrived = torch.zeros(-(-self.out_features // TILE), dtype=torch.int32, device=device)
+            self._keep("arrived", torch.zeros(-(-self.out_features // TILE), dtype=torch.int32, device=device))
         if self._is_nested:
-            self.absmax_codebook = codebook(NESTED_SPEC).to(device)
+            self._keep("absmax_codebook", codebook(NESTED_SPEC).to(device))
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        old = self.get_buffer(name)
+        if (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
+            old.copy_(value)  # where a captured CUDA graph reads it
+        else:
+            self._buffers[name] = value
+
+    def get_extra_state(self) -> Tensor:
+        """Spec and storage dtype, as bytes of JSON: a tensor is what safetensors and weights_only loading take."""
+        about = {"spec": asdict(self.spec), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}
+        return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse that of another spec: the same codes would stand for other weights."""
+        found, own = (bytes(s.tolist()).decode() for s in (state, self.get_extra_state()))
+        if json.loads(found) != json.loads(own):
+            raise ValueError(f"a state dict of {found} does not fit a layer of {own}")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Check before anything is copied, since copying would cast."""
+        if f"{prefix}_extra_state" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+        for name, (shape, kind) in self._stored.items():
+            if f"{prefix}{name}" in state_dict:
+                check_stored(f"{prefix}{name}", state_dict[f"{prefix}{name}"], shape, kind)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.derive()
 
     def quantized(self) -> QuantizedTensor:
         """The weight as ``kbit.quantize`` gave it, bit for bit; its dtype is the layer's."""
         absmax: Tensor | NestedAbsmax
         if self.tiled:
-            w = self.tiled_weight()
-            chunks = row_block_chunks(w.row_blocks, w.columns, self.codes.device)
-            codes = torch.cat([pack(untile_codes(w, *chunk).reshape(-1), w.bits) for chunk in chunks])
-            absmax = untile_absmax(w).reshape(-1)
+            codes, absmax = row_major(self.tiled_weight())
         elif self._is_nested:
             codes = self.codes
             absmax = NestedAbsmax(
@@ -278,18 +333,16 @@ class KBitLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KBitLinear:
         """Move everything; cast the bias alone."""
         before = self._table_dtype
-        self.dtype = fn(torch.empty(1, dtype=self.dtype, device=self.codes.device)).dtype
+        dtype = fn(torch.empty(1, dtype=self.dtype, device=self.codes.device)).dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"a KBitLinear can't be cast to {dtype}: float16, bfloat16 and float32 are possible")
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = fn(buffer) if name == "bias" else _uncast(fn, buffer)
+        self.dtype = dtype
         if self._table_dtype != before:
             self.derive()
         return self
-
-
-def _derive(layer: nn.Module, _: object) -> None:
-    assert isinstance(layer, KBitLinear)
-    layer.derive()
 
 
 def _uncast(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
@@ -301,5 +354,9 @@ def _uncast(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
     return moved.view(buffer.dtype)
 
 
-def _add_product(y: Tensor, kept: Tensor, *, values: Tensor) -> Tensor:
-    return torch.addmm(y, kept, values)
+def _wide_product(x: Tensor, *, values: Tensor) -> Tensor:
+    """x · values^T in float32, unrounded."""
+    if x.is_cuda and x.dtype == values.dtype:
+        return torch.mm(x, values.t(), out_dtype=torch.float32)
+    # On the CPU there is no such product of 16-bit numbers.
+    return torch.mm(x.float(), values.float().t())

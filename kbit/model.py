@@ -46,7 +46,10 @@ class QuantHandle:
     def restore(self) -> None:
         """Give the model its original weights back, bit for bit, and in a packed one its modules, where it now lies.
 
-        A second call does nothing.
+        Where the packed model was cast, they are cast to its dtype now. A second call does nothing.
+
+        Raises:
+            ValueError: the packed model is on the meta device.
         """
         _restore(self._undo)
 
@@ -75,12 +78,13 @@ def quantize_model(
         spec: how. With bits=16 nothing changes, and the handle works all the same.
         storage_dtype: the checkpoint's 16-bit dtype, float16 or bfloat16, for a model that was cast up; None takes the
             weights' own, or float16.
-        packed: hold the layers in k bits. Such a model is for inference.
+        packed: hold the layers in k bits. Such a model is for inference: call it under torch.no_grad(), without which
+            torch.compile traces a backward that these layers don't have.
 
     Raises:
         ArchitectureError: no layers to quantize, or they are quantized already; spec.outlier_fraction > 0 and the
-            layers' order isn't known; packed, and a layer has hooks or a forward of its own, or shares its weight with
-            another.
+            layers' order isn't known; packed, and a layer has hooks or a forward of its own, shares its weight with
+            another, or is float64.
         WeightError: a weight with NaN or infinite values. Whatever the error, the model has its original weights again.
     """
     if any(isinstance(module, KBitLinear) for module in model.modules()):

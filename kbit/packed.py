@@ -1,4 +1,4 @@
-"""Packed models on disk: ``model.safetensors`` with every tensor once, and ``kbit.json``, which says what they are.
+"""Packed models on disk: ``kbit.safetensors`` with every tensor once, and ``kbit.json``, which says what they are.
 
 A transformers model's ``config.json`` (and generation_config.json) lie beside them. Nothing is pickled.
 """
@@ -9,10 +9,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kbit.checkpoint import CheckpointError, safetensors_header
 from kbit.linear import KBitLinear
@@ -20,11 +22,21 @@ from kbit.replacing import replace
 from kbit.spec import QuantSpec
 
 VERSION: Final = 1
-WEIGHTS: Final = "model.safetensors"
+WEIGHTS: Final = "kbit.safetensors"
 METADATA: Final = "kbit.json"
 _FORMAT: Final = "kbit-packed"
-_DERIVED: Final = ("table", "unscale", "arrived", "absmax_codebook")
-"""Buffers that a KBitLinear makes from its others."""
+_KEYS: Final = {"model": dict, "layers": dict, "tied": dict}
+_MODEL_KEYS: Final = {"class": str, "transformers": bool, "attention": str | None}
+_LAYER_KEYS: Final = {
+    "in_features": int,
+    "out_features": int,
+    "spec": dict,
+    "storage_dtype": str,
+    "dtype": str,
+    "kept": int,
+    "bias": bool,
+    "batch_invariant": bool,
+}
 _DTYPES: Final = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -43,7 +55,8 @@ def save_packed(model: nn.Module, directory: str | Path) -> None:
     """Write a model with ``KBitLinear`` layers, as ``quantize_model(..., packed=True)`` leaves it, to a directory.
 
     All parameters and buffers are written as they are, tied ones once. The host holds one copy while it is written.
-    A model that was in the directory before is replaced; other files, such as a tokenizer's, are left alone.
+    A model that was in the directory before is replaced once all is written; other files, such as a tokenizer's, are
+    left alone.
 
     Raises:
         ValueError: the model has no KBitLinear, or a tensor without values (on the meta device).
@@ -56,21 +69,21 @@ def save_packed(model: nn.Module, directory: str | Path) -> None:
     tensors, tied = _distinct(dict(_tensors(model)))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "format": _FORMAT,
-        "version": VERSION,
-        "model": _save_config(model, directory),
-        "layers": {name: _arguments(layer) for name, layer in layers.items()},
-        "tied": tied,
-    }
-    # While kbit.json is missing, what lies there is no packed model.
-    (directory / METADATA).unlink(missing_ok=True)
-    unfinished = directory / f".{WEIGHTS}.part"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    unfinished.replace(directory / WEIGHTS)
-    unfinished = directory / f".{METADATA}.part"
-    unfinished.write_text(json.dumps(metadata, indent=1) + "\n")
-    unfinished.replace(directory / METADATA)
+    with TemporaryDirectory(prefix=".kbit-", dir=directory) as unfinished:
+        part = Path(unfinished)
+        metadata = {
+            "format": _FORMAT,
+            "version": VERSION,
+            "model": _save_config(model, part),
+            "layers": {name: _arguments(layer) for name, layer in layers.items()},
+            "tied": tied,
+        }
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+        # While kbit.json is missing, what lies there is no packed model: it goes first and comes last.
+        (directory / METADATA).unlink(missing_ok=True)
+        for file in sorted(part.iterdir(), key=lambda file: file.name == METADATA):
+            file.replace(directory / file.name)
 
 
 @torch.no_grad()
@@ -89,8 +102,11 @@ def load_packed(
             given back. Needed for what transformers can't build from config.json.
 
     Raises:
-        CheckpointError: no packed model, one of a later version, damaged files, or not the tensors of this model.
+        CheckpointError: no packed model, one of a later version, damaged files, or not the tensors of this model (which
+            is compared by names, shapes and dtypes before it is changed).
+        ValueError: there is no such device, or it is meta.
     """
+    device = _usable(device)
     directory = Path(directory)
     metadata = _read_metadata(directory)
     try:
@@ -101,26 +117,44 @@ def load_packed(
         raise CheckpointError(f"{directory}: {error}") from error
     if model is None:
         model = _skeleton(directory, metadata["model"])
-    _replace_layers(model, metadata["layers"], directory)
+    layers = _layers(model, metadata["layers"], directory)
     tied: Mapping[str, str] = metadata["tied"]
-    wanted = dict(_tensors(model))
+    wanted = dict(_tensors(model, layers))
     _same_names(wanted.keys(), header.keys() | tied.keys(), directory)
     _same_names(set(tied.values()), header.keys() & set(tied.values()), directory)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in wanted.items():
         stored = header[tied.get(name, name)]
-        exact = name.rpartition(".")[0] in metadata["layers"] and not name.endswith(".bias")
+        exact = modules[name.rpartition(".")[0]] in layers and not name.endswith(".bias")
         if stored.shape != tensor.shape or (exact and _DTYPES.get(stored.dtype) != tensor.dtype):
             is_, want = f"{stored.dtype} {list(stored.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(f"{directory}: {name} is {is_} in {WEIGHTS}, and the model's is {want}")
-    _fill(model, directory / WEIGHTS, wanted.keys(), tied, torch.device(device))
+    for old, layer in layers.items():
+        replace(model, old, layer)
+    _fill(model, directory / WEIGHTS, wanted.keys(), tied, device)
     return model.eval()
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name, non-persistent ones too, tied ones under each of their names."""
-    for path, module in model.named_modules(remove_duplicate=False):
+def _usable(device: torch.device | str) -> torch.device:
+    usable = torch.device(device)
+    if usable.type == "meta":
+        raise ValueError("device='meta' holds no values: give a GPU or 'cpu'")
+    if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r}: torch sees {torch.cuda.device_count()} GPUs here; 'cpu' works too")
+    return usable
+
+
+def _tensors(model: nn.Module, packed: Mapping[nn.Module, KBitLinear] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by name, non-persistent ones too, tied ones under each of their names.
+
+    Args:
+        packed: layers to see in place of others.
+    """
+    for path, own in model.named_modules(remove_duplicate=False):
+        module = (packed or {}).get(own, own)
+        derived = module._non_persistent_buffers_set if isinstance(module, KBitLinear) else ()
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not (isinstance(module, KBitLinear) and name in _DERIVED):
+            if tensor is not None and name not in derived:
                 yield f"{path}.{name}" if path else name, tensor
 
 
@@ -154,32 +188,47 @@ def _arguments(layer: KBitLinear) -> dict[str, Any]:
         "dtype": str(layer.dtype).removeprefix("torch."),
         "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),
         "bias": layer.bias is not None,
+        "batch_invariant": layer.batch_invariant,
     }
 
 
 def _layer(arguments: Mapping[str, Any]) -> KBitLinear:
-    return KBitLinear(
+    layer = KBitLinear(
         arguments["in_features"],
         arguments["out_features"],
         QuantSpec(**arguments["spec"]),
-        storage_dtype=getattr(torch, arguments["storage_dtype"]),
-        dtype=getattr(torch, arguments["dtype"]),
+        storage_dtype=_dtype("storage_dtype", arguments),
+        dtype=_dtype("dtype", arguments),
         kept=arguments["kept"],
         bias=arguments["bias"],
         device="meta",
     )
+    layer.batch_invariant = arguments["batch_invariant"]
+    return layer
+
+
+def _dtype(key: str, arguments: Mapping[str, Any]) -> torch.dtype:
+    found = getattr(torch, arguments[key], None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{key}={arguments[key]!r} is no dtype")
+    return found
 
 
 def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
     """The class of a transformers model, whose configuration is written; of another its name alone."""
     from transformers import PreTrainedModel
 
-    about: dict[str, Any] = {"class": type(model).__name__, "transformers": isinstance(model, PreTrainedModel)}
+    about: dict[str, Any] = {
+        "class": type(model).__name__,
+        "transformers": isinstance(model, PreTrainedModel),
+        "attention": None,
+    }
     if isinstance(model, PreTrainedModel):
         model.config.save_pretrained(directory)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(directory)
-        about["attention"] = getattr(model.config, "_attn_implementation", None)
+        attention = getattr(model.config, "_attn_implementation", None)
+        about["attention"] = attention if isinstance(attention, str) else None
     return about
 
 
@@ -197,10 +246,24 @@ def _read_metadata(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} has version {version!r} of the format, and this kbit reads 1 to {VERSION}: a newer one may do"
         )
-    damaged = [key for key in ("model", "layers", "tied") if not isinstance(metadata.get(key), dict)]
-    if damaged:
-        raise CheckpointError(f"{directory}/{METADATA} is damaged: it has no {' and no '.join(damaged)}")
+    where = f"{directory}/{METADATA}"
+    _check_keys(metadata, _KEYS, where)
+    _check_keys(metadata["model"], _MODEL_KEYS, f"{where}: model")
+    for name, arguments in metadata["layers"].items():
+        _check_keys(arguments, _LAYER_KEYS, f"{where}: layers: {name}")
+    _check_keys(metadata["tied"], dict.fromkeys(metadata["tied"], str), f"{where}: tied")
     return metadata
+
+
+def _check_keys(entry: Any, keys: Mapping[str, Any], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} is damaged: it is {entry!r}, not an object")
+    for key, kind in keys.items():
+        if key not in entry:
+            raise CheckpointError(f"{where} is damaged: it has no {key}")
+        # A bool is an int too.
+        if not isinstance(entry[key], kind) or (kind is int and isinstance(entry[key], bool)):
+            raise CheckpointError(f"{where} is damaged: {key} is {entry[key]!r}")
 
 
 def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
@@ -213,31 +276,39 @@ def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
             f"{directory} holds a {about['class']}, which transformers does not have: build one without values "
             '(with torch.device("meta"): ...) and call load_packed(directory, model=...)'
         )
+    # What a damaged configuration raises depends on the model.
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no usable config.json; transformers says: {error}") from error
-    config._attn_implementation = about["attention"]
-    with torch.device("meta"):
-        model: Any = kind(config)
-    if getattr(model, "generation_config", None) is not None and (directory / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        config._attn_implementation = about["attention"]
+        with torch.device("meta"):
+            model: Any = kind(config)
+        if getattr(model, "generation_config", None) is not None and (directory / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory} has no usable config.json for class {about['class']!r} with attention "
+            f"{about['attention']!r} in {METADATA}; transformers says: {error!r}"
+        ) from error
     assert isinstance(model, nn.Module)
     return model
 
 
-def _replace_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], directory: Path) -> dict[nn.Module, KBitLinear]:
+    """The packed layers, without values, by the modules in whose place they go."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, arguments in layers.items():
+    layers: dict[nn.Module, KBitLinear] = {}
+    for name, arguments in entries.items():
+        # Sizes may be such that torch has an error of its own.
         try:
             layer = _layer(arguments)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{directory}/{METADATA} has a damaged entry for {name}: {error!r}") from error
-        if name not in modules:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise CheckpointError(f"{directory}/{METADATA}: layers: {name} is damaged: {error}") from error
+        if not isinstance(modules.get(name), nn.Linear | Conv1D):
             raise CheckpointError(
-                f"{directory}: this {type(model).__name__} has no layer {name}: another architecture?"
+                f"{directory}: this {type(model).__name__} has no linear layer {name!r}: another architecture?"
             )
-        replace(model, modules[name], layer)
+        layers[modules[name]] = layer
+    return layers
 
 
 def _same_names(wanted: Any, stored: Any, directory: Path) -> None:
@@ -249,24 +320,27 @@ def _same_names(wanted: Any, stored: Any, directory: Path) -> None:
 
 def _fill(model: nn.Module, file: Path, names: Any, tied: Mapping[str, str], device: torch.device) -> None:
     """Read every tensor onto the device; tied parameters become one."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     modules = dict(model.named_modules(remove_duplicate=False))
     read: dict[str, Tensor] = {}
-    with safe_open(file, framework="pt", device=str(device)) as stored:
-        for name in names:
-            source = tied.get(name, name)
-            path, _, own = name.rpartition(".")
-            module = modules[path]
-            if source not in read:
-                read[source] = stored.get_tensor(source)
-            tensor = read[source]
-            if own in module._parameters:
-                if not isinstance(tensor, nn.Parameter):
-                    tensor = read[source] = nn.Parameter(tensor, requires_grad=False)
-                module._parameters[own] = tensor
-            else:
-                module._buffers[own] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            for name in names:
+                source = tied.get(name, name)
+                path, _, own = name.rpartition(".")
+                module = modules[path]
+                if source not in read:
+                    read[source] = stored.get_tensor(source)
+                tensor = read[source]
+                if own in module._parameters:
+                    if not isinstance(tensor, nn.Parameter):
+                        tensor = read[source] = nn.Parameter(tensor, requires_grad=False)
+                    module._parameters[own] = tensor
+                else:
+                    module._buffers[own] = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
     for module in modules.values():
         if isinstance(module, KBitLinear):
             module.derive()

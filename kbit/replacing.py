@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.architectures import ArchitectureError, Layer, key_of
 from kbit.blockwise import QuantizedTensor
-from kbit.linear import KBitLinear
+from kbit.linear import DTYPES, KBitLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -23,7 +23,8 @@ def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
     has in several places.
 
     Raises:
-        ArchitectureError: a layer with other hooks or a forward of its own, or whose weight another module has too.
+        ArchitectureError: a layer with other hooks or a forward of its own, whose weight another module has too, or
+            whose weight is no float16, bfloat16 or float32.
     """
     modules = {id(module): module for module in model.modules()}.values()
     owners = Counter(key_of(p) for module in modules for p in module.parameters(recurse=False))
@@ -31,6 +32,8 @@ def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
         module = layer.module
         if owners[key_of(layer.parameter)] > 1:
             why = "shares its weight with another module"
+        elif layer.parameter.dtype not in DTYPES:
+            why = f"has weights of {layer.parameter.dtype}, not float16, bfloat16 or float32: cast the model"
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             why = "has forward or backward hooks: register them on the packed model"
         elif type(module).forward not in (nn.Linear.forward, Conv1D.forward):
@@ -46,14 +49,18 @@ def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[
     """Put a KBitLinear in the layer's place, and the layer's weight on the host. Returns the way back."""
     module, parameter = layer.module, layer.parameter
     bias = dict(module.named_parameters(recurse=False)).get("bias")
-    packed = KBitLinear.from_quantized(q, bias=bias, dtype=parameter.dtype)
+    before = parameter.dtype
+    packed = KBitLinear.from_quantized(q, bias=bias, dtype=before)
     packed.train(module.training)
     _pass_on_hook(module, packed)
     parameter.data = parameter.data.to("cpu")
     replace(model, module, packed)
 
     def undo() -> None:
-        module.to(packed.codes.device).train(packed.training)
+        if packed.codes.is_meta:
+            raise ValueError(f"{layer.name} is on the meta device: move the model to a real one before restoring it")
+        # A layer that was not cast keeps a bias of another dtype than its weight's.
+        module.to(packed.codes.device, None if packed.dtype == before else packed.dtype).train(packed.training)
         replace(model, packed, module)
 
     return undo

@@ -197,12 +197,17 @@ def test_a_codebook_of_fewer_values_than_codes() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("rows", [1, 16, 40, 64, 100, 300])
-def test_a_bias_is_added_before_the_only_rounding(rows: int) -> None:
+def test_bias_and_addend_are_added_before_the_only_rounding(rows: int) -> None:
     for n, k in [(192, 512), (4096, 16384)]:
         tiled, exact = weight(n, k, QuantSpec(bits=4, dtype="normal", blocksize=64), "cuda")
         x, bias = torch.randn(rows, k, device="cuda").half(), torch.randn(n, device="cuda").half()
         true = x.double() @ exact.T + bias.double()
         assert error(matmul(x, tiled, bias), true) <= 1.1 * error(torch.addmm(bias, x, exact.half().T), true)
+        addend = torch.randn(rows, n, device="cuda")
+        plain = (torch.mm(x, exact.half().T, out_dtype=torch.float32) + bias + addend).half()
+        assert error(matmul(x, tiled, bias, addend), true + addend.double()) <= 1.1 * error(
+            plain, true + addend.double()
+        )
 
 
 @needs_gpu

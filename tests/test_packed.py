@@ -87,9 +87,12 @@ def test_a_saved_model_comes_back_with_the_same_bits(name, tmp_path):
     number = NAMES.index(name)
     model = (tiny, wide)[number % 2](name, (torch.float16, torch.bfloat16)[number // 2 % 2])
     quantize_model(model, SPECS[1] if number % 3 == 0 else SPECS[number % len(SPECS)], packed=True)
+    next(iter(packed_layers(model).values())).batch_invariant = True
+    model.generation_config.max_new_tokens = 7
+    model.set_attn_implementation("eager")
     expected = logits(model)
     save_packed(model, tmp_path / "packed")
-    written = load_file(tmp_path / "packed" / "model.safetensors")
+    written = load_file(tmp_path / "packed" / "kbit.safetensors")
     # Neither 16-bit weights of the layers nor a tied tensor twice.
     assert not [key for key in packed_layers(model) if f"{key}.weight" in written]
     size = sum(t.nbytes for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
@@ -98,6 +101,10 @@ def test_a_saved_model_comes_back_with_the_same_bits(name, tmp_path):
     loaded = load_packed(tmp_path / "packed")
     assert type(loaded) is type(model)
     assert not loaded.training
+    assert [layer.batch_invariant for layer in packed_layers(loaded).values()].count(True) == 1
+    assert next(iter(packed_layers(loaded).values())).batch_invariant
+    assert loaded.generation_config.max_new_tokens == 7
+    assert loaded.config._attn_implementation == "eager"
     assert torch.equal(logits(loaded), expected)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight)
@@ -115,15 +122,32 @@ def test_a_model_of_no_transformers_class_is_loaded_into_a_skeleton(tmp_path):
     with torch.device("meta"):
         skeleton = Unknown()
     assert identical(bits_of(load_packed(tmp_path, model=skeleton)), bits_of(model))
-    with pytest.raises(CheckpointError, match=r"has no layer stack\.2\.mixing"):
+    with pytest.raises(CheckpointError, match=r"has no linear layer 'stack\.2\.mixing'"):
         load_packed(tmp_path, model=Unknown(count=2))
+    other = Unknown(count=4)
     with pytest.raises(CheckpointError, match=r"lacks .* stack\.3\.mixing"):
-        load_packed(tmp_path, model=Unknown(count=4))
+        load_packed(tmp_path, model=other)
+    assert not packed_layers(other)
     with pytest.raises(CheckpointError, match=r"words\.weight is F16 \[50, 64\]"):
         load_packed(tmp_path, model=Unknown(width=128))
     other = nn.ModuleDict({"stack": Unknown().stack})
     with pytest.raises(CheckpointError, match=r"has, beyond the model's, .* adapters"):
         load_packed(tmp_path, model=other)
+
+
+BROKEN = [
+    ("in_features", -64, "in_features=-64"),
+    ("in_features", 10**30, "is damaged"),
+    ("out_features", True, "out_features is True"),
+    ("kept", "1", "kept is '1'"),
+    ("kept", 65, "kept=65"),
+    ("dtype", "float64", r"dtype=torch\.float64"),
+    ("dtype", "Tensor", "dtype='Tensor' is no dtype"),
+    ("storage_dtype", "float32", r"storage_dtype=torch\.float32"),
+    ("spec", {"bits": 9}, "bits=9"),
+    ("spec", {"no": 1}, "no"),
+    ("batch_invariant", None, "batch_invariant is None"),
+]
 
 
 def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
@@ -135,11 +159,32 @@ def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
     quantize_model(model, INT4, packed=True)
     save_packed(model, tmp_path)
     metadata = json.loads((tmp_path / "kbit.json").read_text())
+    layers = metadata["layers"]
+    first = next(iter(layers))
     for changed, why in [
         ({**metadata, "version": 2}, "version 2 of the format"),
         ({**metadata, "format": "gguf"}, "another program's"),
-        ({**metadata, "layers": None}, "no layers"),
-        ({**metadata, "layers": {"lm_head": {"spec": {"bits": 9}}}}, "damaged entry for lm_head"),
+        ({**metadata, "layers": None}, "layers is None"),
+        ({k: v for k, v in metadata.items() if k != "tied"}, "no tied"),
+        ({**metadata, "tied": {"lm_head.weight": 3}}, r"tied is damaged: lm_head\.weight is 3"),
+        ({**metadata, "model": {**metadata["model"], "class": 1}}, "model is damaged: class is 1"),
+        ({**metadata, "model": {**metadata["model"], "class": "NoSuchModel"}}, "holds a NoSuchModel"),
+        ({**metadata, "model": {**metadata["model"], "attention": "none such"}}, "attention 'none such'"),
+        *(
+            ({**metadata, "layers": {**layers, first: {**layers[first], key: value}}}, why)
+            for key, value, why in BROKEN
+        ),
+        *(
+            (
+                {**metadata, "layers": {**layers, first: {k: v for k, v in layers[first].items() if k != key}}},
+                rf"{first} is damaged: it has no {key}",
+            )
+            for key in layers[first]
+        ),
+        (
+            {**metadata, "layers": {"lm_head": {"spec": {"bits": 9}}}},
+            "layers: lm_head is damaged: it has no in_features",
+        ),
     ]:
         (tmp_path / "kbit.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=why):
@@ -148,7 +193,7 @@ def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         load_packed(tmp_path)
     (tmp_path / "kbit.json").write_text(json.dumps(metadata))
-    weights = tmp_path / "model.safetensors"
+    weights = tmp_path / "kbit.safetensors"
     tensors = load_file(weights)
     name = next(key for key in tensors if key.endswith("codes"))
     for changed, why in [
@@ -166,7 +211,7 @@ def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
     with pytest.raises(CheckpointError, match="should have"):
         load_packed(tmp_path)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no kbit\.safetensors"):
         load_packed(tmp_path)
 
 
@@ -236,6 +281,67 @@ def test_hooks_that_move_inputs_survive_and_others_are_refused():
     with pytest.raises(ArchitectureError, match="has forward or backward hooks"):
         quantize_model(model, INT4, packed=True)
     assert not packed_layers(model)
+
+
+def test_devices_that_hold_nothing_are_refused_first(tmp_path):
+    with pytest.raises(ValueError, match="meta"):
+        load_packed(tmp_path, device="meta")
+    with pytest.raises(ValueError, match=f"cuda:{torch.cuda.device_count()}"):
+        load_packed(tmp_path, device=f"cuda:{torch.cuda.device_count()}")
+
+
+def test_a_failure_while_saving_leaves_the_model_that_was_there(tmp_path):
+    model = tiny("neox", torch.float16)
+    quantize_model(model, INT4, packed=True)
+    save_packed(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert before.keys() == {"config.json", "generation_config.json", "kbit.json", "kbit.safetensors"}
+    model.gpt_neox.embed_in.weight.data += 1
+    model.generation_config.max_new_tokens = -1
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        save_packed(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_tensors_that_share_memory_in_part_are_saved_apart(tmp_path):
+    model = Unknown().half()
+    whole = torch.arange(12.0)
+    model.register_buffer("head", whole[:8])
+    model.register_buffer("tail", whole[4:])
+    quantize_model(model, INT4, packed=True)
+    save_packed(model, tmp_path)
+    skeleton = Unknown()
+    skeleton.register_buffer("head", torch.zeros(8))
+    skeleton.register_buffer("tail", torch.zeros(8))
+    loaded = load_packed(tmp_path, model=skeleton)
+    assert torch.equal(loaded.head, whole[:8])
+    assert torch.equal(loaded.tail, whole[4:])
+
+
+def test_a_packed_model_that_was_cast_is_restored_in_its_dtype_now():
+    model = tiny("opt", torch.float32)
+    before = bits_of(model)
+    handle = quantize_model(model, INT4, packed=True)
+    model.bfloat16()
+    handle.restore()
+    assert identical(bits_of(model), {key: value.bfloat16() for key, value in before.items()})
+    assert logits(model).dtype == torch.bfloat16
+    handle = quantize_model(model, INT4, packed=True)
+    model.to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        handle.restore()
+
+
+def test_layers_that_can_not_be_packed_are_refused_before_any_is_replaced():
+    model = Unknown().double()
+    with pytest.raises(ArchitectureError, match=r"stack\.0\.mixing: it has weights of torch\.float64"):
+        quantize_model(model, INT4, packed=True)
+    assert not packed_layers(model)
+    model = Unknown()
+    nn.utils.parametrizations.weight_norm(model.stack[1].mixing)
+    for packed in (False, True):
+        with pytest.raises(ArchitectureError, match=r"stack\.1\.mixing has a weight that is computed"):
+            quantize_model(model, INT4, packed=packed)
 
 
 @pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.label)

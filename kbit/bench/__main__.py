@@ -37,6 +37,8 @@ _MATMUL_BITS: Final = (3, 4, 5, 6, 8)
 _CPU_BITS: Final = (3, 4, 8)
 _CPU_DTYPES: Final = ("int", "float", "quantile")
 _DEFAULT_MODEL: Final = "opt-6.7b"
+_BATCH: Final = 1
+_CONTEXT: Final = 128
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,15 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     codes.add_argument("--repeats", type=int, default=5, help="timings, of which the median counts (default 5)")
     codes.add_argument("--threads", type=int, default=1, help="torch's on a CPU (default 1: a core's figure)")
     model = parser.add_argument_group("--model")
-    model.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
-    model.add_argument(
-        "--context", type=int, default=128, help="tokens in the cache, the step's included (default 128)"
-    )
+    model.add_argument("--batch", type=int, help=f"sequences (default {_BATCH})")
+    model.add_argument("--context", type=int, help=f"tokens in the cache, the step's included (default {_CONTEXT})")
     model.add_argument(
         "--compile-mode",
         choices=latency.COMPILE_MODES,
-        default=latency.COMPILE_MODES[0],
-        help="torch.compile's, for 16 bits and k bits alike",
+        help=f"torch.compile's, for 16 bits and k bits alike (default {latency.COMPILE_MODES[0]})",
     )
     return parser
 
@@ -126,8 +125,14 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Bad input is refused before anything is measured."""
+    if min(args.rows or [1]) < 1:
+        parser.error(f"--rows {min(args.rows)}: at least 1 is needed")
     needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
     needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
+    needs = needs or ("--rows" if args.rows else "")
+    for name in ("batch", "context", "compile_mode"):
+        if getattr(args, name) is not None and not args.model:
+            parser.error(f"--{name.replace('_', '-')} belongs to --model")
     if needs and args.device != "cuda":
         parser.error(f"{needs} needs an NVIDIA GPU: its kernels run nowhere else (--device is {args.device})")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -138,10 +143,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for bits in args.bits or ():
         if not MIN_BITS <= bits <= MAX_BITS:
             parser.error(f"--bits {bits}: {MIN_BITS} to {MAX_BITS} are possible; 16 bits are measured in any case")
-    if min(args.rows or [1]) < 1:
-        parser.error(f"--rows {min(args.rows)}: at least 1 is needed")
+    _fill_in(args)
     if args.model and args.context > PRESETS[args.model].positions:
         parser.error(f"--context {args.context}: {args.model} has positions for {PRESETS[args.model].positions} tokens")
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {args.out}: {error.strerror}; name a directory that can be written")
     try:
         if args.device == "cuda" and args.only != "quantizers":
             for shape in args.shapes or SHAPES:
@@ -150,6 +159,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             quantize(torch.ones(64, device=args.device), QuantSpec(bits=4, dtype="int"), impl=impl)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _fill_in(args: argparse.Namespace) -> None:
+    """Defaults of options that only --model takes, and each width once."""
+    args.batch, args.context = args.batch or _BATCH, args.context or _CONTEXT
+    args.compile_mode = args.compile_mode or latency.COMPILE_MODES[0]
+    args.bits = args.bits and list(dict.fromkeys(args.bits))
 
 
 def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:

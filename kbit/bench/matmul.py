@@ -124,7 +124,11 @@ def measure(
         makers += [partial(_ours, shape, b, blocksize) for b in bits]
         makers += [partial(_peer, shape, name, blocksize) for name in PEERS if peers]
         for make in makers:
-            contender = make()
+            try:
+                contender = make()
+            except ValueError as error:  # bitsandbytes takes few block sizes
+                say(f"{shape[0]}x{shape[1]}: a peer is left out: {error}")
+                continue
             if contender is not None:
                 say(f"{shape[0]}x{shape[1]}: {contender.kernel}, {contender.bits} bits")
                 found += _products(contender, shape, rows)
@@ -218,8 +222,8 @@ def layout_cost(shape: Shape, bits: int, blocksize: int) -> str:
     nbytes = tile(q, torch.float16).nbytes
     work = torch.cuda.max_memory_allocated() - before - nbytes
     return (
-        f"Laying out a {shape[0]} x {shape[1]} weight of {bits} bits, once: {seconds * 1e3:.1f} ms; {nbytes / 1e6:.1f} MB, "
-        f"and {work / 1e6:.1f} MB while at it."
+        f"Laying out a {shape[0]} x {shape[1]} weight of {bits} bits, once: {seconds * 1e3:.1f} ms; "
+        f"{nbytes / 1e6:.1f} MB, and {work / 1e6:.1f} MB while at it."
     )
 
 

@@ -13,7 +13,6 @@ typedef unsigned short u16;
 #endif
 
 #define OVERLAP (__CUDA_ARCH__ >= 900)  // with the kernels before and after in the stream
-#define OPAQUE(...) asm volatile("" : __VA_ARGS__)
 #define LANES 32
 #define ROWS 64                       // rows of W in a tile
 #define COLS 64                       // columns of W in a tile
@@ -34,6 +33,9 @@ typedef unsigned short u16;
 #define X_COPIES (TILES * 64 / GROUP) // chunks of x that each of them copies
 #define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
 #define STRIDE 68                     // of the reduction buffer: avoids bank conflicts
+
+#ifndef EMULATED  // what only a GPU has; tests bring a CPU's
+#define OPAQUE(...) asm volatile("" : __VA_ARGS__)
 
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
@@ -64,14 +66,12 @@ __device__ __forceinline__ float half_to_float(u32 h) {
   return f;
 }
 
-// A sum of products with the scaled codebook to what is stored of y: one rounding.
-__device__ __forceinline__ u16 finish(float sum, float unscale, const u16* bias, int n) {
-  const u32 b = bias ? (u32)__ldg(bias + n) : 0;
+__device__ __forceinline__ u16 round16(float f) {
   u16 h;
 #if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(sum * unscale + __uint_as_float(b << 16)));
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
 #else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(sum * unscale + half_to_float(b)));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
 #endif
   return h;
 }
@@ -89,6 +89,50 @@ __device__ __forceinline__ uint4 lds128(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  u32 address;
+  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"((u64)p));
+  return address;
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the last STAGES - 2 groups of copies have come.
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
+
+// Of the WR warps with one split of the columns.
+__device__ __forceinline__ void group_barrier(int split) {
+#if WR == 1
+  __syncwarp();
+#else
+  asm volatile("bar.sync %0, %1;" ::"r"(split + 1), "n"(GROUP) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_begin() {
+#if OVERLAP
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if OVERLAP
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+#endif
+
+// A sum of products with the scaled codebook to what is stored of y[m][n]: one rounding.
+__device__ __forceinline__ u16 finish(float sum, float unscale, const u16* bias, const float* addend, int m, int n, int N) {
+  const u32 b = bias ? (u32)__ldg(bias + n) : 0;
+  sum = sum * unscale + (addend ? __ldcg(addend + (long long)m * N + n) : 0.f);
+#if BF16
+  return round16(sum + __uint_as_float(b << 16));
+#else
+  return round16(sum + half_to_float(b));
+#endif
 }
 
 // Byte offset in the table of the index that begins at bit `bit` of a lane's codes; all shifts are known to the compiler.
@@ -120,8 +164,9 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 
 extern "C" __global__ void __launch_bounds__(WARPS * LANES, MIN_CTAS)
 kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const u16* __restrict__ codebook,
-            const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, float* __restrict__ partial,
-            u32* __restrict__ arrived, const float* __restrict__ unscale_at, int M, int N, int K, int x_stride) {
+            const u16* __restrict__ x, const u16* __restrict__ bias, const float* __restrict__ addend,
+            u16* __restrict__ y, float* __restrict__ partial, u32* __restrict__ arrived,
+            const float* __restrict__ unscale_at, int M, int N, int K, int x_stride) {
   extern __shared__ __align__(128) unsigned char shared[];
   u32* table = (u32*)shared;
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -129,8 +174,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
   const float unscale = __ldg(unscale_at);
-  u32 table_address;
-  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(table_address) : "l"((u64)table));
+  u32 table_address = shared_address(table);
   const u32 x_address = table_address + ENTRIES * ENTRY_BYTES + wk * (STAGES * X_BYTES);
   const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + warp * (STAGES * TILE_BYTES);
   float* sums = (float*)(shared + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + WARPS * STAGES * TILE_BYTES);
@@ -198,7 +242,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll
       for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), xp[i] + column);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   };
 
   // The weights are fetched before the kernel that makes x has ended: they must not be that kernel's result.
@@ -208,9 +252,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     fetch_codes();
     advance();
   }
-#if OVERLAP
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  let_next_begin();
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += WARPS * LANES) {
     const u32 index = i / LANES, to = index * (ENTRY_BYTES / 4) + i % LANES;
 #if PAIR
@@ -221,10 +263,8 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   }
   __syncthreads();
   // Lookups are not volatile: none may be moved before the table is whole.
-  asm volatile("" : "+r"(table_address)::"memory");
-#if OVERLAP
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  OPAQUE("+r"(table_address)::"memory");
+  wait_for_previous();
   ahead = 0, ahead_unit = blockIdx.x / SPLIT, stage_in = 0;
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
@@ -248,13 +288,8 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 
     for (int step = 0; step < steps; step++) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-      // After this the stage before is free: all of the group have read it.
-#if WR == 1
-      __syncwarp();
-#else
-      asm volatile("bar.sync %0, %1;" ::"r"(wk + 1), "n"(GROUP) : "memory");
-#endif
+      wait_for_copies();
+      group_barrier(wk);  // the stage before is free: all of the group have read it
 #if STAGED
       fetch_codes();
 #endif
@@ -343,7 +378,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll
         for (int v = 0; v < WK; v++) sum += sums[(v * WR + row / ROWS) * (8 * STRIDE) + m8 * STRIDE + row % ROWS];
 #if SPLIT == 1
-        if (n < N) y[(long long)(n8 * 8 + m8) * N + n] = finish(sum, unscale, bias, n);
+        if (n < N) y[(long long)(n8 * 8 + m8) * N + n] = finish(sum, unscale, bias, addend, n8 * 8 + m8, n, N);
 #else
         partial[((long long)(unit * SPLIT + rank) * (TILES * 8) + n8 * 8 + m8) * UNIT + row] = sum;
 #endif
@@ -351,16 +386,16 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     }
 #if SPLIT > 1
     // The last of the CTAs that share the unit sums what all of them have, always in the same order.
-    __shared__ u32 last;
+    u32* last = (u32*)sums;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      last = atomicAdd(&arrived[unit], 1u) == SPLIT - 1;
-      if (last) arrived[unit] = 0;
+      *last = atomicAdd(&arrived[unit], 1u) == SPLIT - 1;
+      if (*last) arrived[unit] = 0;
       __threadfence();
     }
     __syncthreads();
-    if (last) {
+    if (*last) {
       // Four rows of W at a time: a long wait for each load, so few of them one after another.
       const float4* parts = (const float4*)partial + (long long)unit * SPLIT * (TILES * 8) * (UNIT / 4);
       for (int i = threadIdx.x; i < M * (UNIT / 4); i += WARPS * LANES) {
@@ -373,7 +408,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         for (int v = 0; v < SPLIT; v++) sum[0] += part[v].x, sum[1] += part[v].y, sum[2] += part[v].z, sum[3] += part[v].w;
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          if (n + e < N) y[(long long)m * N + n + e] = finish(sum[e], unscale, bias, n + e);
+          if (n + e < N) y[(long long)m * N + n + e] = finish(sum[e], unscale, bias, addend, m, n + e, N);
       }
     }
 #endif

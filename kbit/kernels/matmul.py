@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kbit.kernels.dense import product
 from kbit.kernels.nvrtc import Function, compile_cubin
 from kbit.kernels.tiles import TILE, TiledWeight, check_tiles
 
@@ -157,8 +158,15 @@ def _warps(bits: int, tiles: int, row_blocks: int, columns: int, processors: int
     return (2, 8, 2, False, 1) if few else (2, 8, 3 if bits <= 4 else 2, True, 1)
 
 
-def matmul(x: Tensor, w: TiledWeight, bias: Tensor | None = None, *, batch_invariant: bool = False) -> Tensor:
-    """x · W^T (+ bias), summed in float32, the same bits each time.
+def matmul(
+    x: Tensor,
+    w: TiledWeight,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
     Up to 192 rows of x are multiplied with the codes as they are stored, 64 at a time. For more, parts of W are
     dequantized to x's dtype and multiplied by cuBLAS.
@@ -166,6 +174,7 @@ def matmul(x: Tensor, w: TiledWeight, bias: Tensor | None = None, *, batch_invar
     Args:
         x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
         bias: of x's dtype [W's rows], contiguous, on the same GPU.
+        addend: float32 [rows, W's rows], likewise; added before the only rounding.
         batch_invariant: a row's result depends on no other row, nor on how many there are. Else it may depend on how
             many rows there are.
 
@@ -173,52 +182,60 @@ def matmul(x: Tensor, w: TiledWeight, bias: Tensor | None = None, *, batch_invar
         x's dtype [rows, W's rows].
 
     Raises:
-        ValueError: x or bias is something else; nothing was launched.
+        ValueError: x, bias or addend is something else; nothing was launched.
     """
     check_tiles(w)
     _check(x, w)
-    _check_bias(bias, x, w)
+    _check_added("bias", bias, x, (w.rows,), x.dtype)
+    _check_added("addend", addend, x, (x.shape[0], w.rows), torch.float32)
     y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         if batch_invariant or x.shape[0] <= _MOST_FUSED_ROWS:
             for start in range(0, x.shape[0], MOST_ROWS):
-                _fused(x[start : start + MOST_ROWS], w, bias, y[start : start + MOST_ROWS], batch_invariant)
+                some = slice(start, start + MOST_ROWS)
+                _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)
         else:
-            _by_parts(x, w, bias, y)
+            _by_parts(x, w, bias, addend, y)
     return y
 
 
-def _fused(x: Tensor, w: TiledWeight, bias: Tensor | None, y: Tensor, batch_invariant: bool) -> None:
+def _fused(
+    x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | None, y: Tensor, batch_invariant: bool
+) -> None:
     index, rows = x.device.index, x.shape[0]
     gpu = Gpu.of(index)
     variant = choose(w, rows, x.dtype, gpu, batch_invariant=batch_invariant)
-    units = -(-w.row_blocks // variant.wr)
-    # Sums of columns that several CTAs share; where none do, nothing is read or written there.
-    shared_sums = units * variant.split * variant.tiles * 8 * TILE * variant.wr if variant.split > 1 else 1
-    partial = torch.empty(shared_sums, dtype=torch.float32, device=x.device)
-    groups = max(1, min(variant.ctas * gpu.processors // variant.split, units))
-    # Equal shares: with as many rounds of units, no multiprocessor has more than it must.
-    groups = -(-units // -(-units // groups))
+    ctas, sums = launch_shape(variant, w, gpu)
+    partial = torch.empty(sums, dtype=torch.float32, device=x.device)
     _function(variant, index).launch(
-        groups * variant.split,
+        ctas,
         variant.warps * _LANES,
-        *(w.codes, w.scales, w.table, x, bias, y, partial, w.arrived, w.unscale),
+        *(w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale),
         *(rows, w.rows, w.columns, x.stride(0) if rows > 1 else w.columns),
         overlap=torch.cuda.get_device_capability(index) >= (9, 0),
     )
 
 
-def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, y: Tensor) -> None:
+def launch_shape(variant: Variant, w: TiledWeight, gpu: Gpu) -> tuple[int, int]:
+    """(CTAs of a launch, float32 values in which those that share a unit of rows leave their sums)."""
+    units = -(-w.row_blocks // variant.wr)
+    groups = max(1, min(variant.ctas * gpu.processors // variant.split, units))
+    # Equal shares: with as many rounds of units, no multiprocessor has more than it must.
+    groups = -(-units // -(-units // groups))
+    # Where none share, nothing is read or written there.
+    sums = units * variant.split * variant.tiles * 8 * TILE * variant.wr if variant.split > 1 else 1
+    return groups * variant.split, sums
+
+
+def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | None, y: Tensor) -> None:
     parts = -(-2 * w.rows * w.columns // _PART_BYTES)
     step = -(-w.row_blocks // parts)
     part = torch.empty(min(step * TILE, w.rows), w.columns, dtype=x.dtype, device=x.device)
     for first in range(0, w.row_blocks, step):
         start, stop = first * TILE, min((first + step) * TILE, w.rows)
         dequantize_rows(w, first, part[: stop - start])
-        if bias is None:
-            torch.mm(x, part[: stop - start].T, out=y[:, start:stop])
-        else:
-            torch.addmm(bias[start:stop], x, part[: stop - start].T, out=y[:, start:stop])
+        added = None if bias is None else bias[start:stop]
+        product(x, part[: stop - start], added, None if addend is None else addend[:, start:stop], y[:, start:stop])
 
 
 def dequantize_rows(w: TiledWeight, first: int, out: Tensor) -> None:
@@ -248,12 +265,12 @@ def _check(x: Tensor, w: TiledWeight) -> None:
         raise ValueError("a GPU of compute capability 8.0 or later is needed")
 
 
-def _check_bias(bias: Tensor | None, x: Tensor, w: TiledWeight) -> None:
-    if bias is None:
+def _check_added(name: str, added: Tensor | None, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if added is None:
         return
-    if bias.shape != (w.rows,) or bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous():
+    if added.shape != shape or added.dtype != dtype or added.device != x.device or not added.is_contiguous():
         raise ValueError(
-            f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}: contiguous {x.dtype} [{w.rows}] on "
+            f"{name} is {added.dtype} {list(added.shape)} on {added.device}: contiguous {dtype} {list(shape)} on "
             f"{x.device} is needed"
         )
 

@@ -8,16 +8,16 @@ rounded to its storage dtype, as ``kbit.dequantize`` rounds it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache
 from math import lcm
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from kbit.blocks import Blocks, NestedAbsmax, Part, load_absmax
 from kbit.impl import choose_blockwise
+from kbit.kernels.dense import product
 from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
 from kbit.packing import packed_bytes, unpack
 from kbit.spec import QuantSpec
@@ -27,21 +27,22 @@ _ALIGNMENT: Final = 16
 _library: Final[Any] = torch.library.Library("kbit", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "matmul_tiled(Tensor x, Tensor codes, Tensor scales, Tensor codebook, Tensor table, Tensor unscale, "
-    "Tensor arrived, Tensor? bias, int rows, int bits, int blocksize, ScalarType storage, bool batch_invariant) "
-    "-> Tensor"
+    "Tensor arrived, Tensor? bias, Tensor? addend, int rows, int bits, int blocksize, ScalarType storage, "
+    "bool batch_invariant) -> Tensor"
 )
 _library.define(
     "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, "
-    "Tensor? bias, int rows, int bits, int? blocksize, str scheme, ScalarType storage, bool batch_invariant) -> Tensor"
+    "Tensor? bias, Tensor? addend, int rows, int bits, int? blocksize, str scheme, ScalarType storage, "
+    "bool batch_invariant) -> Tensor"
 )
 
 matmul_tiled: Final[Any] = torch.ops.kbit.matmul_tiled.default
-"""x · W^T (+ bias) for a weight in tiles.
+"""x · W^T (+ bias + addend) for a weight in tiles.
 
 Args:
     x: [any, columns], contiguous; of table's dtype, or float32 (or anything, on the CPU).
     codes, scales, codebook, table, unscale, arrived, rows, bits, blocksize: as in ``TiledWeight``.
-    bias: [rows], added before the sums are rounded.
+    bias: [rows]. addend: float32 [x's rows, rows]. Both are added before the sums are rounded.
     storage: 16-bit dtype that dequantized values are rounded to; the fused kernel does not round them.
     batch_invariant: a row's result depends on no other row, nor on how many there are.
 
@@ -50,12 +51,12 @@ Returns:
 """
 
 matmul_rows: Final[Any] = torch.ops.kbit.matmul_rows.default
-"""x · W^T (+ bias) for a weight that has no tiles.
+"""x · W^T (+ bias + addend) for a weight that has no tiles.
 
 Args:
     x: [any, columns].
     codes: as in ``QuantizedTensor``. absmax: its values, or their codes where `nested` has scale, offset and codebook.
-    codebook, bias, storage, batch_invariant: as above. rows, bits, blocksize, scheme: the weight's.
+    codebook, bias, addend, storage, batch_invariant: as above. rows, bits, blocksize, scheme: the weight's.
 
 Returns:
     x's dtype [x's rows, rows].
@@ -128,18 +129,22 @@ def _from_triton(
     return out
 
 
-def _by_dequantizing(x: Tensor, weights: Iterable[Tensor], bias: Tensor | None, rows: int, apart: bool) -> Tensor:
+def _by_dequantizing(
+    x: Tensor, weights: Iterable[Tensor], bias: Tensor | None, addend: Tensor | None, rows: int, apart: bool
+) -> Tensor:
     # The CPU's 16-bit products are slow, and not all of them are summed in float32.
     compute = torch.float32 if x.device.type == "cpu" else x.dtype
-    inputs = x.to(compute)
     y = torch.empty(x.shape[0], rows, dtype=compute, device=x.device)
+    runs = [slice(i, i + 1) for i in range(x.shape[0])] if apart else [slice(None)]
+    # Copies where rows go alone, since cuBLAS chooses kernels by alignment too.
+    inputs = [x[run].to(compute, copy=apart) for run in runs]
     first = 0
     for weight in weights:
-        last = first + weight.shape[0]
-        part = None if bias is None else bias[first:last].to(compute)
-        product = partial(linear, weight=weight.to(compute), bias=part)
-        y[:, first:last] = by_row(product, inputs, apart=apart)
-        first = last
+        some = slice(first, first + weight.shape[0])
+        first = some.stop
+        wide, part = weight.to(compute), None if bias is None else bias[some].to(compute)
+        for run, row in zip(runs, inputs, strict=True):
+            product(row, wide, part, None if addend is None else addend[run, some], y[run, some])
     return y.to(x.dtype)
 
 
@@ -152,6 +157,7 @@ def _matmul_tiled(
     unscale: Tensor,
     arrived: Tensor,
     bias: Tensor | None,
+    addend: Tensor | None,
     rows: int,
     bits: int,
     blocksize: int,
@@ -178,10 +184,10 @@ def _matmul_tiled(
 
         # A view may begin anywhere.
         aligned = x.clone() if x.data_ptr() % _ALIGNMENT else x
-        return matmul(aligned, w, bias, batch_invariant=batch_invariant)
+        return matmul(aligned, w, bias, addend, batch_invariant=batch_invariant)
     chunks = row_block_chunks(w.row_blocks, w.columns, x.device)
     weights = (untile(w, first, last).to(storage) for first, last in chunks)
-    return _by_dequantizing(x, weights, bias, rows, batch_invariant)
+    return _by_dequantizing(x, weights, bias, addend, rows, batch_invariant)
 
 
 def _matmul_rows(
@@ -191,6 +197,7 @@ def _matmul_rows(
     nested: list[Tensor],
     codebook: Tensor,
     bias: Tensor | None,
+    addend: Tensor | None,
     rows: int,
     bits: int,
     blocksize: int | None,
@@ -205,15 +212,26 @@ def _matmul_rows(
         absmax = load_absmax(NestedAbsmax(codes=absmax, scale=scale, offset=offset, codebook=values))
     spec = QuantSpec(bits=bits, dtype="int", blocksize=blocksize, scheme=scheme)
     weights = dequantized_rows(codes, absmax, codebook, x.shape[1], spec, rows, storage)
-    return _by_dequantizing(x, weights, bias, rows, batch_invariant)
+    return _by_dequantizing(x, weights, bias, addend, rows, batch_invariant)
 
 
-def _shape_tiled(x: Tensor, codes: Tensor, scales: Tensor, codebook: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[4])
+def _shape_tiled(x: Tensor, *rest: Any) -> Tensor:
+    return _without_values(x, rest, rest[8])
 
 
-def _shape_rows(x: Tensor, codes: Tensor, absmax: Tensor, nested: list[Tensor], codebook: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[1])
+def _shape_rows(x: Tensor, codes: Tensor, absmax: Tensor, nested: list[Tensor], *rest: Any) -> Tensor:
+    return _without_values(x, (codes, absmax, *nested, *rest), rest[3])
+
+
+def _without_values(x: Tensor, arguments: Iterable[object], rows: int) -> Tensor:
+    """A result without values. Torch comes here too for real tensors of which some have none."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device != x.device:
+            raise ValueError(
+                f"x is on {x.device}, and a tensor of the weight on {argument.device}: both must be on one device, and "
+                "none on meta: load a state dict, or call layer.derive()"
+            )
+    return x.new_empty(x.shape[0], rows)
 
 
 def _no_backward(ctx: object, gradient: Tensor) -> Tensor:

@@ -113,11 +113,28 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     why = why_not_tiled(q)
     if why is not None:
         raise ValueError(f"this weight has no tiled layout: {why}")
-    assert isinstance(q.absmax, Tensor)
     assert q.spec.blocksize is not None
-    (rows, columns), bits = q.shape, q.spec.bits
-    codebook = full_codebook(q.codebook, bits)
+    codebook = full_codebook(q.codebook, q.spec.bits)
     table, unscale = lookup_table(codebook, dtype)
+    codes, scales = tiled_codes(q), tiled_absmax(q)
+    return TiledWeight(
+        codes=codes,
+        scales=scales,
+        codebook=codebook,
+        table=table,
+        unscale=unscale,
+        arrived=torch.zeros(scales.shape[0], dtype=torch.int32, device=codes.device),
+        rows=q.shape[0],
+        columns=q.shape[1],
+        bits=q.spec.bits,
+        blocksize=q.spec.blocksize,
+    )
+
+
+@torch.no_grad()
+def tiled_codes(q: QuantizedTensor) -> Tensor:
+    """The codes of ``TiledWeight``, for a weight that has this layout."""
+    (rows, columns), bits = q.shape, q.spec.bits
     row_blocks, column_tiles = -(-rows // TILE), columns // TILE
     codes = torch.empty(row_blocks * column_tiles, bits, LANES, 4, dtype=torch.int32, device=q.codes.device)
     for first, last in row_block_chunks(row_blocks, columns, q.codes.device):
@@ -125,20 +142,17 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
         part = unpack(q.codes[start * columns * bits // 8 : stop * columns * bits // 8], bits, (stop - start) * columns)
         lanes = _by_lane(_padded(part.view(-1, columns), (last - first) * TILE))
         codes[first * column_tiles : last * column_tiles] = _pack(lanes, bits)
-    absmax = _padded(q.absmax.view(rows, -1), row_blocks * TILE)
-    return TiledWeight(
-        codes=codes,
-        # Lane (g, t) takes the absmax of rows 16 r + g and 16 r + g + 8 for r = 0..3: sixteen bytes.
-        scales=absmax.view(row_blocks, 4, 2, 8, -1).permute(0, 4, 3, 1, 2).reshape(row_blocks, -1, 8, 8).contiguous(),
-        codebook=codebook,
-        table=table,
-        unscale=unscale,
-        arrived=torch.zeros(row_blocks, dtype=torch.int32, device=q.codes.device),
-        rows=rows,
-        columns=columns,
-        bits=bits,
-        blocksize=q.spec.blocksize,
-    )
+    return codes
+
+
+@torch.no_grad()
+def tiled_absmax(q: QuantizedTensor) -> Tensor:
+    """The scales of ``TiledWeight``, for a weight that has this layout."""
+    assert isinstance(q.absmax, Tensor)
+    row_blocks = -(-q.shape[0] // TILE)
+    absmax = _padded(q.absmax.view(q.shape[0], -1), row_blocks * TILE)
+    # Lane (g, t) takes the absmax of rows 16 r + g and 16 r + g + 8 for r = 0..3: sixteen bytes.
+    return absmax.view(row_blocks, 4, 2, 8, -1).permute(0, 4, 3, 1, 2).reshape(row_blocks, -1, 8, 8).contiguous()
 
 
 @torch.no_grad()

@@ -1,0 +1,158 @@
+// What kbit/kernels/matmul.cu needs of a GPU, on a CPU: a thread for every CUDA thread, one CTA after another. It shows
+// whether the kernel computes the right thing, on any machine; not how fast, and not every race: copies come at once.
+#include <algorithm>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+using std::max;
+using std::min;
+
+#define __device__ static
+#define __global__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__
+#define __align__(x)
+#define OPAQUE(...)
+
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+struct Index { int x; };
+static thread_local Index threadIdx, blockIdx;
+static Index gridDim;
+alignas(128) unsigned char shared[1 << 18];
+static unsigned shared_bytes;
+
+class Barrier {
+ public:
+  void wait(int expected) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const unsigned phase = phase_;
+    if (++arrived_ == expected) {
+      arrived_ = 0, phase_++;
+      all_.notify_all();
+    } else {
+      all_.wait(lock, [&] { return phase_ != phase; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_;
+  int arrived_ = 0;
+  unsigned phase_ = 0;
+};
+static Barrier whole, groups[WK], warps[WR * WK];
+
+static void __syncthreads() { whole.wait(WR * WK * 32); }
+static void __syncwarp() { warps[threadIdx.x / 32].wait(32); }
+static void group_barrier(int split) { groups[split].wait(WR * 32); }
+static void __threadfence() {}
+static void commit_copies() {}
+static void wait_for_copies() {}
+static void let_next_begin() {}
+static void wait_for_previous() {}
+static unsigned atomicAdd(unsigned* p, unsigned value) { return __sync_fetch_and_add(p, value); }
+template <class T> static T __ldg(const T* p) { return *p; }
+template <class T> static T __ldcg(const T* p) { return *p; }
+
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++) result |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return (unsigned)(((uint64_t)high << 32 | low) >> (shift & 31));
+}
+static float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+static float half_to_float(unsigned half) {
+  const uint16_t bits = (uint16_t)half;
+  _Float16 value;
+  memcpy(&value, &bits, 2);
+  return (float)value;
+}
+static float widened(unsigned bits) { return BF16 ? __uint_as_float(bits << 16) : half_to_float(bits); }
+static uint16_t round16(float value) {
+  uint16_t bits;
+#if BF16
+  unsigned whole_bits;
+  memcpy(&whole_bits, &value, 4);
+  bits = (whole_bits + 0x7fff + (whole_bits >> 16 & 1)) >> 16;
+#else
+  const _Float16 half = (_Float16)value;
+  memcpy(&bits, &half, 2);
+#endif
+  return bits;
+}
+
+static unsigned char* at(unsigned address, unsigned size) {
+  if (address + size > shared_bytes || address % size) {
+    fprintf(stderr, "shared memory: %u bytes at %u of %u\n", size, address, shared_bytes);
+    abort();
+  }
+  return shared + address;
+}
+static unsigned shared_address(const void* p) { return (unsigned)((const unsigned char*)p - shared); }
+static unsigned lds(unsigned address) {
+  unsigned value;
+  memcpy(&value, at(address, 4), 4);
+  return value;
+}
+static uint4 lds128(unsigned address) {
+  uint4 value;
+  memcpy(&value, at(address, 16), 16);
+  return value;
+}
+static uint4 load_once(const uint4* p) { return *p; }
+static void copy_async(unsigned to, const void* from) { memcpy(at(to, 16), from, 16); }
+static void copy_once(unsigned to, const void* from) { memcpy(at(to, 16), from, 16); }
+
+// mma.sync m16n8k16, as the PTX manual spreads its operands over the lanes; each sum in float64, rounded once.
+static unsigned operand_a[WR * WK][32][4], operand_b[WR * WK][32][2];
+static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  memcpy(operand_a[warp][lane], a, 16);
+  operand_b[warp][lane][0] = b0, operand_b[warp][lane][1] = b1;
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; k++) {
+      const unsigned left = operand_a[warp][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+      const unsigned right = operand_b[warp][column * 4 + k % 8 / 2][k / 8];
+      sum += (double)widened(left >> 16 * (k % 2) & 0xffff) * widened(right >> 16 * (k % 2) & 0xffff);
+    }
+    c[i] = (float)sum;
+  }
+  __syncwarp();
+}
+
+extern "C" void kbit_matmul(const uint4*, const uint4*, const uint16_t*, const uint16_t*, const uint16_t*, const float*,
+                            uint16_t*, float*, unsigned*, const float*, int, int, int, int);
+
+extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* scales, const uint16_t* table, const uint16_t* x,
+                       const uint16_t* bias, const float* addend, uint16_t* y, float* partial, unsigned* arrived,
+                       const float* unscale, int rows, int outputs, int columns, int stride) {
+  gridDim.x = ctas, shared_bytes = bytes;
+  for (int cta = 0; cta < ctas; cta++) {
+    memset(shared, 0xff, sizeof shared);  // not a number, in any dtype
+    std::vector<std::thread> threads;
+    for (int i = 0; i < WR * WK * 32; i++)
+      threads.emplace_back([=] {
+        threadIdx.x = i, blockIdx.x = cta;
+        kbit_matmul(codes, scales, table, x, bias, addend, y, partial, arrived, unscale, rows, outputs, columns, stride);
+      });
+    for (auto& thread : threads) thread.join();
+  }
+}
