@@ -38,10 +38,13 @@ clean:  ## remove what make made; results stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './results/*' -type d -prune -exec rm -rf {} +
 
-# The stamps are made last, so an installation that was cut off is done again. Most modules are never imported: Python
-# compiles those that are, when they first are.
+# The stamps are made last, so an installation that was cut off is done again. Most modules are never imported, so pip
+# compiles none; those that many processes would import at once are compiled by importing them here.
+IMPORTED := torch, transformers, accelerate, datasets, lm_eval, lm_eval.tasks, pandas, pyarrow.parquet, matplotlib.pyplot, \
+  hydra, submitit, wandb, rich.table
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -c 'import $(IMPORTED)'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed
