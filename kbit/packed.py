@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -18,25 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.checkpoint import CheckpointError, safetensors_header
 from kbit.linear import KBitLinear
+from kbit.packed_metadata import FORMAT, METADATA, VERSION, arguments_of, layer_of, read_metadata
 from kbit.replacing import replace
-from kbit.spec import QuantSpec
 
-VERSION: Final = 1
 WEIGHTS: Final = "kbit.safetensors"
-METADATA: Final = "kbit.json"
-_FORMAT: Final = "kbit-packed"
-_KEYS: Final = {"model": dict, "layers": dict, "tied": dict}
-_MODEL_KEYS: Final = {"class": str, "transformers": bool, "attention": str | None}
-_LAYER_KEYS: Final = {
-    "in_features": int,
-    "out_features": int,
-    "spec": dict,
-    "storage_dtype": str,
-    "dtype": str,
-    "kept": int,
-    "bias": bool,
-    "batch_invariant": bool,
-}
 _DTYPES: Final = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -72,10 +56,10 @@ def save_packed(model: nn.Module, directory: str | Path) -> None:
     with TemporaryDirectory(prefix=".kbit-", dir=directory) as unfinished:
         part = Path(unfinished)
         metadata = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "version": VERSION,
             "model": _save_config(model, part),
-            "layers": {name: _arguments(layer) for name, layer in layers.items()},
+            "layers": {name: arguments_of(layer) for name, layer in layers.items()},
             "tied": tied,
         }
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
@@ -108,7 +92,7 @@ def load_packed(
     """
     device = _usable(device)
     directory = Path(directory)
-    metadata = _read_metadata(directory)
+    metadata = read_metadata(directory)
     try:
         header = {stored.name: stored for stored in safetensors_header(directory / WEIGHTS)}
     except FileNotFoundError:
@@ -178,42 +162,6 @@ def _distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return written, tied
 
 
-def _arguments(layer: KBitLinear) -> dict[str, Any]:
-    """What makes a layer of the same shapes, as JSON."""
-    return {
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "spec": asdict(layer.spec),
-        "storage_dtype": str(layer.storage_dtype).removeprefix("torch."),
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),
-        "bias": layer.bias is not None,
-        "batch_invariant": layer.batch_invariant,
-    }
-
-
-def _layer(arguments: Mapping[str, Any]) -> KBitLinear:
-    layer = KBitLinear(
-        arguments["in_features"],
-        arguments["out_features"],
-        QuantSpec(**arguments["spec"]),
-        storage_dtype=_dtype("storage_dtype", arguments),
-        dtype=_dtype("dtype", arguments),
-        kept=arguments["kept"],
-        bias=arguments["bias"],
-        device="meta",
-    )
-    layer.batch_invariant = arguments["batch_invariant"]
-    return layer
-
-
-def _dtype(key: str, arguments: Mapping[str, Any]) -> torch.dtype:
-    found = getattr(torch, arguments[key], None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{key}={arguments[key]!r} is no dtype")
-    return found
-
-
 def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
     """The class of a transformers model, whose configuration is written; of another its name alone."""
     from transformers import PreTrainedModel
@@ -230,40 +178,6 @@ def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
         attention = getattr(model.config, "_attn_implementation", None)
         about["attention"] = attention if isinstance(attention, str) else None
     return about
-
-
-def _read_metadata(directory: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads((directory / METADATA).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{directory} is no packed model: it has no {METADATA} (save_packed writes it)") from None
-    except ValueError as error:
-        raise CheckpointError(f"{directory}/{METADATA} is not valid JSON: {error}") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{directory}/{METADATA} does not say format={_FORMAT!r}: it is another program's file")
-    version = metadata.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise CheckpointError(
-            f"{directory} has version {version!r} of the format, and this kbit reads 1 to {VERSION}: a newer one may do"
-        )
-    where = f"{directory}/{METADATA}"
-    _check_keys(metadata, _KEYS, where)
-    _check_keys(metadata["model"], _MODEL_KEYS, f"{where}: model")
-    for name, arguments in metadata["layers"].items():
-        _check_keys(arguments, _LAYER_KEYS, f"{where}: layers: {name}")
-    _check_keys(metadata["tied"], dict.fromkeys(metadata["tied"], str), f"{where}: tied")
-    return metadata
-
-
-def _check_keys(entry: Any, keys: Mapping[str, Any], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"{where} is damaged: it is {entry!r}, not an object")
-    for key, kind in keys.items():
-        if key not in entry:
-            raise CheckpointError(f"{where} is damaged: it has no {key}")
-        # A bool is an int too.
-        if not isinstance(entry[key], kind) or (kind is int and isinstance(entry[key], bool)):
-            raise CheckpointError(f"{where} is damaged: {key} is {entry[key]!r}")
 
 
 def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
@@ -300,7 +214,7 @@ def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], director
     for name, arguments in entries.items():
         # Sizes may be such that torch has an error of its own.
         try:
-            layer = _layer(arguments)
+            layer = layer_of(arguments)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"{directory}/{METADATA}: layers: {name} is damaged: {error}") from error
         if not isinstance(modules.get(name), nn.Linear | Conv1D):
