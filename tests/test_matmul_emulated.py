@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ COMMAND = ("g++", "-x", "c++", "-std=c++20", "-O1", "-w", "-fpermissive", "-shar
 CASES = [
     (2, 100, 256, 32, 9, 132),
     (3, 192, 512, 64, 16, 2),
-    (3, 130, 1024, 128, 64, 6),
-    (4, 64, 2048, 64, 1, 132),
+    (3, 130, 512, 128, 64, 6),
+    (4, 64, 1024, 64, 1, 132),
     (4, 320, 512, 128, 29, 132),
     (5, 192, 512, 64, 40, 2),
     (5, 70, 256, 256, 3, 132),
@@ -33,6 +34,8 @@ CASES = [
     (7, 100, 256, 64, 17, 132),
     (8, 192, 512, 32, 1, 4),
 ]
+INVARIANT = (1, 4)
+"""Cases in which a row is also computed alone."""
 
 
 def compiles(folder: Path) -> bool:
@@ -46,7 +49,14 @@ def compiles(folder: Path) -> bool:
 
 
 def emulated(
-    x: torch.Tensor, w: TiledWeight, bias: torch.Tensor, addend: torch.Tensor, variant: Variant, gpu: Gpu, folder: Path
+    x: torch.Tensor,
+    *,
+    w: TiledWeight,
+    bias: torch.Tensor,
+    addend: torch.Tensor,
+    variant: Variant,
+    gpu: Gpu,
+    folder: Path,
 ) -> torch.Tensor:
     """As ``kbit.kernels.matmul`` launches the kernel."""
     library = folder / f"kernel{len(list(folder.iterdir()))}.so"
@@ -75,11 +85,12 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path) -> None:
     bias, addend = (torch.randn(shape, generator=generator) for shape in ((rows,), (x_rows, rows)))
     true = x.double() @ exact.T + bias.to(dtype).double() + addend.double()
     plain = (x.float() @ exact.to(dtype).float().T + bias.to(dtype).float() + addend).to(dtype)
-    found = []
-    for batch_invariant in (False, True):
-        variant = choose(w, x_rows, dtype, gpu, batch_invariant=batch_invariant)
-        found.append(emulated(x, w, bias.to(dtype), addend, variant, gpu, tmp_path))
-        assert error(found[-1], true) <= 1.1 * error(plain, true)
-    alone = choose(w, 1, dtype, gpu, batch_invariant=True)
-    first = emulated(x[:1], w, bias.to(dtype), addend[:1].contiguous(), alone, gpu, tmp_path)
-    assert torch.equal(first[0], found[1][0])
+    run = partial(emulated, w=w, bias=bias.to(dtype), gpu=gpu, folder=tmp_path)
+    found = run(x, addend=addend, variant=choose(w, x_rows, dtype, gpu))
+    assert error(found, true) <= 1.1 * error(plain, true)
+    if number in INVARIANT:
+        choice = partial(choose, w, dtype=dtype, gpu=gpu, batch_invariant=True)
+        found = run(x, addend=addend, variant=choice(rows=x_rows))
+        assert error(found, true) <= 1.1 * error(plain, true)
+        alone = run(x[:1], addend=addend[:1].contiguous(), variant=choice(rows=1))
+        assert torch.equal(alone[0], found[0])
