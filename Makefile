@@ -14,19 +14,14 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
-# Those on SLURM mostly wait, and studies are processes one after another: they run beside the others, and what they print
-# comes at the end.
-STUDIES := tests/test_study.py tests/test_tracking.py tests/test_worker.py
-test: $(VENV)/installed  ## the tests, but for the slow ones on SLURM
-	@logs=$$(mktemp -d); status=0; \
-	$(BIN)/python -m pytest tests/slurm -m 'not slow' >$$logs/slurm 2>&1 & slurm=$$!; \
-	$(BIN)/python -m pytest $(STUDIES) >$$logs/studies 2>&1 & studies=$$!; \
-	$(BIN)/python -m pytest --ignore tests/slurm $(STUDIES:%=--ignore %) || status=$$?; \
-	echo "Studies ($(STUDIES)):"; wait $$studies || status=$$?; cat $$logs/studies; \
-	echo "The tests on SLURM (tests/slurm):"; wait $$slurm || status=$$?; cat $$logs/slurm; rm -rf $$logs; exit $$status
+# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end.
+test: $(VENV)/installed  ## the tests, but for the slow ones
+	@log=$$(mktemp); $(BIN)/python -m pytest tests/slurm -m 'not slow' >$$log 2>&1 & slurm=$$!; status=0; \
+	$(BIN)/python -m pytest --ignore tests/slurm -m 'not slow' || status=$$?; \
+	echo "The tests on SLURM (tests/slurm):"; wait $$slurm || status=$$?; cat $$log; rm -f $$log; exit $$status
 
-test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting
-	$(BIN)/python -m pytest tests/slurm -m slow
+test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops, and what else takes long
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .

@@ -164,7 +164,6 @@ def test_every_member_is_on_the_hub_or_in_the_package() -> None:
     assert len(ids) == len(set(ids)) == 41
 
 
-@pytest.mark.slow
 def test_parameter_counts_are_those_of_the_architectures() -> None:
     """Every member but the demo's, built on torch's meta device from the published hyperparameters."""
     import torch

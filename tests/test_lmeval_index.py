@@ -60,7 +60,6 @@ def test_lm_evals_tasks_are_found_with_their_data(
     assert float(task.version) >= 1
 
 
-@pytest.mark.slow
 def test_entries_equal_what_lm_eval_itself_reads() -> None:
     """lm-eval's own loader, on tasks with includes, lists of tags, quoted keys and functions."""
     from lm_eval.tasks._yaml_loader import load_yaml
