@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from kbit.blocks import Blocks, NestedAbsmax, Part, load_absmax
+from kbit.blockwise import scaled_values
 from kbit.impl import choose_blockwise
 from kbit.kernels.dense import product
 from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
-from kbit.packing import packed_bytes, unpack
+from kbit.packing import packed_bytes
 from kbit.spec import QuantSpec
 from kbit.storage import chunk_length
 
@@ -87,13 +88,11 @@ def dequantized_rows(
     triton = apart and _runs_triton(codes.device)
     for first in range(0, rows, step):
         part = Part(blocks=blocks, start=first * columns, stop=min(first + step, rows) * columns)
-        taken = codes[part.start * spec.bits // 8 : packed_bytes(part.stop, spec.bits)]
         if triton:
+            taken = codes[part.start * spec.bits // 8 : packed_bytes(part.stop, spec.bits)]
             yield _from_triton(taken, absmax, part, codebook, spec, storage).view(-1, columns)
             continue
-        values = codebook.index_select(0, unpack(taken, spec.bits, part.stop - part.start).int())
-        part.multiply_(values, absmax)
-        limit = torch.finfo(storage).max
+        values, limit = scaled_values(codes, absmax, codebook, part, spec.bits), torch.finfo(storage).max
         yield values.clamp_(-limit, limit).to(storage).view(-1, columns)
 
 
