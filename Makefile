@@ -14,11 +14,12 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
-# Those on SLURM mostly wait, so they run beside the others; what they print comes at the end.
+# Those mostly wait for processes, so they run beside the others; what they print comes at the end.
+BESIDE := tests/slurm tests/test_study.py
 test: $(VENV)/installed  ## the tests, but for the slow ones
-	@log=$$(mktemp); $(BIN)/python -m pytest tests/slurm -m 'not slow' >$$log 2>&1 & slurm=$$!; status=0; \
-	$(BIN)/python -m pytest --ignore tests/slurm -m 'not slow' || status=$$?; \
-	echo "The tests on SLURM (tests/slurm):"; wait $$slurm || status=$$?; cat $$log; rm -f $$log; exit $$status
+	@log=$$(mktemp); $(BIN)/python -m pytest $(BESIDE) -m 'not slow' >$$log 2>&1 & beside=$$!; status=0; \
+	$(BIN)/python -m pytest $(BESIDE:%=--ignore %) -m 'not slow' || status=$$?; \
+	echo "Tests of $(BESIDE):"; wait $$beside || status=$$?; cat $$log; rm -f $$log; exit $$status
 
 test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops, and what else takes long
 	$(BIN)/python -m pytest -m slow
