@@ -101,18 +101,19 @@ def load_packed(
         raise CheckpointError(f"{directory}: {error}") from error
     if model is None:
         model = _skeleton(directory, metadata["model"])
-    layers = _layers(model, metadata["layers"], directory)
+    where = _where(directory, metadata["model"])
+    layers = _layers(model, metadata["layers"], where)
     tied: Mapping[str, str] = metadata["tied"]
     wanted = dict(_tensors(model, layers))
-    _same_names(wanted.keys(), header.keys() | tied.keys(), directory)
-    _same_names(set(tied.values()), header.keys() & set(tied.values()), directory)
+    _same_names(wanted.keys(), header.keys() | tied.keys(), where)
+    _same_names(set(tied.values()), header.keys() & set(tied.values()), where)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in wanted.items():
         stored = header[tied.get(name, name)]
         exact = modules[name.rpartition(".")[0]] in layers and not name.endswith(".bias")
         if stored.shape != tensor.shape or (exact and _DTYPES.get(stored.dtype) != tensor.dtype):
             is_, want = f"{stored.dtype} {list(stored.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
-            raise CheckpointError(f"{directory}: {name} is {is_} in {WEIGHTS}, and the model's is {want}")
+            raise CheckpointError(f"{where}: {name} is {is_} in {WEIGHTS}, and the model's is {want}")
     for old, layer in layers.items():
         replace(model, old, layer)
     _fill(model, directory / WEIGHTS, wanted.keys(), tied, device)
@@ -163,15 +164,12 @@ def _distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
-    """The class of a transformers model, whose configuration is written; of another its name alone."""
-    from transformers import PreTrainedModel
+    """The class of a transformers model, whose configuration is written, and its version; of another the name alone."""
+    from transformers import PreTrainedModel, __version__
 
-    about: dict[str, Any] = {
-        "class": type(model).__name__,
-        "transformers": isinstance(model, PreTrainedModel),
-        "attention": None,
-    }
+    about: dict[str, Any] = {"class": type(model).__name__, "transformers": None, "attention": None}
     if isinstance(model, PreTrainedModel):
+        about["transformers"] = __version__
         model.config.save_pretrained(directory)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(directory)
@@ -207,7 +205,16 @@ def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], directory: Path) -> dict[nn.Module, KBitLinear]:
+def _where(directory: Path, about: Mapping[str, Any]) -> str:
+    """What errors about names and shapes begin with: transformers gives a model's modules other names at times."""
+    import transformers
+
+    if about["transformers"] in (None, transformers.__version__):
+        return str(directory)
+    return f"{directory} (saved with transformers {about['transformers']}, and this is {transformers.__version__})"
+
+
+def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[nn.Module, KBitLinear]:
     """The packed layers, without values, by the modules in whose place they go."""
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[nn.Module, KBitLinear] = {}
@@ -216,20 +223,20 @@ def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], director
         try:
             layer = layer_of(arguments)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise CheckpointError(f"{directory}/{METADATA}: layers: {name} is damaged: {error}") from error
+            raise CheckpointError(f"{where}: {METADATA}: layers: {name} is damaged: {error}") from error
         if not isinstance(modules.get(name), nn.Linear | Conv1D):
             raise CheckpointError(
-                f"{directory}: this {type(model).__name__} has no linear layer {name!r}: another architecture?"
+                f"{where}: this {type(model).__name__} has no linear layer {name!r}: another architecture?"
             )
         layers[modules[name]] = layer
     return layers
 
 
-def _same_names(wanted: Any, stored: Any, directory: Path) -> None:
+def _same_names(wanted: Any, stored: Any, where: str) -> None:
     for names, what in ((wanted - stored, "lacks"), (stored - wanted, "has, beyond the model's,")):
         if names:
             some = ", ".join(sorted(names)[:4])
-            raise CheckpointError(f"{directory}: {WEIGHTS} {what} {len(names)} tensors: {some}")
+            raise CheckpointError(f"{where}: {WEIGHTS} {what} {len(names)} tensors: {some}")
 
 
 def _fill(model: nn.Module, file: Path, names: Any, tied: Mapping[str, str], device: torch.device) -> None:

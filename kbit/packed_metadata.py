@@ -18,7 +18,7 @@ VERSION: Final = 1
 METADATA: Final = "kbit.json"
 FORMAT: Final = "kbit-packed"
 _KEYS: Final = {"model": dict, "layers": dict, "tied": dict}
-_MODEL_KEYS: Final = {"class": str, "transformers": bool, "attention": str | None}
+_MODEL_KEYS: Final = {"class": str, "transformers": str | None, "attention": str | None}
 _LAYER_KEYS: Final = {
     "in_features": int,
     "out_features": int,

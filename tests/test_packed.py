@@ -205,8 +205,14 @@ def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
         save_file(changed, weights)
         with pytest.raises(CheckpointError, match=why):
             load_packed(tmp_path)
+    # Another version may have other names.
+    earlier = {**metadata, "model": {**metadata["model"], "transformers": "5.0.1"}}
+    (tmp_path / "kbit.json").write_text(json.dumps(earlier))
+    with pytest.raises(CheckpointError, match=r"saved with transformers 5\.0\.1, and this is \d.*\): .* I32"):
+        load_packed(tmp_path)
     save_file(tensors, weights)
     assert torch.equal(logits(load_packed(tmp_path)), logits(model))
+    (tmp_path / "kbit.json").write_text(json.dumps(metadata))
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="should have"):
         load_packed(tmp_path)
