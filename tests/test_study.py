@@ -211,11 +211,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_doubled(tmp_path: Pa
     assert_whole(out, 13)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
-    ids=lambda how: how.name,
-)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "r"
     process = start(out, *SMALL)
