@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Beside the tests on SLURM, threads of one operation would wait for each other, spinning: three times as much work.
+# Beside the tests on SLURM, threads of one operation would wait for each other, spinning: more than twice the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell makes what it runs in the background deaf to Ctrl-C, and so what that starts: tests press it.
