@@ -24,7 +24,7 @@ test: $(VENV)/installed  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest $(BESIDE:%=--ignore %) -m 'not slow' || status=$$?; \
 	echo "Tests of $(BESIDE):"; wait $$beside || status=$$?; cat $$log; rm -f $$log; exit $$status
 
-test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops, and what else takes long
+test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev  ## style and types

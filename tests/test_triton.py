@@ -41,7 +41,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("what", ["sample", pytest.param("edges", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["sample", "edges"])
 def test_in_the_interpreter_kernels_and_reference_are_equal(what: str) -> None:
     finish(run(what, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
 
