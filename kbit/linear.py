@@ -32,8 +32,8 @@ class KBitLinear(nn.Module):
     spec is refused. ``to(dtype)`` changes the bias and the dtype of x to come, never codes, absmax, codebook, mean or
     kept columns. Loading a state dict in place keeps every buffer's address, so that CUDA graphs stay valid.
 
-    Products, kept columns, mean and bias are summed in float32 and rounded to x's dtype once. With centering W is not
-    rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x of ``dtype``;
+    Products, kept columns, mean and bias are summed in float32 and rounded to x's dtype once. With centering a W in
+    tiles is not rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x of ``dtype``;
     float32 x, and layers without tiles, go by dequantizing some rows at a time. A layer is for one CUDA stream at a
     time, and for inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that
     raises NotImplementedError. Autocast does not reach into it.
@@ -178,7 +178,10 @@ class KBitLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x · W^T + bias. The codes of kept columns stand for zero, and codes for W less its mean."""
+        """x · W^T + bias. The codes of kept columns stand for zero, and codes for W less its mean.
+
+        Tiles are multiplied without the mean; in row-major order it is added to all columns, the kept ones too.
+        """
         bias = None if self.bias is None else self.bias.to(x.dtype)
         rest = (bias, self._addend(x), self.out_features, self.spec.bits, self.spec.blocksize)
         how = (self.storage_dtype, self.batch_invariant)
@@ -188,27 +191,25 @@ class KBitLinear(nn.Module):
             y = matmul_tiled(x, *w, *rest, *how)
         else:
             nested = [self.absmax_scale, self.absmax_offset, self.absmax_codebook] if self._is_nested else []
-            y = matmul_rows(x, self.codes, self.absmax, nested, self.codebook, *rest, self.spec.scheme, *how)
+            y = matmul_rows(x, self.codes, self.absmax, nested, self.codebook, self.mean, *rest, self.spec.scheme, *how)
         return y
 
     def _addend(self, x: Tensor) -> Tensor | None:
         """The part of kept columns and mean, float32 [x's rows, out_features]; None without them."""
+        apart, total = self.batch_invariant, partial(torch.sum, dim=1, dtype=torch.float32, keepdim=True)
         kept = None if self.kept_columns is None else x.index_select(1, self.kept_columns)
         addend = None
         if kept is not None:
             assert self.kept_values is not None
-            product = partial(_wide_product, values=self.kept_values)
-            addend = by_row(product, kept, apart=self.batch_invariant)
-        if self.mean is not None:
-            part = self._sums(x, kept) * self.mean.float()
+            addend = by_row(partial(_wide_product, values=self.kept_values), kept, apart=apart)
+        if self.mean is not None and self.tiled:
+            part = by_row(total, x, apart=apart) * self.mean.float()
             addend = part.expand(-1, self.out_features).contiguous() if addend is None else addend + part
+        if self.mean is not None and kept is not None and addend is not None:
+            # Kept columns have no mean; rows were given it, and then rounded.
+            mean = self.mean if self.tiled else self.mean.to(self.storage_dtype)
+            addend = addend - by_row(total, kept, apart=apart) * mean.float()
         return addend
-
-    def _sums(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """What the mean is multiplied by: each row's sum over the columns that are not kept, float32 [rows, 1]."""
-        total = partial(torch.sum, dim=1, dtype=torch.float32, keepdim=True)
-        sums = by_row(total, x, apart=self.batch_invariant)
-        return sums if kept is None else sums - by_row(total, kept, apart=self.batch_invariant)
 
     def derive(self) -> None:
         """Make the buffers that follow from those of the state dict, once these are there; in place where possible.

@@ -114,7 +114,8 @@ def environment(device: str) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found | {"python": platform.python_version()}
+    # torch's own says which build it is.
+    return found | {"torch": torch.__version__, "python": platform.python_version()}
 
 
 def device_name(device: str) -> str:

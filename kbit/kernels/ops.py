@@ -32,7 +32,7 @@ _library.define(
     "bool batch_invariant) -> Tensor"
 )
 _library.define(
-    "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, "
+    "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, Tensor? mean, "
     "Tensor? bias, Tensor? addend, int rows, int bits, int? blocksize, str scheme, ScalarType storage, "
     "bool batch_invariant) -> Tensor"
 )
@@ -57,6 +57,7 @@ matmul_rows: Final[Any] = torch.ops.kbit.matmul_rows.default
 Args:
     x: [any, columns].
     codes: as in ``QuantizedTensor``. absmax: its values, or their codes where `nested` has scale, offset and codebook.
+    mean: the weight's, added before its values are rounded to `storage`, as ``kbit.dequantize`` does; or None.
     codebook, bias, addend, storage, batch_invariant: as above. rows, bits, blocksize, scheme: the weight's.
 
 Returns:
@@ -74,9 +75,16 @@ def by_row(product: Callable[..., Tensor], *inputs: Tensor, apart: bool) -> Tens
 
 
 def dequantized_rows(
-    codes: Tensor, absmax: Tensor, codebook: Tensor, columns: int, spec: QuantSpec, rows: int, storage: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    mean: Tensor | None,
+    columns: int,
+    spec: QuantSpec,
+    rows: int,
+    storage: torch.dtype,
 ) -> Iterator[Tensor]:
-    """A weight in row-major order without its mean and kept columns: [some rows, columns], one after another.
+    """A weight in row-major order without its kept columns: [some rows, columns], one after another.
 
     As ``kbit.dequantize`` has them, to the bit. Nothing is read back from a GPU, so that a CUDA graph can hold it.
 
@@ -90,9 +98,11 @@ def dequantized_rows(
         part = Part(blocks=blocks, start=first * columns, stop=min(first + step, rows) * columns)
         if triton:
             taken = codes[part.start * spec.bits // 8 : packed_bytes(part.stop, spec.bits)]
-            yield _from_triton(taken, absmax, part, codebook, spec, storage).view(-1, columns)
+            yield _from_triton(taken, absmax, part, codebook, mean, spec, storage).view(-1, columns)
             continue
         values, limit = scaled_values(codes, absmax, codebook, part, spec.bits), torch.finfo(storage).max
+        if mean is not None:
+            values += mean.float()
         yield values.clamp_(-limit, limit).to(storage).view(-1, columns)
 
 
@@ -111,7 +121,13 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 def _from_triton(
-    codes: Tensor, absmax: Tensor, part: Part, codebook: Tensor, spec: QuantSpec, storage: torch.dtype
+    codes: Tensor,
+    absmax: Tensor,
+    part: Part,
+    codebook: Tensor,
+    mean: Tensor | None,
+    spec: QuantSpec,
+    storage: torch.dtype,
 ) -> Tensor:
     """The values of a part that begins with a block, flat, in the storage dtype."""
     from kbit.kernels.blockwise import dequantize_values  # triton may be absent
@@ -124,7 +140,7 @@ def _from_triton(
         blocks = Blocks(rows=1, length=count, size=min(whole.size, count))
         absmax = absmax[part.start // whole.size : -(-part.stop // whole.size)]
     out = torch.empty(count, dtype=storage, device=codes.device)
-    dequantize_values(codes, absmax, blocks, spec, out, dtype=storage, values=codebook, mean=None)
+    dequantize_values(codes, absmax, blocks, spec, out, dtype=storage, values=codebook, mean=mean)
     return out
 
 
@@ -195,6 +211,7 @@ def _matmul_rows(
     absmax: Tensor,
     nested: list[Tensor],
     codebook: Tensor,
+    mean: Tensor | None,
     bias: Tensor | None,
     addend: Tensor | None,
     rows: int,
@@ -210,7 +227,7 @@ def _matmul_rows(
         scale, offset, values = nested
         absmax = load_absmax(NestedAbsmax(codes=absmax, scale=scale, offset=offset, codebook=values))
     spec = QuantSpec(bits=bits, dtype="int", blocksize=blocksize, scheme=scheme)
-    weights = dequantized_rows(codes, absmax, codebook, x.shape[1], spec, rows, storage)
+    weights = dequantized_rows(codes, absmax, codebook, mean, x.shape[1], spec, rows, storage)
     return _by_dequantizing(x, weights, bias, addend, rows, batch_invariant)
 
 
@@ -219,7 +236,7 @@ def _shape_tiled(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _shape_rows(x: Tensor, codes: Tensor, absmax: Tensor, nested: list[Tensor], *rest: Any) -> Tensor:
-    return _without_values(x, (codes, absmax, *nested, *rest), rest[3])
+    return _without_values(x, (codes, absmax, *nested, *rest), rest[4])
 
 
 def _without_values(x: Tensor, arguments: Iterable[object], rows: int) -> Tensor:
