@@ -33,10 +33,10 @@ class KBitLinear(nn.Module):
     kept columns. Loading a state dict in place keeps every buffer's address, so that CUDA graphs stay valid.
 
     Products, kept columns, mean and bias are summed in float32 and rounded to x's dtype once. With centering a W in
-    tiles is not rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x of ``dtype``;
-    float32 x, and layers without tiles, go by dequantizing some rows at a time. A layer is for one CUDA stream at a
-    time, and for inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that
-    raises NotImplementedError. Autocast does not reach into it.
+    tiles is not rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x
+    of ``dtype``; float32 x, and layers without tiles, go by dequantizing some rows at a time. A layer is for one CUDA
+    stream at a time, and for inference: call it under torch.no_grad(), without which torch.compile traces a backward,
+    and that raises NotImplementedError. Autocast does not reach into it.
 
     Args:
         in_features, out_features: W is [out_features, in_features].

@@ -1,8 +1,9 @@
 // y = x · dequantize(W)^T for k-bit weights. Compiled by NVRTC with
 //   BITS 2-8, PAIR 0|1 (codebook looked up by pairs of codes), BLOCK 32|64|128|256, TILES (8 rows of x each) 1|2|4|8,
-//   BF16 0|1, WR x WK warps (row groups x splits of the columns), STAGES (steps of x, and of codes, in shared memory),
-//   STAGED 0|1 (codes go through shared memory, STAGES - 1 tiles ahead, or through registers, one ahead), MIN_CTAS,
-//   SPLIT (CTAs that share a unit of rows, each with a part of the columns).
+//   BF16 0|1, WR x WK tiles that a CTA works on at a time (above each other x splits of the columns), SHARE 1|2 (warps
+//   that share a tile: half of its rows each), STAGES (steps of x, and of codes, in shared memory), STAGED 0|1 (codes go
+//   through shared memory, STAGES - 1 tiles ahead, or through registers, one ahead), SUMS (eights of rows of x whose sums
+//   are exchanged at a time), MIN_CTAS, SPLIT (CTAs that share a unit of rows, each with a part of the columns).
 // No headers: half pairs are 32-bit words.
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -11,6 +12,9 @@ typedef unsigned short u16;
 #if !STAGED && STAGES != 2
 #error "codes through registers are one tile ahead, and so must x be"
 #endif
+#if SHARE == 2 && !STAGED
+#error "warps that share a tile share its codes through shared memory"
+#endif
 
 #define OVERLAP (__CUDA_ARCH__ >= 900)  // with the kernels before and after in the stream
 #define LANES 32
@@ -18,21 +22,25 @@ typedef unsigned short u16;
 #define COLS 64                       // columns of W in a tile
 #define WORDS (4 * BITS)              // 32-bit words of codes a lane holds of a tile
 #define WIDTH (PAIR ? 2 * BITS : BITS)
+#define VALUES (1 << BITS)
 #define ENTRIES (1 << WIDTH)
 #define MASK ((u32)(ENTRIES - 1) << 7)
 #define BYTES (WIDTH == 8)            // an index is a byte: one permutation makes its address, with entries 256 bytes apart
 #define ENTRY_BYTES (BYTES ? 256 : LANES * 4)
-#define WARPS (WR * WK)
+#define SIXTEENS (4 / SHARE)          // of rows of W that a warp has of a tile
+#define WARP_ROWS (16 * SIXTEENS)
+#define GROUP_WARPS (WR * SHARE)      // warps with the same split of the columns
+#define GROUP (GROUP_WARPS * LANES)   // their threads, which share a stage of x
+#define THREADS (WK * GROUP)
 #define UNIT (ROWS * WR)              // rows of W that a CTA works on at a time
 #define X_BYTES (TILES * 1024)        // of x in a stage: 8 TILES rows, 64 columns, shared by the row groups
 #define CODE_BYTES (BITS * LANES * 16)
 #define TILE_BYTES (STAGED ? CODE_BYTES + SCALES * 128 : 0)
-#define HOLD (TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
+#define HOLD (TILES <= 4)             // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
-#define GROUP (WR * LANES)            // threads that share a stage of x
 #define X_COPIES (TILES * 64 / GROUP) // chunks of x that each of them copies
 #define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
-#define STRIDE 68                     // of the reduction buffer: avoids bank conflicts
+#define STRIDE (WARP_ROWS + 4)        // of the reduction buffer: avoids bank conflicts
 
 #ifndef EMULATED  // what only a GPU has; tests bring a CPU's
 #define OPAQUE(...) asm volatile("" : __VA_ARGS__)
@@ -91,6 +99,12 @@ __device__ __forceinline__ uint4 lds128(u32 address) {
   return v;
 }
 
+__device__ __forceinline__ uint2 lds64(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) {
   u32 address;
   asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"((u64)p));
@@ -102,14 +116,15 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // All but the last STAGES - 2 groups of copies have come.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
 
-// Of the WR warps with one split of the columns.
 __device__ __forceinline__ void group_barrier(int split) {
-#if WR == 1
+#if GROUP_WARPS == 1
   __syncwarp();
 #else
   asm volatile("bar.sync %0, %1;" ::"r"(split + 1), "n"(GROUP) : "memory");
 #endif
 }
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 __device__ __forceinline__ void let_next_begin() {
 #if OVERLAP
@@ -124,15 +139,28 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 #endif
 
-// A sum of products with the scaled codebook to what is stored of y[m][n]: one rounding.
-__device__ __forceinline__ u16 finish(float sum, float unscale, const u16* bias, const float* addend, int m, int n, int N) {
-  const u32 b = bias ? (u32)__ldg(bias + n) : 0;
-  sum = sum * unscale + (addend ? __ldcg(addend + (long long)m * N + n) : 0.f);
+// Sums of products with the scaled codebook to what is stored of y[m][n .. n + 3]: one rounding.
+__device__ __forceinline__ void store(u16* y, const float* sums, float unscale, const u16* bias, const float* addend, int m, int n, int N) {
+  const long long at = (long long)m * N + n;
+  u32 out[4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    if (n + e >= N) break;
+    const u32 b = bias ? (u32)__ldg(bias + n + e) : 0;
+    const float sum = sums[e] * unscale + (addend ? __ldcg(addend + at + e) : 0.f);
 #if BF16
-  return round16(sum + __uint_as_float(b << 16));
+    out[e] = round16(sum + __uint_as_float(b << 16));
 #else
-  return round16(sum + half_to_float(b));
+    out[e] = round16(sum + half_to_float(b));
 #endif
+  }
+  if (N % 4 == 0) {
+    if (n < N) *(uint2*)(y + at) = {out[0] | out[1] << 16, out[2] | out[3] << 16};
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (n + e < N) y[at + e] = out[e];
+  }
 }
 
 // Byte offset in the table of the index that begins at bit `bit` of a lane's codes; all shifts are known to the compiler.
@@ -162,7 +190,7 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * LANES, MIN_CTAS)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
 kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const u16* __restrict__ codebook,
             const u16* __restrict__ x, const u16* __restrict__ bias, const float* __restrict__ addend,
             u16* __restrict__ y, float* __restrict__ partial, u32* __restrict__ arrived,
@@ -170,34 +198,46 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   extern __shared__ __align__(128) unsigned char shared[];
   u32* table = (u32*)shared;
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const int wr = warp % WR, wk = warp / WR;
+  const int wk = warp / GROUP_WARPS, wr = warp % GROUP_WARPS / SHARE, half = warp % SHARE;
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
   const float unscale = __ldg(unscale_at);
+  // Used once the first codes are on their way.
+  u16 value[(VALUES + THREADS - 1) / THREADS];
+#pragma unroll
+  for (int i = 0; i < VALUES; i += THREADS)
+    if (i + threadIdx.x < VALUES) value[i / THREADS] = __ldg(codebook + i + threadIdx.x);
   u32 table_address = shared_address(table);
   const u32 x_address = table_address + ENTRIES * ENTRY_BYTES + wk * (STAGES * X_BYTES);
-  const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + warp * (STAGES * TILE_BYTES);
-  float* sums = (float*)(shared + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + WARPS * STAGES * TILE_BYTES);
+  const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + (wk * WR + wr) * (STAGES * TILE_BYTES);
+  float* sums = (float*)(shared + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + WK * WR * STAGES * TILE_BYTES);
 
   // SPLIT CTAs work on one unit of rows after another; each has a part of the columns, and each of its splits some of
-  // the part's tiles: those from its number on, every WK. All take as many steps; in the last some have no tile.
+  // the part's tiles: those from its number on, every WK.
   const int per_unit = K / COLS, row_blocks = (N + ROWS - 1) / ROWS, units = (row_blocks + WR - 1) / WR;
   const int groups = gridDim.x / SPLIT, rank = blockIdx.x % SPLIT, kblocks = K / BLOCK;
   const int part_begin = per_unit * rank / SPLIT, part_end = per_unit * (rank + 1) / SPLIT;
   const int steps = (part_end - part_begin + WK - 1) / WK, first = part_begin + wk;
-  const int count = (part_end - first + WK - 1) / WK;  // of this split's tiles: steps, or one less
+  const int count = (part_end - first + WK - 1) / WK;  // of this split's tiles: steps, or one less; there may be none
 
   // A group stages its tiles of x: [row 0..8 TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
   // repeat it: their sums are not stored.
-  const int x_row = (wr * LANES + lane) >> 3, x_chunk = lane & 7;
+  const int x_row = threadIdx.x % GROUP >> 3, x_chunk = lane & 7;
   const u16* xp[X_COPIES];
 #pragma unroll
   for (int i = 0; i < X_COPIES; i++) xp[i] = x + (long long)min(x_row + i * (GROUP / 8), M - 1) * x_stride + x_chunk * 8;
   u32 x_to = x_address + x_row * 128 + ((x_chunk ^ ((x_row & 1) * 4)) * 16);
   // Where a lane reads: x of row g, the chunk t and that 64 bytes away; its own codes; the absmax of its rows.
   u32 x_at = x_address + g * 128 + ((t ^ ((g & 1) * 4)) * 16);
-  u32 code_at = tile_address + lane * 16, scale_at = tile_address + CODE_BYTES + g * 16;
-  u32 scale_to = tile_address + CODE_BYTES + lane * 16;
+  u32 code_to = tile_address + lane * 16, scale_to = tile_address + CODE_BYTES + lane * 16;
+#if SHARE == 1
+  u32 code_at = code_to, scale_at = tile_address + CODE_BYTES + g * 16;
+#else
+  // The second half of a tile's rows begins 2 BITS words into a lane's codes: where that is half a piece, pairs of words
+  // lie in the first half of a piece and in the second by turns, and the other way round than in the first half.
+  u32 code_at = code_to + half * (BITS / 2 * 512 + BITS % 2 * 8), scale_at = tile_address + CODE_BYTES + g * 16 + half * 8;
+  u32 code_beside = code_to + half * ((BITS + 1) / 2 * 512 - BITS % 2 * 8);
+#endif
 
   // What is fetched next: tile `ahead` of `ahead_unit`, into stage `stage_in`.
   int ahead_unit = blockIdx.x / SPLIT, ahead = 0, stage_in = 0;
@@ -205,14 +245,14 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   bool fetched;
   auto enter = [&]() {  // a unit of rows
     const int row_block = ahead_unit * WR + wr;
-    fetched = row_block < row_blocks;
+    fetched = row_block < row_blocks && count > 0;
     code_row = codes + ((long long)row_block * per_unit + first) * (BITS * LANES) + lane;
     scale_row = scales + (long long)row_block * kblocks * 8 + (STAGED ? lane : g);
     OPAQUE("+l"(code_row), "+l"(scale_row));
   };
   auto advance = [&]() {
     stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
-    if (++ahead == steps) {
+    if (++ahead >= count) {
       ahead = 0, ahead_unit += groups;
       enter();
     }
@@ -221,14 +261,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   uint4 codes_now[BITS], scales_now[SCALES];
 #endif
   auto fetch_codes = [&]() {
-    if (!fetched || ahead >= count) return;
+    if (!fetched) return;
     const int column = first + ahead * WK;
     const uint4* p = code_row + (long long)ahead * (WK * BITS * LANES);
     const uint4* s = scale_row + (long long)(BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS)) * 8;
 #if STAGED
 #pragma unroll
-    for (int i = 0; i < BITS; i++) copy_once(code_at + stage_in * TILE_BYTES + i * 512, p + i * LANES);
-    if (lane < SCALES * 8) copy_async(scale_to + stage_in * TILE_BYTES, s);
+    for (int i = 0; i < BITS; i++)
+      if (i % SHARE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
+    if (half == 0 && lane < SCALES * 8) copy_async(scale_to + stage_in * TILE_BYTES, s);
 #else
 #pragma unroll
     for (int i = 0; i < BITS; i++) codes_now[i] = load_once(p + i * LANES);
@@ -237,7 +278,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #endif
   };
   auto fetch_x = [&]() {
-    if (ahead_unit < units && ahead < count) {
+    if (ahead_unit < units && count > 0) {
       const int column = (first + ahead * WK) * COLS;
 #pragma unroll
       for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), xp[i] + column);
@@ -253,13 +294,16 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     advance();
   }
   let_next_begin();
-  for (int i = threadIdx.x; i < ENTRIES * LANES; i += WARPS * LANES) {
-    const u32 index = i / LANES, to = index * (ENTRY_BYTES / 4) + i % LANES;
-#if PAIR
-    table[to] = (u32)codebook[index & ((1 << BITS) - 1)] | ((u32)codebook[index >> BITS] << 16);
-#else
-    table[to] = (u32)codebook[index] * 0x10001u;
-#endif
+  // The codebook by way of what will hold sums.
+  u16* values = (u16*)sums;
+#pragma unroll
+  for (int i = 0; i < VALUES; i += THREADS)
+    if (i + threadIdx.x < VALUES) values[i + threadIdx.x] = value[i / THREADS];
+  __syncthreads();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < ENTRIES * LANES; i += THREADS) {
+    const u32 index = i / LANES;
+    table[index * (ENTRY_BYTES / 4) + i % LANES] = values[index % VALUES] | (u32)values[PAIR ? index / VALUES : index] << 16;
   }
   __syncthreads();
   // Lookups are not volatile: none may be moved before the table is whole.
@@ -268,7 +312,10 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   ahead = 0, ahead_unit = blockIdx.x / SPLIT, stage_in = 0;
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
-  OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_at), "+r"(scale_at), "+r"(scale_to), "+r"(lane4));
+  OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_at), "+r"(code_to), "+r"(scale_at), "+r"(scale_to), "+r"(lane4));
+#if SHARE > 1
+  OPAQUE("+r"(code_beside));
+#endif
 #pragma unroll
   for (int i = 0; i < X_COPIES; i++) OPAQUE("+l"(xp[i]));
 #pragma unroll
@@ -278,30 +325,35 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   }
   int stage_out = 0;
   for (int unit = blockIdx.x / SPLIT; unit < units; unit += groups) {
+    if (bias && threadIdx.x < UNIT / 32) prefetch(bias + min(unit * UNIT + (int)threadIdx.x * 32, N - 1));
     const bool mine = unit * WR + wr < row_blocks;
-    float acc[4][TILES][4];
+    float acc[SIXTEENS][TILES][4];
 #pragma unroll
-    for (int r = 0; r < 4; r++)
+    for (int r = 0; r < SIXTEENS; r++)
 #pragma unroll
       for (int n = 0; n < TILES; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 
-    for (int step = 0; step < steps; step++) {
+    for (int step = 0; step < count; step++) {
       wait_for_copies();
       group_barrier(wk);  // the stage before is free: all of the group have read it
 #if STAGED
       fetch_codes();
 #endif
       fetch_x();
-      if (mine && step < count) {
+      if (mine) {
         const u32 x_from = x_at + stage_out * X_BYTES, x_beside = x_from ^ 64;
 #if HOLD
         uint4 xs[TILES][2];
 #pragma unroll
         for (int n = 0; n < TILES; n++) xs[n][0] = lds128(x_from + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
 #endif
-#if STAGED
+#if SHARE > 1
+        uint2 codes_now[BITS], scales_now[SCALES];
+#pragma unroll
+        for (int i = 0; i < SCALES; i++) scales_now[i] = lds64(scale_at + stage_out * TILE_BYTES + i * 128);
+#elif STAGED
         uint4 codes_now[BITS], scales_now[SCALES];
 #pragma unroll
         for (int i = 0; i < SCALES; i++) scales_now[i] = lds128(scale_at + stage_out * TILE_BYTES + i * 128);
@@ -309,14 +361,25 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         const u32* w = (const u32*)codes_now;
         const u32* s = (const u32*)scales_now;
 #pragma unroll
-        for (int r0 = 0; r0 < 4; r0 += AT_ONCE) {
+        for (int r0 = 0; r0 < SIXTEENS; r0 += AT_ONCE) {
           u32 a[AT_ONCE][4][4];
 #pragma unroll
           for (int q = 0; q < AT_ONCE; q++) {
             const int r = r0 + q;
-#if STAGED
             // Sixteen rows are BITS words of a lane: the pieces that begin within them.
 #pragma unroll
+#if SHARE > 1 && BITS % 2 == 0
+            for (int i = 0; i < BITS / 2; i++)
+              if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) {
+                const uint4 piece = lds128(code_at + stage_out * TILE_BYTES + i * 512);
+                codes_now[2 * i].x = piece.x, codes_now[2 * i].y = piece.y;
+                codes_now[2 * i + 1].x = piece.z, codes_now[2 * i + 1].y = piece.w;
+              }
+#elif SHARE > 1
+            for (int i = 0; i < BITS; i++)
+              if (2 * i >= r * BITS && 2 * i < (r + 1) * BITS)
+                codes_now[i] = lds64((i % 2 ? code_beside + 8 : code_at) + stage_out * TILE_BYTES + i / 2 * 512);
+#elif STAGED
             for (int i = 0; i < BITS; i++)
               if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) codes_now[i] = lds128(code_at + stage_out * TILE_BYTES + i * 512);
 #endif
@@ -338,7 +401,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
               const int r = r0 + q;
 #pragma unroll
               for (int h = 0; h < SCALES; h++) {
-                const u32 both = s[h * 4 + r];
+                const u32 both = s[h * SIXTEENS + r];
                 const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
                 float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -359,28 +422,40 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       stage_out = stage_out + 1 == STAGES ? 0 : stage_out + 1;
     }
 
-    // Sums over the warps, then over the CTAs of a unit, always in the same order; eight rows of x at a time.
+#if GROUP_WARPS > 1
+    // All groups come to as many barriers.
+    if (count < steps) group_barrier(wk);
+#endif
+    // Sums over the warps, then over the CTAs of a unit, always in the same order; 8 SUMS rows of x at a time.
 #pragma unroll
-    for (int n8 = 0; n8 < TILES; n8++) {
-      const int rows = min(8, M - n8 * 8);
+    for (int n0 = 0; n0 < TILES; n0 += SUMS) {
+      const int rows = min(8 * SUMS, M - n0 * 8);
       if (rows <= 0) break;
       __syncthreads();
-      float* mine_sums = sums + warp * (8 * STRIDE);
 #pragma unroll
-      for (int r = 0; r < 4; r++)
+      for (int n = 0; n < SUMS; n++) {
+        float* to = sums + ((warp * SUMS + n) * 8 + 2 * t) * STRIDE + g;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          mine_sums[(2 * t + (i & 1)) * STRIDE + r * 16 + g + 8 * (i >> 1)] = acc[r][n8][i];
+        for (int r = 0; r < SIXTEENS; r++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) to[(i & 1) * STRIDE + r * 16 + 8 * (i >> 1)] = acc[r][n0 + n][i];
+      }
       __syncthreads();
-      for (int i = threadIdx.x; i < rows * UNIT; i += WARPS * LANES) {
-        const int m8 = i / UNIT, row = i % UNIT, n = unit * UNIT + row;
-        float sum = 0.f;
+      // Four rows of W at a time.
+      for (int i = threadIdx.x; i < rows * (UNIT / 4); i += THREADS) {
+        const int m = i / (UNIT / 4), row = i % (UNIT / 4) * 4;
+        const float* from = sums + (row / WARP_ROWS * SUMS * 8 + m) * STRIDE + row % WARP_ROWS;
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int v = 0; v < WK; v++) sum += sums[(v * WR + row / ROWS) * (8 * STRIDE) + m8 * STRIDE + row % ROWS];
+        for (int v = 0; v < WK; v++) {
+          const float4 part = *(const float4*)(from + v * (GROUP_WARPS * SUMS * 8 * STRIDE));
+          sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+        }
 #if SPLIT == 1
-        if (n < N) y[(long long)(n8 * 8 + m8) * N + n] = finish(sum, unscale, bias, addend, n8 * 8 + m8, n, N);
+        store(y, sum, unscale, bias, addend, n0 * 8 + m, unit * UNIT + row, N);
 #else
-        partial[((long long)(unit * SPLIT + rank) * (TILES * 8) + n8 * 8 + m8) * UNIT + row] = sum;
+        float* to = partial + ((long long)(unit * SPLIT + rank) * (TILES * 8) + n0 * 8 + m) * UNIT + row;
+        *(float4*)to = {sum[0], sum[1], sum[2], sum[3]};
 #endif
       }
     }
@@ -396,19 +471,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     }
     __syncthreads();
     if (*last) {
-      // Four rows of W at a time: a long wait for each load, so few of them one after another.
       const float4* parts = (const float4*)partial + (long long)unit * SPLIT * (TILES * 8) * (UNIT / 4);
-      for (int i = threadIdx.x; i < M * (UNIT / 4); i += WARPS * LANES) {
-        const int m = i / (UNIT / 4), n = unit * UNIT + i % (UNIT / 4) * 4;
+      for (int i = threadIdx.x; i < M * (UNIT / 4); i += THREADS) {
         float4 part[SPLIT];
 #pragma unroll
         for (int v = 0; v < SPLIT; v++) part[v] = __ldcg(parts + v * (TILES * 8) * (UNIT / 4) + i);
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int v = 0; v < SPLIT; v++) sum[0] += part[v].x, sum[1] += part[v].y, sum[2] += part[v].z, sum[3] += part[v].w;
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (n + e < N) y[(long long)m * N + n + e] = finish(sum[e], unscale, bias, addend, m, n + e, N);
+        store(y, sum, unscale, bias, addend, i / (UNIT / 4), unit * UNIT + i % (UNIT / 4) * 4, N);
       }
     }
 #endif

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kbit.kernels.dense import product
+from kbit.kernels import dense
 from kbit.kernels.nvrtc import Function, compile_cubin
 from kbit.kernels.tiles import TILE, TiledWeight, check_tiles
 
 MOST_ROWS: Final = 64
 """Rows of x that one launch of the fused kernel takes."""
 _LANES: Final = 32
-_STRIDE: Final = 68
+_PADDING: Final = 4
+"""float32 values after a warp's sums for a row of x: fewer bank conflicts."""
 _STATIC_SHARED: Final = 1024 + 16
 """Bytes of a CTA that the hardware and the kernel itself take."""
 _FEWEST_CAPABILITY: Final = (8, 0)
 _MOST_SPLIT: Final = 8
+_TILES: Final = (1, 2, 4, 8)
+"""Eights of rows of x that there are variants for."""
 _UNTILE_WARPS: Final = 8
 _UNTILE_CTAS: Final = 6
 _MOST_FUSED_ROWS: Final = 192
@@ -38,9 +42,11 @@ class Variant:
     Attributes:
         pair: the codebook is looked up by pairs of codes.
         tiles: rows of x it takes, in eights.
-        wr, wk: warps of a CTA: groups of 64 rows of W, times splits of the columns.
+        wr, wk: tiles that a CTA works on at a time: groups of 64 rows of W, times splits of the columns.
+        share: warps that share a tile: 2 with half of its rows each, or 1.
         stages: tiles of x in shared memory at a time.
         staged: codes take the same way, else through registers.
+        sums: rows of x whose sums the warps exchange at a time, in eights.
         ctas: of a multiprocessor.
         split: CTAs that share a unit of rows, each with a part of the columns.
     """
@@ -52,14 +58,16 @@ class Variant:
     pair: bool
     wr: int
     wk: int
+    share: int
     stages: int
     staged: bool
+    sums: int
     ctas: int
     split: int
 
     @property
     def warps(self) -> int:
-        return self.wr * self.wk
+        return self.wr * self.wk * self.share
 
     @property
     def shared(self) -> int:
@@ -67,8 +75,9 @@ class Variant:
         width = 2 * self.bits if self.pair else self.bits
         table = (1 << width) * (256 if width == 8 else _LANES * 4)
         x = self.wk * self.stages * self.tiles * 1024
-        codes = self.warps * self.stages * (self.bits * 512 + (256 if self.blocksize == 32 else 128))
-        return table + x + codes * self.staged + self.warps * 8 * _STRIDE * 4
+        codes = self.wr * self.wk * self.stages * (self.bits * 512 + (256 if self.blocksize == 32 else 128))
+        sums = self.warps * self.sums * 8 * (TILE // self.share + _PADDING) * 4
+        return table + x + codes * self.staged + sums
 
     def options(self) -> tuple[str, ...]:
         values = {
@@ -79,8 +88,10 @@ class Variant:
             "BF16": int(self.bfloat16),
             "WR": self.wr,
             "WK": self.wk,
+            "SHARE": self.share,
             "STAGES": self.stages,
             "STAGED": int(self.staged),
+            "SUMS": self.sums,
             "MIN_CTAS": self.ctas,
             "SPLIT": self.split,
         }
@@ -108,54 +119,71 @@ def choose(w: TiledWeight, rows: int, dtype: torch.dtype, gpu: Gpu, *, batch_inv
     Args:
         batch_invariant: sums are taken in the same order for any number of rows, at the cost of speed with few.
     """
-    tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
-    measured = next(_fitting(w, 8 if batch_invariant else tiles, dtype, gpu))
+    tiles = next(t for t in _TILES if rows <= 8 * t)
+    measured = next(_fitting(w, _TILES[-1] if batch_invariant else tiles, dtype, gpu))
     units = -(-w.row_blocks // measured.wr)
     # Units that don't fill the GPU are shared by several CTAs, each with a part of the columns.
     split = max(1, min(_MOST_SPLIT, measured.ctas * gpu.processors // units, w.columns // TILE // measured.wk))
-    return replace(measured, tiles=tiles, split=split)
+    # Each thread copies at least one piece of x.
+    share = min(measured.share, max(1, 2 * tiles // measured.wr))
+    return replace(measured, tiles=tiles, share=share, sums=min(measured.sums, tiles), split=split)
 
 
 def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Variant]:
     """The fastest variant first, then what needs less shared memory, as GPUs other than Hopper's have it."""
-    wr, wk, stages, staged, ctas = _warps(w.bits, tiles, w.row_blocks, w.columns, gpu.processors)
-    for pair in (True, False):
-        for shape in ((wr, wk, stages, staged, ctas), *((wr, wk // i, 2, False, 1) for i in (1, 2, 4) if wk >= i)):
-            variant = Variant(
-                bits=w.bits,
-                blocksize=w.blocksize,
-                bfloat16=dtype == torch.bfloat16,
-                tiles=tiles,
-                # Halves the lookups; a table of larger pairs has no room, nor that of five bits beside much of x.
-                pair=pair and (w.bits <= 4 or (w.bits == 5 and tiles <= 4)),
-                wr=shape[0],
-                wk=shape[1],
-                stages=shape[2],
-                staged=shape[3],
-                ctas=shape[4],
-                split=1,
-            )
-            if variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
-                yield variant
+    first = _shape(w.bits, tiles, w.row_blocks, w.columns, gpu.processors)
+    smaller = (first._replace(wk=first.wk // i, share=1, stages=2, staged=False, ctas=1) for i in (1, 2, 4))
+    shapes = [first, *(shape for shape in smaller if shape.wk)]
+    for pair, shape, sums in product((True, False), shapes, reversed(_TILES)):
+        variant = Variant(
+            bits=w.bits,
+            blocksize=w.blocksize,
+            bfloat16=dtype == torch.bfloat16,
+            tiles=tiles,
+            # Halves the lookups; a table of larger pairs has no room.
+            pair=pair and w.bits <= 5,
+            sums=sums,
+            split=1,
+            **shape._asdict(),
+        )
+        if sums <= tiles and variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
+            yield variant
 
 
-def _warps(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> tuple[int, int, int, bool, int]:
-    """(row groups, splits of the columns, stages, staged, CTAs of a multiprocessor), measured on an H100."""
+class _Shape(NamedTuple):
+    """As in ``Variant``."""
+
+    wr: int
+    wk: int
+    share: int
+    stages: int
+    staged: bool
+    ctas: int
+
+
+def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> _Shape:
+    """The fastest measured on an H100."""
+    shared_rows = -(-row_blocks // 2) <= processors // 2  # units of 128 rows leave more than half of the GPU free
     if tiles == 8:
-        return 2, 4, 2, False, 1
+        if shared_rows:
+            return _Shape(wr=1, wk=6, share=2, stages=2, staged=True, ctas=1)
+        if bits == 5:
+            return _Shape(wr=2, wk=3, share=2, stages=2, staged=True, ctas=1)
+        return _Shape(wr=2, wk=2, share=2, stages=3, staged=True, ctas=1)
     if tiles == 4:
-        # Units of 256 rows where those of 128 would need a second round that is half empty.
-        if bits <= 4 and -(-row_blocks // 4) <= processors < -(-row_blocks // 2):
-            return 4, 3, 2, True, 1
-        return (2, 6, 2, True, 1) if bits == 4 else (2, 4, 3 if bits <= 3 else 2, True, 1)
+        if bits <= 4:
+            return _Shape(wr=2, wk=6, share=1, stages=2, staged=True, ctas=1)
+        return _Shape(wr=2, wk=4, share=2, stages=2, staged=True, ctas=1)
     if bits in (5, 8):  # large tables leave no room for codes
-        return 2, 8, 2, False, 1
+        return _Shape(wr=2, wk=8, share=1, stages=2, staged=False, ctas=1)
     if tiles == 2:
-        shared_rows = -(-row_blocks // 2) < processors
-        return (1, 8, 2, True, 2) if bits >= 6 or (bits <= 3 and shared_rows) else (2, 6, 3, True, 1)
+        if bits >= 6 or (bits <= 3 and -(-row_blocks // 2) < processors):
+            return _Shape(wr=1, wk=8, share=1, stages=2, staged=True, ctas=2)
+        return _Shape(wr=2, wk=6, share=1, stages=3, staged=True, ctas=1)
     # With few steps a shorter way to the first is worth more than many in flight.
-    few = row_blocks <= processors // 2 and columns <= 4096
-    return (2, 8, 2, False, 1) if few else (2, 8, 3 if bits <= 4 else 2, True, 1)
+    if row_blocks <= processors // 2 and columns <= 4096:
+        return _Shape(wr=2, wk=8, share=1, stages=2, staged=False, ctas=1)
+    return _Shape(wr=2, wk=8, share=1, stages=3 if bits <= 4 else 2, staged=True, ctas=1)
 
 
 def matmul(
@@ -235,7 +263,9 @@ def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | N
         start, stop = first * TILE, min((first + step) * TILE, w.rows)
         dequantize_rows(w, first, part[: stop - start])
         added = None if bias is None else bias[start:stop]
-        product(x, part[: stop - start], added, None if addend is None else addend[:, start:stop], y[:, start:stop])
+        dense.product(
+            x, part[: stop - start], added, None if addend is None else addend[:, start:stop], y[:, start:stop]
+        )
 
 
 def dequantize_rows(w: TiledWeight, first: int, out: Tensor) -> None:

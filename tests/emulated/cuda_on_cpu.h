@@ -21,6 +21,7 @@ using std::min;
 #define __align__(x)
 #define OPAQUE(...)
 
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };
 struct Index { int x; };
@@ -48,14 +49,15 @@ class Barrier {
   int arrived_ = 0;
   unsigned phase_ = 0;
 };
-static Barrier whole, groups[WK], warps[WR * WK];
+static Barrier whole, groups[WK], warps[WR * WK * SHARE];
 
-static void __syncthreads() { whole.wait(WR * WK * 32); }
+static void __syncthreads() { whole.wait(WR * WK * SHARE * 32); }
 static void __syncwarp() { warps[threadIdx.x / 32].wait(32); }
-static void group_barrier(int split) { groups[split].wait(WR * 32); }
+static void group_barrier(int split) { groups[split].wait(WR * SHARE * 32); }
 static void __threadfence() {}
 static void commit_copies() {}
 static void wait_for_copies() {}
+static void prefetch(const void* p) { (void)*(const volatile char*)p; }
 static void let_next_begin() {}
 static void wait_for_previous() {}
 static unsigned atomicAdd(unsigned* p, unsigned value) { return __sync_fetch_and_add(p, value); }
@@ -114,12 +116,17 @@ static uint4 lds128(unsigned address) {
   memcpy(&value, at(address, 16), 16);
   return value;
 }
+static uint2 lds64(unsigned address) {
+  uint2 value;
+  memcpy(&value, at(address, 8), 8);
+  return value;
+}
 static uint4 load_once(const uint4* p) { return *p; }
 static void copy_async(unsigned to, const void* from) { memcpy(at(to, 16), from, 16); }
 static void copy_once(unsigned to, const void* from) { memcpy(at(to, 16), from, 16); }
 
 // mma.sync m16n8k16, as the PTX manual spreads its operands over the lanes; each sum in float64, rounded once.
-static unsigned operand_a[WR * WK][32][4], operand_b[WR * WK][32][2];
+static unsigned operand_a[WR * WK * SHARE][32][4], operand_b[WR * WK * SHARE][32][2];
 static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   memcpy(operand_a[warp][lane], a, 16);
@@ -148,7 +155,7 @@ extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* sca
   for (int cta = 0; cta < ctas; cta++) {
     memset(shared, 0xff, sizeof shared);  // not a number, in any dtype
     std::vector<std::thread> threads;
-    for (int i = 0; i < WR * WK * 32; i++)
+    for (int i = 0; i < WR * WK * SHARE * 32; i++)
       threads.emplace_back([=] {
         threadIdx.x = i, blockIdx.x = cta;
         kbit_matmul(codes, scales, table, x, bias, addend, y, partial, arrived, unscale, rows, outputs, columns, stride);
