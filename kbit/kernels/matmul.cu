@@ -223,15 +223,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   // A group stages its tiles of x: [row 0..8 TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
   // repeat it: their sums are not stored.
   const int x_row = threadIdx.x % GROUP >> 3, x_chunk = lane & 7;
-  const u16* xp[X_COPIES];
+  u32 x_from[X_COPIES];
 #pragma unroll
-  for (int i = 0; i < X_COPIES; i++) xp[i] = x + (long long)min(x_row + i * (GROUP / 8), M - 1) * x_stride + x_chunk * 8;
+  for (int i = 0; i < X_COPIES; i++) x_from[i] = min(x_row + i * (GROUP / 8), M - 1) * x_stride + x_chunk * 8;
   u32 x_to = x_address + x_row * 128 + ((x_chunk ^ ((x_row & 1) * 4)) * 16);
   // Where a lane reads: x of row g, the chunk t and that 64 bytes away; its own codes; the absmax of its rows.
   u32 x_at = x_address + g * 128 + ((t ^ ((g & 1) * 4)) * 16);
-  u32 code_to = tile_address + lane * 16, scale_to = tile_address + CODE_BYTES + lane * 16;
+  u32 code_to = tile_address + lane * 16;
 #if SHARE == 1
-  u32 code_at = code_to, scale_at = tile_address + CODE_BYTES + g * 16;
+  u32 &code_at = code_to, scale_at = tile_address + CODE_BYTES + g * 16;
 #else
   // The second half of a tile's rows begins 2 BITS words into a lane's codes: where that is half a piece, pairs of words
   // lie in the first half of a piece and in the second by turns, and the other way round than in the first half.
@@ -241,14 +241,13 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 
   // What is fetched next: tile `ahead` of `ahead_unit`, into stage `stage_in`.
   int ahead_unit = blockIdx.x / SPLIT, ahead = 0, stage_in = 0;
-  const uint4 *code_row, *scale_row;
-  bool fetched;
+  u32 code_from, scale_from;  // a lane's first of the unit; 16 bytes each
   auto enter = [&]() {  // a unit of rows
-    const int row_block = ahead_unit * WR + wr;
-    fetched = row_block < row_blocks && count > 0;
-    code_row = codes + ((long long)row_block * per_unit + first) * (BITS * LANES) + lane;
-    scale_row = scales + (long long)row_block * kblocks * 8 + (STAGED ? lane : g);
-    OPAQUE("+l"(code_row), "+l"(scale_row));
+    // Beyond the last row block that one again: its sums are not stored.
+    const int row_block = min(ahead_unit * WR + wr, row_blocks - 1);
+    code_from = (row_block * per_unit + first) * (BITS * LANES) + lane;
+    scale_from = row_block * kblocks * 8 + (STAGED ? lane : g);
+    OPAQUE("+r"(code_from), "+r"(scale_from));
   };
   auto advance = [&]() {
     stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
@@ -261,15 +260,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   uint4 codes_now[BITS], scales_now[SCALES];
 #endif
   auto fetch_codes = [&]() {
-    if (!fetched) return;
+    if (ahead_unit >= units || count == 0) return;
     const int column = first + ahead * WK;
-    const uint4* p = code_row + (long long)ahead * (WK * BITS * LANES);
-    const uint4* s = scale_row + (long long)(BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS)) * 8;
+    const uint4* p = codes + (code_from + ahead * (WK * BITS * LANES));
+    const uint4* s = scales + (scale_from + (BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS)) * 8);
 #if STAGED
 #pragma unroll
     for (int i = 0; i < BITS; i++)
       if (i % SHARE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
-    if (half == 0 && lane < SCALES * 8) copy_async(scale_to + stage_in * TILE_BYTES, s);
+    if (half == 0 && lane < SCALES * 8) copy_async(code_to + CODE_BYTES + stage_in * TILE_BYTES, s);
 #else
 #pragma unroll
     for (int i = 0; i < BITS; i++) codes_now[i] = load_once(p + i * LANES);
@@ -281,7 +280,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     if (ahead_unit < units && count > 0) {
       const int column = (first + ahead * WK) * COLS;
 #pragma unroll
-      for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), xp[i] + column);
+      for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), x + (x_from[i] + column));
     }
     commit_copies();
   };
@@ -312,12 +311,12 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   ahead = 0, ahead_unit = blockIdx.x / SPLIT, stage_in = 0;
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
-  OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_at), "+r"(code_to), "+r"(scale_at), "+r"(scale_to), "+r"(lane4));
+  OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_to), "+r"(scale_at), "+r"(lane4));
 #if SHARE > 1
-  OPAQUE("+r"(code_beside));
+  OPAQUE("+r"(code_at), "+r"(code_beside));
 #endif
 #pragma unroll
-  for (int i = 0; i < X_COPIES; i++) OPAQUE("+l"(xp[i]));
+  for (int i = 0; i < X_COPIES; i++) OPAQUE("+r"(x_from[i]));
 #pragma unroll
   for (int d = 0; d < STAGES - 1; d++) {
     fetch_x();
@@ -326,7 +325,6 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   int stage_out = 0;
   for (int unit = blockIdx.x / SPLIT; unit < units; unit += groups) {
     if (bias && threadIdx.x < UNIT / 32) prefetch(bias + min(unit * UNIT + (int)threadIdx.x * 32, N - 1));
-    const bool mine = unit * WR + wr < row_blocks;
     float acc[SIXTEENS][TILES][4];
 #pragma unroll
     for (int r = 0; r < SIXTEENS; r++)
@@ -342,75 +340,73 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       fetch_codes();
 #endif
       fetch_x();
-      if (mine) {
-        const u32 x_from = x_at + stage_out * X_BYTES, x_beside = x_from ^ 64;
+      const u32 x_here = x_at + stage_out * X_BYTES, x_beside = x_here ^ 64;
 #if HOLD
-        uint4 xs[TILES][2];
+      uint4 xs[TILES][2];
 #pragma unroll
-        for (int n = 0; n < TILES; n++) xs[n][0] = lds128(x_from + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
+      for (int n = 0; n < TILES; n++) xs[n][0] = lds128(x_here + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
 #endif
 #if SHARE > 1
-        uint2 codes_now[BITS], scales_now[SCALES];
+      uint2 codes_now[BITS], scales_now[SCALES];
 #pragma unroll
-        for (int i = 0; i < SCALES; i++) scales_now[i] = lds64(scale_at + stage_out * TILE_BYTES + i * 128);
+      for (int i = 0; i < SCALES; i++) scales_now[i] = lds64(scale_at + stage_out * TILE_BYTES + i * 128);
 #elif STAGED
-        uint4 codes_now[BITS], scales_now[SCALES];
+      uint4 codes_now[BITS], scales_now[SCALES];
 #pragma unroll
-        for (int i = 0; i < SCALES; i++) scales_now[i] = lds128(scale_at + stage_out * TILE_BYTES + i * 128);
+      for (int i = 0; i < SCALES; i++) scales_now[i] = lds128(scale_at + stage_out * TILE_BYTES + i * 128);
 #endif
-        const u32* w = (const u32*)codes_now;
-        const u32* s = (const u32*)scales_now;
+      const u32* w = (const u32*)codes_now;
+      const u32* s = (const u32*)scales_now;
 #pragma unroll
-        for (int r0 = 0; r0 < SIXTEENS; r0 += AT_ONCE) {
-          u32 a[AT_ONCE][4][4];
+      for (int r0 = 0; r0 < SIXTEENS; r0 += AT_ONCE) {
+        u32 a[AT_ONCE][4][4];
+#pragma unroll
+        for (int q = 0; q < AT_ONCE; q++) {
+          const int r = r0 + q;
+          // Sixteen rows are BITS words of a lane: the pieces that begin within them.
+#pragma unroll
+#if SHARE > 1 && BITS % 2 == 0
+          for (int i = 0; i < BITS / 2; i++)
+            if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) {
+              const uint4 piece = lds128(code_at + stage_out * TILE_BYTES + i * 512);
+              codes_now[2 * i].x = piece.x, codes_now[2 * i].y = piece.y;
+              codes_now[2 * i + 1].x = piece.z, codes_now[2 * i + 1].y = piece.w;
+            }
+#elif SHARE > 1
+          for (int i = 0; i < BITS; i++)
+            if (2 * i >= r * BITS && 2 * i < (r + 1) * BITS)
+              codes_now[i] = lds64((i % 2 ? code_beside + 8 : code_at) + stage_out * TILE_BYTES + i / 2 * 512);
+#elif STAGED
+          for (int i = 0; i < BITS; i++)
+            if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) codes_now[i] = lds128(code_at + stage_out * TILE_BYTES + i * 512);
+#endif
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) a[q][k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+#if HOLD
+          const u32* b = (const u32*)xs[n];
+#else
+          const uint4 x_now[2] = {lds128(x_here + n * 1024), lds128(x_beside + n * 1024)};
+          const u32* b = (const u32*)x_now;
+#endif
 #pragma unroll
           for (int q = 0; q < AT_ONCE; q++) {
             const int r = r0 + q;
-            // Sixteen rows are BITS words of a lane: the pieces that begin within them.
 #pragma unroll
-#if SHARE > 1 && BITS % 2 == 0
-            for (int i = 0; i < BITS / 2; i++)
-              if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) {
-                const uint4 piece = lds128(code_at + stage_out * TILE_BYTES + i * 512);
-                codes_now[2 * i].x = piece.x, codes_now[2 * i].y = piece.y;
-                codes_now[2 * i + 1].x = piece.z, codes_now[2 * i + 1].y = piece.w;
-              }
-#elif SHARE > 1
-            for (int i = 0; i < BITS; i++)
-              if (2 * i >= r * BITS && 2 * i < (r + 1) * BITS)
-                codes_now[i] = lds64((i % 2 ? code_beside + 8 : code_at) + stage_out * TILE_BYTES + i / 2 * 512);
-#elif STAGED
-            for (int i = 0; i < BITS; i++)
-              if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) codes_now[i] = lds128(code_at + stage_out * TILE_BYTES + i * 512);
-#endif
+            for (int h = 0; h < SCALES; h++) {
+              const u32 both = s[h * SIXTEENS + r];
+              const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
+              float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-#pragma unroll
-              for (int j = 0; j < 4; j++) a[q][k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
-          }
-#pragma unroll
-          for (int n = 0; n < TILES; n++) {
-#if HOLD
-            const u32* b = (const u32*)xs[n];
-#else
-            const uint4 x_now[2] = {lds128(x_from + n * 1024), lds128(x_beside + n * 1024)};
-            const u32* b = (const u32*)x_now;
-#endif
-#pragma unroll
-            for (int q = 0; q < AT_ONCE; q++) {
-              const int r = r0 + q;
-#pragma unroll
-              for (int h = 0; h < SCALES; h++) {
-                const u32 both = s[h * SIXTEENS + r];
-                const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
-                float c[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-                for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) mma(c, a[q][k], b[2 * k], b[2 * k + 1]);
-                acc[r][n][0] += s0 * c[0];
-                acc[r][n][1] += s0 * c[1];
-                acc[r][n][2] += s1 * c[2];
-                acc[r][n][3] += s1 * c[3];
-              }
+              for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) mma(c, a[q][k], b[2 * k], b[2 * k + 1]);
+              acc[r][n][0] += s0 * c[0];
+              acc[r][n][1] += s0 * c[1];
+              acc[r][n][2] += s1 * c[2];
+              acc[r][n][3] += s1 * c[3];
             }
           }
         }
