@@ -419,7 +419,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     }
 
 #if GROUP_WARPS > 1
-    // All groups come to as many barriers.
+    // All groups come to as many barriers: racecheck of compute-sanitizer can't follow them otherwise.
     if (count < steps) group_barrier(wk);
 #endif
     // Sums over the warps, then over the CTAs of a unit, always in the same order; 8 SUMS rows of x at a time.

@@ -134,7 +134,7 @@ def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
     first = _shape(w.bits, tiles, w.row_blocks, w.columns, gpu.processors)
     smaller = (first._replace(wk=first.wk // i, share=1, stages=2, staged=False, ctas=1) for i in (1, 2, 4))
     shapes = [first, *(shape for shape in smaller if shape.wk)]
-    for pair, shape, sums in product((True, False), shapes, reversed(_TILES)):
+    for shape, pair, sums in product(shapes, (True, False), reversed(_TILES)):
         variant = Variant(
             bits=w.bits,
             blocksize=w.blocksize,
@@ -142,48 +142,47 @@ def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
             tiles=tiles,
             # Halves the lookups; a table of larger pairs has no room.
             pair=pair and w.bits <= 5,
-            sums=sums,
             split=1,
-            **shape._asdict(),
+            **{**shape._asdict(), "sums": sums},
         )
-        if sums <= tiles and variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
+        if sums <= min(tiles, shape.sums) and variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
             yield variant
 
 
 class _Shape(NamedTuple):
-    """As in ``Variant``."""
+    """As in ``Variant``; `sums` is the most."""
 
     wr: int
     wk: int
     share: int
     stages: int
     staged: bool
-    ctas: int
+    sums: int = 8
+    ctas: int = 1
 
 
 def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> _Shape:
     """The fastest measured on an H100."""
-    shared_rows = -(-row_blocks // 2) <= processors // 2  # units of 128 rows leave more than half of the GPU free
+    few = row_blocks <= processors // 2  # units of one row block leave half of the GPU free
+    shared = -(-row_blocks // 2) <= processors // 2  # those of two do
     if tiles == 8:
-        if shared_rows:
-            return _Shape(wr=1, wk=6, share=2, stages=2, staged=True, ctas=1)
-        if bits == 5:
-            return _Shape(wr=2, wk=3, share=2, stages=2, staged=True, ctas=1)
-        return _Shape(wr=2, wk=2, share=2, stages=3, staged=True, ctas=1)
+        return _Shape(1, 6, share=2, stages=2, staged=True) if few else _Shape(2, 3, share=2, stages=2, staged=True)
     if tiles == 4:
-        if bits <= 4:
-            return _Shape(wr=2, wk=6, share=1, stages=2, staged=True, ctas=1)
-        return _Shape(wr=2, wk=4, share=2, stages=2, staged=True, ctas=1)
+        if few and (columns <= 8192 or bits >= 7):
+            return _Shape(1, 8, share=2, stages=2, staged=True)
+        if bits in (5, 8):
+            return _Shape(2, 4 if bits == 5 else 3, share=2, stages=2 if bits == 5 else 3, staged=True)
+        return _Shape(2, 6, share=1, stages=2, staged=True, sums=1)
     if bits in (5, 8):  # large tables leave no room for codes
-        return _Shape(wr=2, wk=8, share=1, stages=2, staged=False, ctas=1)
+        return _Shape(2, 8, share=1, stages=2, staged=False)
     if tiles == 2:
-        if bits >= 6 or (bits <= 3 and -(-row_blocks // 2) < processors):
-            return _Shape(wr=1, wk=8, share=1, stages=2, staged=True, ctas=2)
-        return _Shape(wr=2, wk=6, share=1, stages=3, staged=True, ctas=1)
+        if bits in (4, 7):
+            return _Shape(2, 6 if bits == 4 else 8, share=1, stages=3 if bits == 4 else 2, staged=True)
+        return _Shape(1, 8, share=1, stages=2, staged=True, ctas=2)
+    if bits >= 6:
+        return _Shape(1 if shared else 2, 8, share=1, stages=2, staged=True, ctas=2 if shared else 1)
     # With few steps a shorter way to the first is worth more than many in flight.
-    if row_blocks <= processors // 2 and columns <= 4096:
-        return _Shape(wr=2, wk=8, share=1, stages=2, staged=False, ctas=1)
-    return _Shape(wr=2, wk=8, share=1, stages=3 if bits <= 4 else 2, staged=True, ctas=1)
+    return _Shape(2, 8, share=1, stages=2 if shared else 3, staged=not shared)
 
 
 def matmul(
