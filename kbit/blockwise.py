@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kbit.blocks import Blocks, NestedAbsmax, Part, load_absmax, nest
-from kbit.codebooks import codebook, is_data_dependent, quantile_codebook
+from kbit.codebooks import fixed_codebook, is_data_dependent, quantile_codebook
 from kbit.encode import Encoder
 from kbit.impl import choose_blockwise
 from kbit.packing import pack, packed_bytes, unpack
@@ -111,7 +111,7 @@ def quantize(
     values = (
         quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
         if is_data_dependent(spec)
-        else codebook(spec, weight)
+        else fixed_codebook(spec, weight.device)
     )
     source = _Source(weight, dtype, columns, mean)
     blocks = Blocks.of(tuple(weight.shape), spec)
@@ -127,7 +127,7 @@ def quantize(
     return QuantizedTensor(
         codes=codes,
         absmax=absmax,
-        codebook=values,
+        codebook=values if is_data_dependent(spec) else values.clone(),
         spec=spec,
         shape=tuple(weight.shape),
         dtype=weight.dtype,

@@ -43,7 +43,7 @@ def codebook(
     if spec.is_baseline:
         raise SpecError("bits", spec.bits, "2 to 8 for a codebook; the 16-bit baseline has none")
     if not is_data_dependent(spec):
-        return _fixed(spec).to("cpu" if weight is None else weight.device, copy=True)
+        return fixed_codebook(spec, torch.device("cpu") if weight is None else weight.device).clone()
     if weight is None:
         raise ValueError("dtype='quantile' is made from the weight it quantizes: call codebook(spec, weight)")
     check_weight(weight)
@@ -55,6 +55,15 @@ def codebook(
 def is_data_dependent(spec: QuantSpec) -> bool:
     """Whether each tensor has a codebook of its own, whose bits count."""
     return spec.dtype == "quantile"
+
+
+@lru_cache(maxsize=256)
+def fixed_codebook(spec: QuantSpec, device: torch.device) -> Tensor:
+    """That of a type that no data decides; the same tensor each time, not to be changed.
+
+    It is kept on each device, since a copy from the CPU waits for all that the device still has to do.
+    """
+    return _fixed(spec).to(device)
 
 
 @lru_cache(maxsize=256)

@@ -51,6 +51,12 @@ def why_not_triton(device: torch.device) -> str | None:
         return None if interpreted() else "the tensor is on the CPU (where Triton runs only with TRITON_INTERPRET=1)"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the tensor is on {device.type}, and the kernels are for NVIDIA GPUs"
+    return _why_not_on(device)
+
+
+@cache
+def _why_not_on(device: torch.device) -> str | None:
+    """The same for an NVIDIA GPU."""
     if torch.cuda.get_device_capability(device) < _FEWEST_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -58,7 +64,6 @@ def why_not_triton(device: torch.device) -> str | None:
     return _trial_failure(device)
 
 
-@cache
 def _trial_failure(device: torch.device) -> str | None:
     """Why a small kernel fails to be compiled, linked or launched on a GPU, in words; None if it doesn't.
 

@@ -132,7 +132,10 @@ def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) ->
         title=f"Quantizing {found[0].values:,} float16 values, block {blocksize}, on {device_name(device)}",
         header=("", *(c for d in ("quantize", "dequantize") for c in (f"{d}\nGB/s", "of limit", "M values/s"))),
         body=body,
-        notes=[f"GB/s: read plus written. Limit: a copy on the device, {limit / 1e9:,.1f} GB/s."],
+        notes=[
+            f"GB/s: read plus written; of whole calls, the CPU's part in them included. Limit: a copy on the device, "
+            f"{limit / 1e9:,.1f} GB/s."
+        ],
         records=records,
     )
 

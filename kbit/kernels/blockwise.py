@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kbit.blocks import Blocks, NestedAbsmax, load_absmax, nest
-from kbit.codebooks import codebook, is_data_dependent
+from kbit.codebooks import codebook, fixed_codebook, is_data_dependent
 from kbit.encode import midpoints
 from kbit.impl import interpreted
 from kbit.kernels import blockwise_jit as jit
@@ -55,7 +55,7 @@ def quantize_values(
     Args:
         flat: the weight's values in row-major order, floating point, contiguous.
         dtype: float16 or bfloat16, to which they are cast first.
-        values: the codebook, float32.
+        values: the codebook, float32: where no data decides it, the one that the spec names.
         mean: float16, 0-dim, subtracted first; None without centering.
         columns: kept columns of rows `row` long, which count as zero; None if none are.
 
@@ -69,7 +69,8 @@ def quantize_values(
         flat = flat.to(dtype)
     words = flat.new_empty(-(-packed_bytes(flat.numel(), spec.bits) // 4), dtype=torch.int32)
     with _on(flat.device):
-        tree = midpoint_tree(values, spec.bits)
+        # Trees are kept for codebooks that are kept.
+        tree = midpoint_tree(values, spec.bits) if is_data_dependent(spec) else _fixed_tree(spec, flat.device)
         if columns is None and spec.absmax_dtype != "nested" and _is_fused(blocks):
             absmax: Tensor | NestedAbsmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words)
         else:
@@ -84,6 +85,14 @@ def midpoint_tree(values: Tensor, bits: int) -> Tensor:
     with _on(values.device):
         tree = values.new_empty(1 << bits)
         plant_tree[(1,)](values, tree, values.numel(), BITS=bits, num_warps=1, enable_fp_fusion=False)
+    return tree
+
+
+@lru_cache(maxsize=256)
+def _fixed_tree(spec: QuantSpec, device: torch.device) -> Tensor:
+    tree = midpoint_tree(fixed_codebook(spec, device), spec.bits)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # the next call may come from another stream
     return tree
 
 
