@@ -108,18 +108,17 @@ def quantize(
     columns = columns_of(weight, outlier_columns)
     impl = choose_blockwise(impl, weight.device)
     mean = mean16(weight, dtype) if spec.center else None
-    values = (
-        quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
-        if is_data_dependent(spec)
-        else fixed_codebook(spec, weight.device)
-    )
+    own = None
+    if is_data_dependent(spec):
+        own = quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
+    values = fixed_codebook(spec, weight.device) if own is None else own
     source = _Source(weight, dtype, columns, mean)
     blocks = Blocks.of(tuple(weight.shape), spec)
     if impl == "triton":
         from kbit.kernels.blockwise import quantize_values  # triton may be absent
 
         codes, absmax = quantize_values(
-            source.flat, blocks, spec, dtype=dtype, values=values, mean=mean, columns=columns, row=weight.shape[-1]
+            source.flat, blocks, spec, dtype=dtype, values=own, mean=mean, columns=columns, row=weight.shape[-1]
         )
     else:
         absmax = _absmax(source, blocks, spec)
@@ -127,7 +126,7 @@ def quantize(
     return QuantizedTensor(
         codes=codes,
         absmax=absmax,
-        codebook=values if is_data_dependent(spec) else values.clone(),
+        codebook=values.clone() if own is None else own,
         spec=spec,
         shape=tuple(weight.shape),
         dtype=weight.dtype,

@@ -195,21 +195,25 @@ class KBitLinear(nn.Module):
         return y
 
     def _addend(self, x: Tensor) -> Tensor | None:
-        """The part of kept columns and mean, float32 [x's rows, out_features]; None without them."""
+        """What the product with the codes lacks of kept columns and mean, float32 [x's rows, out_features], or None."""
         apart, total = self.batch_invariant, partial(torch.sum, dim=1, dtype=torch.float32, keepdim=True)
         kept = None if self.kept_columns is None else x.index_select(1, self.kept_columns)
-        addend = None
+        addend = sums = None
         if kept is not None:
             assert self.kept_values is not None
             addend = by_row(partial(_wide_product, values=self.kept_values), kept, apart=apart)
-        if self.mean is not None and self.tiled:
-            part = by_row(total, x, apart=apart) * self.mean.float()
-            addend = part.expand(-1, self.out_features).contiguous() if addend is None else addend + part
-        if self.mean is not None and kept is not None and addend is not None:
-            # Kept columns have no mean; rows were given it, and then rounded.
-            mean = self.mean if self.tiled else self.mean.to(self.storage_dtype)
-            addend = addend - by_row(total, kept, apart=apart) * mean.float()
-        return addend
+        if self.mean is None:
+            return addend
+        # Tiles lack the mean, in all columns but the kept ones; rows have it there too, rounded.
+        if self.tiled:
+            sums = by_row(total, x, apart=apart)
+        if kept is not None:
+            of_kept = by_row(total, kept, apart=apart)
+            sums = -of_kept if sums is None else sums - of_kept
+        if sums is None:
+            return addend
+        part = sums * (self.mean if self.tiled else self.mean.to(self.storage_dtype)).float()
+        return part.expand(-1, self.out_features).contiguous() if addend is None else addend + part
 
     def derive(self) -> None:
         """Make the buffers that follow from those of the state dict, once these are there; in place where possible.
@@ -228,7 +232,7 @@ class KBitLinear(nn.Module):
         if self.tiled:
             self._keep("arrived", torch.zeros(-(-self.out_features // TILE), dtype=torch.int32, device=device))
         if self._is_nested:
-            self._keep("absmax_codebook", codebook(NESTED_SPEC).to(device))
+            self._keep("absmax_codebook", codebook(NESTED_SPEC, self.codebook))
 
     def _keep(self, name: str, value: Tensor) -> None:
         old = self.get_buffer(name)

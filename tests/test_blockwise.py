@@ -22,6 +22,7 @@ from kbit.packing import unpack
 from kbit.spec import DTYPES
 from kbit.storage import WeightError
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 STORAGE = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16, torch.float32: torch.float16}
 
 
@@ -113,6 +114,15 @@ def test_absmax_codes_and_values_are_the_definitions(spec, shape, dtype, seed, k
     assert out.dtype == dtype
     assert torch.equal(out, restored)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_changing_what_quantize_gave_changes_no_later_result(device):
+    weight, spec = torch.randn(8, 64, device=device), QuantSpec(bits=4, dtype="normal")
+    expected = dequantize(quantize(weight, spec))
+    quantize(weight, spec).codebook.zero_()
+    codebook(spec, weight).zero_()
+    assert torch.equal(dequantize(quantize(weight, spec)), expected)
 
 
 @settings(max_examples=50, deadline=None)
@@ -414,7 +424,7 @@ def test_other_misuse_is_refused():
         quantize(weight, QuantSpec(bits=4, dtype="int"), outlier_columns=[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("absmax_dtype", ["float16", "float32", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_gives_the_same_bits_as_the_cpu(dtype, absmax_dtype):

@@ -365,12 +365,14 @@ def test_batch_invariance_reaches_every_sum(monkeypatch: pytest.MonkeyPatch) -> 
     seen = []
     by_row = ops.by_row
     monkeypatch.setattr("kbit.linear.by_row", lambda *args, apart: seen.append(apart) or by_row(*args, apart=apart))
-    layer = KBitLinear.from_quantized(quantized(TILED, kept=5))
-    for batch_invariant in (False, True):
-        layer.batch_invariant = batch_invariant
-        layer(inputs(3, 192))
-        assert seen == 3 * [batch_invariant]  # the kept columns' product, the sums of x, and those of kept columns
-        seen.clear()
+    # The kept columns' product, the sums of x where the mean is not in the rows, and those of kept columns.
+    for spec, sums in ((TILED, 3), (SPECS["rows, groups"], 2)):
+        layer = KBitLinear.from_quantized(quantized(spec, kept=5))
+        for batch_invariant in (False, True):
+            layer.batch_invariant = batch_invariant
+            layer(inputs(3, 192))
+            assert seen == sums * [batch_invariant]
+            seen.clear()
 
 
 @pytest.mark.parametrize("name", ["tiled, mean", "rows, nested"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from dataclasses import replace
@@ -29,15 +30,19 @@ def variants(gpu: Gpu) -> list[Variant]:
         tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=BLOCKSIZES[bits % 4]))
         for rows, columns in [(16384, 4096), (4096, 16384), (28672, 7168), (200, 192)]:
             shaped = replace(tiled, rows=rows, columns=columns)
-            for x_rows in (1, 16, 32, 64):
+            for x_rows, invariant in itertools.product((1, 16, 32, 64), (False, True)):
                 dtype = (torch.float16, torch.bfloat16)[bits % 2]
-                found[choose(shaped, x_rows, dtype, gpu)] = None
+                found[choose(shaped, x_rows, dtype, gpu, batch_invariant=invariant)] = None
     return list(found)
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
-def test_every_variant_fits_the_shared_memory_of_its_gpu(gpu: Gpu) -> None:
-    assert all((v.shared + 1040) * v.ctas <= gpu.shared for v in variants(gpu))
+def test_every_variant_fits_its_gpu_and_the_kernel(gpu: Gpu) -> None:
+    for v in variants(gpu):
+        assert (v.shared + 1024) * v.ctas <= gpu.shared
+        assert v.warps <= 32
+        assert v.tiles * 2 % (v.wr * v.share) == 0
+        assert v.tiles % v.sums == 0
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -93,6 +98,18 @@ def test_x_of_another_shape_dtype_or_device_is_refused_before_any_launch() -> No
         with pytest.raises(ValueError, match="x is ") as refused:
             matmul(x, tiled)
         assert why in str(refused.value)
+
+
+def test_what_is_beyond_the_kernel_s_offsets_is_refused() -> None:
+    tiled, _ = weight(64, 128, QuantSpec(bits=4, dtype="int", blocksize=64))
+    x = torch.empty_strided((64, 128), (2**27, 1), dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match="rows are 134,217,728 values apart"):
+        matmul(x, tiled)
+    columns = 2**25
+    codes = torch.empty(64 * columns // 64, 4, 32, 4, dtype=torch.int32, device="meta")
+    huge = replace(tiled, codes=codes, rows=64 * 64, columns=columns)
+    with pytest.raises(ValueError, match="codes take 68,719,476,736 bytes"):
+        matmul(torch.empty(1, columns, dtype=torch.float16, device="meta"), huge)
 
 
 @needs_gpu

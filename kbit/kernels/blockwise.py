@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kbit.blocks import Blocks, NestedAbsmax, load_absmax, nest
-from kbit.codebooks import codebook, fixed_codebook, is_data_dependent
+from kbit.codebooks import codebook, fixed_codebook
 from kbit.encode import midpoints
 from kbit.impl import interpreted
 from kbit.kernels import blockwise_jit as jit
@@ -45,7 +45,7 @@ def quantize_values(
     spec: QuantSpec,
     *,
     dtype: torch.dtype,
-    values: Tensor,
+    values: Tensor | None,
     mean: Tensor | None,
     columns: Tensor | None,
     row: int,
@@ -55,7 +55,7 @@ def quantize_values(
     Args:
         flat: the weight's values in row-major order, floating point, contiguous.
         dtype: float16 or bfloat16, to which they are cast first.
-        values: the codebook, float32: where no data decides it, the one that the spec names.
+        values: the codebook, float32, of a type that the data decide; None for the spec's own.
         mean: float16, 0-dim, subtracted first; None without centering.
         columns: kept columns of rows `row` long, which count as zero; None if none are.
 
@@ -69,8 +69,7 @@ def quantize_values(
         flat = flat.to(dtype)
     words = flat.new_empty(-(-packed_bytes(flat.numel(), spec.bits) // 4), dtype=torch.int32)
     with _on(flat.device):
-        # Trees are kept for codebooks that are kept.
-        tree = midpoint_tree(values, spec.bits) if is_data_dependent(spec) else _fixed_tree(spec, flat.device)
+        tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
         if columns is None and spec.absmax_dtype != "nested" and _is_fused(blocks):
             absmax: Tensor | NestedAbsmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words)
         else:
@@ -148,7 +147,7 @@ def _quantize_in_one_pass(
     blocks: Blocks,
     spec: QuantSpec,
     dtype: torch.dtype,
-    values: Tensor,
+    values: Tensor | None,
     mean: Tensor | None,
     tree: Tensor,
     words: Tensor,
@@ -181,7 +180,7 @@ def _quantize_in_one_pass(
     return absmax
 
 
-def _divides_by_reciprocal(spec: QuantSpec, dtype: torch.dtype, values: Tensor) -> bool:
+def _divides_by_reciprocal(spec: QuantSpec, dtype: torch.dtype, values: Tensor | None) -> bool:
     """Whether the kernel's short division gives the codes of an IEEE division.
 
     It is exact for operands of 11 bits whose quotient and remainder are normal numbers. In bfloat16 they may not be:
@@ -193,7 +192,7 @@ def _divides_by_reciprocal(spec: QuantSpec, dtype: torch.dtype, values: Tensor) 
         return True
     if spec.absmax_dtype != "float16":
         return False
-    return _is_coarse(values) if is_data_dependent(spec) else _is_coarse_type(spec)
+    return _is_coarse_type(spec) if values is None else _is_coarse(values)
 
 
 @lru_cache(maxsize=256)

@@ -15,12 +15,17 @@ typedef unsigned short u16;
 #if SHARE == 2 && !STAGED
 #error "warps that share a tile share its codes through shared memory"
 #endif
+#if TILES * 2 % (WR * SHARE)
+#error "each thread copies a whole number of pieces of x, at least one"
+#endif
+#if TILES % SUMS
+#error "sums are exchanged for equal parts of the rows of x"
+#endif
 
 #define OVERLAP (__CUDA_ARCH__ >= 900)  // with the kernels before and after in the stream
 #define LANES 32
 #define ROWS 64                       // rows of W in a tile
 #define COLS 64                       // columns of W in a tile
-#define WORDS (4 * BITS)              // 32-bit words of codes a lane holds of a tile
 #define WIDTH (PAIR ? 2 * BITS : BITS)
 #define VALUES (1 << BITS)
 #define ENTRIES (1 << WIDTH)
@@ -38,7 +43,7 @@ typedef unsigned short u16;
 #define TILE_BYTES (STAGED ? CODE_BYTES + SCALES * 128 : 0)
 #define HOLD (TILES <= 4)             // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
-#define X_COPIES (TILES * 64 / GROUP) // chunks of x that each of them copies
+#define X_COPIES (TILES * 64 / GROUP) // chunks of x that each thread of a group copies
 #define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
 #define STRIDE (WARP_ROWS + 4)        // of the reduction buffer: avoids bank conflicts
 
@@ -202,7 +207,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
   const float unscale = __ldg(unscale_at);
-  // Used once the first codes are on their way.
+  // The codebook's values, used once the first codes are on their way.
   u16 value[(VALUES + THREADS - 1) / THREADS];
 #pragma unroll
   for (int i = 0; i < VALUES; i += THREADS)
@@ -221,7 +226,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   const int count = (part_end - first + WK - 1) / WK;  // of this split's tiles: steps, or one less; there may be none
 
   // A group stages its tiles of x: [row 0..8 TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
-  // repeat it: their sums are not stored.
+  // repeat it: their sums are not stored. Offsets have 32 bits, here and in the codes; the caller sees to it that they do.
   const int x_row = threadIdx.x % GROUP >> 3, x_chunk = lane & 7;
   u32 x_from[X_COPIES];
 #pragma unroll
@@ -293,7 +298,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     advance();
   }
   let_next_begin();
-  // The codebook by way of what will hold sums.
+  // The table is filled from the codebook, which all threads find where the sums will be.
   u16* values = (u16*)sums;
 #pragma unroll
   for (int i = 0; i < VALUES; i += THREADS)

@@ -22,11 +22,12 @@ _LANES: Final = 32
 _PADDING: Final = 4
 """float32 values after a warp's sums for a row of x: fewer bank conflicts."""
 _STATIC_SHARED: Final = 1024 + 16
-"""Bytes of a CTA that the hardware and the kernel itself take."""
+"""Bytes of shared memory that the hardware takes of each CTA's, and some to spare."""
 _FEWEST_CAPABILITY: Final = (8, 0)
 _MOST_SPLIT: Final = 8
-_TILES: Final = (1, 2, 4, 8)
-"""Eights of rows of x that there are variants for."""
+_EIGHTS: Final = (1, 2, 4, 8)
+"""Rows of x, in eights, that a variant takes, and for which it exchanges sums."""
+_MOST_OFFSET: Final = 2**31
 _UNTILE_WARPS: Final = 8
 _UNTILE_CTAS: Final = 6
 _MOST_FUSED_ROWS: Final = 192
@@ -119,8 +120,8 @@ def choose(w: TiledWeight, rows: int, dtype: torch.dtype, gpu: Gpu, *, batch_inv
     Args:
         batch_invariant: sums are taken in the same order for any number of rows, at the cost of speed with few.
     """
-    tiles = next(t for t in _TILES if rows <= 8 * t)
-    measured = next(_fitting(w, _TILES[-1] if batch_invariant else tiles, dtype, gpu))
+    tiles = next(t for t in _EIGHTS if rows <= 8 * t)
+    measured = next(_fitting(w, _EIGHTS[-1] if batch_invariant else tiles, dtype, gpu))
     units = -(-w.row_blocks // measured.wr)
     # Units that don't fill the GPU are shared by several CTAs, each with a part of the columns.
     split = max(1, min(_MOST_SPLIT, measured.ctas * gpu.processors // units, w.columns // TILE // measured.wk))
@@ -130,11 +131,11 @@ def choose(w: TiledWeight, rows: int, dtype: torch.dtype, gpu: Gpu, *, batch_inv
 
 
 def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Variant]:
-    """The fastest variant first, then what needs less shared memory, as GPUs other than Hopper's have it."""
+    """The fastest variant first, then what needs less shared memory: not measured on GPUs other than Hopper's."""
     first = _shape(w.bits, tiles, w.row_blocks, w.columns, gpu.processors)
     smaller = (first._replace(wk=first.wk // i, share=1, stages=2, staged=False, ctas=1) for i in (1, 2, 4))
     shapes = [first, *(shape for shape in smaller if shape.wk)]
-    for shape, pair, sums in product(shapes, (True, False), reversed(_TILES)):
+    for shape, pair, sums in product(shapes, (True, False), reversed(_EIGHTS)):
         variant = Variant(
             bits=w.bits,
             blocksize=w.blocksize,
@@ -143,7 +144,7 @@ def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterat
             # Halves the lookups; a table of larger pairs has no room.
             pair=pair and w.bits <= 5,
             split=1,
-            **{**shape._asdict(), "sums": sums},
+            **shape._replace(sums=sums)._asdict(),
         )
         if sums <= min(tiles, shape.sums) and variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
             yield variant
@@ -164,7 +165,7 @@ class _Shape(NamedTuple):
 def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> _Shape:
     """The fastest measured on an H100."""
     few = row_blocks <= processors // 2  # units of one row block leave half of the GPU free
-    shared = -(-row_blocks // 2) <= processors // 2  # those of two do
+    halves = -(-row_blocks // 2) <= processors // 2  # those of two do
     if tiles == 8:
         return _Shape(1, 6, share=2, stages=2, staged=True) if few else _Shape(2, 3, share=2, stages=2, staged=True)
     if tiles == 4:
@@ -180,9 +181,9 @@ def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int
             return _Shape(2, 6 if bits == 4 else 8, share=1, stages=3 if bits == 4 else 2, staged=True)
         return _Shape(1, 8, share=1, stages=2, staged=True, ctas=2)
     if bits >= 6:
-        return _Shape(1 if shared else 2, 8, share=1, stages=2, staged=True, ctas=2 if shared else 1)
-    # With few steps a shorter way to the first is worth more than many in flight.
-    return _Shape(2, 8, share=1, stages=2 if shared else 3, staged=not shared)
+        return _Shape(1 if halves else 2, 8, share=1, stages=2, staged=True, ctas=2 if halves else 1)
+    # Where several CTAs have a part of the columns each, a shorter way to the first is worth more than many in flight.
+    return _Shape(2, 8, share=1, stages=2 if halves else 3, staged=not halves)
 
 
 def matmul(
@@ -286,6 +287,11 @@ def _check(x: Tensor, w: TiledWeight) -> None:
         raise ValueError(f"x is {list(x.shape)}: [at least 1, {w.columns}] is needed")
     if x.dtype != w.table.dtype:
         raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
+    if MOST_ROWS * max(x.stride(0), x.shape[1]) > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
+        raise ValueError(
+            f"x's rows are {x.stride(0):,} values apart, and the codes take {w.codes.nbytes:,} bytes: the kernel has "
+            f"offsets for {_MOST_OFFSET // MOST_ROWS:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
+        )
     if x.device != w.codes.device or x.device.type != "cuda":
         raise ValueError(f"x is on {x.device} and the weight on {w.codes.device}: both must be on one GPU")
     if x.stride(1) != 1 or (x.shape[0] > 1 and x.stride(0) % 8) or x.data_ptr() % 16:

@@ -84,7 +84,7 @@ def dequantized_rows(
     rows: int,
     storage: torch.dtype,
 ) -> Iterator[Tensor]:
-    """A weight in row-major order without its kept columns: [some rows, columns], one after another.
+    """A weight in row-major order, with the mean alone in its kept columns: [some rows, columns], one after another.
 
     As ``kbit.dequantize`` has them, to the bit. Nothing is read back from a GPU, so that a CUDA graph can hold it.
 
