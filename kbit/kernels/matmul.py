@@ -287,9 +287,10 @@ def _check(x: Tensor, w: TiledWeight) -> None:
         raise ValueError(f"x is {list(x.shape)}: [at least 1, {w.columns}] is needed")
     if x.dtype != w.table.dtype:
         raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
-    if MOST_ROWS * max(x.stride(0), x.shape[1]) > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
+    apart = x.stride(0) if x.shape[0] > 1 else x.shape[1]
+    if MOST_ROWS * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
         raise ValueError(
-            f"x's rows are {x.stride(0):,} values apart, and the codes take {w.codes.nbytes:,} bytes: the kernel has "
+            f"x's rows are {apart:,} values apart, and the codes take {w.codes.nbytes:,} bytes: the kernel has "
             f"offsets for {_MOST_OFFSET // MOST_ROWS:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
         )
     if x.device != w.codes.device or x.device.type != "cuda":
