@@ -178,20 +178,20 @@ def _fill(flat: Tensor, q: QuantizedTensor) -> None:
     lowest, highest = (float(v) for v in torch.aminmax(absmax))
     overflows = max(-lowest, highest) + (0.0 if q.mean is None else abs(float(q.mean))) > limit
     for part in q.blocks.parts(flat.device):
-        values = scaled_values(q.codes, absmax, q.codebook, part, bits)
-        if q.mean is not None:
-            values += q.mean.float()
+        values = scaled_values(q.codes, absmax, q.codebook, part, bits, q.mean)
         if overflows:
             values.clamp_(-limit, limit)
         flat[part.start : part.stop] = values.to(q.storage_dtype)
 
 
-def scaled_values(codes: Tensor, absmax: Tensor, codebook: Tensor, part: Part, bits: int) -> Tensor:
-    """codebook[code] · absmax of a part of packed codes: float32, flat, a fresh tensor."""
+def scaled_values(
+    codes: Tensor, absmax: Tensor, codebook: Tensor, part: Part, bits: int, mean: Tensor | None
+) -> Tensor:
+    """codebook[code] · absmax (+ mean) of a part of packed codes: float32, flat, a fresh tensor."""
     count, taken = part.stop - part.start, codes[part.start * bits // 8 : packed_bytes(part.stop, bits)]
     values = codebook.index_select(0, unpack(taken, bits, count).int())
     part.multiply_(values, absmax)
-    return values
+    return values if mean is None else values.add_(mean.float())
 
 
 class _Source:

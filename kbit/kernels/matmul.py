@@ -30,8 +30,7 @@ _EIGHTS: Final = (1, 2, 4, 8)
 _MOST_OFFSET: Final = 2**31
 _UNTILE_WARPS: Final = 8
 _UNTILE_CTAS: Final = 6
-_MOST_FUSED_ROWS: Final = 192
-"""With more, dequantizing and cuBLAS are faster than one launch of the fused kernel after another."""
+_MANY_VALUES: Final = 2**26
 _PART_BYTES: Final = 256 << 20
 """Of 16-bit weights dequantized at a time: as fast as all at once, measured, and bounded."""
 
@@ -196,8 +195,8 @@ def matmul(
 ) -> Tensor:
     """x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
-    Up to 192 rows of x are multiplied with the codes as they are stored, 64 at a time. For more, parts of W are
-    dequantized to x's dtype and multiplied by cuBLAS.
+    Up to 128 rows of x, or 192 where W is large, are multiplied with the codes as they are stored, 64 at a time. For
+    more, parts of W are dequantized to x's dtype and multiplied by cuBLAS.
 
     Args:
         x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
@@ -218,13 +217,18 @@ def matmul(
     _check_added("addend", addend, x, (x.shape[0], w.rows), torch.float32)
     y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        if batch_invariant or x.shape[0] <= _MOST_FUSED_ROWS:
+        if batch_invariant or x.shape[0] <= _most_fused_rows(w):
             for start in range(0, x.shape[0], MOST_ROWS):
                 some = slice(start, start + MOST_ROWS)
                 _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)
         else:
             _by_parts(x, w, bias, addend, y)
     return y
+
+
+def _most_fused_rows(w: TiledWeight) -> int:
+    """With more rows of x, dequantizing and cuBLAS are faster than one launch of the fused kernel after another."""
+    return MOST_ROWS * (3 if w.rows * w.columns >= _MANY_VALUES else 2)
 
 
 def _fused(

@@ -100,9 +100,7 @@ def dequantized_rows(
             taken = codes[part.start * spec.bits // 8 : packed_bytes(part.stop, spec.bits)]
             yield _from_triton(taken, absmax, part, codebook, mean, spec, storage).view(-1, columns)
             continue
-        values, limit = scaled_values(codes, absmax, codebook, part, spec.bits), torch.finfo(storage).max
-        if mean is not None:
-            values += mean.float()
+        values, limit = scaled_values(codes, absmax, codebook, part, spec.bits, mean), torch.finfo(storage).max
         yield values.clamp_(-limit, limit).to(storage).view(-1, columns)
 
 
