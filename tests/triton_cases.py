@@ -176,16 +176,15 @@ def nearest_differs(values: Tensor, bits: int, device: str) -> list[str]:
     """Codes of every midpoint and its float32 neighbours, by the kernel alone: there nothing is rounded first."""
     import triton.language as tl
 
+    from kbit.kernels.blockwise import midpoint_tree
     from kbit.kernels.blockwise_jit import encode_values
-    from kbit.kernels.codes_jit import plant_tree
 
     points = midpoints(values)
     infinity = torch.tensor(torch.inf)
     y = torch.cat([points, points.nextafter(infinity), points.nextafter(-infinity), values, torch.tensor([0.0, -0.0])])
     y, values = y.to(device), values.to(device)
-    tree, one = torch.empty(1 << bits, device=device), torch.ones(1, device=device)
+    tree, one = midpoint_tree(values, bits), torch.ones(1, device=device)
     words = torch.empty(-(-y.numel() * bits // 32), dtype=torch.int32, device=device)
-    plant_tree[(1,)](values, tree, values.numel(), BITS=bits)
     n = y.numel()
     constants = {"BITS": bits, "GROUPS": 64, "STORAGE": tl.float32, "CENTER": False, "KEPT": False, "FLAT": True}
     encode_values[(-(-n // 2048),)](

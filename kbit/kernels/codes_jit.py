@@ -33,8 +33,9 @@ def plant_tree(codebook_ptr, tree_ptr, values, BITS: tl.constexpr):
     used = (node > 0) & (rank + 1 < values)
     lower = tl.load(codebook_ptr + rank, mask=used)
     upper = tl.load(codebook_ptr + rank + 1, mask=used)
-    # Adding 0 turns -0 into 0, less which a value of 0 would have a sign.
-    tl.store(tree_ptr + node, tl.where(used, (lower + upper) * 0.5 + 0.0, float("nan")))
+    middle = (lower + upper) * 0.5
+    middle = tl.where(middle == 0, 0.0, middle)  # never -0, less which a value of 0 would have a sign
+    tl.store(tree_ptr + node, tl.where(used, middle, float("nan")))
 
 
 @triton.jit
