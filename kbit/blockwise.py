@@ -114,16 +114,17 @@ def quantize(
     values = fixed_codebook(spec, weight.device) if own is None else own
     source = _Source(weight, dtype, columns, mean)
     blocks = Blocks.of(tuple(weight.shape), spec)
+    bad = None
     if impl == "triton":
         from kbit.kernels.blockwise import quantize_values  # triton may be absent
 
-        codes, absmax = quantize_values(
+        codes, absmax, bad = quantize_values(
             source.flat, blocks, spec, dtype=dtype, values=own, mean=mean, columns=columns, row=weight.shape[-1]
         )
     else:
         absmax = _absmax(source, blocks, spec)
         codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
-    return QuantizedTensor(
+    quantized = QuantizedTensor(
         codes=codes,
         absmax=absmax,
         codebook=values.clone() if own is None else own,
@@ -135,6 +136,9 @@ def quantize(
         kept_columns=columns,
         kept_values=source.kept(),
     )
+    if bad is not None and bad.is_raised():  # last, as it waits for a kernel
+        raise non_finite("weight", dtype)
+    return quantized
 
 
 @torch.no_grad()

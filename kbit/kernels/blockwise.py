@@ -5,9 +5,10 @@ Importing this imports triton.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 import triton
@@ -39,6 +40,40 @@ _OPTIONS: Final[dict[str, Any]] = {"num_warps": 4, "enable_fp_fusion": False}
 _ENTRY: Final = 4
 
 
+class Quantized(NamedTuple):
+    """What ``quantize_values`` makes, as a ``QuantizedTensor`` has it.
+
+    Attributes:
+        codes: uint8, packed.
+        absmax: in the spec's dtype.
+        bad: whether a value was NaN or infinite; None where that was checked. Asking waits for the kernel: what there
+            is to do meanwhile comes first.
+    """
+
+    codes: Tensor
+    absmax: Tensor | NestedAbsmax
+    bad: Flag | None
+
+
+class Flag:
+    """What a kernel can raise: int32 [1], zero at first, and used again if it stays so, which saves a launch."""
+
+    _spare: ClassVar[defaultdict[torch.device, list[Tensor]]] = defaultdict(list)
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            self.value = self._spare[device].pop()
+        except IndexError:
+            self.value = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def is_raised(self) -> bool:
+        """Waits for what was launched on the current stream; to be asked once."""
+        raised = bool(self.value)
+        if not raised:
+            self._spare[self.value.device].append(self.value)
+        return raised
+
+
 def quantize_values(
     flat: Tensor,
     blocks: Blocks,
@@ -49,7 +84,7 @@ def quantize_values(
     mean: Tensor | None,
     columns: Tensor | None,
     row: int,
-) -> tuple[Tensor, Tensor | NestedAbsmax]:
+) -> Quantized:
     """Packed codes and absmax of a weight, equal to the reference's to the bit.
 
     Args:
@@ -59,11 +94,8 @@ def quantize_values(
         mean: float16, 0-dim, subtracted first; None without centering.
         columns: kept columns of rows `row` long, which count as zero; None if none are.
 
-    Returns:
-        As a ``QuantizedTensor`` has them: uint8 codes, and absmax in the spec's dtype.
-
     Raises:
-        WeightError: a value is NaN or infinite.
+        WeightError: a value is NaN or infinite, where `bad` doesn't say so.
     """
     if flat.dtype not in _LOADED:
         flat = flat.to(dtype)
@@ -71,12 +103,13 @@ def quantize_values(
     with _on(flat.device):
         tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
         if columns is None and spec.absmax_dtype != "nested" and _is_fused(blocks):
-            absmax: Tensor | NestedAbsmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words)
-        else:
-            kept = None if columns is None else _mask(columns, row)
-            absmax = _measure(flat, blocks, spec, dtype, mean, kept)
-            _encode(flat, blocks, spec, dtype, mean, kept, tree, load_absmax(absmax), words)
-    return words.view(torch.uint8)[: packed_bytes(flat.numel(), spec.bits)], absmax
+            bad = Flag(flat.device)
+            absmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words, bad.value)
+            return Quantized(_as_bytes(words, flat.numel(), spec.bits), absmax, bad)
+        kept = None if columns is None else _mask(columns, row)
+        stored = _measure(flat, blocks, spec, dtype, mean, kept)
+        _encode(flat, blocks, spec, dtype, mean, kept, tree, load_absmax(stored), words)
+    return Quantized(_as_bytes(words, flat.numel(), spec.bits), stored, None)
 
 
 def midpoint_tree(values: Tensor, bits: int) -> Tensor:
@@ -151,11 +184,11 @@ def _quantize_in_one_pass(
     mean: Tensor | None,
     tree: Tensor,
     words: Tensor,
+    bad: Tensor,
 ) -> Tensor:
-    """Fills `words`; returns absmax."""
+    """Fills `words`, and raises `bad`; returns absmax."""
     count = flat.numel()
     absmax = flat.new_empty(blocks.per_row, dtype=getattr(torch, spec.absmax_dtype))
-    bad = torch.zeros(1, dtype=torch.int32, device=flat.device)
     jit.quantize_blocks[(triton.cdiv(count, _GROUP * _GROUPS),)](
         flat,
         words,
@@ -175,8 +208,6 @@ def _quantize_in_one_pass(
         MASKED=count % (_GROUP * _GROUPS) != 0,
         **_OPTIONS,
     )
-    if bool(bad):
-        raise non_finite("weight", dtype)
     return absmax
 
 
@@ -284,6 +315,10 @@ def _mask(columns: Tensor, row: int) -> Tensor:
     kept = torch.zeros(row, dtype=torch.int8, device=columns.device)
     kept[columns.long()] = 1
     return kept
+
+
+def _as_bytes(words: Tensor, count: int, bits: int) -> Tensor:
+    return words.view(torch.uint8)[: packed_bytes(count, bits)]
 
 
 def _as_words(codes: Tensor) -> Tensor:
