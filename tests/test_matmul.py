@@ -139,7 +139,7 @@ def products(
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 32, 61, 64, 65, 150, 193])
 def test_the_product_is_as_exact_as_torchs_and_the_same_each_time(bits: int, rows: int) -> None:
-    shapes = [(64, 64), (576, 1280), (1000, 4096), (4096, 256), (4096, 8192)]
+    shapes = [(64, 64), (576, 1280), (1000, 4096), (4096, 256), (4096, 11008)]
     for (n, k), blocksize in zip(shapes, (64, 32, 128, 256, 64), strict=True):
         tiled, exact = weight(n, k, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), "cuda")
         found, plain, true = products(tiled, exact, rows, torch.float16)
@@ -151,6 +151,20 @@ def test_the_product_is_as_exact_as_torchs_and_the_same_each_time(bits: int, row
         if rows <= 64:  # a row's result does not depend on what the others hold
             other = torch.cat([x[:1], torch.randn(rows - 1, k, device="cuda").half()])
             assert torch.equal(matmul(other, tiled)[0], found[0])
+
+
+@needs_gpu
+@pytest.mark.parametrize("added", [False, True])
+def test_many_rows_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch, added: bool) -> None:
+    monkeypatch.setattr("kbit.kernels.matmul._PART_BYTES", 1 << 20)
+    tiled, exact = weight(1000, 4096, QuantSpec(bits=3, dtype="normal", blocksize=64), "cuda")
+    x = torch.randn(300, 4096, device="cuda").half()
+    bias = torch.randn(1000, device="cuda").half() if added else None
+    addend = torch.randn(300, 1000, device="cuda") if added else None
+    true, plain = x.double() @ exact.T, torch.mm(x, exact.half().T, out_dtype=torch.float32)
+    if bias is not None and addend is not None:
+        true, plain = true + bias.double() + addend.double(), plain + bias + addend
+    assert error(matmul(x, tiled, bias, addend), true) <= 1.1 * error(plain.half(), true)
 
 
 @needs_gpu

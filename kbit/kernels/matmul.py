@@ -30,9 +30,13 @@ _EIGHTS: Final = (1, 2, 4, 8)
 _MOST_OFFSET: Final = 2**31
 _UNTILE_WARPS: Final = 8
 _UNTILE_CTAS: Final = 6
-_MANY_VALUES: Final = 2**26
-_PART_BYTES: Final = 256 << 20
-"""Of 16-bit weights dequantized at a time: as fast as all at once, measured, and bounded."""
+_ENOUGH_FOR_TWO: Final = 2**24
+_ENOUGH_COLUMNS: Final = 2560
+_ENOUGH_FOR_THREE: Final = 5 * 2**23
+"""Values of W from which on two or three launches of the fused kernel are worth it, and columns."""
+_BUSY: Final = 0.8
+_PART_BYTES: Final = 1 << 30
+"""Of 16-bit weights dequantized at a time. Products with smaller parts are slower than with a whole large weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +158,9 @@ class _Shape(NamedTuple):
 
     wr: int
     wk: int
-    share: int
-    stages: int
-    staged: bool
+    share: int = 1
+    stages: int = 2
+    staged: bool = True
     sums: int = 8
     ctas: int = 1
 
@@ -164,25 +168,62 @@ class _Shape(NamedTuple):
 def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> _Shape:
     """The fastest measured on an H100."""
     few = row_blocks <= processors // 2  # units of one row block leave half of the GPU free
-    halves = -(-row_blocks // 2) <= processors // 2  # those of two do
     if tiles == 8:
-        return _Shape(1, 6, share=2, stages=2, staged=True) if few else _Shape(2, 3, share=2, stages=2, staged=True)
+        return _Shape(1, 6, share=2) if few else _Shape(2, 3, share=2)
+    if few:
+        return _shape_for_few(bits, tiles, columns)
     if tiles == 4:
-        if few and (columns <= 8192 or bits >= 7):
-            return _Shape(1, 8, share=2, stages=2, staged=True)
-        if bits in (5, 8):
-            return _Shape(2, 4 if bits == 5 else 3, share=2, stages=2 if bits == 5 else 3, staged=True)
-        return _Shape(2, 6, share=1, stages=2, staged=True, sums=1)
-    if bits in (5, 8):  # large tables leave no room for codes
-        return _Shape(2, 8, share=1, stages=2, staged=False)
+        return _shape_for_32_rows(bits, row_blocks > 4 * processors)
     if tiles == 2:
-        if bits in (4, 7):
-            return _Shape(2, 6 if bits == 4 else 8, share=1, stages=3 if bits == 4 else 2, staged=True)
-        return _Shape(1, 8, share=1, stages=2, staged=True, ctas=2)
+        return _shape_for_16_rows(bits)
+    halves = -(-row_blocks // 2) <= processors // 2  # units of two row blocks leave half of the GPU free
+    return _shape_for_8_rows(bits, halves)
+
+
+def _shape_for_few(bits: int, tiles: int, columns: int) -> _Shape:
+    """W has so few row blocks that several CTAs share each, with a part of the columns."""
+    if bits == 5 and columns > 8192:
+        return _Shape(2, 4 if tiles == 4 else 8, staged=False)
+    if tiles == 4:
+        return _Shape(1, 8, staged=bits >= 5)
+    if bits == 5:  # two CTAs have no room for a table of pairs, which takes long to make
+        return _Shape(1, 8, staged=False, ctas=2)
+    if tiles == 2:
+        if bits == 6:
+            return _Shape(1, 8, ctas=2)
+        return _Shape(1, 12 if bits <= 4 else 8, staged=False)
+    return _Shape(2, 8, staged=False) if bits <= 5 else _Shape(1, 12, staged=False)
+
+
+def _shape_for_32_rows(bits: int, many: bool) -> _Shape:
+    if bits <= 5:
+        return _Shape(2, 4, staged=False)
+    if not many:
+        return _Shape(1, 4, staged=False, ctas=2)
+    return _Shape(2, 3, share=2, stages=3) if bits == 8 else _Shape(2, 6, sums=1)
+
+
+def _shape_for_16_rows(bits: int) -> _Shape:
+    match bits:
+        case 4:
+            return _Shape(2, 6, stages=3)
+        case 6:
+            return _Shape(1, 8, ctas=2)
+        case 7:
+            return _Shape(2, 8)
+        case 8:
+            return _Shape(1, 4, staged=False, ctas=2)
+        case _:
+            return _Shape(2, 8 if bits == 5 else 6, staged=False)
+
+
+def _shape_for_8_rows(bits: int, halves: bool) -> _Shape:
+    if bits in (5, 8):  # large tables leave no room for codes
+        return _Shape(2, 8, staged=False)
     if bits >= 6:
-        return _Shape(1 if halves else 2, 8, share=1, stages=2, staged=True, ctas=2 if halves else 1)
+        return _Shape(1, 8, ctas=2) if halves else _Shape(2, 8)
     # Where several CTAs have a part of the columns each, a shorter way to the first is worth more than many in flight.
-    return _Shape(2, 8, share=1, stages=2 if halves else 3, staged=not halves)
+    return _Shape(2, 8, staged=False) if halves else _Shape(2, 8, stages=3)
 
 
 def matmul(
@@ -195,8 +236,8 @@ def matmul(
 ) -> Tensor:
     """x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
-    Up to 128 rows of x, or 192 where W is large, are multiplied with the codes as they are stored, 64 at a time. For
-    more, parts of W are dequantized to x's dtype and multiplied by cuBLAS.
+    Up to 64 rows of x, for a large W up to 128 or 192, are multiplied with the codes as they are stored, 64 at a time.
+    For more, parts of W of at most 1 GiB are dequantized to x's dtype and multiplied by cuBLAS.
 
     Args:
         x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
@@ -217,7 +258,7 @@ def matmul(
     _check_added("addend", addend, x, (x.shape[0], w.rows), torch.float32)
     y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        if batch_invariant or x.shape[0] <= _most_fused_rows(w):
+        if batch_invariant or _is_fused(w, x.shape[0], x.dtype):
             for start in range(0, x.shape[0], MOST_ROWS):
                 some = slice(start, start + MOST_ROWS)
                 _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)
@@ -226,9 +267,18 @@ def matmul(
     return y
 
 
-def _most_fused_rows(w: TiledWeight) -> int:
-    """With more rows of x, dequantizing and cuBLAS are faster than one launch of the fused kernel after another."""
-    return MOST_ROWS * (3 if w.rows * w.columns >= _MANY_VALUES else 2)
+def _is_fused(w: TiledWeight, rows: int, dtype: torch.dtype) -> bool:
+    """Whether launches of the fused kernel, one after another, are faster than dequantizing and cuBLAS: measured."""
+    launches, values = -(-rows // MOST_ROWS), w.rows * w.columns
+    if launches == 1:
+        return True
+    if launches == 2:
+        return values >= _ENOUGH_FOR_TWO and w.columns >= _ENOUGH_COLUMNS
+    if launches > 3 or values < _ENOUGH_FOR_THREE:
+        return False
+    gpu = Gpu.of(w.codes.device.index)
+    variant = choose(w, MOST_ROWS, dtype, gpu)
+    return launch_shape(variant, w, gpu)[0] >= _BUSY * variant.ctas * gpu.processors
 
 
 def _fused(
