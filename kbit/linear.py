@@ -183,15 +183,16 @@ class KBitLinear(nn.Module):
         Tiles are multiplied without the mean; in row-major order it is added to all columns, the kept ones too.
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        rest = (bias, self._addend(x), self.out_features, self.spec.bits, self.spec.blocksize)
+        rest = (bias, self._addend(x), self.spec.bits, self.spec.blocksize)
         how = (self.storage_dtype, self.batch_invariant)
         y: Tensor
         if self.tiled:
-            w = (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived)
-            y = matmul_tiled(x, *w, *rest, *how)
+            tiles = (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived)
+            y = matmul_tiled(x, self.out_features, *tiles, *rest, *how)
         else:
             nested = [self.absmax_scale, self.absmax_offset, self.absmax_codebook] if self._is_nested else []
-            y = matmul_rows(x, self.codes, self.absmax, nested, self.codebook, self.mean, *rest, self.spec.scheme, *how)
+            rows = (self.codes, self.absmax, nested, self.codebook, self.mean)
+            y = matmul_rows(x, self.out_features, *rows, *rest, self.spec.scheme, *how)
         return y
 
     def _addend(self, x: Tensor) -> Tensor | None:

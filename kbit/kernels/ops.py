@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import chain
 from math import lcm
 from typing import Any, Final
 
@@ -27,13 +28,13 @@ from kbit.storage import chunk_length
 _ALIGNMENT: Final = 16
 _library: Final[Any] = torch.library.Library("kbit", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "matmul_tiled(Tensor x, Tensor codes, Tensor scales, Tensor codebook, Tensor table, Tensor unscale, "
-    "Tensor arrived, Tensor? bias, Tensor? addend, int rows, int bits, int blocksize, ScalarType storage, "
+    "matmul_tiled(Tensor x, int rows, Tensor codes, Tensor scales, Tensor codebook, Tensor table, Tensor unscale, "
+    "Tensor arrived, Tensor? bias, Tensor? addend, int bits, int blocksize, ScalarType storage, "
     "bool batch_invariant) -> Tensor"
 )
 _library.define(
-    "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, Tensor? mean, "
-    "Tensor? bias, Tensor? addend, int rows, int bits, int? blocksize, str scheme, ScalarType storage, "
+    "matmul_rows(Tensor x, int rows, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, Tensor? mean, "
+    "Tensor? bias, Tensor? addend, int bits, int? blocksize, str scheme, ScalarType storage, "
     "bool batch_invariant) -> Tensor"
 )
 
@@ -42,7 +43,7 @@ matmul_tiled: Final[Any] = torch.ops.kbit.matmul_tiled.default
 
 Args:
     x: [any, columns], contiguous; of table's dtype, or float32 (or anything, on the CPU).
-    codes, scales, codebook, table, unscale, arrived, rows, bits, blocksize: as in ``TiledWeight``.
+    rows, codes, scales, codebook, table, unscale, arrived, bits, blocksize: as in ``TiledWeight``.
     bias: [rows]. addend: float32 [x's rows, rows]. Both are added before the sums are rounded.
     storage: 16-bit dtype that dequantized values are rounded to; the fused kernel does not round them.
     batch_invariant: a row's result depends on no other row, nor on how many there are.
@@ -55,10 +56,10 @@ matmul_rows: Final[Any] = torch.ops.kbit.matmul_rows.default
 """x · W^T (+ bias + addend) for a weight that has no tiles.
 
 Args:
-    x: [any, columns].
+    x: [any, columns]. rows: the weight's, as are bits, blocksize and scheme.
     codes: as in ``QuantizedTensor``. absmax: its values, or their codes where `nested` has scale, offset and codebook.
     mean: the weight's, added before its values are rounded to `storage`, as ``kbit.dequantize`` does; or None.
-    codebook, bias, addend, storage, batch_invariant: as above. rows, bits, blocksize, scheme: the weight's.
+    codebook, bias, addend, storage, batch_invariant: as above.
 
 Returns:
     x's dtype [x's rows, rows].
@@ -163,6 +164,7 @@ def _by_dequantizing(
 
 def _matmul_tiled(
     x: Tensor,
+    rows: int,
     codes: Tensor,
     scales: Tensor,
     codebook: Tensor,
@@ -171,7 +173,6 @@ def _matmul_tiled(
     arrived: Tensor,
     bias: Tensor | None,
     addend: Tensor | None,
-    rows: int,
     bits: int,
     blocksize: int,
     storage: torch.dtype,
@@ -205,6 +206,7 @@ def _matmul_tiled(
 
 def _matmul_rows(
     x: Tensor,
+    rows: int,
     codes: Tensor,
     absmax: Tensor,
     nested: list[Tensor],
@@ -212,7 +214,6 @@ def _matmul_rows(
     mean: Tensor | None,
     bias: Tensor | None,
     addend: Tensor | None,
-    rows: int,
     bits: int,
     blocksize: int | None,
     scheme: str,
@@ -229,20 +230,12 @@ def _matmul_rows(
     return _by_dequantizing(x, weights, bias, addend, rows, batch_invariant)
 
 
-def _shape_tiled(x: Tensor, *rest: Any) -> Tensor:
-    return _without_values(x, rest, rest[8])
-
-
-def _shape_rows(x: Tensor, codes: Tensor, absmax: Tensor, nested: list[Tensor], *rest: Any) -> Tensor:
-    return _without_values(x, (codes, absmax, *nested, *rest), rest[4])
-
-
-def _without_values(x: Tensor, arguments: Iterable[object], rows: int) -> Tensor:
+def _without_values(x: Tensor, rows: int, *arguments: object) -> Tensor:
     """A result without values. Torch comes here too for real tensors of which some have none."""
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.device != x.device:
+    for tensor in chain.from_iterable(a if isinstance(a, list) else [a] for a in arguments):
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
             raise ValueError(
-                f"x is on {x.device}, and a tensor of the weight on {argument.device}: both must be on one device, and "
+                f"x is on {x.device}, and a tensor of the weight on {tensor.device}: both must be on one device, and "
                 "none on meta: load a state dict, or call layer.derive()"
             )
     return x.new_empty(x.shape[0], rows)
@@ -255,11 +248,8 @@ def _no_backward(ctx: object, gradient: Tensor) -> Tensor:
     )
 
 
-for _name, _implementation, _shape in (
-    ("matmul_tiled", _matmul_tiled, _shape_tiled),
-    ("matmul_rows", _matmul_rows, _shape_rows),
-):
+for _name, _implementation in (("matmul_tiled", _matmul_tiled), ("matmul_rows", _matmul_rows)):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"kbit::{_name}", _shape, lib=_library)
+    torch.library.register_fake(f"kbit::{_name}", _without_values, lib=_library)
     torch.library.register_autograd(f"kbit::{_name}", _no_backward, lib=_library)
