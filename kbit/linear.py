@@ -25,7 +25,7 @@ DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class KBitLinear(nn.Module):
-    """y = x · W^T + bias for a quantized W, with no copy of W in 16 bits, on the CPU and on a GPU.
+    """y = x · W^T + bias for a quantized W, of which no copy in 16 bits is kept, on the CPU and on a GPU.
 
     W lies in the kernels' tiles where it has that layout, else in row-major order, the same on every device
     (``kbit.layout``). Everything is a buffer: ``state_dict`` holds what defines the layer, exactly, and one of another
@@ -34,9 +34,10 @@ class KBitLinear(nn.Module):
 
     Products, kept columns, mean and bias are summed in float32 and rounded to x's dtype once. With centering a W in
     tiles is not rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x
-    of ``dtype``; float32 x, and layers without tiles, go by dequantizing some rows at a time. A layer is for one CUDA
-    stream at a time, and for inference: call it under torch.no_grad(), without which torch.compile traces a backward,
-    and that raises NotImplementedError. Autocast does not reach into it.
+    of ``dtype``; float32 x, and layers without tiles, go by dequantizing some rows at a time, and so do more than 64
+    rows of x (with a large W 128 or 192), up to about 1 GiB at a time. A layer is for one CUDA stream at a time, and
+    for inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that raises
+    NotImplementedError. Autocast does not reach into it.
 
     Args:
         in_features, out_features: W is [out_features, in_features].

@@ -28,7 +28,7 @@ def variants(gpu: Gpu) -> list[Variant]:
     found = {}
     for bits in range(2, 9):
         tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=BLOCKSIZES[bits % 4]))
-        for rows, columns in [(16384, 4096), (4096, 16384), (28672, 7168), (200, 192)]:
+        for rows, columns in [(16384, 4096), (4096, 16384), (36864, 12288), (5120, 5120), (200, 192)]:
             shaped = replace(tiled, rows=rows, columns=columns)
             for x_rows, invariant in itertools.product((1, 16, 32, 64), (False, True)):
                 dtype = (torch.float16, torch.bfloat16)[bits % 2]
@@ -154,17 +154,29 @@ def test_the_product_is_as_exact_as_torchs_and_the_same_each_time(bits: int, row
 
 
 @needs_gpu
-@pytest.mark.parametrize("added", [False, True])
-def test_many_rows_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch, added: bool) -> None:
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_of_many_row_blocks(bits: int) -> None:
+    """Some fill an H100 with one launch's units, the last gives each CTA several."""
+    for n, k in [(5120, 1280), (8512, 1280), (33856, 1024)]:
+        tiled, exact = weight(n, k, QuantSpec(bits=bits, dtype="normal", blocksize=64), "cuda")
+        for rows in (1, 16, 32, 64):
+            found, plain, true = products(tiled, exact, rows, torch.float16)
+            assert error(found, true) <= 1.1 * error(plain, true)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("with_bias", "with_addend"), [(False, False), (True, False), (True, True)])
+def test_many_rows_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch, with_bias: bool, with_addend: bool) -> None:
     monkeypatch.setattr("kbit.kernels.matmul._PART_BYTES", 1 << 20)
     tiled, exact = weight(1000, 4096, QuantSpec(bits=3, dtype="normal", blocksize=64), "cuda")
     x = torch.randn(300, 4096, device="cuda").half()
-    bias = torch.randn(1000, device="cuda").half() if added else None
-    addend = torch.randn(300, 1000, device="cuda") if added else None
+    bias = torch.randn(1000, device="cuda").half()
+    addend = torch.randn(300, 1000, device="cuda")
     true, plain = x.double() @ exact.T, torch.mm(x, exact.half().T, out_dtype=torch.float32)
-    if bias is not None and addend is not None:
-        true, plain = true + bias.double() + addend.double(), plain + bias + addend
-    assert error(matmul(x, tiled, bias, addend), true) <= 1.1 * error(plain.half(), true)
+    for added, given in ((bias, with_bias), (addend, with_addend)):
+        true, plain = true + added.double() * given, plain + added * given
+    found = matmul(x, tiled, bias if with_bias else None, addend if with_addend else None)
+    assert error(found, true) <= 1.1 * error(plain.half(), true)
 
 
 @needs_gpu

@@ -32,9 +32,12 @@ CASES = [
     (5, 70, 256, 256, 3, 132),
     (6, 130, 512, 256, 12, 4),
     (6, 130, 512, 64, 30, 4),
+    (6, 640, 512, 64, 30, 2),
+    (4, 320, 1024, 64, 16, 4),
     (7, 100, 256, 64, 17, 132),
     (8, 192, 512, 32, 1, 4),
     (8, 100, 512, 32, 50, 132),
+    (8, 640, 640, 64, 30, 2),
 ]
 INVARIANT = (1, 4)
 """Cases in which a row is also computed alone."""
@@ -60,18 +63,23 @@ def emulated(
     gpu: Gpu,
     folder: Path,
 ) -> torch.Tensor:
-    """As ``kbit.kernels.matmul`` launches the kernel."""
+    """As ``kbit.kernels.matmul`` launches the kernel; the same whether its copies come at once or late."""
     library = folder / f"kernel{len(list(folder.iterdir()))}.so"
     header = ("-include", str(HERE / "emulated" / "cuda_on_cpu.h"))
     subprocess.run([*COMMAND, *variant.options(), *header, str(KERNEL), "-o", str(library)], check=True)
     ctas, sums = launch_shape(variant, w, gpu)
-    y = torch.full((x.shape[0], w.rows), float("nan"), dtype=x.dtype)
-    partial = torch.full((sums,), float("nan"))
-    tensors = (w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    ctypes.CDLL(str(library)).launch(ctas, variant.shared, *pointers, x.shape[0], w.rows, w.columns, x.stride(0))
-    assert not w.arrived.any()
-    return y
+    kernel = ctypes.CDLL(str(library)).launch
+    found = []
+    for late in (False, True):
+        y = torch.full((x.shape[0], w.rows), float("nan"), dtype=x.dtype)
+        partial = torch.full((sums,), float("nan"))
+        tensors = (w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+        kernel(ctas, variant.shared, *pointers, x.shape[0], w.rows, w.columns, x.stride(0), ctypes.c_bool(late))
+        assert not w.arrived.any()
+        found.append(y)
+    assert torch.equal(*found)
+    return found[0]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))

@@ -58,11 +58,13 @@ class Quantized(NamedTuple):
 class Flag:
     """What a kernel can raise: int32 [1], zero at first, and used again if it stays so, which saves a launch."""
 
-    _spare: ClassVar[defaultdict[torch.device, list[Tensor]]] = defaultdict(list)
+    # By stream: memory that is given back early, as by an exception, is free there once the kernel has ended.
+    _spare: ClassVar[defaultdict[object, list[Tensor]]] = defaultdict(list)
 
     def __init__(self, device: torch.device) -> None:
+        self._others = self._spare[torch.cuda.current_stream(device) if device.type == "cuda" else device]
         try:
-            self.value = self._spare[device].pop()
+            self.value = self._others.pop()
         except IndexError:
             self.value = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -70,7 +72,7 @@ class Flag:
         """Waits for what was launched on the current stream; to be asked once."""
         raised = bool(self.value)
         if not raised:
-            self._spare[self.value.device].append(self.value)
+            self._others.append(self.value)
         return raised
 
 
@@ -102,7 +104,7 @@ def quantize_values(
     words = flat.new_empty(-(-packed_bytes(flat.numel(), spec.bits) // 4), dtype=torch.int32)
     with _on(flat.device):
         tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
-        if columns is None and spec.absmax_dtype != "nested" and _is_fused(blocks):
+        if columns is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
             bad = Flag(flat.device)
             absmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words, bad.value)
             return Quantized(_as_bytes(words, flat.numel(), spec.bits), absmax, bad)
@@ -170,7 +172,7 @@ def dequantize_values(
         )
 
 
-def _is_fused(blocks: Blocks) -> bool:
+def _is_one_pass(blocks: Blocks) -> bool:
     size = blocks.size
     return blocks.rows == 1 and _GROUP <= size <= _LARGEST_FUSED and size & (size - 1) == 0
 

@@ -30,13 +30,14 @@ _EIGHTS: Final = (1, 2, 4, 8)
 _MOST_OFFSET: Final = 2**31
 _UNTILE_WARPS: Final = 8
 _UNTILE_CTAS: Final = 6
-_ENOUGH_FOR_TWO: Final = 2**24
 _ENOUGH_COLUMNS: Final = 2560
+_ENOUGH_FOR_TWO: Final = 2**24
 _ENOUGH_FOR_THREE: Final = 5 * 2**23
-"""Values of W from which on two or three launches of the fused kernel are worth it, and columns."""
+"""Columns and values of W from which on two and three launches of the fused kernel are worth it."""
 _BUSY: Final = 0.8
+"""Least part of the CTAs that a GPU holds which a launch must have for three to be worth it."""
 _PART_BYTES: Final = 1 << 30
-"""Of 16-bit weights dequantized at a time. Products with smaller parts are slower than with a whole large weight."""
+"""About that much of a weight is dequantized at a time. Products with smaller parts are slower than with the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int
     if tiles == 8:
         return _Shape(1, 6, share=2) if few else _Shape(2, 3, share=2)
     if few:
-        return _shape_for_few(bits, tiles, columns)
+        return _shape_for_few_row_blocks(bits, tiles, columns)
     if tiles == 4:
         return _shape_for_32_rows(bits, row_blocks > 4 * processors)
     if tiles == 2:
@@ -180,8 +181,8 @@ def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int
     return _shape_for_8_rows(bits, halves)
 
 
-def _shape_for_few(bits: int, tiles: int, columns: int) -> _Shape:
-    """W has so few row blocks that several CTAs share each, with a part of the columns."""
+def _shape_for_few_row_blocks(bits: int, tiles: int, columns: int) -> _Shape:
+    """Several CTAs share each row block of W, with a part of the columns."""
     if bits == 5 and columns > 8192:
         return _Shape(2, 4 if tiles == 4 else 8, staged=False)
     if tiles == 4:
@@ -195,10 +196,10 @@ def _shape_for_few(bits: int, tiles: int, columns: int) -> _Shape:
     return _Shape(2, 8, staged=False) if bits <= 5 else _Shape(1, 12, staged=False)
 
 
-def _shape_for_32_rows(bits: int, many: bool) -> _Shape:
+def _shape_for_32_rows(bits: int, many_row_blocks: bool) -> _Shape:
     if bits <= 5:
         return _Shape(2, 4, staged=False)
-    if not many:
+    if not many_row_blocks:
         return _Shape(1, 4, staged=False, ctas=2)
     return _Shape(2, 3, share=2, stages=3) if bits == 8 else _Shape(2, 6, sums=1)
 
@@ -237,7 +238,7 @@ def matmul(
     """x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
     Up to 64 rows of x, for a large W up to 128 or 192, are multiplied with the codes as they are stored, 64 at a time.
-    For more, parts of W of at most 1 GiB are dequantized to x's dtype and multiplied by cuBLAS.
+    For more, W is dequantized to x's dtype, about 1 GiB at a time, and multiplied by cuBLAS.
 
     Args:
         x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
@@ -258,7 +259,7 @@ def matmul(
     _check_added("addend", addend, x, (x.shape[0], w.rows), torch.float32)
     y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        if batch_invariant or _is_fused(w, x.shape[0], x.dtype):
+        if batch_invariant or _is_fused(w, x.shape[0]):
             for start in range(0, x.shape[0], MOST_ROWS):
                 some = slice(start, start + MOST_ROWS)
                 _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)
@@ -267,18 +268,19 @@ def matmul(
     return y
 
 
-def _is_fused(w: TiledWeight, rows: int, dtype: torch.dtype) -> bool:
+def _is_fused(w: TiledWeight, rows: int) -> bool:
     """Whether launches of the fused kernel, one after another, are faster than dequantizing and cuBLAS: measured."""
     launches, values = -(-rows // MOST_ROWS), w.rows * w.columns
     if launches == 1:
         return True
-    if launches == 2:
-        return values >= _ENOUGH_FOR_TWO and w.columns >= _ENOUGH_COLUMNS
-    if launches > 3 or values < _ENOUGH_FOR_THREE:
+    if launches > 3 or w.columns < _ENOUGH_COLUMNS:
         return False
+    if launches == 2:
+        return values >= _ENOUGH_FOR_TWO
     gpu = Gpu.of(w.codes.device.index)
-    variant = choose(w, MOST_ROWS, dtype, gpu)
-    return launch_shape(variant, w, gpu)[0] >= _BUSY * variant.ctas * gpu.processors
+    variant = choose(w, MOST_ROWS, w.table.dtype, gpu)
+    is_busy = launch_shape(variant, w, gpu)[0] >= _BUSY * variant.ctas * gpu.processors
+    return values >= _ENOUGH_FOR_THREE and is_busy
 
 
 def _fused(

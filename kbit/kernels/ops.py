@@ -1,8 +1,8 @@
 """Products with k-bit weights as torch operators, ``kbit::matmul_tiled`` and ``kbit::matmul_rows``.
 
-torch.compile takes an operator as a whole, whatever runs inside. Both are for inference: they have no backward. On the
-CPU, and for an x that the fused kernel does not take, the weight is dequantized by chunks that stay in cache and
-rounded to its storage dtype, as ``kbit.dequantize`` rounds it.
+torch.compile takes an operator as a whole, whatever runs inside. Both are for inference: they have no backward. A
+GPU's x of the table's dtype goes to ``kbit.kernels.matmul``. On the CPU, for another x, and without tiles, the weight
+is dequantized by chunks that stay in cache and rounded to its storage dtype, as ``kbit.dequantize`` rounds it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Args:
     x: [any, columns], contiguous; of table's dtype, or float32 (or anything, on the CPU).
     rows, codes, scales, codebook, table, unscale, arrived, bits, blocksize: as in ``TiledWeight``.
     bias: [rows]. addend: float32 [x's rows, rows]. Both are added before the sums are rounded.
-    storage: 16-bit dtype that dequantized values are rounded to; the fused kernel does not round them.
+    storage: 16-bit dtype that dequantized values are rounded to, where ``kbit.kernels.matmul`` does not do the work.
     batch_invariant: a row's result depends on no other row, nor on how many there are.
 
 Returns:

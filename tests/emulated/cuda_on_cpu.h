@@ -1,13 +1,16 @@
 // What kbit/kernels/matmul.cu needs of a GPU, on a CPU: a thread for every CUDA thread, one CTA after another. It shows
-// whether the kernel computes the right thing, on any machine; not how fast, and not every race: copies come at once.
+// whether the kernel computes the right thing, on any machine; not how fast, and not every race. Asynchronous copies come
+// at once, or as late as they may, when they are waited for.
 #include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 using std::max;
 using std::min;
@@ -29,6 +32,7 @@ static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
 alignas(128) unsigned char shared[1 << 18];
 static unsigned shared_bytes;
+static bool late;
 
 class Barrier {
  public:
@@ -55,8 +59,6 @@ static void __syncthreads() { whole.wait(WR * WK * SHARE * 32); }
 static void __syncwarp() { warps[threadIdx.x / 32].wait(32); }
 static void group_barrier(int split) { groups[split].wait(WR * SHARE * 32); }
 static void __threadfence() {}
-static void commit_copies() {}
-static void wait_for_copies() {}
 static void prefetch(const void* p) { (void)*(const volatile char*)p; }
 static void let_next_begin() {}
 static void wait_for_previous() {}
@@ -122,8 +124,23 @@ static uint2 lds64(unsigned address) {
   return value;
 }
 static uint4 load_once(const uint4* p) { return *p; }
-static void copy_async(unsigned to, const void* from) { memcpy(at(to, 16), from, 16); }
-static void copy_once(unsigned to, const void* from) { memcpy(at(to, 16), from, 16); }
+
+using Copies = std::vector<std::pair<unsigned, const void*>>;
+static thread_local Copies uncommitted;
+static thread_local std::deque<Copies> committed;
+static void copy_async(unsigned to, const void* from) {
+  if (late) uncommitted.emplace_back(to, from);
+  else memcpy(at(to, 16), from, 16);
+}
+static void copy_once(unsigned to, const void* from) { copy_async(to, from); }
+static void commit_copies() {
+  committed.push_back(std::move(uncommitted));
+  uncommitted.clear();
+}
+static void wait_for_copies() {
+  for (; committed.size() > STAGES - 2; committed.pop_front())
+    for (const auto& [to, from] : committed.front()) memcpy(at(to, 16), from, 16);
+}
 
 // mma.sync m16n8k16, as the PTX manual spreads its operands over the lanes; each sum in float64, rounded once.
 static unsigned operand_a[WR * WK * SHARE][32][4], operand_b[WR * WK * SHARE][32][2];
@@ -150,8 +167,8 @@ extern "C" void kbit_matmul(const uint4*, const uint4*, const uint16_t*, const u
 
 extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* scales, const uint16_t* table, const uint16_t* x,
                        const uint16_t* bias, const float* addend, uint16_t* y, float* partial, unsigned* arrived,
-                       const float* unscale, int rows, int outputs, int columns, int stride) {
-  gridDim.x = ctas, shared_bytes = bytes;
+                       const float* unscale, int rows, int outputs, int columns, int stride, bool copies_are_late) {
+  gridDim.x = ctas, shared_bytes = bytes, late = copies_are_late;
   for (int cta = 0; cta < ctas; cta++) {
     memset(shared, 0xff, sizeof shared);  // not a number, in any dtype
     std::vector<std::thread> threads;
