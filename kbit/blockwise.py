@@ -136,7 +136,7 @@ def quantize(
         kept_columns=columns,
         kept_values=source.kept(),
     )
-    if bad is not None and bad.is_raised():  # last, as it waits for a kernel
+    if bad is not None and bool(bad):  # last, as it waits for a kernel
         raise non_finite("weight", dtype)
     return quantized
 

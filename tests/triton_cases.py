@@ -223,7 +223,7 @@ def interpret_exactly() -> None:
 
 
 def check_refused(device: str) -> list[str]:
-    """Whether each kernel sees the one value that is NaN or infinite, wherever it is; and not in the weight after."""
+    """Whether each kernel sees the one value that is NaN or infinite, wherever it is."""
     wrong = []
     for size, bad, at in itertools.product((7, 64, None), (torch.nan, -torch.inf), (0, 9999)):
         weight = torch.randn(100, 100, device=device).half()
@@ -238,7 +238,6 @@ def check_refused(device: str) -> list[str]:
                 except WeightError as error:
                     if str(error) != refusal(weight, spec, **options):
                         wrong.append(str(error))
-                quantize(torch.zeros(2, 64, device=device).half(), spec, impl="triton", **options)
     return wrong
 
 

@@ -5,10 +5,9 @@ Importing this imports triton.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -46,34 +45,13 @@ class Quantized(NamedTuple):
     Attributes:
         codes: uint8, packed.
         absmax: in the spec's dtype.
-        bad: whether a value was NaN or infinite; None where that was checked. Asking waits for the kernel: what there
-            is to do meanwhile comes first.
+        bad: int32 [1], not zero if a value was NaN or infinite; None where that was checked. Reading it waits for the
+            kernel: what there is to do meanwhile comes first.
     """
 
     codes: Tensor
     absmax: Tensor | NestedAbsmax
-    bad: Flag | None
-
-
-class Flag:
-    """What a kernel can raise: int32 [1], zero at first, and used again if it stays so, which saves a launch."""
-
-    # By stream: memory that is given back early, as by an exception, is free there once the kernel has ended.
-    _spare: ClassVar[defaultdict[object, list[Tensor]]] = defaultdict(list)
-
-    def __init__(self, device: torch.device) -> None:
-        self._others = self._spare[torch.cuda.current_stream(device) if device.type == "cuda" else device]
-        try:
-            self.value = self._others.pop()
-        except IndexError:
-            self.value = torch.zeros(1, dtype=torch.int32, device=device)
-
-    def is_raised(self) -> bool:
-        """Waits for what was launched on the current stream; to be asked once."""
-        raised = bool(self.value)
-        if not raised:
-            self._others.append(self.value)
-        return raised
+    bad: Tensor | None
 
 
 def quantize_values(
@@ -105,8 +83,8 @@ def quantize_values(
     with _on(flat.device):
         tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
         if columns is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
-            bad = Flag(flat.device)
-            absmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words, bad.value)
+            bad = torch.zeros(1, dtype=torch.int32, device=flat.device)
+            absmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words, bad)
             return Quantized(_as_bytes(words, flat.numel(), spec.bits), absmax, bad)
         kept = None if columns is None else _mask(columns, row)
         stored = _measure(flat, blocks, spec, dtype, mean, kept)
@@ -188,7 +166,7 @@ def _quantize_in_one_pass(
     words: Tensor,
     bad: Tensor,
 ) -> Tensor:
-    """Fills `words`, and raises `bad`; returns absmax."""
+    """Fills `words`, and `bad`, zero at first; returns absmax."""
     count = flat.numel()
     absmax = flat.new_empty(blocks.per_row, dtype=getattr(torch, spec.absmax_dtype))
     jit.quantize_blocks[(triton.cdiv(count, _GROUP * _GROUPS),)](
