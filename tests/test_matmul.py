@@ -12,13 +12,19 @@ import pytest
 import torch
 
 from kbit import QuantSpec, codebook
-from kbit.kernels.matmul import Gpu, Variant, choose, dequantize_rows, matmul
+from kbit.kernels.matmul import dequantize_rows, matmul
 from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, untile
+from kbit.kernels.variants import Gpu, Variant, choose, is_worth_it
 from tests.tiled_weights import error, weight
 
 KERNELS = Path(__file__).parent.parent / "kbit" / "kernels"
-H100 = Gpu(processors=132, shared=227 * 1024)
-GPUS = {"H100": H100, "A100": Gpu(processors=108, shared=163 * 1024), "RTX 4090": Gpu(processors=128, shared=99 * 1024)}
+H100 = Gpu(processors=132, shared=227 * 1024, clock=1.98e9, bandwidth=3.35e12)
+H200 = replace(H100, bandwidth=4.81e12)
+GPUS = {
+    "H100": H100,
+    "A100": Gpu(processors=108, shared=163 * 1024, clock=1.41e9, bandwidth=2.04e12),
+    "RTX 4090": Gpu(processors=128, shared=99 * 1024, clock=2.52e9, bandwidth=1.01e12),
+}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -53,6 +59,30 @@ def test_batch_invariant_sums_have_one_order_for_any_number_of_rows(gpu: Gpu) ->
             shaped = replace(tiled, rows=rows, columns=columns)
             chosen = [choose(shaped, m, torch.float16, gpu, batch_invariant=True) for m in (1, 9, 32, 64)]
             assert len({(v.wk, v.split) for v in chosen}) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bits", "rows", "columns", "x_rows", "worth_it"),
+    # Measured: how many times as fast as dequantizing and cuBLAS they are.
+    [
+        (H100, 8, 16384, 4096, 192, True),  # 1.14
+        (H100, 3, 12288, 4096, 192, False),  # 0.94
+        (H100, 4, 2048, 2048, 128, False),  # 0.72 to 0.85
+        (H100, 4, 20480, 5120, 192, False),  # 0.74 to 0.87
+        (H200, 4, 16384, 4096, 128, True),  # 1.43
+        (H200, 8, 16384, 4096, 192, False),  # 0.94
+        (H200, 4, 49152, 12288, 192, True),  # 1.18
+        (H200, 8, 20480, 5120, 128, False),  # 0.86
+        (H200, 4, 2048, 2048, 128, False),  # 0.78
+        (H200, 8, 768, 768, 64, True),
+        (H200, 4, 49152, 12288, 256, False),
+    ],
+)
+def test_more_than_64_rows_take_several_launches_where_those_are_faster(
+    gpu: Gpu, bits: int, rows: int, columns: int, x_rows: int, worth_it: bool
+) -> None:
+    tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=64))
+    assert is_worth_it(replace(tiled, rows=rows, columns=columns), x_rows, gpu) == worth_it
 
 
 @needs_nvcc

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from kbit import QuantSpec
-from kbit.kernels.matmul import Gpu, Variant, choose, launch_shape
 from kbit.kernels.tiles import TiledWeight
+from kbit.kernels.variants import Gpu, Variant, choose, launch_shape
 from tests.tiled_weights import error, weight
 
 HERE = Path(__file__).parent
@@ -88,7 +88,7 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path) -> None:
         pytest.skip("needs g++ with _Float16")
     bits, rows, columns, blocksize, x_rows, processors = CASES[number]
     dtype = (torch.float16, torch.bfloat16)[number % 2]
-    gpu = Gpu(processors=processors, shared=227 * 1024)
+    gpu = Gpu(processors=processors, shared=227 * 1024, clock=1.98e9, bandwidth=3.35e12)
     w, exact = weight(rows, columns, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), dtype=dtype)
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(x_rows, columns, generator=generator).to(dtype)
