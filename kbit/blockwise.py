@@ -70,7 +70,6 @@ class QuantizedTensor:
         return bits
 
 
-@torch.no_grad()
 def quantize(
     weight: Tensor,
     spec: QuantSpec,
@@ -101,6 +100,27 @@ def quantize(
             don't exist.
         ValueError: `impl` is unknown or can't run on the weight's device.
     """
+    q, bad = quantize_async(weight, spec, outlier_columns=outlier_columns, storage_dtype=storage_dtype, impl=impl)
+    if bad is not None and bool(bad):  # last, as it waits for a kernel
+        raise non_finite("weight", q.storage_dtype)
+    return q
+
+
+@torch.no_grad()
+def quantize_async(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    outlier_columns: Tensor | list[int] | None = None,
+    storage_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[QuantizedTensor, Tensor | None]:
+    """``quantize`` without the wait for a kernel that tells whether all values are finite.
+
+    Returns:
+        The quantized tensor; and int32 [1] on the weight's device, not zero if a value was NaN or infinite, so that the
+        tensor is not to be used, or None where that is known not to be so.
+    """
     if spec.is_baseline:
         raise SpecError("bits", spec.bits, "2 to 8 to quantize; the 16-bit baseline stores the weight as it is")
     check_weight(weight)
@@ -124,7 +144,7 @@ def quantize(
     else:
         absmax = _absmax(source, blocks, spec)
         codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
-    quantized = QuantizedTensor(
+    q = QuantizedTensor(
         codes=codes,
         absmax=absmax,
         codebook=values.clone() if own is None else own,
@@ -136,9 +156,7 @@ def quantize(
         kept_columns=columns,
         kept_values=source.kept(),
     )
-    if bad is not None and bool(bad):  # last, as it waits for a kernel
-        raise non_finite("weight", dtype)
-    return quantized
+    return q, bad
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Quantize and dequantize: GB/s beside bitsandbytes' and a copy, which is the limit.
 
 A quantizer has to read 2 bytes a weight and write its codes and absmax, so it can't be faster than a copy of as many
-bytes read and written.
+bytes read and written. On a GPU, calls follow each other without a wait, as bitsandbytes' do, so that what Python does
+for one is hidden behind the one before. ``quantize`` waits for its kernel, which tells whether all values are finite:
+its own figure, of which Python's part depends on the CPU, stands beside that.
 """
 
 from __future__ import annotations
@@ -15,15 +17,23 @@ from torch import Tensor
 
 from kbit.bench.report import Table, device_name
 from kbit.bench.timing import call_seconds, copy_rate
-from kbit.blockwise import dequantize, quantize
+from kbit.blockwise import dequantize, quantize, quantize_async
 from kbit.spec import QuantSpec
 
 PEERS = ("8 bits", "nf4", "fp4")
+_WAIT = (
+    "With wait: GB/s of calls that each wait to hear whether all values are finite, as kbit.quantize does; "
+    "the CPU's part in them counts. The others follow each other without a wait."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """One quantizer: seconds of both directions, and the bytes that each must read and write."""
+    """One quantizer: seconds of both directions, and the bytes that each must read and write.
+
+    Attributes:
+        waited_seconds: of ``quantize``, which waits for its kernel; None where there is nothing to wait for.
+    """
 
     name: str
     bits: int
@@ -31,6 +41,7 @@ class Rates:
     nbytes: float
     quantize_seconds: float
     dequantize_seconds: float
+    waited_seconds: float | None
 
 
 def measure(
@@ -71,9 +82,10 @@ def _ours(weight: Tensor, spec: QuantSpec, impl: str, repeats: int) -> Rates:
         spec.bits,
         weight,
         packed.nbits / 8,
-        partial(quantize, weight, spec, impl=impl),
+        partial(quantize_async, weight, spec, impl=impl),
         partial(dequantize, packed, impl=impl),
         repeats,
+        waited=partial(quantize, weight, spec, impl=impl) if weight.is_cuda else None,
     )
 
 
@@ -102,20 +114,22 @@ def _rates(
     there: Callable[[], object],
     back: Callable[[], object],
     repeats: int,
+    waited: Callable[[], object] | None = None,
 ) -> Rates:
-    first, second = (call_seconds(f, device=weight.device.type, repeats=repeats) for f in (there, back))
+    seconds = partial(call_seconds, device=weight.device.type, repeats=repeats)
     return Rates(
         name=name,
         bits=bits,
         values=weight.numel(),
         nbytes=weight.nbytes + stored,
-        quantize_seconds=first,
-        dequantize_seconds=second,
+        quantize_seconds=seconds(there),
+        dequantize_seconds=seconds(back),
+        waited_seconds=None if waited is None else seconds(waited),
     )
 
 
 def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) -> Table:
-    body, records = [], []
+    body, records, has_waits = [], [], any(r.waited_seconds is not None for r in found)
     for r in found:
         cells = [r.name]
         record: dict[str, str | int | float | None] = {"name": r.name, "bits": r.bits, "blocksize": blocksize}
@@ -125,16 +139,24 @@ def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) ->
             cells += [_figure(rate / 1e9), f"{rate / limit:.1%}", f"{r.values / seconds / 1e6:,.0f}"]
             numbers = {"seconds": seconds, "bytes_per_second": rate, "of_limit": rate / limit}
             record |= {f"{direction}_{key}": value for key, value in numbers.items()}
+        if has_waits:
+            waited = None if r.waited_seconds is None else r.nbytes / r.waited_seconds
+            cells.append("-" if waited is None else _figure(waited / 1e9))
+            record |= {"waited_seconds": r.waited_seconds, "waited_bytes_per_second": waited}
         body.append(cells)
         records.append(record | {"bytes": r.nbytes, "copy_bytes_per_second": limit})
     return Table(
         name="quantizers",
         title=f"Quantizing {found[0].values:,} float16 values, block {blocksize}, on {device_name(device)}",
-        header=("", *(c for d in ("quantize", "dequantize") for c in (f"{d}\nGB/s", "of limit", "M values/s"))),
+        header=(
+            "",
+            *(c for d in ("quantize", "dequantize") for c in (f"{d}\nGB/s", "of limit", "M values/s")),
+            *(["quantize,\nwith wait"] if has_waits else []),
+        ),
         body=body,
         notes=[
-            f"GB/s: read plus written; of whole calls, the CPU's part in them included. Limit: a copy on the device, "
-            f"{limit / 1e9:,.1f} GB/s."
+            f"GB/s: read plus written. Limit: a copy on the device, {limit / 1e9:,.1f} GB/s.",
+            *([_WAIT] if has_waits else []),
         ],
         records=records,
     )

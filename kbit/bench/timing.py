@@ -15,12 +15,12 @@ _ROTATED_BYTES: Final = 200e6
 _GRAPH_SECONDS: Final = 5e-3
 _LAUNCHES: Final = (4, 100)
 _REPLAYS: Final = 11
-_CALLS: Final = 4
+_CALLS: Final = 10
 """GPU calls between two events: what Python does for one is hidden behind the one before."""
 _SLOW: Final = 0.05
 """Seconds of a call that needs no others beside it."""
 _WARM_SECONDS: Final = 0.25
-"""Of calls before any is timed: the first tens are slower (quantizing on an H200: 1,180 GB/s, later 1,620)."""
+"""Of calls before any is timed: Python's part of the first tens is slower."""
 _LARGE: Final = 2**28
 """Values that are copied and read for the ceilings: 512 MB in float16."""
 _SQUARE: Final = 8192

@@ -29,9 +29,8 @@ _EIGHTS: Final = (1, 2, 4, 8)
 _MOST_LAUNCHES: Final = 3
 _ENOUGH_COLUMNS: Final = 2560
 """Of W, from which on several launches of the fused kernel may be worth it."""
-_LAUNCH_SECONDS: Final = 5.6e-6
 _DEQUANTIZING_SECONDS: Final = 7.3e-6
-"""What a launch for 64 rows takes beside its work, and what dequantizing and cuBLAS do together."""
+"""What dequantizing and cuBLAS take beside their work."""
 _REACHED: Final = 0.85
 """Part of a GPU's bandwidth at which a weight is dequantized, and read again."""
 _MULTIPLIED: Final = 0.8e15
@@ -266,11 +265,16 @@ def is_worth_it(w: TiledWeight, rows: int, gpu: Gpu) -> bool:
     variant = choose(w, MOST_ROWS, w.table.dtype, gpu)
     rounds = -(-w.row_blocks // (variant.wr * (launch_shape(variant, w, gpu)[0] // variant.split)))
     values = rounds * variant.ctas * variant.wr * TILE * w.columns / variant.split  # of a multiprocessor
-    fused = launches * (_LAUNCH_SECONDS + values * _cycles(w.bits) / gpu.clock)
+    fused = launches * (_launch_seconds(w.bits) + values * _cycles(w.bits) / gpu.clock)
     nbytes = (w.bits + 16 / w.blocksize) / 8 + 4  # for each value
     each = nbytes / (_REACHED * gpu.bandwidth) + rows / _MULTIPLIED
     dequantizing = _DEQUANTIZING_SECONDS + w.rows * w.columns * each
     return _GAIN * fused < dequantizing
+
+
+def _launch_seconds(bits: int) -> float:
+    """Of a launch for 64 rows of x, beside its work; the table of pairs of 5-bit codes takes longest to make."""
+    return 7e-6 if bits == 5 else 5.6e-6
 
 
 def _cycles(bits: int) -> float:
