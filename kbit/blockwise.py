@@ -115,11 +115,14 @@ def quantize_async(
     storage_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[QuantizedTensor, Tensor | None]:
-    """``quantize`` without the wait for a kernel that tells whether all values are finite.
+    """``quantize``, but where one kernel does all, the caller waits for it to hear whether all values are finite.
 
     Returns:
         The quantized tensor; and int32 [1] on the weight's device, not zero if a value was NaN or infinite, so that the
-        tensor is not to be used, or None where that is known not to be so.
+        tensor is not to be used; or None where that has been asked.
+
+    Raises:
+        As ``quantize``.
     """
     if spec.is_baseline:
         raise SpecError("bits", spec.bits, "2 to 8 to quantize; the 16-bit baseline stores the weight as it is")

@@ -35,8 +35,8 @@ class KBitLinear(nn.Module):
     Products, kept columns, mean and bias are summed in float32 and rounded to x's dtype once. With centering a W in
     tiles is not rounded to 16 bits after its mean is added, as ``dequantize`` rounds it. A GPU's fused kernel takes x
     of ``dtype``; float32 x, and layers without tiles, go by dequantizing some rows at a time, and so do more than 64
-    rows of x (with a large W 128 or 192), up to about 1 GiB at a time. A layer is for one CUDA stream at a time, and
-    for inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that raises
+    rows of x (128 or 192 where that is slower), up to about 1 GiB at a time. A layer is for one CUDA stream at a time,
+    and for inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that raises
     NotImplementedError. Autocast does not reach into it.
 
     Args:

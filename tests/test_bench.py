@@ -28,6 +28,8 @@ from kbit.bench.latency import Step, dequantized, kbit_linear, measure_step, siz
 from kbit.bench.latency import table as decode_table
 from kbit.bench.matmul import CUBLAS, OURS, Product, limit, measure, repeated
 from kbit.bench.matmul import table as matmul_table
+from kbit.bench.quantizers import Rates
+from kbit.bench.quantizers import table as quantizers_table
 from kbit.bench.roofline import Roofline
 from kbit.bench.timing import Ceilings
 from kbit.kernels.tiles import tile, untile
@@ -56,6 +58,18 @@ def test_the_table_has_our_row_and_those_of_bitsandbytes_where_it_is_installed(c
     assert re.search("int4 b64" + figures, printed)
     for peer in ("8 bits", "nf4", "fp4"):
         assert bool(re.search(f"bitsandbytes, {peer}" + figures, printed)) == (find_spec("bitsandbytes") is not None)
+
+
+def test_calls_that_wait_for_a_gpu_have_a_column_of_their_own() -> None:
+    rate = partial(Rates, bits=4, values=2000, nbytes=6e3, quantize_seconds=2e-6, dequantize_seconds=3e-6)
+    found = [rate(name="ours", waited_seconds=4e-6), rate(name="a peer", waited_seconds=None)]
+    table = quantizers_table(found, limit=4e9, blocksize=64, device="cpu")
+    assert table.header[-1] == "with wait\nGB/s"
+    assert [row[1] for row in table.body] == ["3", "3"]
+    assert [row[-1] for row in table.body] == ["1.5", "-"]
+    assert [r["quantize_waited_bytes_per_second"] for r in table.records] == [pytest.approx(1.5e9), None]
+    alone = quantizers_table(found[1:], limit=4e9, blocksize=64, device="cpu")
+    assert len(alone.header) == len(alone.body[0]) == len(table.header) - 1
 
 
 def test_the_files_hold_every_number_and_where_it_comes_from(cpu_run: tuple[str, Path]) -> None:

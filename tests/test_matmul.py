@@ -14,7 +14,7 @@ import torch
 from kbit import QuantSpec, codebook
 from kbit.kernels.matmul import dequantize_rows, matmul
 from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, untile
-from kbit.kernels.variants import Gpu, Variant, choose, is_worth_it
+from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster
 from tests.tiled_weights import error, weight
 
 KERNELS = Path(__file__).parent.parent / "kbit" / "kernels"
@@ -62,27 +62,38 @@ def test_batch_invariant_sums_have_one_order_for_any_number_of_rows(gpu: Gpu) ->
 
 
 @pytest.mark.parametrize(
-    ("gpu", "bits", "rows", "columns", "x_rows", "worth_it"),
-    # Measured: how many times as fast as dequantizing and cuBLAS they are.
+    ("gpu", "bits", "rows", "columns", "x_rows", "faster"),
+    # How many times as fast it was measured to be.
     [
         (H100, 8, 16384, 4096, 192, True),  # 1.14
         (H100, 3, 12288, 4096, 192, False),  # 0.94
-        (H100, 4, 2048, 2048, 128, False),  # 0.72 to 0.85
         (H100, 4, 20480, 5120, 192, False),  # 0.74 to 0.87
+        (H100, 4, 2048, 4096, 128, False),  # few values
+        (H100, 4, 16384, 2048, 128, False),  # few columns
+        (H100, 4, 49152, 12288, 256, False),  # four launches
         (H200, 4, 16384, 4096, 128, True),  # 1.43
+        (H200, 4, 16384, 4096, 65, True),
+        (H200, 5, 12288, 49152, 128, True),  # 1.17
         (H200, 8, 16384, 4096, 192, False),  # 0.94
         (H200, 4, 49152, 12288, 192, True),  # 1.18
+        (H200, 5, 20480, 5120, 128, False),  # 0.90
         (H200, 8, 20480, 5120, 128, False),  # 0.86
-        (H200, 4, 2048, 2048, 128, False),  # 0.78
-        (H200, 8, 768, 768, 64, True),
-        (H200, 4, 49152, 12288, 256, False),
+        (H200, 8, 768, 768, 64, True),  # one launch
+        (replace(H200, bandwidth=0), 4, 16384, 4096, 128, False),  # the driver doesn't say
     ],
 )
 def test_more_than_64_rows_take_several_launches_where_those_are_faster(
-    gpu: Gpu, bits: int, rows: int, columns: int, x_rows: int, worth_it: bool
+    gpu: Gpu, bits: int, rows: int, columns: int, x_rows: int, faster: bool
 ) -> None:
     tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=64))
-    assert is_worth_it(replace(tiled, rows=rows, columns=columns), x_rows, gpu) == worth_it
+    assert fused_is_faster(replace(tiled, rows=rows, columns=columns), x_rows, gpu) == faster
+
+
+@needs_gpu
+def test_a_gpu_tells_what_decides() -> None:
+    gpu = Gpu.of(0)
+    assert 0.5e9 < gpu.clock < 5e9
+    assert 1e11 < gpu.bandwidth < 2e13
 
 
 @needs_nvcc

@@ -2,8 +2,8 @@
 
 A quantizer has to read 2 bytes a weight and write its codes and absmax, so it can't be faster than a copy of as many
 bytes read and written. On a GPU, calls follow each other without a wait, as bitsandbytes' do, so that what Python does
-for one is hidden behind the one before. ``quantize`` waits for its kernel, which tells whether all values are finite:
-its own figure, of which Python's part depends on the CPU, stands beside that.
+for one is hidden behind the one before, if that takes longer. Where ``quantize`` waits for its only kernel to hear
+whether all values are finite, its own figure, of which Python's part depends on the CPU, stands beside that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kbit.spec import QuantSpec
 
 PEERS = ("8 bits", "nf4", "fp4")
 _WAIT = (
-    "With wait: GB/s of calls that each wait to hear whether all values are finite, as kbit.quantize does; "
-    "the CPU's part in them counts. The others follow each other without a wait."
+    "With wait: calls that each wait to hear whether all values are finite, as kbit.quantize does; the CPU's part in "
+    "them counts. The others follow each other without that wait."
 )
 
 
@@ -32,7 +32,7 @@ class Rates:
     """One quantizer: seconds of both directions, and the bytes that each must read and write.
 
     Attributes:
-        waited_seconds: of ``quantize``, which waits for its kernel; None where there is nothing to wait for.
+        waited_seconds: of ``quantize`` where it waits at its end, and ``quantize_async`` doesn't; else None.
     """
 
     name: str
@@ -72,11 +72,11 @@ def measure(
             found += _peer(weight, peer, blocksize, repeats)
         except ValueError as error:  # it takes few block sizes, on each device others
             say(f"bitsandbytes, {peer}, is left out: {error}")
-    return _table(found, limit, blocksize, device)
+    return table(found, limit, blocksize, device)
 
 
 def _ours(weight: Tensor, spec: QuantSpec, impl: str, repeats: int) -> Rates:
-    packed = quantize(weight, spec, impl=impl)
+    packed, bad = quantize_async(weight, spec, impl=impl)
     return _rates(
         spec.label if impl == "auto" else f"{spec.label} ({impl})",
         spec.bits,
@@ -85,7 +85,7 @@ def _ours(weight: Tensor, spec: QuantSpec, impl: str, repeats: int) -> Rates:
         partial(quantize_async, weight, spec, impl=impl),
         partial(dequantize, packed, impl=impl),
         repeats,
-        waited=partial(quantize, weight, spec, impl=impl) if weight.is_cuda else None,
+        waited=None if bad is None else partial(quantize, weight, spec, impl=impl),
     )
 
 
@@ -128,8 +128,10 @@ def _rates(
     )
 
 
-def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) -> Table:
-    body, records, has_waits = [], [], any(r.waited_seconds is not None for r in found)
+def table(found: Sequence[Rates], limit: float, blocksize: int, device: str) -> Table:
+    """A row a quantizer; ``limit`` is that of a copy, in bytes a second."""
+    body, records = [], []
+    has_waits = any(r.waited_seconds is not None for r in found)
     for r in found:
         cells = [r.name]
         record: dict[str, str | int | float | None] = {"name": r.name, "bits": r.bits, "blocksize": blocksize}
@@ -142,7 +144,7 @@ def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) ->
         if has_waits:
             waited = None if r.waited_seconds is None else r.nbytes / r.waited_seconds
             cells.append("-" if waited is None else _figure(waited / 1e9))
-            record |= {"waited_seconds": r.waited_seconds, "waited_bytes_per_second": waited}
+            record |= {"quantize_waited_seconds": r.waited_seconds, "quantize_waited_bytes_per_second": waited}
         body.append(cells)
         records.append(record | {"bytes": r.nbytes, "copy_bytes_per_second": limit})
     return Table(
@@ -151,7 +153,7 @@ def _table(found: Sequence[Rates], limit: float, blocksize: int, device: str) ->
         header=(
             "",
             *(c for d in ("quantize", "dequantize") for c in (f"{d}\nGB/s", "of limit", "M values/s")),
-            *(["quantize,\nwith wait"] if has_waits else []),
+            *(["with wait\nGB/s"] if has_waits else []),
         ),
         body=body,
         notes=[

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kbit.kernels import dense
 from kbit.kernels.nvrtc import Function, compile_cubin
-from kbit.kernels.tiles import TILE, TiledWeight, check_tiles
-from kbit.kernels.variants import LANES, MOST_ROWS, Gpu, Variant, choose, is_worth_it, launch_shape
+from kbit.kernels.tiles import LANES, TILE, TiledWeight, check_tiles
+from kbit.kernels.variants import MOST_ROWS, Gpu, Variant, choose, fused_is_faster, launch_shape
 
 _FEWEST_CAPABILITY: Final = (8, 0)
 _MOST_OFFSET: Final = 2**31
@@ -32,8 +32,8 @@ def matmul(
 ) -> Tensor:
     """x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
-    Up to 64 rows of x, for a large W up to 128 or 192, are multiplied with the codes as they are stored, 64 at a time.
-    For more, W is dequantized to x's dtype, about 1 GiB at a time, and multiplied by cuBLAS.
+    Up to 64 rows of x are multiplied with the codes as they are stored, and up to 192, 64 at a time, where that is
+    faster (``fused_is_faster``). Else W is dequantized to x's dtype, about 1 GiB at a time, and multiplied by cuBLAS.
 
     Args:
         x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
@@ -54,7 +54,7 @@ def matmul(
     _check_added("addend", addend, x, (x.shape[0], w.rows), torch.float32)
     y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        if batch_invariant or is_worth_it(w, x.shape[0], Gpu.of(x.device.index)):
+        if batch_invariant or fused_is_faster(w, x.shape[0], Gpu.of(x.device.index)):
             for start in range(0, x.shape[0], MOST_ROWS):
                 some = slice(start, start + MOST_ROWS)
                 _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)

@@ -14,11 +14,10 @@ from typing import Final, NamedTuple
 
 import torch
 
-from kbit.kernels.tiles import TILE, TiledWeight
+from kbit.kernels.tiles import LANES, TILE, TiledWeight
 
 MOST_ROWS: Final = 64
 """Rows of x that one launch of the fused kernel takes."""
-LANES: Final = 32
 _PADDING: Final = 4
 """float32 values after a warp's sums for a row of x: fewer bank conflicts."""
 _STATIC_SHARED: Final = 1024 + 16
@@ -28,13 +27,16 @@ _EIGHTS: Final = (1, 2, 4, 8)
 """Rows of x, in eights, that a variant takes, and for which it exchanges sums."""
 _MOST_LAUNCHES: Final = 3
 _ENOUGH_COLUMNS: Final = 2560
-"""Of W, from which on several launches of the fused kernel may be worth it."""
+_ENOUGH_VALUES: Final = 2**24
+"""Columns of W, and values for each launch after the first, from which on several may be faster: seen on an H100."""
+_MEASURED_WARPS: Final = 12
+"""Of a multiprocessor, in all variants for 64 rows of x from whose speed ``_cycles`` comes."""
 _DEQUANTIZING_SECONDS: Final = 7.3e-6
 """What dequantizing and cuBLAS take beside their work."""
 _REACHED: Final = 0.85
 """Part of a GPU's bandwidth at which a weight is dequantized, and read again."""
-_MULTIPLIED: Final = 0.8e15
-"""Products a second that cuBLAS takes longer for more rows, while it waits for memory."""
+_ROW_SECONDS: Final = 1.25e-15
+"""What a row of x adds for each value of W: less than its products take, since cuBLAS reads W meanwhile."""
 _GAIN: Final = 1.03
 """How much faster the fused kernel has to be by this reckoning."""
 
@@ -109,8 +111,8 @@ class Gpu:
     Attributes:
         processors: multiprocessors.
         shared: bytes of shared memory that a CTA may have.
-        clock: most cycles a second of a multiprocessor.
-        bandwidth: bytes a second of its memory, by clock and width.
+        clock: most cycles a second of a multiprocessor; 0 where the driver doesn't say it.
+        bandwidth: bytes a second of its memory, by clock and width; likewise.
     """
 
     processors: int
@@ -122,12 +124,11 @@ class Gpu:
     @cache
     def of(cls, index: int) -> Gpu:
         properties = torch.cuda.get_device_properties(index)
-        memory_clock = max(1, properties.memory_clock_rate)  # kHz; 0 where a GPU doesn't say it
         return cls(
             processors=properties.multi_processor_count,
             shared=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
-            clock=1e3 * max(1, properties.clock_rate),
-            bandwidth=1e3 * memory_clock * 2 * max(1, properties.memory_bus_width) / 8,
+            clock=1e3 * properties.clock_rate,  # it is in kHz
+            bandwidth=1e3 * properties.memory_clock_rate * 2 * properties.memory_bus_width / 8,
         )
 
 
@@ -251,29 +252,32 @@ def launch_shape(variant: Variant, w: TiledWeight, gpu: Gpu) -> tuple[int, int]:
     return groups * variant.split, sums
 
 
-def is_worth_it(w: TiledWeight, rows: int, gpu: Gpu) -> bool:
+def fused_is_faster(w: TiledWeight, rows: int, gpu: Gpu) -> bool:
     """Whether launches of the fused kernel, one after another, are faster than dequantizing W and cuBLAS.
 
-    The first is work of the multiprocessors, the second bytes: of the codes, and twice of W in 16 bits. Which takes
-    longer depends on a GPU's memory; how long was measured on an H200, and fits what an H100 was measured to do.
+    The first is work of the multiprocessors, the second bytes: of the codes, and twice of W in 16 bits. So it depends
+    on a GPU's memory. What either takes was measured on an H200. On an H100 the answers are those measured there, but
+    where both are about as fast; on other GPUs they are a guess.
     """
-    launches = -(-rows // MOST_ROWS)
+    launches, values = -(-rows // MOST_ROWS), w.rows * w.columns
     if launches == 1:
         return True
-    if launches > _MOST_LAUNCHES or w.columns < _ENOUGH_COLUMNS:
+    if launches > _MOST_LAUNCHES or w.columns < _ENOUGH_COLUMNS or values < _ENOUGH_VALUES * (launches - 1):
+        return False
+    if not (gpu.clock and gpu.bandwidth):
         return False
     variant = choose(w, MOST_ROWS, w.table.dtype, gpu)
     rounds = -(-w.row_blocks // (variant.wr * (launch_shape(variant, w, gpu)[0] // variant.split)))
-    values = rounds * variant.ctas * variant.wr * TILE * w.columns / variant.split  # of a multiprocessor
-    fused = launches * (_launch_seconds(w.bits) + values * _cycles(w.bits) / gpu.clock)
+    of_processor = rounds * variant.wr * TILE * w.columns / variant.split
+    cycles = _cycles(w.bits) * _MEASURED_WARPS / variant.warps
+    fused = launches * (_launch_seconds(w.bits) + of_processor * cycles / gpu.clock)
     nbytes = (w.bits + 16 / w.blocksize) / 8 + 4  # for each value
-    each = nbytes / (_REACHED * gpu.bandwidth) + rows / _MULTIPLIED
-    dequantizing = _DEQUANTIZING_SECONDS + w.rows * w.columns * each
-    return _GAIN * fused < dequantizing
+    each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_ROWS * _ROW_SECONDS
+    return _GAIN * fused < _DEQUANTIZING_SECONDS + values * each
 
 
 def _launch_seconds(bits: int) -> float:
-    """Of a launch for 64 rows of x, beside its work; the table of pairs of 5-bit codes takes longest to make."""
+    """Of a launch for 64 rows of x, beside its work."""
     return 7e-6 if bits == 5 else 5.6e-6
 
 
