@@ -61,7 +61,7 @@ def _run_mode(cfg: DictConfig) -> int:
     from rich.console import Console
 
     from kbit.spec import SpecError
-    from sweeps import commands
+    from sweeps.commands import modes as commands
     from sweeps.errors import UserError, did_you_mean
 
     # Hydra's own logging is off; warnings (a damaged file) go to the user.

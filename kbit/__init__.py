@@ -9,25 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kbit.blockwise import QuantizedTensor, dequantize, quantize
-    from kbit.codebooks import codebook
-    from kbit.linear import KBitLinear
-    from kbit.model import QuantHandle, quantize_model
-    from kbit.packed import load_packed, save_packed
+    from kbit.models.quantize import QuantHandle, quantize_model
+    from kbit.packed.files import load_packed, save_packed
+    from kbit.packed.linear import KBitLinear
+    from kbit.quantizer.blockwise import QuantizedTensor, dequantize, quantize
+    from kbit.quantizer.codebooks import codebook
     from kbit.spec import QuantSpec, SpecError
 
 _HOME = {
     "QuantSpec": "kbit.spec",
     "SpecError": "kbit.spec",
-    "codebook": "kbit.codebooks",
-    "QuantizedTensor": "kbit.blockwise",
-    "quantize": "kbit.blockwise",
-    "dequantize": "kbit.blockwise",
-    "KBitLinear": "kbit.linear",
-    "QuantHandle": "kbit.model",
-    "quantize_model": "kbit.model",
-    "load_packed": "kbit.packed",
-    "save_packed": "kbit.packed",
+    "codebook": "kbit.quantizer.codebooks",
+    "QuantizedTensor": "kbit.quantizer.blockwise",
+    "quantize": "kbit.quantizer.blockwise",
+    "dequantize": "kbit.quantizer.blockwise",
+    "KBitLinear": "kbit.packed.linear",
+    "QuantHandle": "kbit.models.quantize",
+    "quantize_model": "kbit.models.quantize",
+    "load_packed": "kbit.packed.files",
+    "save_packed": "kbit.packed.files",
 }
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What a quantization is: ``QuantSpec``, frozen, validated and canonical. Imports no torch: planning stays light.
 
 The axes are the paper's (Dettmers & Zettlemoyer 2023, sections 2-5, Appendices A-C); what each one means to the last
-bit is in ``kbit.blockwise`` and ``kbit.codebooks``.
+bit is in ``kbit.quantizer.blockwise`` and ``kbit.quantizer.codebooks``.
 """
 
 from __future__ import annotations

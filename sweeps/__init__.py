@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sweeps.results import load_results, load_samples
+    from sweeps.results.table import load_results, load_samples
 
-_HOME = {"load_results": "sweeps.results", "load_samples": "sweeps.results"}
+_HOME = {"load_results": "sweeps.results.table", "load_samples": "sweeps.results.table"}
 
 __all__ = ["load_results", "load_samples"]
 

@@ -9,13 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+ROOT: Final = Path(__file__).resolve().parent.parent
+"""The directory that this installation is imported from: the checkout, a snapshot of it, or site-packages."""
 PROJECT: Final = "kbit-sweep"
 PACKAGES: Final = (PROJECT, "torch", "triton", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
 
 
 def code_provenance() -> dict[str, Any]:
     """Columns commit, dirty, versions. Outside a git checkout the commit is the installed version and dirty is null."""
-    commit, dirty = _git_state(Path(__file__).parent.parent)
+    commit, dirty = _git_state(ROOT)
     installed = f"kbit-sweep {_version('kbit-sweep') or 'unknown'}"
     return {"commit": commit or installed, "dirty": dirty, "versions": package_versions()}
 

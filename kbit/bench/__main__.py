@@ -26,8 +26,8 @@ from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Report, Table, device_name, environment
 from kbit.bench.timing import measure_ceilings
-from kbit.blockwise import quantize
-from kbit.impl import IMPLS
+from kbit.kernels.availability import IMPLS
+from kbit.quantizer.blockwise import quantize
 from kbit.spec import DTYPES, MAX_BITS, MIN_BITS, QuantSpec
 
 Say = Callable[[str], None]

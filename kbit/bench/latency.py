@@ -15,8 +15,8 @@ from kbit.bench.decode import Architecture, Compiler, Decoder, plain_linear, ran
 from kbit.bench.matmul import DTYPE
 from kbit.bench.report import Record, Table
 from kbit.bench.timing import Ceilings, replay_seconds
-from kbit.blockwise import quantize
-from kbit.linear import KBitLinear
+from kbit.packed.linear import KBitLinear
+from kbit.quantizer.blockwise import quantize
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 BITS: Final = (8, 6, 5, 4, 3)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kbit.bench.report import Record, Table
 from kbit.bench.timing import call_seconds, copies_of, graph_seconds
-from kbit.blockwise import quantize
 from kbit.kernels.matmul import matmul
 from kbit.kernels.tiles import BLOCKSIZES, TILE, TiledWeight, tile
+from kbit.quantizer.blockwise import quantize
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 Shape = tuple[int, int]

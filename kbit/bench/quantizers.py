@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbit.bench.report import Table, device_name
 from kbit.bench.timing import call_seconds, copy_rate
-from kbit.blockwise import dequantize, quantize, quantize_async
+from kbit.quantizer.blockwise import dequantize, quantize, quantize_async
 from kbit.spec import QuantSpec
 
 PEERS = ("8 bits", "nf4", "fp4")

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kbit.blocks import Blocks, NestedAbsmax, load_absmax, nest
-from kbit.codebooks import codebook, fixed_codebook
-from kbit.encode import midpoints
-from kbit.impl import interpreted
 from kbit.kernels import blockwise_jit as jit
+from kbit.kernels.availability import interpreted
 from kbit.kernels.codes_jit import plant_tree
-from kbit.packing import packed_bytes
+from kbit.quantizer.blocks import Blocks, NestedAbsmax, load_absmax, nest
+from kbit.quantizer.codebooks import codebook, fixed_codebook
+from kbit.quantizer.encode import midpoints
+from kbit.quantizer.packing import packed_bytes
+from kbit.quantizer.storage import FLOAT16_MAX, non_finite
 from kbit.spec import QuantSpec
-from kbit.storage import FLOAT16_MAX, non_finite
 
 _GROUP: Final = 32
 _GROUPS: Final = 128

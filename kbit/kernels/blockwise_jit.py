@@ -1,4 +1,4 @@
-"""Triton kernels that quantize and dequantize, to the bit as the reference does (``kbit.blockwise``).
+"""Triton kernels that quantize and dequantize, to the bit as the reference does (``kbit.quantizer.blockwise``).
 
 Launch them with ``enable_fp_fusion=False``: a product contracted with the sum behind it would be rounded once instead
 of twice.

@@ -1,4 +1,4 @@
-"""Triton: nearest codes by binary search, and codes of exactly k bits (``kbit.packing``) in 32-bit words."""
+"""Triton: nearest codes by binary search, and codes of exactly k bits (``kbit.quantizer.packing``) in 32-bit words."""
 
 # ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -16,14 +16,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kbit.blocks import Blocks, NestedAbsmax, Part, load_absmax
-from kbit.blockwise import scaled_values
-from kbit.impl import choose_blockwise
+from kbit.kernels.availability import choose_blockwise
 from kbit.kernels.dense import product
 from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
-from kbit.packing import packed_bytes
+from kbit.quantizer.blocks import Blocks, NestedAbsmax, Part, load_absmax
+from kbit.quantizer.blockwise import scaled_values
+from kbit.quantizer.packing import packed_bytes
+from kbit.quantizer.storage import chunk_length
 from kbit.spec import QuantSpec
-from kbit.storage import chunk_length
 
 _ALIGNMENT: Final = 16
 _library: Final[Any] = torch.library.Library("kbit", "DEF")  # type: ignore[no-untyped-call]

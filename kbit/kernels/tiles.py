@@ -3,7 +3,8 @@
 A warp multiplies a tile by tensor-core instructions (m16n8k16), whose operands are spread over its lanes: lane 4 g + t
 has rows g and g + 8 of each 16, and of each 32 columns the eight from 8 t on (the instruction's own order of columns is
 permuted, which changes no sum as long as x is read in the same order). A lane's 128 codes of a tile are one stream of
-exactly k bits a code (``kbit.packing``), so that it reads k times 16 bytes, and a warp 512 contiguous bytes at a time.
+exactly k bits a code (``kbit.quantizer.packing``), so that it reads k times 16 bytes, and a warp 512 contiguous bytes
+at a time.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kbit.blockwise import QuantizedTensor
-from kbit.packing import pack, unpack
+from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.packing import pack, unpack
+from kbit.quantizer.storage import chunk_length
 from kbit.spec import QuantSpec
-from kbit.storage import chunk_length
 
 TILE: Final = 64
 BLOCKSIZES: Final = (32, 64, 128, 256)

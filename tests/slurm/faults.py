@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from sweeps import load_results
-from sweeps.launches import Attempt
+from sweeps.launches.launch import Attempt
 from tests.slurm.cluster import Cluster
 from tests.slurm.studies import Study
 
@@ -179,7 +179,7 @@ def processes(study: Study, kind: str) -> list[JobProcess]:
 def _kind(argv: list[str]) -> str:
     if "sweeps.worker" in argv:
         return "worker"
-    if "sweeps.slurm.job" in argv and "python" in argv[0]:
+    if "sweeps.executors.slurm.node.job" in argv and "python" in argv[0]:
         return "supervisor"
     return "shell" if any(word.endswith("slurm_script") for word in argv) else "other"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from sweeps import load_results
-from sweeps.launches import Launch, launches
+from sweeps.launches.launch import Launch, launches
 from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
 

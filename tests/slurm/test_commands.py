@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sweeps.errors import UserError
-from sweeps.slurm import JobState, Request, Sighting, cancel, check_request, look, read_limits
+from sweeps.executors.slurm.query import JobState, Request, Sighting, cancel, check_request, look, read_limits
 from tests.slurm.cluster import Cluster
 
 

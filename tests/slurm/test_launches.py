@@ -170,7 +170,7 @@ def test_what_runs_is_what_was_planned(studies: Studies) -> None:
     for study, code in ((frozen, "snapshot"), (live, "checkout")):
         launched = study.run(*mine, f"executor.code={code}", program=checkout)
         assert launched.returncode == 0, launched.stdout + launched.stderr
-    with (checkout / "sweeps" / "worker.py").open("a") as worker:
+    with (checkout / "sweeps" / "worker" / "worker.py").open("a") as worker:
         worker.write("\n\nWorker.run_pack = None\n")
     (checkout / "conf" / "config.yaml").write_text("edited: true\n")
     task.write_text("task: mine\ndataset_path: /not/there\n")

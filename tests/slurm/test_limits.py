@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from sweeps import load_results
-from sweeps.claims import Claims
+from sweeps.launches.claims import Claims
 from tests.slurm.studies import Counted, Studies, Study
 
 HELD = ("executor.extra={hold: true}", "executor.preflight=false")

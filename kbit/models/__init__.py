@@ -1,0 +1,1 @@
+"""Whole models: which layers are quantized, how checkpoints load, where models lie, how they are put back."""

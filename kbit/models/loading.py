@@ -1,0 +1,209 @@
+"""Load a checkpoint as the 16-bit baseline that every cell starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kbit.evaluation.spec import COMPUTE_DTYPES
+from kbit.memory import is_out_of_memory
+from kbit.models.checkpoint import CheckpointError, safetensors_header
+from kbit.models.placement import place
+from kbit.quantizer.storage import STORAGE_DTYPES
+from kbit.spec import SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_FLOATS = ("F", "BF")
+"""How the names of floating-point dtypes begin; masks and indices (BOOL, I64, U8) are no weights."""
+_DEFAULT_CONTEXT = 2048
+_NO_CONTEXT = 10**9
+"""Tokenizers without a limit say a number beyond this one."""
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to be quantized and evaluated.
+
+    Attributes:
+        model: in eval mode, on its device or devices, without gradients; its weights are 16-bit values in the compute
+            dtype, its buffers in the dtypes that transformers loads them in.
+        tokenizer: the checkpoint's.
+        storage_dtype: float16 or bfloat16, what the checkpoint's weights were cast to: pass it to ``quantize_model``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    storage_dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """The model's context in tokens: its configuration's, else the tokenizer's, else 2048 (ALiBi has no limit)."""
+        config: Any = self.model.config
+        named = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+        known = next((int(n) for n in named if n), None) or int(self.tokenizer.model_max_length)
+        return known if known < _NO_CONTEXT else _DEFAULT_CONTEXT
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the model's vocabulary, padding included."""
+        config: Any = self.model.config
+        return int(config.vocab_size)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of the tokenizer: models that share it can share encoded data."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        state = json.dumps(self.tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+        return hashlib.sha256(f"{type(self.tokenizer).__name__}\n{state}".encode()).hexdigest()
+
+
+def load_model(
+    path_or_id: str,
+    *,
+    revision: str | None = None,
+    device: str,
+    compute_dtype: str,
+    gpus: int = 1,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model in its 16-bit storage dtype, then cast it up to the compute dtype if that is wider.
+
+    The storage dtype is that of most of the checkpoint's weights if it is float16 or bfloat16, else float16. Weights
+    come from safetensors, or from torch files read with weights_only: nothing in a checkpoint is run.
+
+    Args:
+        path_or_id: a Hugging Face directory, or a hub id (from the local cache alone where HF_HUB_OFFLINE is set).
+        revision: the hub commit, tag or branch; not for a directory.
+        device: 'cpu', 'cuda' or 'cuda:N'.
+        compute_dtype: 'float16', 'bfloat16' or 'float32', the dtype of activations and arithmetic; or 'storage', the
+            checkpoint's own 16-bit dtype.
+        gpus: with device 'cuda', how many GPUs to spread the model over, from the first on.
+        trust_remote_code: run the modelling code that the repository brings.
+
+    Raises:
+        SpecError: no such device, or not so many; the directory or repository, its weights or its configuration are
+            missing or unusable; or compute_dtype can't hold the weights.
+    """
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise SpecError("compute_dtype", compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SpecError("device", device, "'cpu' on this machine: torch finds no GPU")
+    if gpus > 1 and (device != "cuda" or gpus > torch.cuda.device_count()):
+        found = torch.cuda.device_count()
+        raise SpecError("gpus", gpus, f"1, or with device='cuda' as many as torch finds, which is {found}")
+    directory = _directory(path_or_id, revision, trust_remote_code)
+    files = _weight_files(directory, path_or_id)
+    storage = _stored_dtype(files)
+    compute: torch.dtype = storage if compute_dtype == "storage" else getattr(torch, compute_dtype)
+    if compute not in (storage, torch.float32):
+        allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
+        raise SpecError("compute_dtype", compute_dtype, allowed)
+    model, tokenizer = _read(directory, path_or_id, storage, trust_remote_code)
+    place(model, device, compute, gpus=gpus)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    return LoadedModel(model=model, tokenizer=tokenizer, storage_dtype=storage)
+
+
+def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path:
+    """The checkpoint's local directory; what isn't one is looked for on the hub, or in its cache."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or path_or_id.startswith((".", "~")) or path_or_id.count("/") > 1 or path.exists():
+        raise SpecError("path", path_or_id, "an existing directory with config.json and the model's weights")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_TOKENIZER_FILES, *(["*.py"] if remote_code else [])]
+    try:
+        # Torch files only where there are no safetensors: many repositories hold both, and more.
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            directory = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[*patterns, weights]))
+            if any(directory.glob(weights)):
+                break
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        where = f"a Hugging Face hub id, at a revision that exists (revision={revision}), or an existing directory"
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError("model", path_or_id, f"{where}; the hub or its local cache says: {reason}") from error
+    return directory
+
+
+def _weight_files(directory: Path, name: str) -> Sequence[Path]:
+    if not (directory / "config.json").is_file():
+        raise SpecError("path", name, "a Hugging Face model directory; this one has no config.json")
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        files = sorted(directory.glob(pattern))
+        if files:
+            return files
+    raise SpecError(
+        "path",
+        name,
+        "a directory with the model's weights as *.safetensors or pytorch_model*.bin; this one has neither",
+    )
+
+
+def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The 16-bit dtype of most weights in the files (configurations may not say, or say another); else float16."""
+    counts: Counter[torch.dtype] = Counter()
+    for path in files:
+        if path.suffix == ".safetensors":
+            try:
+                header = safetensors_header(path)
+            except CheckpointError as error:
+                raise SpecError("path", str(path), f"an undamaged safetensors file; {error}") from error
+            for tensor in header:
+                if tensor.dtype.startswith(_SAFETENSORS_FLOATS):
+                    counts[_SAFETENSORS_DTYPES.get(tensor.dtype, torch.float32)] += tensor.stop - tensor.start
+        else:
+            for tensor in _torch_file(path).values():
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    counts[tensor.dtype] += tensor.nbytes
+    most = counts.most_common(1)[0][0] if counts else torch.float32
+    return most if most in STORAGE_DTYPES else torch.float16
+
+
+def _torch_file(path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="meta", weights_only=True)
+    except UnpicklingError as error:
+        allowed = "safetensors, or a torch file of tensors alone; this one is a pickle that would run code: refused"
+        raise SpecError("path", str(path), allowed) from error
+    return loaded
+
+
+def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=storage, trust_remote_code=remote_code, weights_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise  # nothing is wrong with the checkpoint
+        raise SpecError(
+            "path", name, f"a causal language model that transformers can load; it says: {error}"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:4])
+        raise SpecError(
+            "path", name, f"a checkpoint with every weight of its configuration; missing or of another shape: {lacking}"
+        )
+    return model, tokenizer

@@ -1,0 +1,158 @@
+"""Proxy quantization (section 3): outlier dimensions by the spread of the previous layer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kbit.models.architectures import (
+    ATTENTION_OUT,
+    FFN_1,
+    FFN_2,
+    FFN_GATE,
+    KEY,
+    QKV,
+    QUERY,
+    VALUE,
+    ArchitectureError,
+    Layer,
+    block_layers,
+    has_parallel_residual,
+)
+from kbit.quantizer.storage import chunk_length, storage_dtype_of
+
+
+def outlier_columns(
+    model: nn.Module, fraction: float, *, storage_dtype: torch.dtype | None = None
+) -> dict[str, Tensor | None]:
+    """The input dimensions of each layer that stay in 16 bits, from its predecessor's original weights.
+
+    Predecessors: value rows of QKV -> attention output -> FFN 1 -> FFN 2 -> the next block's QKV. With grouped queries
+    each value row counts for every query head that reads it; in a gated FFN the up projection is FFN 1, and the gate
+    gets the same columns. With parallel residual branches FFN 1 follows the previous block's FFN 2, as QKV does.
+
+    Args:
+        model: a causal language model of known layer names (GPT-NeoX, OPT, GPT-2, BLOOM, Llama and those named like
+            them).
+        fraction: of the input dimensions, above 0 and below 1.
+        storage_dtype: 16-bit dtype the weights are cast to first; None is each weight's own, or float16.
+
+    Returns:
+        By layer name, in the order of ``block_layers``: int32 [max(1, round(fraction · in))] ascending (a half rounds
+        to even), on the weight's device; None for a layer without a predecessor, in the first block.
+
+    Raises:
+        ArchitectureError: layers whose roles or shapes aren't known: outlier_fraction must then be 0.
+    """
+    layers = block_layers(model)
+    parallel = has_parallel_residual(model)
+    columns: dict[str, Tensor | None] = {}
+    previous: Tensor | None = None  # spread of the previous block's FFN 2
+    for number in sorted({layer.block for layer in layers}):
+        roles = _roles(model, [layer for layer in layers if layer.block == number])
+        attention = _spread(roles[ATTENTION_OUT].weight, storage_dtype)
+        before = {
+            QKV: previous,
+            QUERY: previous,
+            KEY: previous,
+            VALUE: previous,
+            ATTENTION_OUT: _value_spread(model, roles, storage_dtype),
+            FFN_1: previous if parallel else attention,
+            FFN_GATE: previous if parallel else attention,
+            FFN_2: _spread(roles[FFN_1].weight, storage_dtype),
+        }
+        for role, layer in roles.items():
+            columns[layer.name] = _largest(before[role], layer, fraction)
+        previous = _spread(roles[FFN_2].weight, storage_dtype)
+    return {layer.name: columns[layer.name] for layer in layers}
+
+
+def _roles(model: nn.Module, layers: Iterable[Layer]) -> dict[str, Layer]:
+    """The layers of one block by role, each role once, none missing."""
+    roles: dict[str, Layer] = {}
+    for layer in layers:
+        role = layer.role
+        if role is None or role in roles:
+            why = (
+                "has a name whose role isn't known" if role is None else f"is a second {role} beside {roles[role].name}"
+            )
+            raise _unknown(model, f"{layer.name} {why}")
+        roles[role] = layer
+    attention = {QKV} if QKV in roles else {QUERY, KEY, VALUE}
+    missing = (attention | {ATTENTION_OUT, FFN_1, FFN_2}) - roles.keys()
+    extra = {QUERY, KEY, VALUE} & roles.keys() if QKV in roles else set()
+    if missing or extra:
+        named = ", ".join(layer.name for layer in roles.values())
+        raise _unknown(
+            model, f"among {named} there is {'no ' + min(missing) if missing else 'a fused QKV and a ' + min(extra)}"
+        )
+    return roles
+
+
+def _unknown(model: nn.Module, what: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"outlier_fraction needs to know which layer follows which, and in {type(model).__name__} that isn't known: "
+        f"{what}. Use outlier_fraction=0 with this model"
+    )
+
+
+def _spread(weight: Tensor, storage_dtype: torch.dtype | None) -> Tensor:
+    """Population standard deviation of each output row of [out, in], of the stored values: float64 [out]."""
+    dtype = storage_dtype_of(weight, storage_dtype)
+    rows = max(1, chunk_length(weight.device) // weight.shape[1])
+    parts = [weight[i : i + rows].to(dtype).double().std(dim=1, correction=0) for i in range(0, weight.shape[0], rows)]
+    return torch.cat(parts)
+
+
+def _value_spread(model: nn.Module, roles: dict[str, Layer], storage_dtype: torch.dtype | None) -> Tensor:
+    """Spread of the value rows, as the attention output reads them: float64 [heads · head dimension]."""
+    read = roles[ATTENTION_OUT].weight.shape[1]
+    heads = _heads(model, read)
+    if VALUE in roles:
+        spread = _spread(roles[VALUE].weight, storage_dtype)
+        head_dim = read // heads
+        if spread.numel() % head_dim or read % spread.numel():
+            raise _unknown(
+                model, f"{roles[VALUE].name} has {spread.numel()} rows, which {heads} heads of {head_dim} can't share"
+            )
+        return spread.view(-1, 1, head_dim).expand(-1, read // spread.numel(), head_dim).reshape(-1)
+    layer = roles[QKV]
+    spread = _spread(layer.weight, storage_dtype)
+    gpt2 = layer.name.endswith(".c_attn")
+    # GPTBigCode's c_attn is an nn.Linear and lies in another order than GPT-2's Conv1D.
+    if spread.numel() != 3 * read or gpt2 != isinstance(layer.module, Conv1D):
+        raise _unknown(
+            model,
+            f"{layer.name} ({type(layer.module).__name__}, {spread.numel()} rows) isn't Q, K and V of {read} rows each",
+        )
+    if gpt2:
+        return spread[2 * read :]
+    return spread.view(heads, 3, -1)[:, 2].reshape(-1)
+
+
+def _heads(model: nn.Module, read: int) -> int:
+    config = getattr(model, "config", None)
+    for key in ("num_attention_heads", "n_head", "num_heads"):
+        heads = getattr(config, key, None)
+        if isinstance(heads, int) and heads > 0 and read % heads == 0:
+            return heads
+    raise _unknown(model, f"its configuration names no number of attention heads that divides {read}")
+
+
+def _largest(spread: Tensor | None, layer: Layer, fraction: float) -> Tensor | None:
+    """Indices of the largest values, ties to the lower index: int32 [m], ascending."""
+    if spread is None:
+        return None
+    inputs = layer.weight.shape[1]
+    if spread.numel() != inputs:
+        raise ArchitectureError(
+            f"outlier_fraction: {layer.name} has {inputs} inputs, and its predecessor {spread.numel()} outputs. "
+            "Use outlier_fraction=0 with this model"
+        )
+    count = max(1, round(fraction * inputs))
+    chosen = spread.sort(descending=True, stable=True).indices[:count].sort().values
+    # A model may be spread over GPUs, and the predecessor lie on another.
+    return chosen.to(layer.weight.device, torch.int32)

@@ -1,0 +1,111 @@
+"""What ``kbit.json`` says of a packed model: written by ``kbit.packed.files``, checked key by key when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from kbit.models.checkpoint import CheckpointError
+from kbit.packed.linear import KBitLinear
+from kbit.spec import QuantSpec
+
+VERSION: Final = 1
+METADATA: Final = "kbit.json"
+FORMAT: Final = "kbit-packed"
+_KEYS: Final = {"model": dict, "layers": dict, "tied": dict}
+_MODEL_KEYS: Final = {"class": str, "transformers": str | None, "attention": str | None}
+_LAYER_KEYS: Final = {
+    "in_features": int,
+    "out_features": int,
+    "spec": dict,
+    "storage_dtype": str,
+    "dtype": str,
+    "kept": int,
+    "bias": bool,
+    "batch_invariant": bool,
+}
+
+
+def arguments_of(layer: KBitLinear) -> dict[str, Any]:
+    """What makes a layer of the same shapes, as JSON."""
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "spec": asdict(layer.spec),
+        "storage_dtype": str(layer.storage_dtype).removeprefix("torch."),
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),
+        "bias": layer.bias is not None,
+        "batch_invariant": layer.batch_invariant,
+    }
+
+
+def layer_of(arguments: Mapping[str, Any]) -> KBitLinear:
+    """The layer, without values.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layer = KBitLinear(
+        arguments["in_features"],
+        arguments["out_features"],
+        QuantSpec(**arguments["spec"]),
+        storage_dtype=_dtype("storage_dtype", arguments),
+        dtype=_dtype("dtype", arguments),
+        kept=arguments["kept"],
+        bias=arguments["bias"],
+        device="meta",
+    )
+    layer.batch_invariant = arguments["batch_invariant"]
+    return layer
+
+
+def _dtype(key: str, arguments: Mapping[str, Any]) -> torch.dtype:
+    found = getattr(torch, arguments[key], None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{key}={arguments[key]!r} is no dtype")
+    return found
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """All of a directory's ``kbit.json``.
+
+    Raises:
+        CheckpointError: it isn't there, is damaged, of another program or of a later version.
+    """
+    try:
+        metadata = json.loads((directory / METADATA).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{directory} is no packed model: it has no {METADATA} (save_packed writes it)") from None
+    except ValueError as error:
+        raise CheckpointError(f"{directory}/{METADATA} is not valid JSON: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{directory}/{METADATA} does not say format={FORMAT!r}: it is another program's file")
+    version = metadata.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise CheckpointError(
+            f"{directory} has version {version!r} of the format, and this kbit reads 1 to {VERSION}: a newer one may do"
+        )
+    where = f"{directory}/{METADATA}"
+    _check_keys(metadata, _KEYS, where)
+    _check_keys(metadata["model"], _MODEL_KEYS, f"{where}: model")
+    for name, arguments in metadata["layers"].items():
+        _check_keys(arguments, _LAYER_KEYS, f"{where}: layers: {name}")
+    _check_keys(metadata["tied"], dict.fromkeys(metadata["tied"], str), f"{where}: tied")
+    return metadata
+
+
+def _check_keys(entry: Any, keys: Mapping[str, Any], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} is damaged: it is {entry!r}, not an object")
+    for key, kind in keys.items():
+        if key not in entry:
+            raise CheckpointError(f"{where} is damaged: it has no {key}")
+        # A bool is an int too.
+        if not isinstance(entry[key], kind) or (kind is int and isinstance(entry[key], bool)):
+            raise CheckpointError(f"{where} is damaged: {key} is {entry[key]!r}")

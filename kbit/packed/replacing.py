@@ -1,0 +1,91 @@
+"""Layers of a model replaced by their k-bit form, with the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from kbit.models.architectures import ArchitectureError, Layer, key_of
+from kbit.packed.linear import DTYPES, KBitLinear
+from kbit.quantizer.blockwise import QuantizedTensor
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Refuse layers that a KBitLinear could not stand for.
+
+    Accelerate's hooks that move inputs to the layer's GPU are fine: they are passed on. So is one module that a model
+    has in several places.
+
+    Raises:
+        ArchitectureError: a layer with other hooks or a forward of its own, whose weight another module has too, or
+            whose weight is no float16, bfloat16 or float32.
+    """
+    modules = {id(module): module for module in model.modules()}.values()
+    owners = Counter(key_of(p) for module in modules for p in module.parameters(recurse=False))
+    for layer in layers:
+        module = layer.module
+        if owners[key_of(layer.parameter)] > 1:
+            why = "shares its weight with another module"
+        elif layer.parameter.dtype not in DTYPES:
+            why = f"has weights of {layer.parameter.dtype}, not float16, bfloat16 or float32: cast the model"
+        elif any(getattr(module, hooks) for hooks in _HOOKS):
+            why = "has forward or backward hooks: register them on the packed model"
+        elif type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+            why = f"is a {type(module).__name__} with a forward of its own"
+        elif "forward" in vars(module) and not _only_moves(module):
+            why = "has a changed forward (an offloading hook of accelerate?)"
+        else:
+            continue
+        raise ArchitectureError(f"packed=True can't replace {layer.name}: it {why}. Use packed=False with this model")
+
+
+def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[], None]:
+    """Put a KBitLinear in the layer's place, and the layer's weight on the host. Returns the way back."""
+    module, parameter = layer.module, layer.parameter
+    bias = dict(module.named_parameters(recurse=False)).get("bias")
+    before = parameter.dtype
+    packed = KBitLinear.from_quantized(q, bias=bias, dtype=before)
+    packed.train(module.training)
+    _pass_on_hook(module, packed)
+    parameter.data = parameter.data.to("cpu")
+    replace(model, module, packed)
+
+    def undo() -> None:
+        if packed.codes.is_meta:
+            raise ValueError(f"{layer.name} is on the meta device: move the model to a real one before restoring it")
+        # A layer that was not cast keeps a bias of another dtype than its weight's.
+        module.to(packed.codes.device, None if packed.dtype == before else packed.dtype).train(packed.training)
+        replace(model, packed, module)
+
+    return undo
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever the model has that."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _only_moves(module: nn.Module) -> bool:
+    """Whether accelerate wraps the module, and only to move what it is given to where it lies."""
+    hook = getattr(module, "_hf_hook", None)
+    return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
+
+
+def _pass_on_hook(module: nn.Module, packed: KBitLinear) -> None:
+    if not _only_moves(module):
+        return
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    hook: Any = module._hf_hook
+    # Its map of tied weights is by address, and the packed layer may lie where a weight lay.
+    fresh = AlignDevicesHook(hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys)
+    add_hook_to_module(packed, fresh)

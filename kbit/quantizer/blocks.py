@@ -1,0 +1,173 @@
+"""Blocks: which values share an absmax, and what is stored for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kbit.quantizer.codebooks import codebook
+from kbit.quantizer.encode import Encoder
+from kbit.quantizer.storage import FLOAT16_MAX, chunk_length
+from kbit.spec import NESTED_BLOCKSIZE, QuantSpec
+
+NESTED_SPEC = QuantSpec(bits=8, dtype="dynamic")
+"""Data type of nested absmax values: bitsandbytes' signed 8-bit dynamic map."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How a tensor is cut: its values as [rows, length], each row cut every `size` values, its last block maybe short.
+
+    `scheme=block` is one row of all values; `scheme=group` has the tensor's own rows.
+    """
+
+    rows: int
+    length: int
+    size: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], spec: QuantSpec) -> Blocks:
+        count = 1
+        for extent in shape:
+            count *= extent
+        size = min(spec.blocksize or count, count)
+        # Rows that hold whole blocks are cut as the flat tensor is.
+        if spec.scheme == "block" or shape[-1] % size == 0:
+            return cls(rows=1, length=count, size=size)
+        return cls(rows=count // shape[-1], length=shape[-1], size=min(size, shape[-1]))
+
+    @property
+    def per_row(self) -> int:
+        return -(-self.length // self.size)
+
+    def parts(self, device: torch.device, row: int | None = None) -> Iterator[Part]:
+        """The tensor in pieces small enough to work on.
+
+        Each begins at a multiple of 8 values, so that packed codes can be cut there too.
+
+        Args:
+            row: length of the tensor's rows where pieces must hold whole ones.
+        """
+        whole = 8 * (self.length if self.rows > 1 else row or 1)
+        step = whole * max(1, chunk_length(device) // whole)
+        count = self.rows * self.length
+        for start in range(0, count, step):
+            yield Part(blocks=self, start=start, stop=min(start + step, count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Values [start, stop) of a cut tensor: part of its one row, or whole rows."""
+
+    blocks: Blocks
+    start: int
+    stop: int
+
+    def spans(self, values: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of values as [rows, blocks, width] beside their absmax [rows, blocks].
+
+        Up to three: the rest of a block begun before, whole blocks, the beginning of a last one.
+
+        Args:
+            values: this part's values, flat.
+            absmax: one a block of the whole tensor, flat.
+        """
+        length, size = self.blocks.length, self.blocks.size
+        if self.blocks.rows == 1:
+            first, last = self.start, self.stop
+            values, absmax = values.view(1, -1), absmax.view(1, -1)
+        else:
+            first, last = 0, length
+            values = values.view(-1, length)
+            absmax = absmax.view(self.blocks.rows, -1)[self.start // length : self.stop // length]
+        head = min(-(-first // size) * size, last)
+        tail = max(last // size * size, head)
+        for begin, end, width in ((first, head, head - first), (head, tail, size), (tail, last, last - tail)):
+            if end > begin:
+                span = values[:, begin - first : end - first].view(values.shape[0], -1, width)
+                yield span, absmax[:, begin // size : -(-end // size)]
+
+    def gather_absmax(self, values: Tensor, absmax: Tensor) -> Tensor:
+        """Raise `absmax` (float16 or float32, one a block) to this part's largest magnitudes, in place.
+
+        Each is rounded to absmax's dtype before they are compared, and saturated at 65504 in float16: rounding keeps
+        their order, so the result is the rounded largest, without a float32 copy of all.
+
+        Returns:
+            Whether this part is finite: bool, 0-dim.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=values.device)
+        for span, stored in self.spans(values.abs(), absmax):
+            largest = span.amax(-1)
+            finite &= largest.isfinite().all()
+            if stored.dtype == torch.float16:
+                largest = largest.clamp(max=FLOAT16_MAX).to(torch.float16)
+            stored.copy_(torch.maximum(stored, largest))
+        return finite
+
+    def divide_(self, values: Tensor, absmax: Tensor) -> None:
+        """values / absmax of its block, in place; 0 where that is 0, so that such a block gets the code of 0.
+
+        A division: multiplying by the reciprocal changes some codes.
+        """
+        for span, stored in self.spans(values, absmax):
+            divisor = stored.float()
+            span.div_(torch.where(divisor == 0, torch.inf, divisor).unsqueeze(-1))
+
+    def multiply_(self, values: Tensor, absmax: Tensor) -> None:
+        """values · absmax of its block, in place."""
+        for span, stored in self.spans(values, absmax):
+            span.mul_(stored.float().unsqueeze(-1))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NestedAbsmax:
+    """Absmax values in 8 bits, codebook[codes] · scale + offset: QLoRA's double quantization, as bitsandbytes has it.
+
+    Attributes:
+        codes: uint8 [blocks].
+        scale: float32 [ceil(blocks / 256)], the largest magnitude of 256 values less the offset.
+        offset: float32, 0-dim: the mean of all absmax values, computed in float64.
+        codebook: float32 [256], bitsandbytes' signed dynamic map; the same for every tensor, so it isn't counted.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    codebook: Tensor
+
+    @property
+    def nbits(self) -> int:
+        return 8 * self.codes.numel() + 32 * self.scale.numel() + 32
+
+
+def nest(absmax: Tensor) -> NestedAbsmax:
+    """What 'nested' keeps of float32 absmax values [blocks]."""
+    offset = absmax.mean(dtype=torch.float64).float()
+    centred = absmax - offset
+    part = _nested_part(absmax.numel())
+    scale = centred.new_zeros(part.blocks.per_row)
+    part.gather_absmax(centred, scale)
+    part.divide_(centred, scale)
+    values = codebook(NESTED_SPEC, absmax)
+    return NestedAbsmax(codes=Encoder(values)(centred), scale=scale, offset=offset, codebook=values)
+
+
+def load_absmax(stored: Tensor | NestedAbsmax) -> Tensor:
+    """The absmax values [blocks] that quantizing and dequantizing both use: as they are stored, nested ones as float32.
+
+    Nested ones may come out slightly below zero where the true value is near zero beside a large one, as bitsandbytes'
+    do; codes are made with the same number, so the signs cancel.
+    """
+    if isinstance(stored, Tensor):
+        return stored
+    values = stored.codebook[stored.codes.int()]
+    _nested_part(values.numel()).multiply_(values, stored.scale)
+    return values + stored.offset
+
+
+def _nested_part(count: int) -> Part:
+    return Part(blocks=Blocks(rows=1, length=count, size=min(NESTED_BLOCKSIZE, count)), start=0, stop=count)

@@ -1,0 +1,274 @@
+"""The quantizer: block-wise (sections 2.2-2.3, Appendix B); its reference in plain torch, on any device.
+
+Every step is a definition that the kernels (``kbit.kernels.blockwise``) meet to the bit: casting to the storage dtype,
+cutting blocks (``kbit.quantizer.blocks``), rounding absmax before it is used, IEEE division, codes as counts of
+midpoints (``kbit.quantizer.encode``), rounding to the storage dtype again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kbit.kernels.availability import choose_blockwise
+from kbit.quantizer.blocks import Blocks, NestedAbsmax, Part, load_absmax, nest
+from kbit.quantizer.codebooks import fixed_codebook, is_data_dependent, quantile_codebook
+from kbit.quantizer.encode import Encoder
+from kbit.quantizer.packing import pack, packed_bytes, unpack
+from kbit.quantizer.storage import check_weight, columns_of, flattened, mean16, non_finite, storage_dtype_of
+from kbit.spec import QuantSpec, SpecError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantizedTensor:
+    """A quantized weight: what is stored of it, and what is needed to read it.
+
+    Attributes:
+        codes: uint8 [ceil(n k / 8)], codes of exactly k bits in row-major order (``kbit.quantizer.packing``); those of
+        kept
+            columns stand for zero.
+        absmax: one a block, in order: float16 or float32 [blocks], or ``NestedAbsmax``.
+        codebook: float32 [at most 2^k], sorted.
+        spec: how it was quantized.
+        shape, dtype: the weight's, and the dequantized tensor's.
+        storage_dtype: float16 or bfloat16: the weight was cast to it first, and dequantized values are rounded to it.
+        mean: float16, 0-dim: subtracted first and added last; None without centering.
+        kept_columns: int32 [m] input dimensions kept in 16 bits, ascending; None if none are.
+        kept_values: storage dtype [out, m].
+    """
+
+    codes: Tensor
+    absmax: Tensor | NestedAbsmax
+    codebook: Tensor
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage_dtype: torch.dtype
+    mean: Tensor | None = None
+    kept_columns: Tensor | None = None
+    kept_values: Tensor | None = None
+
+    @property
+    def blocks(self) -> Blocks:
+        """How the values are cut into blocks."""
+        return Blocks.of(self.shape, self.spec)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbits(self) -> int:
+        """Bits stored: codes, absmax, a data-dependent codebook (16 bits a value), mean, kept columns and their
+        indices."""
+        bits = 8 * self.codes.numel()
+        bits += self.absmax.nbits if isinstance(self.absmax, NestedAbsmax) else 8 * self.absmax.nbytes
+        if is_data_dependent(self.spec):
+            bits += 16 * self.codebook.numel()
+        bits += 8 * sum(t.nbytes for t in (self.mean, self.kept_columns, self.kept_values) if t is not None)
+        return bits
+
+
+def quantize(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    outlier_columns: Tensor | list[int] | None = None,
+    storage_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> QuantizedTensor:
+    """Quantize a weight block by block.
+
+    Args:
+        weight: floating point, [out_features, in_features] or any other shape of one or more dimensions, on any device;
+            isn't changed. Blocks of `scheme=group` lie along the last dimension.
+        spec: bits 2 to 8. Its `outlier_fraction` is for whole models, where the previous layer is known; here columns
+            are named.
+        outlier_columns: input dimensions that stay in 16 bits (section 3).
+        storage_dtype: float16 or bfloat16; None is the weight's own, or float16 if it is wider.
+        impl: 'torch' is this reference; 'triton' are kernels for NVIDIA GPUs that give the same, to the bit; 'auto' is
+            the faster one that runs on the weight's device.
+
+    Returns:
+        The quantized tensor, on the weight's device. Beside it and the weight about 20 MB are used; with nested absmax
+        also, while they are made, about 20 bytes a block.
+
+    Raises:
+        SpecError: the spec is the 16-bit baseline, or `storage_dtype` has not 16 bits.
+        WeightError: not floating point, empty, without dimensions or values, with NaN or infinite ones; columns that
+            don't exist.
+        ValueError: `impl` is unknown or can't run on the weight's device.
+    """
+    q, bad = quantize_async(weight, spec, outlier_columns=outlier_columns, storage_dtype=storage_dtype, impl=impl)
+    if bad is not None and bool(bad):  # last, as it waits for a kernel
+        raise non_finite("weight", q.storage_dtype)
+    return q
+
+
+@torch.no_grad()
+def quantize_async(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    outlier_columns: Tensor | list[int] | None = None,
+    storage_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[QuantizedTensor, Tensor | None]:
+    """``quantize``, but where one kernel does all, the caller waits for it to hear whether all values are finite.
+
+    Returns:
+        The quantized tensor; and int32 [1] on the weight's device, not zero if a value was NaN or infinite, so that the
+        tensor is not to be used; or None where that has been asked.
+
+    Raises:
+        As ``quantize``.
+    """
+    if spec.is_baseline:
+        raise SpecError("bits", spec.bits, "2 to 8 to quantize; the 16-bit baseline stores the weight as it is")
+    check_weight(weight)
+    dtype = storage_dtype_of(weight, storage_dtype)
+    columns = columns_of(weight, outlier_columns)
+    impl = choose_blockwise(impl, weight.device)
+    mean = mean16(weight, dtype) if spec.center else None
+    own = None
+    if is_data_dependent(spec):
+        own = quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
+    values = fixed_codebook(spec, weight.device) if own is None else own
+    source = _Source(weight, dtype, columns, mean)
+    blocks = Blocks.of(tuple(weight.shape), spec)
+    bad = None
+    if impl == "triton":
+        from kbit.kernels.blockwise import quantize_values  # triton may be absent
+
+        codes, absmax, bad = quantize_values(
+            source.flat, blocks, spec, dtype=dtype, values=own, mean=mean, columns=columns, row=weight.shape[-1]
+        )
+    else:
+        absmax = _absmax(source, blocks, spec)
+        codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
+    q = QuantizedTensor(
+        codes=codes,
+        absmax=absmax,
+        codebook=values.clone() if own is None else own,
+        spec=spec,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        storage_dtype=dtype,
+        mean=mean,
+        kept_columns=columns,
+        kept_values=source.kept(),
+    )
+    return q, bad
+
+
+@torch.no_grad()
+def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
+    """The weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
+
+    codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
+    the storage dtype's range are saturated.
+
+    Args:
+        impl: as in ``quantize``.
+
+    Raises:
+        ValueError: `impl` is unknown or can't run on its device; the codes aren't as many as `q` has values.
+    """
+    device, nbytes = q.codes.device, packed_bytes(q.numel, q.spec.bits)
+    impl = choose_blockwise(impl, device)
+    if q.codes.numel() != nbytes:
+        raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
+    if impl == "triton":
+        from kbit.kernels.blockwise import dequantize_values  # triton may be absent
+
+        narrow = q.dtype if q.dtype in (torch.float16, torch.bfloat16, torch.float32) else q.storage_dtype
+        out = torch.empty(q.shape, dtype=narrow, device=device)
+        dequantize_values(
+            q.codes, q.absmax, q.blocks, q.spec, out, dtype=q.storage_dtype, values=q.codebook, mean=q.mean
+        )
+        out = out.to(q.dtype)
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=device)
+        _fill(out.view(-1), q)
+    if q.kept_columns is not None and q.kept_values is not None:
+        out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
+    return out
+
+
+def _fill(flat: Tensor, q: QuantizedTensor) -> None:
+    """All but the kept columns of a dequantized tensor, into its values in row-major order."""
+    bits, absmax = q.spec.bits, load_absmax(q.absmax)
+    limit = torch.finfo(q.storage_dtype).max
+    lowest, highest = (float(v) for v in torch.aminmax(absmax))
+    overflows = max(-lowest, highest) + (0.0 if q.mean is None else abs(float(q.mean))) > limit
+    for part in q.blocks.parts(flat.device):
+        values = scaled_values(q.codes, absmax, q.codebook, part, bits, q.mean)
+        if overflows:
+            values.clamp_(-limit, limit)
+        flat[part.start : part.stop] = values.to(q.storage_dtype)
+
+
+def scaled_values(
+    codes: Tensor, absmax: Tensor, codebook: Tensor, part: Part, bits: int, mean: Tensor | None
+) -> Tensor:
+    """codebook[code] · absmax (+ mean) of a part of packed codes: float32, flat, a fresh tensor."""
+    count, taken = part.stop - part.start, codes[part.start * bits // 8 : packed_bytes(part.stop, bits)]
+    values = codebook.index_select(0, unpack(taken, bits, count).int())
+    part.multiply_(values, absmax)
+    return values if mean is None else values.add_(mean.float())
+
+
+class _Source:
+    """A weight's values as they are quantized: stored in 16 bits, less the mean, kept columns zero."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, columns: Tensor | None, mean: Tensor | None) -> None:
+        self.weight, self.dtype, self.mean = weight.detach(), dtype, mean
+        self.columns = None if columns is None else columns.long()
+        self.row = None if columns is None else weight.shape[1]
+        self.flat = flattened(weight, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def __getitem__(self, part: Part) -> Tensor:
+        """float32, flat, a fresh tensor."""
+        values = self.flat[part.start : part.stop].to(self.dtype).float()
+        if self.mean is not None:
+            values -= self.mean.float()
+        if self.columns is not None and self.row is not None:
+            values.view(-1, self.row)[:, self.columns] = 0
+        return values
+
+    def kept(self) -> Tensor | None:
+        """16-bit values of the kept columns."""
+        if self.columns is None:
+            return None
+        kept = self.weight[:, self.columns].to(self.dtype)
+        if not bool(kept.isfinite().all()):
+            raise non_finite("a kept column of the weight", self.dtype)
+        return kept
+
+
+def _absmax(source: _Source, blocks: Blocks, spec: QuantSpec) -> Tensor | NestedAbsmax:
+    """What is stored: one a block."""
+    dtype = torch.float16 if spec.absmax_dtype == "float16" else torch.float32
+    absmax = torch.zeros(blocks.rows * blocks.per_row, dtype=dtype, device=source.device)
+    finite = torch.ones((), dtype=torch.bool, device=source.device)
+    for part in blocks.parts(source.device, source.row):
+        finite &= part.gather_absmax(source[part], absmax)
+    if not bool(finite):
+        raise non_finite("weight", source.dtype)
+    return nest(absmax) if spec.absmax_dtype == "nested" else absmax
+
+
+def _codes(source: _Source, blocks: Blocks, absmax: Tensor, encode: Encoder, bits: int) -> Tensor:
+    """Packed codes. Parts begin at multiples of 8 values, that is at whole bytes."""
+    packed = torch.empty(packed_bytes(blocks.rows * blocks.length, bits), dtype=torch.uint8, device=source.device)
+    for part in blocks.parts(source.device, source.row):
+        values = source[part]
+        part.divide_(values, absmax)
+        packed[part.start * bits // 8 : packed_bytes(part.stop, bits)] = pack(encode(values), bits)
+    return packed

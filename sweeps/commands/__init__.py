@@ -1,0 +1,1 @@
+"""Commands: a mode of launch.py a file."""

@@ -1,0 +1,1 @@
+"""WHERE: each executor runs packs somewhere, behind one protocol."""

@@ -1,0 +1,199 @@
+"""A launch before it is claimed: what may and can run now, in job arrays, written to the launch's directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.errors import UserError
+from sweeps.executors.slurm.node.baseline_gate import gate_problem
+from sweeps.executors.slurm.query import Limits, check_request
+from sweeps.launches.launch import Chunk, Launch, Shape, here, line_offsets
+from sweeps.plan.packs import Pack, Plan
+from sweeps.study.manifest import Manifest
+from sweeps.study.snapshot import freeze_evals
+
+if TYPE_CHECKING:
+    from sweeps.executors.slurm.submit import Submitter
+
+MOST_PER_CHUNK: Final = 500
+"""Jobs of an array, where the cluster takes more: so many logs share a directory."""
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """A launch before it is claimed: what is left, cut down to what may and can run now, written to its directory."""
+
+    submitter: Submitter
+    limits: Limits
+    launch_id: str
+    code_hash: str
+    parallel: int | None
+    launch: Launch | None = None
+    left: int = 0
+    held: dict[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self, plan: Plan) -> Plan:
+        """The part of a plan that is to be claimed; its launch is on disk when this returns."""
+        submitter = self.submitter
+        packs, gates = self._through_the_gate(self._that_fit(plan.packs))
+        shapes = list(dict.fromkeys(submitter.shape(p.model, p.rung) for p in packs))
+        packs = self._within_limits(packs, len(shapes))
+        self.launch = None
+        if not packs or self.parallel == 0:
+            self.left = max(self.left, len(packs))
+            return replace(plan, packs=())
+        shapes = list(dict.fromkeys(submitter.shape(p.model, p.rung) for p in packs))
+        of_shape = {p.id: shapes.index(submitter.shape(p.model, p.rung)) for p in packs}
+        chunks = self._chunks(packs, of_shape, gates)
+        kept = {p for c in chunks for p in c.packs}
+        self.left += len(packs) - len(kept)
+        evals = submitter.manifest.evals
+        frozen = dict(zip(evals, freeze_evals(evals, submitter.store.out), strict=True))
+        packs = [_frozen(p, frozen) for p in packs if p.id in kept]
+        user, cluster = here()
+        self.launch = Launch(
+            user=user,
+            cluster=cluster,
+            out=submitter.store.out,
+            id=self.launch_id,
+            sweep=submitter.manifest.sweep,
+            shapes=tuple(shapes),
+            chunks=tuple(chunks),
+            settings={
+                **submitter.settings,
+                "code_hash": self.code_hash,
+                "kill_wait": self.limits.kill_wait,
+                "parallel": self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
+                "baselines": _baselines(submitter.manifest),
+                "provenance": dict(submitter.provenance(self.launch_id)),
+                "store_launched": _store_clock(submitter.store.out),
+            },
+            offsets=line_offsets(packs),
+            launched=time.time(),
+        )
+        self.launch.save(packs)
+        return replace(plan, packs=tuple(packs))
+
+    def _that_fit(self, packs: Sequence[Pack]) -> list[Pack]:
+        """Without packs whose step of the ladder asks for more than the cluster has."""
+        submitter, fit = self.submitter, []
+        said: dict[Shape, str | None] = {}
+        for pack in packs:
+            shape = submitter.shape(pack.model, pack.rung)
+            if pack.rung and shape not in said:
+                try:
+                    check_request(submitter.slurm.request(shape))
+                    said[shape] = None
+                except UserError as error:
+                    said[shape] = str(error)
+            problem = said.get(shape)
+            if problem is None:
+                fit.append(pack)
+            else:
+                self.unfit[pack.model.label] = problem
+        return fit
+
+    def _within_limits(self, packs: Sequence[Pack], shapes: int) -> list[Pack]:
+        room = self.limits.room
+        if room is None:
+            self.left = 0
+            return list(packs)
+        free = max(0, room - (shapes if self.submitter.slurm.preflight else 0))
+        self.left = max(0, len(packs) - free)
+        return list(packs[:free])
+
+    def _through_the_gate(self, packs: Sequence[Pack]) -> tuple[list[Pack], dict[str, str]]:
+        """(packs that may be submitted; for each model whose baseline is among them, that pack's id)."""
+        self.held = {}
+        if not self.submitter.slurm.baseline_gate:
+            return list(packs), {}
+        submitter = self.submitter
+        baselines = {p.model.label: p.id for p in packs if all(c.quant.is_baseline for c, _ in p.items)}
+        problems = _baseline_problems(submitter, {p.model.label for p in packs} - set(baselines))
+        self.held = {model: why for model, why in problems.items() if why}
+        # A baseline comes before the cells that wait for it, also where limits let only some in.
+        ordered = sorted(packs, key=lambda p: p.id not in baselines.values())
+        return [p for p in ordered if p.model.label not in self.held], baselines
+
+    def _chunks(self, packs: Sequence[Pack], of_shape: Mapping[str, int], gates: Mapping[str, str]) -> list[Chunk]:
+        """Arrays of one shape each; a model's quantized packs come after its baseline where that is submitted too."""
+        present = {p.id for p in packs}
+        gates = {model: pack for model, pack in gates.items() if pack in present}
+        groups: dict[tuple[int, str | None, bool], list[str]] = {}
+        for pack in packs:
+            model = pack.model.label if pack.model.label in gates else None
+            groups.setdefault((of_shape[pack.id], model, pack.id in gates.values()), []).append(pack.id)
+        size = max(1, min(self.limits.max_array_size, MOST_PER_CHUNK))
+        chunks: list[Chunk] = []
+        number_of: dict[str, int] = {}
+        for (shape, model, is_gate), ids in sorted(groups.items(), key=lambda item: not item[0][2]):
+            for start in range(0, len(ids), size):
+                after = None if is_gate or model is None else number_of[model]
+                chunks.append(
+                    Chunk(number=len(chunks), shape=shape, packs=tuple(ids[start : start + size]), after=after)
+                )
+                if is_gate and model is not None:
+                    number_of[model] = chunks[-1].number
+        # Each array is throttled by itself: there can't be more of them than jobs that may run.
+        return chunks if self.parallel is None else chunks[: self.parallel]
+
+
+def share(chunk: Chunk, chunks: Sequence[Chunk], most: int) -> int:
+    """How many of an array's jobs may run at once, where so many of all may; never more than it has."""
+    share = max(1, most // len(chunks) + (chunk.number < most % len(chunks)))
+    return min(share, len(chunk.packs))
+
+
+def _baselines(manifest: Manifest) -> dict[str, list[str]]:
+    """Baseline measurements by model: what the gate looks at."""
+    found: dict[str, list[str]] = {}
+    for m in manifest.measurements():
+        if m.cell.quant.is_baseline:
+            found.setdefault(m.cell.model.label, []).append(m.key)
+    return found
+
+
+def _frozen(pack: Pack, frozen: Mapping[EvalSpec, EvalSpec]) -> Pack:
+    """A pack whose task definitions are copies that nobody edits."""
+    return replace(pack, items=tuple((cell, tuple(frozen[e] for e in specs)) for cell, specs in pack.items))
+
+
+def _baseline_problems(submitter: Submitter, models: Iterable[str]) -> dict[str, str | None]:
+    """For models whose baseline is not to be run now: why their quantized cells must wait, or None."""
+    wanted = {
+        m.key: m.cell.model.label
+        for m in submitter.manifest.measurements()
+        if m.cell.quant.is_baseline and m.cell.model.label in set(models)
+    }
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in submitter.store.read(["measurement", "eval", "status", "metrics"], measurements=set(wanted)).to_pylist():
+        rows.setdefault(wanted[row["measurement"]], []).append(row)
+    references = submitter.settings["references"]
+    problems: dict[str, str | None] = {}
+    for model in models:
+        count = sum(1 for label in wanted.values() if label == model)
+        if count == 0:
+            problems[model] = "the study has no baseline of it: add a block {bits: 16}"
+        elif len(rows.get(model, [])) < count:
+            problems[model] = "its baseline is not measured yet, and not to be run by this launch"
+        else:
+            tolerance = submitter.slurm.baseline_tolerance
+            problems[model] = gate_problem(rows[model], references.get(model, {}), tolerance)
+    return problems
+
+
+def _store_clock(out: Path) -> float:
+    """Now, by the clock that stamps the store's files."""
+    probe = out / "launches" / f".clock-{time.time_ns()}.tmp"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)

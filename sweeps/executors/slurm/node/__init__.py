@@ -1,0 +1,1 @@
+"""What runs on a compute node: a job, one attempt at a pack, the preflight."""

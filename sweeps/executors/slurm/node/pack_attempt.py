@@ -1,0 +1,302 @@
+"""One attempt at a pack, in a SLURM job: measure what is left, hear SLURM's signals, say how it ended, be requeued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from sweeps.executors.slurm.node.baseline_gate import gate_problem
+from sweeps.executors.slurm.node.owners import own_pack
+from sweeps.files import read_json
+from sweeps.launches.claims import Claims
+from sweeps.launches.launch import Attempt, Chunk, Launch
+from sweeps.plan.packs import Pack
+from sweeps.store.parts import Store
+from sweeps.tracking.tracker import TrackingConfig
+from sweeps.worker.devices import Workers
+from sweeps.worker.execution import Execution
+from sweeps.worker.pool import LoadError
+
+END_MARGIN: Final = 30.0
+"""A cell is not begun that is predicted to end within so many seconds of the walltime."""
+SIGNAL_SLACK: Final = 90.0
+"""SLURM may send its warning a minute early."""
+GRACE_SECONDS: Final = 1800.0
+"""After a preemption's warning SLURM leaves some time; a job that ends in it by itself is not requeued, so it waits."""
+
+MOST_LOAD_ERRORS: Final = 3
+"""When so many jobs could not load a pack's model it is the model's fault, and recorded as such."""
+_ASK_SECONDS: Final = 10.0
+
+
+class JobError(Exception):
+    """The job can't do its work; the message says why."""
+
+
+@dataclass(kw_only=True)
+class PackRun:
+    """One attempt at a pack.
+
+    Attributes:
+        claim: number of the launch's claim: what a later claim holds is no longer this job's.
+    """
+
+    launch: Launch
+    chunk: Chunk
+    pack: Pack
+    claim: int
+    _reason: str | None = None
+    _measured: int = 0
+    _execution: Execution | None = None
+    _attempt: Attempt = field(init=False)
+
+    def run(self) -> str:
+        """Measure what is left of the pack; returns how it ended.
+
+        Raises:
+            JobError, WriteError, PoolError: it can't go on; what is stored is safe.
+            SystemExit: it was put back into the queue.
+        """
+        job, restart = job_id(), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        log = self.launch.logs(self.chunk.number) / f"{job}_worker.log"
+        # Before anything else: what SLURM says from now on is heard.
+        requeue = self._listen()
+        self._own()
+        self._attempt = Attempt.begin(self.launch, self.pack.id, job=job, restart=restart, log=log)
+        try:
+            problems = code_problems(self.launch)
+            if problems:
+                raise JobError("; ".join(problems))
+            reason = self._measure(log)
+        except LoadError as error:
+            # Nothing was measured in all of its time: as good as a death (sweeps.executors.slurm.poison).
+            self._end("error", error=str(error), measured=0, load=True)
+            raise
+        except BaseException as error:
+            self._end("error", error=f"{type(error).__name__}: {error}")
+            raise
+        if reason == "walltime":
+            return self._requeue(requeue)
+        if reason == "finished":
+            return self._finish()
+        self._end(reason)
+        _await_end()
+        raise SystemExit(f"ended by SLURM ({reason}); what was finished is stored")
+
+    def _measure(self, log: Path) -> str:
+        left = self.pack.without(self._not_mine())
+        if left is None:
+            return "finished"
+        settings = self.launch.settings
+        shape = self.launch.shapes[self.chunk.shape]
+        on_gpu = settings["device"] == "cuda"
+        threads = int(os.environ.get("SLURM_CPUS_PER_TASK") or shape.cpus)
+        self._execution = Execution(
+            [left],
+            store=Store(out=self.launch.out),
+            workers=Workers(device=settings["device"], count=1, threads=threads),
+            settings={
+                "batch_tokens": settings["batch_tokens"],
+                "trust_remote_code": settings["trust_remote_code"],
+                "ignore_sigterm": True,
+                "load_again": self._load_errors() < MOST_LOAD_ERRORS - 1,
+                "gpus": shape.gpus if on_gpu else 0,
+                "provenance": {
+                    **settings["provenance"],
+                    "job": f"slurm/{self._attempt.job}",
+                    "host": self._attempt.host,
+                },
+            },
+            tracking=TrackingConfig(**settings["tracking"]),
+            on_event=self._on_event,
+            warn=lambda text: print(f"warning: {text}", flush=True),
+            log=lambda _: log,
+            beat=self._beat,
+            ends=self._job_end(),
+            until=self._job_end() - END_MARGIN,
+            pin=False,
+        )
+        outcome = "asked" if self._reason else self._execution.run()
+        return (self._reason or "terminated") if outcome == "asked" else outcome
+
+    def _not_mine(self) -> set[str]:
+        """Measurements of the pack that need not, or must not, be measured here: stored, or held by a later claim.
+
+        A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.
+        """
+        stored = {
+            row["measurement"]
+            for row in Store(out=self.launch.out).read_pack(self.pack.id, ["measurement", "status", "launch"])
+            if row["status"] == "done" or str(row["launch"]).partition(" ")[0] == self.launch.id
+        }
+        later = Claims(out=self.launch.out).open(after=self.claim)
+        return stored | {m for claim in later for m in claim.measurements}
+
+    def _own(self) -> None:
+        """Leave the pack to another job that has it."""
+        mine = job_id().partition("_")[0]
+        owner = own_pack(self.launch, self.pack.id, mine)
+        if owner != mine:
+            raise JobError(
+                f"pack {self.pack.id} is job {owner}'s: sbatch was served twice for "
+                f"{self.launch.chunk_name(self.chunk.number)}, and job {mine} has nothing to do"
+            )
+
+    def _load_errors(self) -> int:
+        """Earlier jobs, of any launch, that could not load this pack's model."""
+        ends = [
+            read_json(p).get("end") or {} for p in self.launch.out.glob(f"launches/*/attempts/{self.pack.id}-*.json")
+        ]
+        return sum(1 for end in ends if end.get("load"))
+
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        self._measured += event["event"] == "measured"
+        _print_event(event)
+
+    def _beat(self, running: Sequence[str]) -> None:
+        self._attempt = self._attempt.at(running[0] if running else None)
+
+    def _listen(self) -> Callable[[int, FrameType | None], Any]:
+        """Take SLURM's signals; returns submitit's handler, which puts the job back into the queue."""
+        requeue = signal.getsignal(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR2, self._on_warning)
+        signal.signal(signal.SIGTERM, self._on_end)
+        if not callable(requeue):
+            raise JobError("not started by submitit: nobody would put this job back into the queue")
+        return requeue
+
+    def _on_warning(self, *_: object) -> None:
+        """SIGUSR2: the walltime is near; or, on some clusters, a preemption, which SLURM itself requeues."""
+        left = self._job_end() - time.time()
+        if left <= self.launch.settings["signal_seconds"] + SIGNAL_SLACK:
+            self._stop("walltime", max(5.0, left - END_MARGIN))
+        else:
+            self._stop("preempted", self._kill_seconds(), ends=self._kill_time())
+
+    def _on_end(self, *_: object) -> None:
+        """SIGTERM: SLURM ends the job (preemption, cancellation, walltime, requeue), and requeues it if that is due."""
+        self._stop("terminated", self._kill_seconds(), ends=self._kill_time())
+
+    def _stop(self, reason: str, seconds: float, *, ends: float | None = None) -> None:
+        self._reason = reason
+        if self._execution is not None:
+            self._execution.stop(seconds, ends=ends)
+
+    def _kill_time(self) -> float:
+        return time.time() + float(self.launch.settings["kill_wait"])
+
+    def _kill_seconds(self) -> float:
+        return max(1.0, 0.5 * float(self.launch.settings["kill_wait"]) - 2.0)
+
+    def _job_end(self) -> float:
+        known = os.environ.get("SLURM_JOB_END_TIME")
+        if known:
+            return float(known)
+        minutes = self.launch.shapes[self.chunk.shape].minutes
+        return _PROCESS_START + 60.0 * minutes
+
+    def _requeue(self, requeue: Callable[[int, FrameType | None], Any]) -> str:
+        """Back into the queue, where that helps and is allowed."""
+        attempts = self.launch.attempts([self.pack.id])[self.pack.id]
+        used = sum(1 for a in attempts if a.job == self._attempt.job and (a.end or {}).get("requeued"))
+        if not self._measured:
+            self._end("walltime", requeued=False, measured=0)
+            return self._stay("no measurement fits into the walltime: launch again with a longer executor.time")
+        if used >= self.launch.settings["requeues"]:
+            self._end("walltime", requeued=False, measured=self._measured)
+            return self._stay(f"the walltime is near, and {used} requeues are used up: the next launch goes on")
+        self._end("walltime", requeued=True, measured=self._measured)
+        requeue(signal.SIGUSR2, None)
+        raise JobError("submitit did not put the job back into the queue")
+
+    def _stay(self, why: str) -> str:
+        """Out of the queue before all is measured; what waits for a baseline must not take that for success."""
+        if self._is_gate():
+            raise JobError(f"{self.pack.model.label}: {why}; its quantized cells don't run")
+        print(why, flush=True)
+        return "walltime"
+
+    def _finish(self) -> str:
+        problem = self._gate_problem()
+        if problem is not None:
+            self._end("gate", error=problem)
+            raise JobError(f"{self.pack.model.label}: {problem}; its quantized cells don't run")
+        self._end("finished")
+        return "finished"
+
+    def _is_gate(self) -> bool:
+        """Whether other chunks wait for this one."""
+        return any(c.after == self.chunk.number for c in self.launch.chunks)
+
+    def _gate_problem(self) -> str | None:
+        """Why what waits for this baseline must not run; an earlier launch may have measured some of it."""
+        if not self._is_gate():
+            return None
+        model, settings = self.pack.model.label, self.launch.settings
+        names = {m.key: m.eval.name for m in self.pack.measurements()}
+        wanted = settings.get("baselines", {}).get(model) or list(names)
+        columns = ["measurement", "eval", "status", "metrics"]
+        rows = Store(out=self.launch.out).read(columns, measurements=set(wanted)).to_pylist()
+        stored = {row["measurement"] for row in rows}
+        missing = [names.get(key, f"measurement {key}") for key in wanted if key not in stored]
+        references = settings["references"].get(model, {})
+        return gate_problem(rows, references, settings["baseline_tolerance"], missing=missing)
+
+    def _end(self, reason: str, **more: Any) -> None:
+        try:
+            self._attempt = self._attempt.ended(reason, **more)
+        except OSError as error:
+            # The store is full or gone: the log is the last place to say so.
+            print(f"the end of this attempt ({reason}) can't be written down: {error}", file=sys.stderr, flush=True)
+
+
+def job_id() -> str:
+    """This job as scontrol and scancel take it: 123_4 in an array, else 123."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
+_PROCESS_START: Final = time.time()
+
+
+def code_problems(launch: Launch) -> list[str]:
+    from sweeps.study.snapshot import CodeChangedError, check_code
+
+    try:
+        check_code(launch.settings["code_hash"])
+    except CodeChangedError as error:
+        return [str(error)]
+    return []
+
+
+def _await_end() -> None:
+    """Where SLURM still lets the job run although it was told to end, wait: it is in a preemption's grace time."""
+    deadline = time.time() + GRACE_SECONDS
+    command = ["squeue", "--noheader", "--jobs", job_id(), "--format", "%T"]
+    while time.time() < deadline:
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            # A controller that is busy or away says nothing of the job.
+            if asked.returncode == 0 and asked.stdout.strip() != "RUNNING":
+                return
+            if "Invalid job id" in asked.stderr:
+                return
+        except (OSError, subprocess.TimeoutExpired) as error:
+            print(f"squeue can't be asked: {error}", file=sys.stderr, flush=True)
+        time.sleep(_ASK_SECONDS)
+
+
+def _print_event(event: Mapping[str, Any]) -> None:
+    if event["event"] == "measured":
+        row = event["row"]
+        print(f"{row['status']:9} {row['model']} {row['label']} {row['eval']}", flush=True)
+    elif event["event"] in ("crashed", "smaller_batch", "stopped"):
+        print({k: v for k, v in event.items() if k != "pack"}, flush=True)

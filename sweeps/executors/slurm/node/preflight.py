@@ -1,0 +1,303 @@
+"""Setup errors found on a compute node before a thousand jobs are queued: one short job, every check, one line each.
+
+What a node can lack that the launch had: packages, GPUs, the file system with models and data, room in the store, the
+network, the right time. Each problem says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from kbit.evaluation.spec import EvalSpec
+from kbit.models.checkpoint import CheckpointError, model_files, safetensors_header
+from sweeps.errors import UserError
+from sweeps.files import write_atomically
+from sweeps.store.parts import Store
+from sweeps.study.cell import ModelRef
+from sweeps.study.hub import cached_snapshot, local_model
+from sweeps.study.snapshot import check_data
+from sweeps.study.task_index import load_task_yaml
+
+ALWAYS: Final = ("torch", "transformers", "pyarrow")
+FOR_TASKS: Final = ("datasets", "lm_eval.api.task")
+OWN: Final = ("sweeps.worker.worker", "kbit.models.loading", "kbit.models.quantize")
+CLOCK_SECONDS: Final = 300.0
+"""Clocks further apart put results in the wrong order and make claims look abandoned."""
+FULL_BYTES: Final = 100_000_000
+LOW_BYTES: Final = 1_000_000_000
+HUB_SECONDS: Final = 10.0
+"""To wait for the hub to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What the jobs of one resource shape will need.
+
+    Attributes:
+        out: the results directory.
+        device: 'cpu' or 'cuda'.
+        gpus: GPUs of a job; 0 with 'cpu'.
+        models, evals: what will be loaded and read.
+        launched: the login node's clock at launch, in seconds since 1970.
+        store_launched: the store's clock then: the modification time of a file written at launch.
+    """
+
+    out: Path
+    device: str
+    gpus: int
+    models: tuple[ModelRef, ...]
+    evals: tuple[EvalSpec, ...]
+    launched: float
+    store_launched: float
+
+    def problems(self) -> list[str]:
+        """Make every check, say a line on each on standard output, and return what is wrong, one line a problem."""
+        _say("node", f"{socket.gethostname()}, {sys.executable}")
+        found: list[str] = []
+        for check in self._checks():
+            try:
+                _say("ok", check())
+            except Exception as error:
+                # Whatever it is, the checks after it are worth making.
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                found.append(" ".join(f"{kind}{error}".split()))
+                _say("FAIL", found[-1])
+        return found
+
+    def _checks(self) -> Iterator[Callable[[], str]]:
+        """Each returns what is well, or raises what is not. What comes later may depend on what was imported."""
+        for module in self._packages():
+            yield partial(_check_import, module)
+        # Without torch these fail for a reason that has been said.
+        if {"torch", "transformers"} <= sys.modules.keys():
+            for module in OWN:
+                yield partial(_check_import, module)
+            if self.device == "cuda":
+                yield self._check_gpus
+        for model in dict.fromkeys(self.models):
+            yield partial(_check_model, model)
+        for spec in self.evals:
+            yield partial(_check_eval, spec)
+        yield self._check_store
+        yield self._check_clock
+
+    def _packages(self) -> tuple[str, ...]:
+        tasks = any(spec.kind == "task" for spec in self.evals)
+        from_hub = any("hub" in spec.source for spec in self.evals)
+        return ALWAYS + (FOR_TASKS if tasks else FOR_TASKS[:1] if from_hub else ())
+
+    def _check_gpus(self) -> str:
+        import torch
+
+        count = torch.cuda.device_count()
+        if count < self.gpus or not count:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+            build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+            raise UserError(
+                f"executor.device=cuda with {self.gpus} GPU(s) a job, but torch sees {count} on "
+                f"{socket.gethostname()} (CUDA_VISIBLE_DEVICES: {visible}; torch is built for {build}): ask for a "
+                "partition that has them (executor.partition, executor.gpus, executor.gpu_type), install a torch for "
+                "its driver, or use executor.device=cpu"
+            )
+        for index in range(self.gpus):
+            try:
+                computed = float((torch.ones(1024, device=f"cuda:{index}") * 2).sum())
+            except RuntimeError as error:
+                raise UserError(
+                    f"GPU {index} of {socket.gethostname()} can't compute ({_brief(error)}): exclude the node, or "
+                    "install a torch for its driver"
+                ) from error
+            if computed != 2048:
+                raise UserError(f"GPU {index} of {socket.gethostname()} computes wrong numbers: exclude the node")
+        return f"device {self.gpus} x {torch.cuda.get_device_name()}"
+
+    def _check_store(self) -> str:
+        # The launch has written there, so a directory that is missing is another file system; making it would hide it.
+        if not self.out.is_dir():
+            raise UserError(
+                f"out={str(self.out)!r} is not there on {socket.gethostname()}: give a directory on a file system that "
+                "login and compute nodes share"
+            )
+        Store(out=self.out).check_writable()
+        try:
+            self._write_probe()
+        except OSError as error:
+            raise UserError(
+                f"out={str(self.out)!r} takes no data on {socket.gethostname()}: {error.strerror or error}. Free some "
+                "space or quota, or mend the file system"
+            ) from error
+        free = shutil.disk_usage(self.out).free
+        if free < FULL_BYTES:
+            raise UserError(
+                f"out={str(self.out)!r} has {free / 1e6:.0f} MB left: free at least {LOW_BYTES / 1e9:.0f} GB, or give "
+                "another out="
+            )
+        if free < LOW_BYTES:
+            _say("note", f"store {self.out} has only {free / 1e6:.0f} MB left")
+        return f"store {self.out}, {free / 1e9:.1f} GB free"
+
+    def _write_probe(self) -> float:
+        """Write a file as results are written, read it back, remove it; its time by the store's clock."""
+        probe, data = self.out / f".preflight-{uuid.uuid4().hex}", os.urandom(1 << 16)
+        self.out.stat()  # writing would make a directory that is missing
+        try:
+            write_atomically(probe, data)
+            if probe.read_bytes() != data:
+                raise OSError("what was written reads back differently")
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _check_clock(self) -> str:
+        host, mend = socket.gethostname(), "have its clock set (NTP), or exclude the node"
+        try:
+            ahead_of_store = time.time() - self._write_probe()
+        except OSError:
+            ahead_of_store = self.launched - self.store_launched  # the store's problem has been said
+        # Of this node to the login node: the job may have waited for days, but the store's clock saw both.
+        ahead = ahead_of_store - (self.launched - self.store_launched)
+        if abs(ahead_of_store) > CLOCK_SECONDS:
+            raise UserError(f"the clock of {host} is {_apart(ahead_of_store)} the store's ({self.out}): {mend}")
+        if abs(ahead) > CLOCK_SECONDS:
+            raise UserError(f"the clock of {host} is {_apart(ahead)} the login node's: {mend}")
+        early = self.launched - time.time()
+        if early > CLOCK_SECONDS:
+            raise UserError(f"by the clock of {host} the study is launched in {early / 60:.0f} minutes: {mend}")
+        return f"clock {ahead_of_store:+.1f} s by the store's, {ahead:+.1f} s by the login node's"
+
+
+def _check_import(name: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        # A shared library that is missing, or packages that don't fit each other, may raise anything.
+        raise UserError(
+            f"{name} can't be imported on {socket.gethostname()} by {sys.executable} ({type(error).__name__}: "
+            f"{_brief(error)}): install {name.partition('.')[0]} in the environment that jobs use, or activate the "
+            "right one in executor.setup"
+        ) from error
+    where = getattr(module, "__version__", None) or getattr(module, "__file__", "")
+    return f"{name} {where}"
+
+
+def _check_model(model: ModelRef) -> str:
+    if model.path is None:
+        return _check_hub_model(model)
+    try:
+        found = local_model(model.path)
+    except UserError as error:
+        raise UserError(
+            f"model {model.label} on {socket.gethostname()}: {error}. Is it on a file system that compute nodes share?"
+        ) from error
+    if found.content_hash != model.weights_hash:
+        raise UserError(
+            f"model {model.label}: {model.path} has changed since the study was launched: launch it again to measure "
+            "what is there"
+        )
+    return f"model {model.label}: {model.path}"
+
+
+def _check_hub_model(model: ModelRef) -> str:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    repo, commit = str(model.hub_id), str(model.commit)
+    cached = cached_snapshot(repo, commit)
+    if cached is not None:
+        for name in model_files(cached):
+            if name.endswith(".safetensors"):
+                try:
+                    safetensors_header(cached / name)
+                except (CheckpointError, OSError) as error:
+                    raise UserError(f"model {model.label}: {cached}: {error}. {_fetch_advice()}") from error
+        return f"model {model.label}: {cached}"
+
+    def ask() -> object:
+        # Not the repository's page: that of a gated model answers to all, its files to those with access.
+        return get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=commit), timeout=HUB_SECONDS)
+
+    return _reach(f"model {model.label} ({repo}@{commit[:12]})", ask)
+
+
+def _check_eval(spec: EvalSpec) -> str:
+    task_file = spec.source.get("task_file")
+    if task_file:
+        load_task_yaml(Path(task_file))
+    if "sha256" in spec.source:
+        check_data(spec)
+        return f"eval {spec.name}: {spec.source.get('path') or task_file}"
+    if "hub" not in spec.source:
+        return f"eval {spec.name}: {task_file}"
+    return _check_hub_data(spec)
+
+
+def _check_hub_data(spec: EvalSpec) -> str:
+    from huggingface_hub import HfApi, constants
+
+    source = spec.source
+    repo, commit = str(source["hub"]), str(source["revision"])
+    what = f"eval {spec.name} ({repo}@{commit[:12]})"
+    if not constants.HF_HUB_OFFLINE:
+        return _reach(what, lambda: HfApi().dataset_info(repo, revision=commit, timeout=HUB_SECONDS))
+    import datasets
+
+    from kbit.evaluation.texts import require_commit
+
+    split = (source.get("split") or "test") if spec.kind == "perplexity" else None
+    try:
+        data = datasets.load_dataset(
+            repo, source.get("config"), revision=commit, split=split, **dict(source.get("kwargs") or {})
+        )
+        require_commit(data, repo, commit)
+    except Exception as error:
+        raise UserError(f"{what} is not in the cache ({_brief(error)}). {_fetch_advice()}") from error
+    return f"{what}: in the cache"
+
+
+def _reach(what: str, ask: Callable[[], object]) -> str:
+    """Ask the hub for what is not in the cache."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{what} is not in the cache, and HF_HUB_OFFLINE is set. {_fetch_advice()}")
+    try:
+        ask()
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's base class
+        raise UserError(f"{what} is not to be had from the hub ({_brief(error)}). {_fetch_advice()}") from error
+    return f"{what}: to be had from {constants.ENDPOINT}"
+
+
+def _fetch_advice() -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"Run the study's command with mode=fetch where there is a network, into a cache that compute nodes share "
+        f"(HF_HOME; {socket.gethostname()} reads {constants.HF_HUB_CACHE}), and set HF_HUB_OFFLINE=1 in executor.setup "
+        "where nodes have no network"
+    )
+
+
+def _apart(seconds: float) -> str:
+    return f"{abs(seconds) / 60:.0f} minutes {'ahead of' if seconds > 0 else 'behind'}"
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _say(mark: str, text: str) -> None:
+    # At once: a check that never ends is the one after the last line.
+    print(f"{mark:<5}{text}", flush=True)

@@ -1,0 +1,1 @@
+"""What a person asks about SLURM jobs: state, logs, cancel, watch."""

@@ -1,0 +1,83 @@
+"""What a person sees with watch=true: cells by state, jobs by state, and what happened, looked at now and then."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sweeps.executors.slurm.query import Sighting
+from sweeps.launches.in_flight import Flight, job_counts
+from sweeps.results.table import measurement_states
+from sweeps.study.manifest import Manifest
+
+
+@dataclass(kw_only=True)
+class WatchView:
+    """A live view of one study; where the output is no terminal, a line when something changed."""
+
+    console: Console
+    out: Path
+    manifest: Manifest
+    _live: Live = field(init=False)
+    _last: str = ""
+
+    def __post_init__(self) -> None:
+        self._live = Live(console=self.console, auto_refresh=False, transient=False)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        """Something that happened, above the live part."""
+        self.console.print(f"{time.strftime('%H:%M:%S')} {escape(text)}", highlight=False)
+
+    def show(self, flight: Flight, sighting: Sighting | None) -> None:
+        """The state now."""
+        states = Counter(measurement_states(self.out, self.manifest, flight).values())
+        jobs = job_counts(flight)
+        problems = sighting.problems if sighting else ()
+        if self.console.is_terminal:
+            self._live.update(self._drawn(states, jobs, problems), refresh=True)
+            return
+        line = f"{_counts(states)}  |  jobs: {_counts(jobs) or 'none'}"
+        line += "".join(f"  |  {p}" for p in problems)
+        if line != self._last:
+            self._last = line
+            self.note(line)
+
+    def _drawn(self, states: Counter[str], jobs: Mapping[str, int], problems: Sequence[str]) -> Group:
+        done, total = states["done"] + states["diverged"], sum(states.values())
+        bar = Table.grid(padding=(0, 2))
+        progress = ProgressBar(total=total, completed=done, width=40)
+        bar.add_row(Text(self.manifest.sweep, style="bold"), progress, f"{done}/{total}")
+        lines = [
+            Text("measurements  " + _counts(states)),
+            Text("jobs          " + (_counts({s.lower(): n for s, n in jobs.items()}) or "none")),
+            Text(f"looked at {time.strftime('%H:%M:%S')}; Ctrl-C stops looking, the jobs go on", style="dim"),
+            *(Text(p, style="yellow") for p in problems),
+        ]
+        return Group(bar, *lines)
+
+
+def _counts(of: Mapping[str, int]) -> str:
+    return "  ".join(f"{n} {name}" for name, n in sorted(of.items()))

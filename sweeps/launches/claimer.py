@@ -1,0 +1,129 @@
+"""What every launch does first, wherever it runs: check the request, freeze the study, plan what is left, claim it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sweeps.errors import UserError
+from sweeps.launches.claims import Claim, Claims, ClaimTakenError
+from sweeps.launches.in_flight import Flight, read_flight
+from sweeps.plan.cost import CostModel
+from sweeps.plan.packs import OOM_ERROR, Packing, Plan, make_plan
+from sweeps.provenance import code_provenance
+from sweeps.store.parts import Store
+from sweeps.study.manifest import Manifest
+from sweeps.tracking.tracker import TrackingConfig
+
+_PLAN_COLUMNS = (
+    "measurement",
+    "status",
+    "error_type",
+    "model",
+    "eval",
+    "limit",
+    "seconds",
+    "quantize_seconds",
+    "device",
+    "oom_rung",
+)
+
+
+def out_dir(cfg: DictConfig) -> Path:
+    if not str(cfg.out).strip():
+        raise UserError("out='' is not valid: name a directory for the results, e.g. out=results")
+    return Path(cfg.out).expanduser().absolute()
+
+
+def tracking_config(cfg: DictConfig) -> TrackingConfig:
+    t = cfg.tracking
+    return TrackingConfig(
+        mode=t.mode,
+        project=t.project,
+        entity=t.entity,
+        base_url=t.base_url,
+        dir=Path(t.dir).expanduser().absolute() if t.dir else out_dir(cfg) / "wandb",
+    )
+
+
+def plain(value: Any) -> Any:
+    """A configuration's value without OmegaConf."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def new_launch() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def launch_provenance(launch: str, manifest: str) -> dict[str, Any]:
+    """Columns of every row that a launch makes."""
+    return {**code_provenance(), "launch": f"{launch} ({manifest})"}
+
+
+def plan_study(
+    store: Store, manifest: Manifest, retry: frozenset[str], packing: Packing, device: str, flight: Flight | None = None
+) -> Plan:
+    """What is left of a study, given the store and the claims on it."""
+    # Claims first: a launch that ends in between has then already stored what it did.
+    flight = flight or read_flight(store.out)
+    rows = store.read(_PLAN_COLUMNS).to_pylist()
+    oom = {r["measurement"]: r for r in rows if r["status"] == "failed" and r["error_type"] == OOM_ERROR}
+    rungs = {m: (row["oom_rung"] or 0) + 1 for m, row in oom.items()}
+    return make_plan(
+        manifest,
+        statuses={r["measurement"]: "oom" if r["measurement"] in oom else r["status"] for r in rows},
+        in_flight=flight.held,
+        ended=flight.ended,
+        retry=retry,
+        cost=CostModel.from_rows(rows, device),
+        packing=packing,
+        rungs={m: max(rungs.get(m, 0), flight.rungs.get(m, 0)) for m in {*rungs, *flight.rungs}},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimer:
+    """Plans what is left of a study and claims it; again if another launch was faster.
+
+    Attributes:
+        prepare: told what is about to be claimed; may shorten it, and writes down what a claim must find on disk.
+    """
+
+    store: Store
+    manifest: Manifest
+    retry: frozenset[str]
+    packing: Packing
+    device: str
+    executor: str
+    launch: str
+
+    def claim(self, prepare: Callable[[Plan], Plan] = lambda plan: plan) -> tuple[Plan, Claim | None]:
+        """(plan, claim); no claim where nothing is left to do."""
+        claims = Claims(out=self.store.out)
+        while True:
+            number = claims.last_number() + 1
+            plan = plan_study(self.store, self.manifest, self.retry, self.packing, self.device)
+            if plan.todo == 0:
+                return plan, None
+            plan = prepare(plan)
+            packs: Mapping[str, list[str]] = {p.id: [m.key for m in p.measurements()] for p in plan.packs}
+            if not packs:
+                return plan, None
+            try:
+                claim = claims.create(
+                    number, launch=self.launch, sweep=self.manifest.sweep, packs=packs, executor=self.executor
+                )
+            except ClaimTakenError:
+                continue
+            return plan, claim
+
+
+def counts_text(plan: Plan) -> str:
+    """The states of what a launch leaves alone, in words."""
+    known = [f"{n} {state}" for state, n in plan.counts.items() if n and state != "to do"]
+    return ("Of the rest: " if plan.todo else "") + ", ".join(known) + "." if known else ""

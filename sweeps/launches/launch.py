@@ -1,0 +1,276 @@
+"""What a launch on SLURM leaves on disk: what was submitted, every attempt at it, and what the scheduler said of it.
+
+    OUT/launches/LAUNCH/launch.json       shapes and chunks; frozen before anything is claimed or submitted
+    OUT/launches/LAUNCH/packs.jsonl       the packs, one a line: a job reads only its own
+    OUT/launches/LAUNCH/submitted.json    job ids; written when the launcher has finished submitting
+    OUT/launches/LAUNCH/attempts/*.json   one a pack, job and restart: where it ran, what it is measuring, how it ended
+    OUT/launches/LAUNCH/owners/PACK       the job that runs a pack: one submission that was served twice runs it once
+    OUT/launches/LAUNCH/ledger.json       the last word of the scheduler on each pack (sweeps.launches.in_flight)
+    OUT/launches/LAUNCH/cancelled.json    when its user cancelled it
+    OUT/launches/LAUNCH/preflight-N.json  problems that the preflight of shape N found
+    OUT/logs/LAUNCH/CHUNK/                at most two logs a job: its own and its worker's
+
+A job's name carries launch and chunk, and its array index the pack: nothing but this directory is needed to know what a
+job is, so a launcher that dies after sbatch loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from sweeps.executors.slurm.query.command import user_name
+from sweeps.files import read_json, write_atomically
+from sweeps.plan.packs import Pack
+
+JOB_PREFIX: Final = "kbit"
+_SLURM_CONFS: Final = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The resources of a job.
+
+    Attributes:
+        gpus: on one node; 0 is a job on CPUs.
+        mem_gb: memory of the node, in GiB.
+        rung: step of the out-of-memory ladder; each doubled memory or GPUs.
+    """
+
+    gpus: int
+    cpus: int
+    mem_gb: float
+    minutes: int
+    rung: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One job array, or one job: packs of one shape, in the order of their array indices.
+
+    Attributes:
+        after: chunk whose jobs must succeed first (a model's baseline); None is none.
+    """
+
+    number: int
+    shape: int
+    packs: tuple[str, ...]
+    after: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What one launch submitted, as its directory has it.
+
+    Attributes:
+        settings: what every job needs: device, batch_tokens, requeues, signal_seconds, tracking, provenance, ...
+        offsets: byte offset of each pack's line in packs.jsonl.
+        user, cluster: whose jobs they are, and where (``here``); '' is unknown.
+    """
+
+    out: Path
+    id: str
+    sweep: str
+    shapes: tuple[Shape, ...]
+    chunks: tuple[Chunk, ...]
+    settings: Mapping[str, Any]
+    offsets: Mapping[str, int]
+    launched: float
+    user: str = ""
+    cluster: str = ""
+
+    @property
+    def directory(self) -> Path:
+        return launch_dir(self.out, self.id)
+
+    def logs(self, chunk: int) -> Path:
+        return self.out / "logs" / self.id / f"{chunk:03d}"
+
+    def chunk_name(self, number: int) -> str:
+        """The name of a chunk's jobs."""
+        return f"{JOB_PREFIX}-{self.id}-{number}"
+
+    def preflight_name(self, shape: int) -> str:
+        return f"{JOB_PREFIX}-{self.id}-preflight{shape}"
+
+    @cached_property
+    def places(self) -> dict[str, tuple[str, int]]:
+        """(job name, array index) of each pack."""
+        return {pack: (self.chunk_name(c.number), i) for c in self.chunks for i, pack in enumerate(c.packs)}
+
+    def in_sight(self) -> bool:
+        """Whether a look from here must show its jobs: clusters may hide other users', and don't know each other's."""
+        user, cluster = here()
+        return self.user in ("", user) and (self.cluster in ("", cluster) or not cluster)
+
+    def chunk_of(self, pack: str) -> Chunk:
+        return next(c for c in self.chunks if pack in c.packs)
+
+    def pack(self, pack_id: str) -> Pack:
+        """One pack, read from its line."""
+        with (self.directory / "packs.jsonl").open("rb") as file:
+            file.seek(self.offsets[pack_id])
+            return Pack.from_dict(json.loads(file.readline()))
+
+    def save(self, packs: Sequence[Pack]) -> None:
+        """Write it and its packs."""
+        write_atomically(self.directory / "packs.jsonl", b"".join(_lines(packs)))
+        data = {k: v for k, v in asdict(self).items() if k not in ("out", "id")}
+        write_atomically(self.directory / "launch.json", json.dumps(data).encode())
+
+    @classmethod
+    def load(cls, out: Path, launch: str) -> Launch:
+        """Read a launch.
+
+        Raises:
+            FileNotFoundError: there is none of that id.
+        """
+        data = read_json(launch_dir(out, launch) / "launch.json")
+        chunks = tuple(Chunk(**{**c, "packs": tuple(c["packs"])}) for c in data.pop("chunks"))
+        shapes = tuple(Shape(**s) for s in data.pop("shapes"))
+        return cls(out=out, id=launch, shapes=shapes, chunks=chunks, **data)
+
+    def record_submitted(self, jobs: Mapping[str, str]) -> None:
+        """The launcher is done: job ids by job name, of what was submitted."""
+        write_atomically(self.directory / "submitted.json", json.dumps({"jobs": dict(jobs)}).encode())
+
+    def submitted(self) -> Mapping[str, str] | None:
+        """Job ids by job name; None while the launcher is at it, or when it died there."""
+        try:
+            jobs: Mapping[str, str] = read_json(self.directory / "submitted.json")["jobs"]
+        except FileNotFoundError:
+            return None
+        return jobs
+
+    def cancel(self) -> None:
+        """Write down that its user cancelled it: what is not submitted yet must not be."""
+        write_atomically(self.directory / "cancelled.json", json.dumps({"at": time.time()}).encode())
+
+    def cancelled(self) -> bool:
+        """Whether its user cancelled it. A file of its own: nobody who looks at the jobs can overwrite it."""
+        return (self.directory / "cancelled.json").exists()
+
+    def attempts(self, packs: Collection[str]) -> dict[str, list[Attempt]]:
+        """Every attempt at some packs, oldest first."""
+        found: dict[str, list[Attempt]] = {}
+        wanted = set(packs)
+        for path in (self.directory / "attempts").glob("*.json"):
+            if path.name.partition("-")[0] not in wanted:
+                continue
+            try:
+                data = read_json(path)
+            except FileNotFoundError:
+                continue
+            attempt = Attempt(launch=self, **data)
+            found.setdefault(attempt.pack, []).append(attempt)
+        return {pack: sorted(of_pack, key=lambda a: a.started) for pack, of_pack in found.items()}
+
+    def preflight_problems(self, shape: int) -> list[str] | None:
+        """What the preflight of a shape found; None when it has not run."""
+        try:
+            problems: list[str] = read_json(self.directory / f"preflight-{shape}.json")["problems"]
+        except FileNotFoundError:
+            return None
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One run of a pack's job: a requeued job makes another.
+
+    Attributes:
+        measuring: measurement in flight at the last word; None between measurements.
+        end: how it ended, by its own word: {'reason': 'finished' | 'walltime' | 'terminated' | 'gate' | 'error', ...};
+            None while it runs, and for ever when it was killed.
+    """
+
+    launch: Launch = field(repr=False)
+    pack: str
+    job: str
+    restart: int
+    host: str
+    started: float
+    log: str
+    measuring: str | None = None
+    end: Mapping[str, Any] | None = None
+
+    @classmethod
+    def begin(cls, launch: Launch, pack: str, *, job: str, restart: int, log: Path) -> Attempt:
+        """Write down that an attempt begins."""
+        attempt = cls(
+            launch=launch,
+            pack=pack,
+            job=job,
+            restart=restart,
+            host=socket.gethostname() if "SLURMD_NODENAME" not in os.environ else os.environ["SLURMD_NODENAME"],
+            started=time.time(),
+            log=str(log),
+        )
+        attempt._write()
+        return attempt
+
+    def at(self, measuring: str | None) -> Attempt:
+        """Say that it is alive, and what it is measuring."""
+        return replace(self, measuring=measuring)._write()
+
+    def ended(self, reason: str, **more: Any) -> Attempt:
+        """Say how it ended."""
+        return replace(self, end={"reason": reason, "at": time.time(), **more})._write()
+
+    def _write(self) -> Attempt:
+        data = {k: getattr(self, k) for k in ("pack", "job", "restart", "host", "started", "log", "measuring", "end")}
+        path = self.launch.directory / "attempts" / f"{self.pack}-{self.job}-{self.restart}.json"
+        write_atomically(path, json.dumps(data).encode())
+        return self
+
+
+@cache
+def here() -> tuple[str, str]:
+    """(user, cluster) as SLURM has them on this machine, without asking it; '' for what can't be told.
+
+    The cluster is ClusterName of the file that SLURM_CONF names, else of the first usual one that can be read.
+    """
+    try:
+        user = user_name()
+    except KeyError:
+        user = ""
+    for path in [os.environ["SLURM_CONF"]] if os.environ.get("SLURM_CONF") else _SLURM_CONFS:
+        try:
+            text = Path(path).read_text(errors="replace")
+        except OSError:
+            continue
+        named = re.search(r"^\s*ClusterName\s*=\s*([^\s#]+)", text, re.IGNORECASE | re.MULTILINE)
+        # SLURM itself keeps clusters' names in lower case.
+        return user, named[1].strip('"').lower() if named else ""
+    return user, ""
+
+
+def launch_dir(out: Path, launch: str) -> Path:
+    return out / "launches" / launch
+
+
+def launches(out: Path) -> list[Launch]:
+    """Every launch of a results directory, oldest first."""
+    found = [Launch.load(out, p.parent.name) for p in (out / "launches").glob("*/launch.json")]
+    return sorted(found, key=lambda launch: launch.launched)
+
+
+def line_offsets(packs: Iterable[Pack]) -> dict[str, int]:
+    """Byte offset of each pack's line in packs.jsonl."""
+    offsets, at = {}, 0
+    for pack, line in zip(packs, _lines(packs), strict=True):
+        offsets[pack.id] = at
+        at += len(line)
+    return offsets
+
+
+def _lines(packs: Iterable[Pack]) -> list[bytes]:
+    return [json.dumps(pack.to_dict()).encode() + b"\n" for pack in packs]

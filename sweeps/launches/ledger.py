@@ -1,0 +1,96 @@
+"""What was seen of a SLURM launch's jobs, kept with the launch: reading results asks no scheduler."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sweeps.files import read_json, write_atomically
+from sweeps.launches.launch import Launch
+
+SUBMITTING: Final = "SUBMITTING"
+ABSENT: Final = "ABSENT"
+_UNWRITTEN: Final[dict[Path, Ledger]] = {}
+"""By launch directory, what this process saw and could not write down: who may only read still gets the truth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of one pack's job.
+
+    Attributes:
+        state: SLURM's word, or SUBMITTING (the launcher has not submitted it yet) or ABSENT (unknown to the scheduler).
+        absent_since: first successful look that didn't know the job.
+        ended: how it ended, once that is sure: 'lost', 'timeout', 'oom', 'node_fail', 'preempted', 'cancelled'.
+        seen: the last look that knew the job.
+        finished_at: when the job said that it had finished; 0 where it didn't.
+        suspect: measurement in flight when the job died without a word; its log, and when that attempt began.
+    """
+
+    state: str
+    job: str = ""
+    reason: str = ""
+    nodes: str = ""
+    restarts: int = 0
+    absent_since: float | None = None
+    ended: str | None = None
+    seen: float = 0.0
+    finished_at: float = 0.0
+    suspect: str | None = None
+    suspect_log: str = ""
+    suspect_began: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """The scheduler's last word on every pack of a launch.
+
+    Attributes:
+        looked: the last successful look at the queue, in epoch seconds; 0 is never.
+        cancelled: whether the user cancelled the launch (``Launch.cancel``); a job that is gone since was cancelled.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    looked: float = 0.0
+    cancelled: bool = False
+
+    @classmethod
+    def load(cls, launch: Launch) -> Ledger:
+        ledger = cls(cancelled=launch.cancelled())
+        try:
+            data = read_json(launch.directory / "ledger.json")
+        except FileNotFoundError:
+            pass
+        else:
+            ledger.entries = {p: Entry(**e) for p, e in data["entries"].items()}
+            ledger.looked = data["looked"]
+        if launch.directory in _UNWRITTEN:
+            ledger._merge(_UNWRITTEN[launch.directory])
+        return ledger
+
+    def save(self, launch: Launch) -> None:
+        """Write it down, with what others wrote meanwhile; where that can't be done, keep it for this process."""
+        current = Ledger.load(launch)
+        current._merge(self)
+        data = {"entries": {p: asdict(e) for p, e in current.entries.items()}, "looked": current.looked}
+        try:
+            write_atomically(launch.directory / "ledger.json", json.dumps(data).encode())
+        except OSError:
+            _UNWRITTEN[launch.directory] = current
+        else:
+            _UNWRITTEN.pop(launch.directory, None)
+
+    def _merge(self, other: Ledger) -> None:
+        """Take over what another look saw: the newer look counts, but what has ended stays so."""
+        newer = other.looked >= self.looked
+        for pack, entry in other.entries.items():
+            mine = self.entries.get(pack)
+            if mine is None or (not mine.ended and (newer or entry.ended)):
+                self.entries[pack] = entry
+        self.looked = max(self.looked, other.looked)
+
+    def settled(self, launch: Launch) -> bool:
+        """Whether every pack's job is known to be over."""
+        return all(pack in self.entries and self.entries[pack].ended for chunk in launch.chunks for pack in chunk.packs)

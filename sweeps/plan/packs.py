@@ -1,0 +1,246 @@
+"""What is left to do: the planned measurements minus what is stored and what others are at, packed by model.
+
+A pack is one model with many cells, because loading a model costs far more than quantizing it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.errors import UserError, did_you_mean
+from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.study.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict, quant_from_canonical
+from sweeps.study.manifest import Manifest
+
+UNRECORDED: Final = ("timeout", "node_fail", "preempted", "cancelled", "lost")
+"""How work ends without a record, and not by its own fault: a launch runs it again unless told not to."""
+RETRY: Final = ("failed", "oom", "diverged", *UNRECORDED)
+OOM_ERROR: Final = "OutOfMemoryError"
+"""error_type of a failed row that ran out of memory at the smallest batch."""
+PACK_SECONDS: Final = (20.0, 7200.0)
+"""A pack is predicted to take at least and at most this long; a cell is never split."""
+PACKS_PER_WORKER: Final = 4
+"""Enough packs that workers finish together, few enough that loading stays a small part."""
+ROW_BYTES: Final = 30_000
+"""A part with its per-sample outcomes, as measured on the demo and on full sets, on the large side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How work is cut into packs.
+
+    Attributes:
+        workers: how many share the packs: packs are made small enough that they finish together; None leaves that out.
+        seconds: a pack is predicted to take at most this long; a cell is never split.
+        cells: exactly so many cells a pack; None packs by predicted time.
+        baseline_apart: a model's baseline gets a pack of its own.
+    """
+
+    workers: int | None = None
+    seconds: float = PACK_SECONDS[1]
+    cells: int | None = None
+    baseline_apart: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """One model and the (cell, evaluations) to run on it, in order.
+
+    Attributes:
+        seconds: predicted for all of it, without loading the model.
+        item_seconds: predicted for each item.
+        rung: step of the out-of-memory ladder that it is to run at.
+    """
+
+    id: str
+    sweep: str
+    model: ModelRef
+    items: tuple[tuple[Cell, tuple[EvalSpec, ...]], ...]
+    seconds: float
+    item_seconds: tuple[float, ...] = ()
+    rung: int = 0
+
+    def measurements(self) -> list[Measurement]:
+        return [Measurement(cell=cell, eval=e) for cell, evals in self.items for e in evals]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for a worker in another process."""
+        evals = list(dict.fromkeys(e for _, specs in self.items for e in specs))
+        return {
+            "id": self.id,
+            "sweep": self.sweep,
+            "model": model_to_dict(self.model),
+            "evals": [eval_to_dict(e) for e in evals],
+            "items": [[cell.quant.canonical(), [evals.index(e) for e in specs]] for cell, specs in self.items],
+            "seconds": self.seconds,
+            "item_seconds": list(self.item_seconds),
+            "rung": self.rung,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Pack:
+        model = ModelRef(**data["model"])
+        evals = [EvalSpec(**e) for e in data["evals"]]
+        items = tuple(
+            (Cell(model=model, quant=quant_from_canonical(q)), tuple(evals[i] for i in indices))
+            for q, indices in data["items"]
+        )
+        return cls(
+            id=data["id"],
+            sweep=data["sweep"],
+            model=model,
+            items=items,
+            seconds=data["seconds"],
+            item_seconds=tuple(data["item_seconds"]),
+            rung=data["rung"],
+        )
+
+    def without(self, measurements: Collection[str]) -> Pack | None:
+        """What is left of it when these are done, under the same id; None when nothing is."""
+        kept = [
+            (cell, left, seconds)
+            for (cell, evals), seconds in zip(self.items, self.item_seconds, strict=True)
+            if (left := tuple(e for e in evals if Measurement(cell=cell, eval=e).key not in measurements))
+        ]
+        if not kept:
+            return None
+        return replace(
+            self,
+            items=tuple((cell, left) for cell, left, _ in kept),
+            item_seconds=tuple(seconds for *_, seconds in kept),
+            seconds=sum(seconds for *_, seconds in kept),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a launch would do.
+
+    Attributes:
+        counts: measurements by state: done, diverged, failed, oom, in flight, timeout, ..., lost, to do.
+        packs: the work, longest first.
+        seconds: predicted device-seconds, loading included.
+    """
+
+    counts: Mapping[str, int]
+    packs: tuple[Pack, ...]
+    seconds: float
+
+    @property
+    def todo(self) -> int:
+        return self.counts["to do"]
+
+    def measurement_keys(self) -> list[str]:
+        return [m.key for pack in self.packs for m in pack.measurements()]
+
+
+def parse_retry(value: object) -> frozenset[str]:
+    """States of measurements to run again: the named ones beside those that ended without a record; 'none' is none of
+    them, 'all' every state but done.
+
+    Raises:
+        UserError: a state that can't be retried.
+    """
+    names = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    if names == ["all"]:
+        return frozenset(RETRY)
+    if names == ["none"]:
+        return frozenset()
+    for name in names:
+        if name not in RETRY:
+            raise UserError(
+                f"retry={value!r} is not valid: all, none, or a list of {', '.join(RETRY)}, e.g. 'retry=[failed,oom]'."
+                + did_you_mean(str(name), (*RETRY, "all", "none"))
+            )
+    return frozenset(names) | frozenset(UNRECORDED)
+
+
+def make_plan(
+    manifest: Manifest,
+    *,
+    statuses: Mapping[str, str],
+    in_flight: Collection[str],
+    ended: Mapping[str, str],
+    retry: frozenset[str],
+    cost: CostModel,
+    packing: Packing,
+    rungs: Mapping[str, int] | None = None,
+) -> Plan:
+    """Decide what to run.
+
+    Args:
+        statuses: stored status by measurement key; a failure for want of memory is 'oom'.
+        in_flight: measurements held by live claims.
+        ended: how work that a launch held ended without a record, by measurement: 'lost', 'timeout', ...
+        retry: see ``parse_retry``.
+        rungs: step of the out-of-memory ladder by measurement, where it isn't the first.
+    """
+    counts: Counter[str] = Counter({"to do": 0})
+    todo: dict[tuple[int, Cell], list[EvalSpec]] = {}
+    for measurement in manifest.measurements():
+        key = measurement.key
+        state = statuses.get(key) or ended.get(key, "to do")
+        if state != "done" and key in in_flight:
+            state = "in flight"
+        if state == "to do" or state in retry:
+            counts["to do"] += 1
+            todo.setdefault(((rungs or {}).get(key, 0), measurement.cell), []).append(measurement.eval)
+        else:
+            counts[state] += 1
+    packs = _pack(manifest.sweep, todo, cost, packing)
+    loads = sum(load_seconds(p.model) for p in packs)
+    return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
+
+
+def _pack(
+    sweep: str, todo: Mapping[tuple[int, Cell], Sequence[EvalSpec]], cost: CostModel, packing: Packing
+) -> tuple[Pack, ...]:
+    seconds = {
+        (rung, cell): sum(cost.seconds(Measurement(cell=cell, eval=e)) for e in evals)
+        for (rung, cell), evals in todo.items()
+    }
+    target = packing.seconds
+    if packing.workers is not None:
+        share = sum(seconds.values()) / (packing.workers * PACKS_PER_WORKER)
+        target = min(target, max(PACK_SECONDS[0], share))
+    groups: dict[tuple[int, ModelRef, bool], list[Cell]] = {}
+    for rung, cell in todo:
+        apart = packing.baseline_apart and cell.quant.is_baseline
+        groups.setdefault((rung, cell.model, apart), []).append(cell)
+    packs: list[Pack] = []
+    for (rung, model, _), cells in groups.items():
+        for chunk in _cut(cells, {c: seconds[rung, c] for c in cells}, target, packing.cells):
+            items = tuple((cell, tuple(todo[rung, cell])) for cell in chunk)
+            packs.append(_one_pack(sweep, model, items, tuple(seconds[rung, c] for c in chunk), rung))
+    return tuple(sorted(packs, key=lambda p: -p.seconds))
+
+
+def _cut(cells: Sequence[Cell], seconds: Mapping[Cell, float], target: float, most: int | None) -> Iterator[list[Cell]]:
+    """Cells in order, in chunks of ``most``, or of about ``target`` seconds."""
+    chunk: list[Cell] = []
+    for cell in cells:
+        full = len(chunk) >= most if most else sum(seconds[c] for c in chunk) + seconds[cell] > target
+        if chunk and full:
+            yield chunk
+            chunk = []
+        chunk.append(cell)
+    yield chunk
+
+
+def _one_pack(
+    sweep: str,
+    model: ModelRef,
+    items: tuple[tuple[Cell, tuple[EvalSpec, ...]], ...],
+    seconds: tuple[float, ...],
+    rung: int,
+) -> Pack:
+    keys = sorted(Measurement(cell=cell, eval=e).key for cell, evals in items for e in evals)
+    pack_id = hashlib.sha256("\n".join([sweep, *keys]).encode()).hexdigest()[:12]
+    return Pack(
+        id=pack_id, sweep=sweep, model=model, items=items, seconds=sum(seconds), item_seconds=seconds, rung=rung
+    )

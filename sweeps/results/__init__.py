@@ -1,0 +1,1 @@
+"""READS: tables of results, progress, what the end of a run shows."""

@@ -1,0 +1,93 @@
+"""What a finished study shows: the table in the terminal, findings, figures on disk, and where everything lies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from sweeps.files import write_atomically
+from sweeps.results.table import load_samples, study_results
+from sweeps.store.parts import Store
+from sweeps.study.manifest import Manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_FAILURES_SHOWN = 10
+
+
+def show_results(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
+    """Print what a launch planned and what came of it; returns how many of its cells failed.
+
+    Args:
+        figures: draw them, and compute the findings that need per-sample outcomes; else say where they are.
+    """
+    results, long = study_results(store.out, manifest)
+    if results["finished"].notna().any():
+        _show_table(results, console)
+        if figures:
+            with console.status("comparing cells, drawing figures"):
+                _draw(store, manifest.sweep, results, long, console)
+    _show_places(store, manifest.sweep, console)
+    return _show_failures(results, console)
+
+
+def _show_table(results: pd.DataFrame, console: Console) -> None:
+    from analysis.metrics import headline_metrics
+    from analysis.tables import bits_by_dtype, render
+
+    for metric in headline_metrics(results):
+        render(bits_by_dtype(results, metric=metric), console, metric=metric)
+
+
+def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, console: Console) -> None:
+    """Findings to the console; figures and the table to files."""
+    from analysis.figures import write_figures
+    from analysis.findings import findings, wanted_samples
+    from analysis.metrics import headline_metrics
+    from analysis.mixtures import mixture_warnings
+    from analysis.tables import bits_by_dtype, to_markdown, write_table
+
+    # Only what is compared: the samples of a large study don't fit into memory.
+    wanted = wanted_samples(results, long)
+    samples = {wanted[m]: outcome for m, outcome in load_samples(store.out, list(wanted)).items()}
+    for warning in mixture_warnings(long):
+        console.print(f"[yellow]{escape(warning)}[/]")
+    for finding in findings(results, samples):
+        console.print(f"• {escape(finding)}", highlight=False)
+    write_figures(results, store.out / "figures" / sweep, sweep=sweep, samples=samples)
+    tables = store.out / "tables"
+    write_table(results, tables / f"{sweep}.csv")
+    shown = [to_markdown(bits_by_dtype(results, metric=m), metric=m) for m in headline_metrics(results)]
+    write_atomically(tables / f"{sweep}.md", "\n".join(shown).encode())
+
+
+def _show_places(store: Store, sweep: str, console: Console) -> None:
+    console.print(f"\nIn {store.out}:", highlight=False, soft_wrap=True)
+    made = [*sorted((store.out / "figures" / sweep).glob("*.png")), *sorted((store.out / "tables").glob(f"{sweep}.*"))]
+    for path in made:
+        if path.exists():
+            console.print(f"  {path.relative_to(store.out)}", highlight=False)
+    console.print(
+        "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)\n"
+        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row a measurement.",
+        highlight=False,
+    )
+
+
+def _show_failures(results: pd.DataFrame, console: Console) -> int:
+    failed = results[results["status"] == "failed"]
+    if len(failed):
+        console.print(f"\n[red]{len(failed)} cell(s) failed[/]:")
+        for row in failed.head(MOST_FAILURES_SHOWN).to_dict("records"):
+            why = f"  {row['key'][:10]}  {row['model']} {row['label']}: {row['error_type']}"
+            console.print(why, markup=False, highlight=False)
+        if len(failed) > MOST_FAILURES_SHOWN:
+            console.print(f"  … and {len(failed) - MOST_FAILURES_SHOWN} more")
+        console.print(
+            f"See why: mode=logs cell={failed.iloc[0]['key'][:10]}    Run them again: 'retry=\\[failed]'",
+            highlight=False,
+        )
+    return len(failed)

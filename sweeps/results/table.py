@@ -1,0 +1,221 @@
+"""Reading a study: ``load_results`` joins what was planned, what is stored and what is in flight into one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sweeps.errors import UserError
+from sweeps.launches.in_flight import Flight, read_flight
+from sweeps.plan.packs import OOM_ERROR
+from sweeps.store.parts import FINISHED, Store, decode_samples
+from sweeps.store.schema import CELL_COLUMNS, COLUMNS
+from sweeps.study.cell import Cell, Measurement
+from sweeps.study.manifest import Manifest, load_manifests
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
+"""The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
+
+CELL_STATUSES: Final = (
+    *("running", "failed", "oom", "timeout", "node_fail", "preempted", "cancelled", "lost"),
+    *("queued", "missing", "diverged", "done"),
+)
+"""A cell's status is the first of these that one of its measurements has."""
+
+# What a cell's row in the wide table says of the run, beside its metrics: summed, or the latest measurement's.
+_WIDE_SUMS: Final = ("seconds",)
+_WIDE_MAX: Final = ("peak_memory_bytes", "finished")
+_WIDE_LAST: Final = (
+    *("compute_dtype", "commit", "dirty", "versions", "device", "kernel", "seed", "launch", "pack", "job", "host"),
+    "error_type",
+)
+
+
+def load_results(out: str | Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
+    """The results of a directory as a table.
+
+    Args:
+        out: the results directory.
+        long: one row a measurement; else one row a planned cell, with a column ``{eval}_{metric}`` and
+            ``{eval}_{metric}_stderr`` for each metric, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four
+            tasks are there. Where launches planned an evaluation with different settings, the newest launch's count.
+        sweep: only the cells that this study planned.
+
+    Raises:
+        UserError: no study was ever planned there.
+    """
+    rows = _long_rows(Path(out), _manifests(Path(out), sweep))
+    return _long(rows) if long else _wide(rows)
+
+
+def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(wide, long) of exactly what one launch planned, whatever else the directory holds."""
+    rows = _long_rows(out, [manifest])
+    return _wide(rows), _long(rows)
+
+
+def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
+    table = Store(out=Path(out)).read(["measurement", "samples"], measurements=set(measurements))
+    pairs = zip(table.column("measurement").to_pylist(), table.column("samples").to_pylist(), strict=True)
+    return {key: decode_samples(samples or []) for key, samples in pairs}
+
+
+def _manifests(out: Path, sweep: str | None) -> list[Manifest]:
+    manifests = load_manifests(out, sweep)
+    if not manifests:
+        known = sorted({m.sweep for m in load_manifests(out)})
+        raise UserError(
+            f"out={str(out)!r} holds no study" + (f" named {sweep!r}; it holds {', '.join(known)}" if known else "")
+        )
+    return manifests
+
+
+def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+    # Who is at it first: what ends in between has then already been stored.
+    flight = read_flight(out)
+    stored = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
+    rows = []
+    for study, measurement in planned(manifests).values():
+        row = stored.get(measurement.key)
+        state = _state(row, measurement.key, flight)
+        if row is None or state == "running":
+            row = {**_planned_row(measurement), "status": state}
+        else:
+            row["metrics"], row["stderr"] = dict(row["metrics"] or ()), dict(row["stderr"] or ())
+            row["status"] = state
+        row["sweep"] = study
+        rows.append(row)
+    return rows
+
+
+def measurement_states(out: Path, manifest: Manifest, flight: Flight) -> dict[str, str]:
+    """The state of each measurement that a study planned, one of ``CELL_STATUSES``."""
+    rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
+    stored = {row["measurement"]: row for row in rows}
+    return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
+
+
+def _state(row: Mapping[str, Any] | None, key: str, flight: Flight) -> str:
+    """What is stored counts; then who is at it; then how work that left no record ended."""
+    if row is not None and row["status"] in FINISHED:
+        return str(row["status"])
+    if key in flight.running:
+        return "running"
+    if row is not None:
+        return "oom" if row["error_type"] == OOM_ERROR else str(row["status"])
+    return "queued" if key in flight.queued else flight.ended.get(key, "missing")
+
+
+def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
+    """(study, measurement) by cell key and evaluation name; of an evaluation's variants the last planned counts."""
+    found: dict[tuple[str, str], tuple[str, Measurement]] = {}
+    for manifest in manifests:
+        for m in manifest.measurements():
+            where = (m.cell.key, m.eval.name)
+            study = found[where][0] if where in found else manifest.sweep
+            found[where] = (study, m)
+    return found
+
+
+def cell_row(cell: Cell) -> dict[str, Any]:
+    """What is known of a cell before it runs, by column name."""
+    model = cell.model
+    return {
+        "key": cell.key,
+        **cell.axes(),
+        "model_id": model.hub_id or model.path,
+        "revision": model.commit,
+        "weights_hash": model.weights_hash,
+        "params": model.params,
+        "label": cell.quant.label,
+        "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
+    }
+
+
+def measurement_row(measurement: Measurement) -> dict[str, Any]:
+    """What is known of a measurement before it runs, by column name."""
+    spec = measurement.eval
+    return {
+        **cell_row(measurement.cell),
+        "measurement": measurement.key,
+        "eval": spec.name,
+        "eval_kind": spec.kind,
+        "eval_version": spec.version,
+        "num_fewshot": spec.num_fewshot,
+        "window": spec.window,
+        "limit": spec.limit,
+        "dataset": spec.dataset,
+        "compute_dtype": spec.compute_dtype,
+    }
+
+
+def _planned_row(measurement: Measurement) -> dict[str, Any]:
+    empty: dict[str, Any] = {c.name: None for c in COLUMNS if c.name != "samples"}
+    return {**empty, **measurement_row(measurement), "metrics": {}, "stderr": {}}
+
+
+def _long(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    return _frame(rows, [c.name for c in COLUMNS if c.name != "samples"])
+
+
+def _wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    cells: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(row["key"], []).append(row)
+    metrics: dict[str, None] = {}
+    wide = []
+    for group in cells.values():
+        values: dict[str, Any] = {f"{row['eval']}_status": row["status"] for row in group}
+        values |= _metric_columns(group)
+        metrics |= dict.fromkeys(values)
+        wide.append({**_wide_fixed(group), **values})
+    fixed = [*CELL_COLUMNS[:1], "sweep", "status", *CELL_COLUMNS[1:]]
+    return _frame(wide, [*fixed, *metrics, *_WIDE_SUMS, *_WIDE_MAX, *_WIDE_LAST])
+
+
+def _wide_fixed(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A measured row knows more of the cell (its counted bits) than a planned one.
+    best = max(group, key=lambda r: r["total_bits"] is not None)
+    statuses = {row["status"] for row in group}
+    finished = [row for row in group if row["finished"] is not None]
+    last: Mapping[str, Any] = max(finished, key=lambda r: r["finished"]) if finished else best
+    failed = next((row for row in group if row["status"] == "failed"), None)
+    row = {name: best[name] for name in CELL_COLUMNS}
+    row["sweep"] = best["sweep"]
+    row["status"] = next(s for s in CELL_STATUSES if s in statuses)
+    row |= {name: last[name] for name in _WIDE_LAST}
+    row["error_type"] = failed["error_type"] if failed else None
+    row |= {name: math.fsum(r[name] or 0.0 for r in finished) if finished else None for name in _WIDE_SUMS}
+    row |= {name: max((r[name] for r in finished if r[name] is not None), default=None) for name in _WIDE_MAX}
+    return row
+
+
+def _metric_columns(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for row in group:
+        for metric, value in row["metrics"].items():
+            values[f"{row['eval']}_{metric}"] = value
+            if metric in row["stderr"]:
+                values[f"{row['eval']}_{metric}_stderr"] = row["stderr"][metric]
+    accuracies = [values.get(f"{task}_acc") for task in ZERO_SHOT]
+    if all(a is not None for a in accuracies):
+        errors = [values.get(f"{task}_acc_stderr", math.nan) for task in ZERO_SHOT]
+        values["zero_shot_mean"] = math.fsum(a for a in accuracies if a is not None) / len(ZERO_SHOT)
+        values["zero_shot_mean_stderr"] = math.hypot(*errors) / len(ZERO_SHOT)
+    return values
+
+
+def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records(list(rows), columns=list(columns))
+    nullable = {"int64": "Int64", "bool": "boolean", "float64": "float64", "string": "str"}
+    types = {c.name: nullable[c.type] for c in COLUMNS if c.name in frame.columns and c.type in nullable}
+    return frame.astype(types)

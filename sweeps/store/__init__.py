@@ -1,0 +1,1 @@
+"""TRUTH: immutable parquet parts, their rows and their columns."""

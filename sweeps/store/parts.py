@@ -1,0 +1,254 @@
+"""The store: immutable parquet parts under one results directory. Nothing is ever rewritten, so nothing is ever lost.
+
+    OUT/parts/PACK/*.parquet   a part a measurement, in a directory a pack
+    OUT/packs/*.parquet        the parts of a finished pack, compacted into one
+    OUT/dropped/*.json         row ids that `mode=drop` retired; the rows stay on disk
+    OUT/manifests/*.json       what each study planned (sweeps.study.manifest);  OUT/claims: who is at it
+    (sweeps.launches.claims)
+
+A part is written under a unique temporary name, flushed to disk and renamed. Readers skip temporary files, tolerate
+files that vanish under them (compaction) and files that are damaged (reported, never fatal), and keep one row a
+measurement: a result before a failure, then the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from sweeps.errors import StoreError
+from sweeps.files import read_json, write_atomically
+from sweeps.store.schema import arrow_schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_REPORTED: Final[set[Path]] = set()
+"""Damaged files that were already said to be so in this process."""
+
+FINISHED: Final = ("done", "diverged")
+"""States that are results; 'failed' is a record that there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """One results directory.
+
+    Attributes:
+        out: the directory; made on first write.
+    """
+
+    out: Path
+    damaged: list[Path] = field(default_factory=list, compare=False)
+
+    def check_writable(self) -> None:
+        """Make the directory and write a file in it.
+
+        Raises:
+            StoreError: it can't be made or written.
+        """
+        probe = self.out / f".write-test-{uuid.uuid4().hex}"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"out={str(self.out)!r} can't be written: {error.strerror or error}. "
+                "Give a directory that you may write, e.g. out=results"
+            ) from error
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Store one measurement; when this returns, it is on disk.
+
+        Args:
+            row: a value by column name; missing columns are null, ``samples`` is a mapping of arrays.
+        """
+        directory = self.out / "parts" / str(row["pack"])
+        self._write_rows([row], directory / f"{str(row['measurement'])[:16]}-{uuid.uuid4().hex[:12]}.parquet")
+
+    def compact(self, pack: str) -> None:
+        """Merge the parts of a finished pack into one file, then remove them."""
+        import pyarrow as pa
+
+        read = {path: self._read(path, None) for path in self._files(f"parts/{pack}/*.parquet")}
+        mine = {path: table for path, table in read.items() if table is not None}
+        if not mine:
+            return
+        target = self.out / "packs" / f"{pack}-{uuid.uuid4().hex[:12]}.parquet"
+        self._write_table(pa.concat_tables(mine.values()), target)
+        # The directory stays: removing it would race with readers that list it and writers that just made it.
+        for path in mine:
+            path.unlink(missing_ok=True)
+
+    def read(self, columns: Sequence[str] | None = None, *, measurements: Collection[str] | None = None) -> pa.Table:
+        """The current row of every measurement: results before failures, then the newest; dropped rows left out.
+
+        Args:
+            columns: which to read; None is all but the samples.
+            measurements: which to read; None is all. What is not wanted is dropped file by file.
+        """
+        import pyarrow as pa
+
+        schema = arrow_schema()
+        wanted = [name for name in schema.names if name != "samples"] if columns is None else list(columns)
+        needed = list(dict.fromkeys([*wanted, "row_id", "measurement", "status", "finished"]))
+        table = self._read_all(needed, measurements)
+        keep = _current_rows(table, self._dropped_ids())
+        return table.take(pa.array(keep, pa.int64())).select(wanted)
+
+    def read_pack(self, pack: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Every stored row of one pack, without reading any other; dropped rows left out."""
+        wanted = list(dict.fromkeys([*columns, "row_id"]))
+        files = [*self._files(f"parts/{pack}/*.parquet"), *self._files(f"packs/{pack}-*.parquet")]
+        tables = [table for path in files if (table := self._read(path, wanted)) is not None]
+        dropped = self._dropped_ids()
+        return [row for table in tables for row in table.to_pylist() if row["row_id"] not in dropped]
+
+    def drop(self, row_ids: Iterable[str], why: str) -> None:
+        """Retire rows: they stay on disk and no longer count, so that their measurements run again."""
+        record = {"row_ids": sorted(row_ids), "why": why}
+        write_atomically(self.out / "dropped" / f"{uuid.uuid4().hex}.json", json.dumps(record).encode())
+
+    def _dropped_ids(self) -> set[str]:
+        ids: set[str] = set()
+        for path in sorted((self.out / "dropped").glob("*.json")):
+            ids.update(read_json(path)["row_ids"])
+        return ids
+
+    def row_ids(self, measurements: Collection[str]) -> list[str]:
+        """Every stored row of some measurements, those that don't count included."""
+        ids: list[str] = self._read_all(["row_id", "measurement"], measurements).column("row_id").to_pylist()
+        return ids
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(p for p in self.out.glob(pattern) if not p.name.startswith("."))
+
+    def _read_all(self, columns: list[str], measurements: Collection[str] | None) -> pa.Table:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        # Compaction adds the pack's file before it removes the parts: parts first, packs second, misses nothing.
+        schema = arrow_schema()
+        wanted = None if measurements is None else pa.array(sorted(measurements), pa.string())
+        tables = [
+            table if wanted is None else table.filter(pc.is_in(table.column("measurement"), wanted))
+            for pattern in ("parts/*/*.parquet", "packs/*.parquet")
+            for path in self._files(pattern)
+            if (table := self._read(path, columns)) is not None
+        ]
+        if not tables:
+            return pa.schema([schema.field(c) for c in columns]).empty_table()
+        return pa.concat_tables(tables, promote_options="default")
+
+    def _read(self, path: Path, columns: list[str] | None) -> pa.Table | None:
+        """One file, with columns it lacks filled with null; None when it vanished or is damaged."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = arrow_schema()
+        names = schema.names if columns is None else columns
+        try:
+            with pq.ParquetFile(path) as file:
+                known = set(file.schema_arrow.names)
+                present = [name for name in names if name in known]
+                table = file.read(columns=present)
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowInvalid, OSError) as error:
+            # What the system refuses (no permission, too many open files, a stale mount) is not damage: taking it for
+            # missing would compute everything again.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise StoreError(f"{path} can't be read: {error.strerror}. Nothing was changed; try again") from error
+            self._report_damage(path, error)
+            return None
+        for name in names:
+            if name not in present:
+                table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
+        return table.select(names)
+
+    def _report_damage(self, path: Path, error: Exception) -> None:
+        self.damaged.append(path)
+        if path not in _REPORTED:
+            _REPORTED.add(path)
+            log.warning("%s is damaged and left out, so its measurements count as missing: %s", path, error)
+
+    def _write_rows(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+        import pyarrow as pa
+
+        schema = arrow_schema()
+        unknown = {name for row in rows for name in row} - set(schema.names)
+        if unknown:
+            raise ValueError(f"columns that the schema does not have: {', '.join(sorted(unknown))}")
+        encoded = [
+            {"row_id": uuid.uuid4().hex, **row, "samples": encode_samples(row.get("samples") or {})} for row in rows
+        ]
+        self._write_table(pa.Table.from_pylist(encoded, schema=schema), path)
+
+    def _write_table(self, table: pa.Table, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def encode_samples(samples: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    """Arrays by name as the ``samples`` column: bool as packed bits, the rest as little-endian float32 or int32."""
+    encoded = []
+    for name, values in samples.items():
+        array = np.asarray(values)
+        if array.dtype == np.bool_:
+            dtype, data = "bits", np.packbits(array, bitorder="little").tobytes()
+        elif np.issubdtype(array.dtype, np.integer):
+            dtype, data = "int32", array.astype("<i4").tobytes()
+        else:
+            dtype, data = "float32", array.astype("<f4").tobytes()
+        encoded.append({"name": name, "dtype": dtype, "count": len(array), "data": data})
+    return encoded
+
+
+def decode_samples(encoded: Iterable[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """The inverse of ``encode_samples``."""
+    samples: dict[str, NDArray[Any]] = {}
+    for item in encoded:
+        if item["dtype"] == "bits":
+            bits = np.unpackbits(np.frombuffer(item["data"], np.uint8), count=item["count"], bitorder="little")
+            samples[item["name"]] = bits.astype(np.bool_)
+        else:
+            samples[item["name"]] = np.frombuffer(item["data"], "<i4" if item["dtype"] == "int32" else "<f4")
+    return samples
+
+
+def _current_rows(table: pa.Table, dropped: set[str]) -> list[int]:
+    """Indices of the row that counts for each measurement, in order of the measurements' first rows."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    finished = pc.fill_null(table.column("finished").cast(pa.int64()), 0).to_pylist()
+    best: dict[str, tuple[tuple[bool, int], int]] = {}
+    rows = zip(
+        table.column("row_id").to_pylist(),
+        table.column("measurement").to_pylist(),
+        table.column("status").to_pylist(),
+        finished,
+        strict=True,
+    )
+    for index, (row_id, measurement, status, time) in enumerate(rows):
+        if row_id in dropped:
+            continue
+        rank = (status in FINISHED, time)
+        if measurement not in best or rank > best[measurement][0]:
+            best[measurement] = (rank, index)
+    return [index for _, index in best.values()]

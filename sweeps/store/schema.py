@@ -1,0 +1,137 @@
+"""The store's columns: one list gives the parquet schema, the documentation and the empty table.
+
+``python -m sweeps.store.schema`` prints the documentation as Markdown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SCHEMA_VERSION: Final = 2
+"""Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the store: a row is one measurement."""
+
+    name: str
+    type: str
+    doc: str
+    unit: str = ""
+    of_cell: bool = False
+
+
+def _c(name: str, type_: str, doc: str, unit: str = "") -> Column:
+    return Column(name=name, type=type_, doc=doc, unit=unit)
+
+
+def _cell(name: str, type_: str, doc: str, unit: str = "") -> Column:
+    return Column(name=name, type=type_, doc=doc, unit=unit, of_cell=True)
+
+
+COLUMNS: Final[tuple[Column, ...]] = (
+    # Identity
+    _c("row_id", "string", "unique id of this row; what `mode=drop` retires"),
+    _cell("key", "string", "cell: SHA-256 of model and quantization"),
+    _c("measurement", "string", "measurement: SHA-256 of cell and evaluation"),
+    _c("sweep", "string", "study that ran it"),
+    _c("status", "string", "done, diverged or failed"),
+    # The cell
+    _cell("family", "string", "model family"),
+    _cell("model", "string", "model, e.g. pythia-70m"),
+    _cell("model_id", "string", "hub id or local path"),
+    _cell("revision", "string", "hub commit; null for a local path"),
+    _cell("weights_hash", "string", "SHA-256 of a local model's files; null for the hub"),
+    _cell("params", "int64", "parameters, tied ones once", "count"),
+    _cell("method", "string", "baseline or blockwise"),
+    _cell("bits", "int64", "bits a code", "bit"),
+    _cell("dtype", "string", "data type of the codes; null for the baseline"),
+    _cell("blocksize", "int64", "values that share an absmax; null for the whole tensor and the baseline", "values"),
+    _cell("scheme", "string", "block (of the flattened tensor) or group (of a row)"),
+    _cell("exponent_bits", "int64", "of a float", "bit"),
+    _cell("subnormals", "string", "of a float: ieee or bnb"),
+    _cell("dynamic_interval", "string", "of dynamic: bnb or paper"),
+    _cell("absmax_dtype", "string", "how absmax is stored: float16, float32, nested"),
+    _cell("center", "bool", "the tensor's mean is subtracted before quantizing"),
+    _cell("outlier_fraction", "float64", "input dimensions kept in 16 bits", "fraction"),
+    _cell("label", "string", "the quantization in short"),
+    _cell("bits_per_param", "float64", "stored bits of the quantized weights, all overhead counted", "bit/weight"),
+    _cell("bits_per_param_nominal", "float64", "k + 16/B + p(16 - k), the paper's count", "bit/weight"),
+    _cell("total_bits", "float64", "whole model as stored, everything not quantized at 16 bits", "bit"),
+    _cell("total_bits_nominal", "float64", "whole model by the nominal count", "bit"),
+    _cell("codebook_hash", "string", "SHA-256 of the codebooks used"),
+    # The evaluation
+    _c("eval", "string", "name of the evaluation"),
+    _c("eval_kind", "string", "perplexity or task"),
+    _c("eval_version", "string", "version of the task or of the text's preparation"),
+    _c("num_fewshot", "int64", "examples in the prompt", "count"),
+    _c("window", "int64", "window of perplexity", "tokens"),
+    _c("limit", "int64", "first documents of a task, or tokens of a text; null is all", "documents or tokens"),
+    _c("dataset", "string", "hub:ID@COMMIT or sha256:HASH"),
+    _c("dataset_hash", "string", "SHA-256 of what was evaluated"),
+    _c("compute_dtype", "string", "dtype of the arithmetic"),
+    # The result
+    _c("metrics", "map<string,float64>", "values by metric (loss: nats a token; acc: fraction); NaN and inf are kept"),
+    _c("stderr", "map<string,float64>", "standard errors by metric"),
+    _c("n_samples", "int64", "documents or windows", "count"),
+    _c("n_tokens", "int64", "tokens that went through the model", "tokens"),
+    _c("samples", "samples", "outcome of every sample: packed bits, float32 or int32, by name"),
+    _c("error_type", "string", "exception of a failed measurement"),
+    _c("error", "string", "its traceback"),
+    # Provenance
+    _c("seconds", "float64", "evaluating", "s"),
+    _c("quantize_seconds", "float64", "quantizing the model, shared by the cell's evaluations", "s"),
+    _c("load_seconds", "float64", "loading the model, shared by the pack", "s"),
+    _c("peak_memory_bytes", "int64", "peak of the device, or of the process on a CPU", "byte"),
+    _c("started", "timestamp", "start", "UTC"),
+    _c("finished", "timestamp", "end", "UTC"),
+    _c("commit", "string", "git commit of the project, or its version where it is installed"),
+    _c("dirty", "bool", "the checkout had changes"),
+    _c("versions", "string", "JSON of package versions"),
+    _c("device", "string", "GPU or CPU"),
+    _c("gpus", "int64", "GPUs the model was spread over; 0 on a CPU; null in rows of version 1", "count"),
+    _c("kernel", "string", "implementation of the quantizer: torch or triton; both give the same codes"),
+    _c("seed", "int64", "seed of torch's generator"),
+    _c("batch_tokens", "int64", "tokens in a batch, after any halving for want of memory", "tokens"),
+    _c("oom_rung", "int64", "step of the out-of-memory ladder: each doubles a job's memory or GPUs", "steps"),
+    _c("launch", "string", "launch that planned it"),
+    _c("pack", "string", "pack it ran in"),
+    _c("job", "string", "scheduler's job, or the worker"),
+    _c("host", "string", "machine"),
+)
+
+CELL_COLUMNS: Final = tuple(c.name for c in COLUMNS if c.of_cell)
+
+
+def arrow_schema() -> pa.Schema:
+    """The parquet schema of a part."""
+    import pyarrow as pa
+
+    types = {
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "float64": pa.float64(),
+        "bool": pa.bool_(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+        "map<string,float64>": pa.map_(pa.string(), pa.float64()),
+        "samples": pa.list_(
+            pa.struct([("name", pa.string()), ("dtype", pa.string()), ("count", pa.int64()), ("data", pa.binary())])
+        ),
+    }
+    fields = [pa.field(c.name, types[c.type], metadata={"unit": c.unit, "doc": c.doc}) for c in COLUMNS]
+    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+def markdown() -> str:
+    """The columns as a Markdown table."""
+    rows = [f"| `{c.name}` | {c.type} | {c.unit} | {c.doc} |" for c in COLUMNS]
+    return "\n".join(["| column | type | unit | what it is |", "| --- | --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    print(markdown())

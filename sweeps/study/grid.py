@@ -1,0 +1,203 @@
+"""From a sweep's blocks to its cells: a sweep is a union of products, and what is left out keeps its reason.
+
+A block is a mapping of axes: a list is an axis of the product, a scalar a constant, ``linked`` zips several into one.
+A value that no combination of its block allows is a mistake and refused; a combination that can't exist among others
+that do (exponent_bits=3 at bits=3) is excluded, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any, Final
+
+from kbit.spec import EXPONENT_RULES, QuantSpec, SpecError
+from sweeps.errors import UserError, did_you_mean
+from sweeps.study.cell import AXES, Cell, ModelRef
+
+METHODS: Final = ("baseline", "blockwise")
+LATER_METHODS: Final = {
+    "gptq": "GPTQ needs calibration data and its own solver, which this version does not have",
+    "llm_int8": "LLM.int8() is not in this version",
+    "ggml": "the GGML formats are not in this version",
+    "mixed": "mixed precision across layers is not in this version",
+}
+QUANT_AXES: Final = ("method", *(f.name for f in fields(QuantSpec)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excluded:
+    """A combination that is not run, and why."""
+
+    axes: Mapping[str, Any]
+    reason: str
+
+
+def excluded_counts(excluded: Iterable[Excluded]) -> dict[str, int]:
+    """How many combinations each reason left out, the most frequent first."""
+    return dict(Counter(e.reason for e in excluded).most_common())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The cells of a sweep, each once, in the order of its models and blocks; and what was left out."""
+
+    cells: tuple[Cell, ...]
+    excluded: tuple[Excluded, ...]
+    duplicates: int = 0
+
+    def excluded_counts(self) -> dict[str, int]:
+        return excluded_counts(self.excluded)
+
+
+def expand(
+    blocks: Sequence[Mapping[str, Any]], models: Sequence[ModelRef], exclude: Sequence[Mapping[str, Any]] = ()
+) -> Grid:
+    """All cells of ``models`` x the union of ``blocks``, minus ``exclude``.
+
+    Raises:
+        UserError: an unknown axis, or a rule that can't be read.
+        SpecError: a value that is not allowed.
+    """
+    rules = [_rule(rule, number) for number, rule in enumerate(exclude)]
+    specs: list[QuantSpec] = []
+    invalid: list[Excluded] = []
+    for number, block in enumerate(blocks):
+        block_specs, block_invalid = _expand_block(block, f"sweep.quant.{number}")
+        specs += block_specs
+        invalid += block_invalid
+    unique = list(dict.fromkeys(specs))
+    cells: list[Cell] = []
+    excluded = [
+        Excluded(axes={"family": m.family, "model": m.label, **e.axes}, reason=e.reason)
+        for m in models
+        for e in invalid
+    ]
+    for model in models:
+        for spec in unique:
+            cell = Cell(model=model, quant=spec)
+            reason = next((why for when, why in rules if matches(cell.axes(), when)), None)
+            if reason is None:
+                cells.append(cell)
+            else:
+                excluded.append(Excluded(axes=cell.axes(), reason=reason))
+    distinct = {cell.key: cell for cell in cells}
+    duplicates = (len(specs) - len(unique)) * len(models) + len(cells) - len(distinct)
+    return Grid(cells=tuple(distinct.values()), excluded=tuple(excluded), duplicates=duplicates)
+
+
+def matches(axes: Mapping[str, Any], when: Mapping[str, Any]) -> bool:
+    """Whether every axis named in ``when`` has its value (or one of its list of values)."""
+    return all(
+        any(_same(axes.get(name), v) for v in (value if isinstance(value, list | tuple) else [value]))
+        for name, value in when.items()
+    )
+
+
+def _same(axis: object, value: object) -> bool:
+    """Equal, whether the value was written as a number or quoted; true is not 1."""
+    return isinstance(axis, bool) == isinstance(value, bool) and (axis == value or str(axis) == str(value))
+
+
+def check_axes(names: Iterable[str], key: str) -> None:
+    """Refuse names that are no axis."""
+    for name in names:
+        if name not in AXES:
+            raise UserError(f"{key}: {name!r} is not an axis;{did_you_mean(name, AXES)} Axes: {', '.join(AXES)}")
+
+
+def _rule(rule: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str]:
+    when, reason = rule.get("when"), rule.get("reason")
+    key = f"sweep.exclude.{number}"
+    if not isinstance(when, Mapping) or not when or not reason:
+        raise UserError(f"{key}={dict(rule)!r} is not valid: needs `when: {{axis: value}}` and `reason: text`")
+    check_axes(when, f"{key}.when")
+    return when, str(reason)
+
+
+def _expand_block(block: Mapping[str, Any], where: str) -> tuple[list[QuantSpec], list[Excluded]]:
+    specs: list[QuantSpec] = []
+    invalid: list[Excluded] = []
+    failed: dict[tuple[str, str], SpecError] = {}
+    fine: set[tuple[str, str]] = set()
+    for combination in _combinations(block, where):
+        method = combination.pop("method", None)
+        if method in LATER_METHODS:
+            axes = {"method": method, **combination}
+            invalid.append(Excluded(axes=axes, reason=f"method={method}: {LATER_METHODS[method]}"))
+            continue
+        try:
+            spec = _spec(method, combination)
+        except SpecError as error:
+            failed[_value_id(error.key, combination.get(error.key))] = error
+            reason = f"{error.key}={error.value} can't be combined with bits={combination.get('bits')}"
+            invalid.append(Excluded(axes=combination, reason=reason))
+        else:
+            specs.append(spec)
+            # An axis that was normalised away (exponent_bits of an int) says nothing of its value.
+            matters = spec.canonical()
+            fine.update(_value_id(axis, value) for axis, value in combination.items() if axis in matters)
+    for value_id, mistake in failed.items():
+        if value_id not in fine:
+            raise SpecError(f"{where}.{mistake.key}", mistake.value, mistake.allowed) from mistake
+    return specs, invalid
+
+
+def _spec(method: object, combination: dict[str, Any]) -> QuantSpec:
+    if method is not None and method not in METHODS:
+        raise SpecError("method", method, "one of " + ", ".join((*METHODS, *LATER_METHODS)))
+    if method == "baseline":
+        combination.setdefault("bits", 16)
+    if "bits" not in combination:
+        raise SpecError("bits", None, "must be given")
+    spec = QuantSpec(**combination)
+    if method is not None and spec.method != method:
+        raise SpecError("method", method, f"bits={spec.bits} is method {spec.method}")
+    return spec
+
+
+def _combinations(block: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """Every combination of a block's axes, the last named varying fastest."""
+    axes: list[list[dict[str, Any]]] = []
+    for name, value in block.items():
+        if name == "linked":
+            axes.append(_linked(value, where))
+            continue
+        if name not in QUANT_AXES:
+            raise UserError(
+                f"{where}.{name}={value!r}: {name!r} is not an axis.{did_you_mean(name, QUANT_AXES)} "
+                f"Axes: {', '.join(QUANT_AXES)}, and linked"
+            )
+        values = value if isinstance(value, list | tuple) else [value]
+        if not values:
+            raise UserError(f"{where}.{name}=[] is not valid: an axis needs at least one value")
+        axes.append([{name: v} for v in values])
+    for parts in product(*axes):
+        combination: dict[str, Any] = {}
+        for part in parts:
+            twice = combination.keys() & part.keys()
+            if twice:
+                raise UserError(f"{where}: {', '.join(sorted(twice))} is given both alone and in `linked`: keep one")
+            combination |= part
+        yield combination
+
+
+def _linked(value: object, where: str) -> list[dict[str, Any]]:
+    usage = "lists of equal length by axis, e.g. {bits: [3, 4], exponent_bits: [2, 3]}"
+    if not isinstance(value, Mapping) or not value or not all(isinstance(v, list | tuple) for v in value.values()):
+        raise UserError(f"{where}.linked={value!r} is not valid: give {usage}")
+    lengths = {len(v) for v in value.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        sizes = ", ".join(f"{k} has {len(v)}" for k, v in value.items())
+        raise UserError(f"{where}.linked is not valid ({sizes}): give {usage}")
+    for name in value:
+        if name not in QUANT_AXES:
+            raise UserError(f"{where}.linked.{name}: not an axis.{did_you_mean(name, QUANT_AXES)} Axes: {QUANT_AXES}")
+    return [dict(zip(value, values, strict=True)) for values in zip(*value.values(), strict=True)]
+
+
+def _value_id(axis: str, value: object) -> tuple[str, str]:
+    # Rules such as 'paper' are right at every width, so only numbers can clash; repr tells 1 from True and '1'.
+    return axis, repr(value) if value not in EXPONENT_RULES else "rule"

@@ -1,0 +1,299 @@
+"""What a model or dataset *is*, found without torch: a hub id's commit, a local directory's contents. Fetches both.
+
+Commits and hashes are resolved once, at launch, and frozen in the study's manifest. Nothing
+here guesses one: what can't be resolved is a ``HubError`` that says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Final
+
+from kbit.models.checkpoint import (
+    CheckpointError,
+    count_parameters,
+    extra_files,
+    model_files,
+    read_config,
+    weight_files,
+)
+from sweeps.errors import UserError
+from sweeps.study.hashes import Progress, file_hash
+
+__all__ = [
+    "HubDataset",
+    "HubError",
+    "LocalModel",
+    "cached_snapshot",
+    "check_jsonl",
+    "fetch",
+    "file_hash",
+    "local_model",
+    "resolve_commit",
+]
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT: Final = 10.0
+"""Seconds to wait for the hub to answer."""
+_FAMILY_AND_SIZE: Final = re.compile(
+    r"(?P<family>[a-z].*)-(xs|s|m|l|xl|xxl|small|medium|large|\d+(\.\d+)?[mbt]\d*)", re.IGNORECASE
+)
+_asked: Final[dict[tuple[str, str, str], str]] = {}
+"""Branch or tag by (type, id, commit) that the hub resolved in this process: a fetch of the commit is one of it."""
+
+
+class HubError(UserError):
+    """A model or dataset that can't be identified, found or fetched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalModel:
+    """A Hugging Face directory on this machine.
+
+    Attributes:
+        path: its absolute path.
+        name: the directory's name.
+        family: 'opt' of a directory named 'opt-125m'; of one named otherwise, the architecture (config.json's
+            model_type).
+        params: parameters, shared ones once; None for torch's ``.bin`` files, which can't be counted without torch.
+        content_hash: SHA-256 of the names and hashes of weights, config.json, tokenizer files and Python files.
+    """
+
+    path: Path
+    name: str
+    family: str
+    params: int | None
+    content_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset:
+    """A dataset to fetch, as ``datasets.load_dataset`` takes it.
+
+    Attributes:
+        id, revision: of the repository.
+        config: its configuration (``name`` of load_dataset).
+        kwargs: further arguments of load_dataset, as a task's ``dataset_kwargs`` has them.
+    """
+
+    id: str
+    revision: str = "main"
+    config: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve_commit(repo_id: str, revision: str = "main", repo_type: str = "model") -> str:
+    """The commit (40 hexadecimal digits) that a branch or tag stands for: asked of the hub, or where that can't be
+    reached, read from what was last fetched to the local cache. A commit is its own answer.
+
+    Raises:
+        HubError: no such repository or revision, no access to it, or no network and nothing cached.
+    """
+    from huggingface_hub import HfApi, errors
+
+    if _COMMIT.fullmatch(revision):
+        return revision
+    why = _unreachable()
+    if why is None:
+        try:
+            info = HfApi().repo_info(repo_id, revision=revision, repo_type=repo_type, timeout=_TIMEOUT)
+        except errors.RepositoryNotFoundError as error:
+            access = "or it is private: log in with `hf auth login`"
+            raise HubError(f"{repo_type} {repo_id}@{revision}: the hub has no such {repo_type}, {access}") from error
+        except errors.RevisionNotFoundError as error:
+            raise HubError(
+                f"{repo_type} {repo_id}@{revision}: it has no such revision (branch, tag, commit)"
+            ) from error
+        except errors.HFValidationError as error:
+            raise HubError(f"{repo_type} {repo_id!r} is not valid: {_brief(error)}") from error
+        except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's base class
+            why = _brief(error)
+        else:
+            _asked[repo_type, repo_id, str(info.sha)] = revision
+            return str(info.sha)
+    commit = _cached_ref(repo_id, revision, repo_type)
+    if commit is None:
+        raise HubError(
+            f"{repo_type} {repo_id}@{revision} can't be resolved to a commit: {why}, and it is not in the local cache. "
+            f"Run with mode=fetch where there is a network, or give local copies with "
+            f"{'path=DIR' if repo_type == 'model' else 'eval.data_dir=DIR'}"
+        )
+    return commit
+
+
+def cached_snapshot(repo_id: str, commit: str, repo_type: str = "model") -> Path | None:
+    """The local cache's directory of a repository at a commit, or None. A model's has all its weights."""
+    directory = _repo_dir(repo_id, repo_type) / "snapshots" / commit
+    if not directory.is_dir():
+        return None
+    if repo_type == "model":
+        try:
+            model_files(directory)
+        except CheckpointError:
+            return None
+    return directory
+
+
+def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalModel:
+    """Identify a local model directory by its contents.
+
+    Args:
+        path: a directory as ``save_pretrained`` writes it.
+        progress: called while large files are hashed (the first time; their hashes are remembered).
+
+    Raises:
+        HubError: no such directory, no config.json, no weights or weights that can't be used.
+    """
+    directory = Path(path).expanduser().absolute()
+    if not directory.is_dir():
+        raise HubError(
+            f"path={str(path)!r} is not a directory: a local model is a Hugging Face directory with config.json"
+        )
+    try:
+        files = model_files(directory)
+        weights = [directory / n for n in files if n.endswith(".safetensors")]
+        params = count_parameters(weights) if weights else None
+        hashes = {n: file_hash(directory / n, progress=progress) for n in files}
+    except (CheckpointError, OSError) as error:
+        raise HubError(f"path={str(path)!r} is not a usable model: {error}") from error
+    digest = hashlib.sha256("".join(f"{n}\0{hashes[n]}\n" for n in sorted(hashes)).encode()).hexdigest()
+    name = directory.resolve().name
+    match = _FAMILY_AND_SIZE.fullmatch(name)
+    family = match["family"].lower() if match else read_config(directory)["model_type"]
+    return LocalModel(path=directory, name=name, family=family, params=params, content_hash=digest)
+
+
+def check_jsonl(path: Path, fields: Iterable[str]) -> None:
+    """Check that the first lines of a JSONL file are objects with ``fields``. Other kinds of files pass.
+
+    Raises:
+        HubError: the file can't be read, is empty, or has a line that does not fit; names line and field.
+    """
+    if path.suffix not in (".jsonl", ".json"):
+        return
+    checked = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    _check_line(line, f"{path}, line {number}", fields)
+                    checked += 1
+    except (OSError, UnicodeDecodeError) as error:
+        raise HubError(f"{path} can't be read: {error}") from error
+    if not checked:
+        raise HubError(f"{path} is empty: expected one JSON object a line with {', '.join(fields)}")
+
+
+def fetch(
+    models: Iterable[tuple[str, str]], datasets: Iterable[HubDataset] = (), *, report: Callable[[str], None] = print
+) -> None:
+    """Download models (pairs of hub id and revision) and datasets into the local caches, so that jobs can run offline.
+
+    Later launches without a network resolve the branch to what was fetched. A revision may be a commit that
+    ``resolve_commit`` gave. What can't be had does not stop the rest; it is named at the end.
+
+    Args:
+        report: called with a line on each model or dataset when it is there.
+
+    Raises:
+        HubError: something could not be fetched.
+    """
+    from huggingface_hub import errors
+
+    failures: list[str] = []
+    jobs: list[tuple[str, Callable[[], Path]]] = []
+    jobs += [(repo_id, partial(_fetch_model, repo_id, revision)) for repo_id, revision in models]
+    jobs += [(dataset.id, partial(_fetch_dataset, dataset)) for dataset in datasets]
+    for name, job in jobs:
+        try:
+            report(f"{name}: {job()}")
+        except (UserError, CheckpointError, errors.HTTPError, ValueError, OSError) as error:  # type: ignore[attr-defined]
+            failures.append(f"{name}: {_brief(error)}")
+            report(f"{name}: failed")
+    if failures:
+        raise HubError(f"{len(failures)} of {len(jobs)} could not be fetched:\n  " + "\n  ".join(failures))
+
+
+def _fetch_model(repo_id: str, revision: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    commit = resolve_commit(repo_id, revision)
+    names = [n for n in HfApi().list_repo_files(repo_id, revision=commit) if "/" not in n]
+
+    def read_json(name: str) -> Any:
+        return json.loads(Path(hf_hub_download(repo_id, name, revision=commit)).read_bytes())
+
+    wanted = [*weight_files(names, read_json), "config.json", *extra_files(names)]
+    path = Path(snapshot_download(repo_id, revision=commit, allow_patterns=wanted))
+    _remember_ref(repo_id, revision, "model", commit)
+    return path
+
+
+def _fetch_dataset(dataset: HubDataset) -> Path:
+    commit = resolve_commit(dataset.id, dataset.revision, repo_type="dataset")
+    import datasets
+
+    kwargs = {k: v for k, v in dataset.kwargs.items() if k != "revision"}
+    loaded = datasets.load_dataset(dataset.id, dataset.config, revision=commit, **kwargs)
+    path = Path(next(iter(loaded.cache_files.values()))[0]["filename"]).parent
+    _remember_ref(dataset.id, dataset.revision, "dataset", commit)
+    return path
+
+
+@cache
+def _unreachable() -> str | None:
+    """Why the hub can't be asked, or None. Found out once a process: with no network every question waits in vain."""
+    from huggingface_hub import constants, errors, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        return f"{constants.ENDPOINT} can't be reached ({_brief(error)})"
+    return None
+
+
+def _repo_dir(repo_id: str, repo_type: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo_id.replace('/', '--')}"
+
+
+def _cached_ref(repo_id: str, revision: str, repo_type: str) -> str | None:
+    try:
+        commit = (_repo_dir(repo_id, repo_type) / "refs" / revision).read_text().strip()
+    except OSError:
+        return None
+    return commit if _COMMIT.fullmatch(commit) else None
+
+
+def _remember_ref(repo_id: str, revision: str, repo_type: str, commit: str) -> None:
+    # A download by commit leaves no trace of the branch's name, which a launch without a network will ask for.
+    name = _asked.get((repo_type, repo_id, commit), revision)
+    if not _COMMIT.fullmatch(name):
+        ref = _repo_dir(repo_id, repo_type) / "refs" / name
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+
+def _check_line(line: str, where: str, fields: Iterable[str]) -> None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise HubError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise HubError(f"{where}: expected an object, not a {type(row).__name__}")
+    missing = [f for f in fields if f not in row]
+    if missing:
+        raise HubError(f"{where}: no field {', '.join(map(repr, missing))}; it has: {', '.join(row) or 'none'}")
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

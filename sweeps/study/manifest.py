@@ -1,0 +1,100 @@
+"""What a study planned, frozen at launch: its cells, evaluations, exclusions and resolved configuration.
+
+A manifest is named by its content, so launching the same study again adds no file, and what runs can't change with the
+configuration files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.files import read_json, write_atomically
+from sweeps.study.cell import (
+    Cell,
+    Measurement,
+    ModelRef,
+    canonical_json,
+    eval_to_dict,
+    model_to_dict,
+    quant_from_canonical,
+)
+from sweeps.study.grid import Excluded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One study as it was planned."""
+
+    sweep: str
+    cells: tuple[Cell, ...]
+    evals: tuple[EvalSpec, ...]
+    excluded: tuple[Excluded, ...]
+    config: Mapping[str, Any]
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Every measurement, cell by cell."""
+        for cell in self.cells:
+            for spec in self.evals:
+                yield Measurement(cell=cell, eval=spec)
+
+    @cached_property
+    def _data(self) -> bytes:
+        return canonical_json(self._as_dict()).encode()
+
+    @property
+    def name(self) -> str:
+        """The study's name and the hash of its content."""
+        return f"{self.sweep}-{hashlib.sha256(self._data).hexdigest()[:16]}"
+
+    def save(self, out: Path) -> str:
+        """Write it under its content's name and return that name."""
+        path = _directory(out) / f"{self.name}.json"
+        if path.exists():
+            # The newest launch decides which settings of an evaluation count where studies differ.
+            os.utime(path)
+        else:
+            write_atomically(path, self._data)
+        return self.name
+
+    def _as_dict(self) -> dict[str, Any]:
+        models = list(dict.fromkeys(c.model for c in self.cells))
+        index = {model: i for i, model in enumerate(models)}
+        return {
+            "sweep": self.sweep,
+            "models": [model_to_dict(m) for m in models],
+            "cells": [[index[c.model], c.quant.canonical()] for c in self.cells],
+            "evals": [eval_to_dict(e) for e in self.evals],
+            "excluded": [{"axes": dict(e.axes), "reason": e.reason} for e in self.excluded],
+            "config": dict(self.config),
+        }
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read a manifest back."""
+    data = read_json(path)
+    models = [ModelRef(**m) for m in data["models"]]
+    return Manifest(
+        sweep=data["sweep"],
+        cells=tuple(Cell(model=models[i], quant=quant_from_canonical(q)) for i, q in data["cells"]),
+        evals=tuple(EvalSpec(**e) for e in data["evals"]),
+        excluded=tuple(Excluded(**e) for e in data["excluded"]),
+        config=data["config"],
+    )
+
+
+def load_manifests(out: Path, sweep: str | None = None) -> list[Manifest]:
+    """All manifests of a results directory, or one study's, oldest first."""
+    paths = sorted(_directory(out).glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    manifests = [load_manifest(p) for p in paths if not p.name.startswith(".")]
+    return [m for m in manifests if sweep in (None, m.sweep)]
+
+
+def _directory(out: Path) -> Path:
+    return out / "manifests"

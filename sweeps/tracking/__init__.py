@@ -1,0 +1,1 @@
+"""MIRROR: W&B, which can always be rebuilt from the store."""

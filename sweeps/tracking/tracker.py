@@ -1,0 +1,225 @@
+"""The W&B mirror of a study: calls return at once, whatever W&B does. Never imports wandb (``sweeps.tracking.mirror``
+does).
+
+The store is the truth and W&B mirrors it: what an outage, a wrong key or a kill kept from W&B, ``sync`` adds later.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from kbit.spec import SpecError
+from sweeps.tracking.mirror import AXES, IDENTITY
+from sweeps.tracking.process import MirrorProcess
+
+Mode = Literal["online", "offline", "disabled"]
+CLOSE_SECONDS: Final = 15.0
+STALL_SECONDS: Final = 180.0
+"""A sync that hears nothing for so long gives up: the server went away in the middle."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where and how a study is mirrored (conf/tracking).
+
+    Attributes:
+        mode: 'online'; 'offline' writes runs under ``dir``, for `wandb sync` or mode=sync; 'disabled'.
+        project: W&B's project.
+        entity: W&B's user or team; None is the key's default.
+        base_url: the server; None is wandb's own default (WANDB_BASE_URL, its settings file, the public server).
+        dir: for wandb's files and the mirror's log; None is ./wandb.
+
+    Raises:
+        SpecError: the mode doesn't exist, or the project has no name.
+    """
+
+    mode: str = "disabled"
+    project: str = "kbit-sweep"
+    entity: str | None = None
+    base_url: str | None = None
+    dir: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise SpecError("tracking.mode", self.mode, "one of " + ", ".join(get_args(Mode)))
+        if not self.project:
+            raise SpecError("tracking.project", self.project, "the name of a W&B project")
+
+    def _message(self) -> dict[str, Any]:
+        return {**asdict(self), "dir": str(Path(self.dir or "wandb").absolute())}
+
+    def _how_to_log_in(self) -> str:
+        host = f" --host {self.base_url}" if self.base_url else ""
+        return f"set WANDB_API_KEY or run `wandb login{host}`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedPack:
+    """A pack and its rows from the store; id, sweep, name and config as given to ``Tracker.start_pack``."""
+
+    id: str
+    sweep: str
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """What ``sync`` found and did.
+
+    Attributes:
+        packs, measurements: in the store.
+        whole: measurements that W&B now holds, as read back from it.
+        added: of these, the ones this sync added.
+        error: why W&B isn't whole, and what to do; None when it is.
+    """
+
+    packs: int
+    measurements: int
+    whole: int
+    added: int
+    error: str | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"W&B holds {self.whole} of {self.measurements} measurements in {self.packs} packs, {self.added} added now"
+        )
+        return f"{text}; {self.error}" if self.error else text
+
+
+class Tracker:
+    """Mirrors packs, several at a time, as their measurements finish.
+
+    No call raises, asks for a login, or waits for W&B; only ``close`` waits, for a bounded time.
+
+    Args:
+        warn: called from a thread with a sentence when W&B can't be used; the default logs a warning.
+    """
+
+    def __init__(self, config: TrackingConfig, *, warn: Callable[[str], None] = _log.warning) -> None:
+        self._config, self._warn = config, warn
+        self._logged: dict[str, set[str]] = {}
+        self._mirrored: dict[str, int] = {}
+        self._reason: str | None = None
+        enabled = config.mode != "disabled"
+        self._process = MirrorProcess(config._message(), self._on_event) if enabled else None
+
+    def start_pack(self, pack_id: str, *, sweep: str, name: str, config: Mapping[str, Any]) -> None:
+        """Open the W&B run with the pack's id, resuming it if it exists."""
+        if self._process:
+            self._process.send(_start(pack_id, sweep, name, config, whole=False))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Mirror one measurement, as the store's row has it, of a pack (row['pack']) that was started."""
+        if self._process:
+            self._logged.setdefault(row["pack"], set()).add(row["measurement"])
+            self._process.send({"op": "log", "pack": row["pack"], "row": _mirrored_part(row)})
+
+    def finish_pack(self, pack_id: str) -> None:
+        """No more measurements of this pack will come."""
+        if self._process:
+            self._process.send({"op": "finish", "pack": pack_id})
+
+    def close(self, timeout: float = CLOSE_SECONDS) -> str | None:
+        """Finish all runs, for `timeout` seconds at most; a sentence for the user if W&B may not hold everything."""
+        if not self._process:
+            return None
+        if not self._process.close(timeout):
+            self._reason = self._reason or f"W&B didn't take them within {timeout:g} s"
+        lost = sum(max(0, len(keys) - self._mirrored.get(pack, 0)) for pack, keys in self._logged.items())
+        if not lost:
+            return None
+        total = sum(map(len, self._logged.values()))
+        why = self._reason or f"see {self._process.log_file}"
+        return (
+            f"W&B: {lost} of {total} measurements not known to be mirrored ({why}); run the same command with mode=sync"
+        )
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "finished":
+            self._mirrored[event["pack"]] = self._mirrored.get(event["pack"], 0) + event["mirrored"]
+            return
+        first, self._reason = self._reason is None, event["reason"]
+        if event["event"] == "fatal":
+            what = f"the study goes on untracked; {self._config._how_to_log_in()}, later mode=sync"
+            self._warn(f"W&B: {event['reason']}: {what}")
+        elif first:
+            self._warn(f"W&B: {event['reason']}: the study goes on; mode=sync adds what W&B misses")
+
+
+def sync(
+    packs: Iterable[TrackedPack], config: TrackingConfig, *, progress: Callable[[int, int], None] | None = None
+) -> SyncReport:
+    """Make W&B whole from the store: every measurement is once in its pack's run. Runs that are whole are left alone.
+
+    A run's history can't be taken back: rows that the store retired since stay in it, while the run's counts and table
+    become the store's. Not for packs that are running: this would add what their own mirror is about to add.
+
+    Args:
+        packs: every pack of the store, with all its rows.
+        config: its mode is not looked at, a sync is online.
+        progress: called with (packs done, packs) after each.
+    """
+    todo = list(packs)
+    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    process = MirrorProcess(replace(config, mode="online")._message(), events.put)
+    whole = added = 0
+    error: str | None = None
+    for done, pack in enumerate(todo, 1):
+        process.send(_start(pack.id, pack.sweep, pack.name, pack.config, whole=True))
+        for row in pack.rows:
+            process.send({"op": "log", "pack": pack.id, "row": _mirrored_part(row)})
+        process.send({"op": "finish", "pack": pack.id})
+        event = _next(events)
+        if event["event"] != "finished":
+            remedy = config._how_to_log_in() if event["event"] == "fatal" else "when the server is back"
+            error = f"{event['reason']}: {remedy}, run mode=sync again"
+            break
+        whole += event["mirrored"]
+        added += event["added"]
+        if event["mirrored"] < len(pack.rows):
+            error = "the server didn't confirm all of them: run mode=sync again"
+        if progress:
+            progress(done, len(todo))
+    process.close(CLOSE_SECONDS if error is None else 0)
+    measurements = sum(len(pack.rows) for pack in todo)
+    return SyncReport(packs=len(todo), measurements=measurements, whole=whole, added=added, error=error)
+
+
+def _next(events: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return events.get(timeout=STALL_SECONDS)
+    except queue.Empty:
+        return {"event": "trouble", "reason": f"no answer for {STALL_SECONDS:g} s"}
+
+
+def _start(pack: str, sweep: str, name: str, config: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+    return {"op": "start", "pack": pack, "sweep": sweep, "name": name, "config": _plain(config), "whole": whole}
+
+
+def _mirrored_part(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What W&B gets of a row: no samples, tracebacks or machine names."""
+    part = {k: _plain(row.get(k)) for k in (*IDENTITY, *AXES)}
+    part = {k: v for k, v in part.items() if v == v}  # pandas' other way to say that a value is missing
+    return part | {k: _plain(dict(row.get(k) or {})) for k in ("metrics", "stderr")}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a row or a configuration in JSON's types: scalars of numpy and pandas too, missing ones as None."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    return _plain(value.item()) if hasattr(value, "item") else str(value)

@@ -1,0 +1,1 @@
+"""COMPUTES: worker processes, warm models, the time budget, devices."""

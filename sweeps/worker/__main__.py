@@ -1,0 +1,101 @@
+"""``python -m sweeps.worker``: the process behind every executor.
+
+It reads packs as JSON lines from standard input, each with the time ``until`` when it must be done (epoch seconds, or
+null), reports what happens as JSON lines on the descriptor named by ``--events``, and writes results itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sweeps.plan.packs import Pack
+from sweeps.provenance import PROJECT, package_versions
+from sweeps.store.parts import Store
+from sweeps.worker.worker import Stop, Worker
+
+PR_SET_PDEATHSIG: Final = 1
+
+
+def main() -> None:
+    """The executors' worker process: runs packs from standard input until it ends."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--events", type=int, required=True, help="file descriptor for events")
+    parser.add_argument("--settings", required=True, help="JSON: out, device, gpus, batch_tokens, threads, ...")
+    args = parser.parse_args()
+    settings = json.loads(args.settings)
+    stop = Stop()
+    _handle_signals(stop, ignore_sigterm=settings.get("ignore_sigterm", False))
+    events = os.fdopen(args.events, "w", buffering=1)
+    parent = os.getppid()
+    _die_with_launcher()
+
+    def emit(event: Mapping[str, Any]) -> None:
+        if os.getppid() != parent:
+            sys.exit("the launcher is gone: stopping")
+        events.write(json.dumps(event, default=str) + "\n")
+
+    # Parquet too: a failure for want of memory is recorded without loading libraries.
+    import pyarrow.parquet  # noqa: F401
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(settings["threads"])
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    here = {"job": f"local/{os.getpid()}", "host": socket.gethostname()}
+    worker = Worker(
+        store=Store(out=Path(settings["out"])),
+        device=settings["device"],
+        batch_tokens=settings["batch_tokens"],
+        # The launch's machine may have other packages than this one.
+        provenance={**here, **settings["provenance"], "versions": _versions(settings["provenance"])},
+        emit=emit,
+        gpus=settings.get("gpus", 1),
+        trust_remote_code=settings["trust_remote_code"],
+        load_again=settings.get("load_again", False),
+        stop=stop,
+    )
+    for pack, until in _read_packs():
+        worker.run_pack(pack, until=until)
+
+
+def _read_packs() -> Iterator[tuple[Pack, float | None]]:
+    for line in sys.stdin:
+        data = json.loads(line)
+        yield Pack.from_dict(data), data.get("until")
+
+
+def _die_with_launcher() -> None:
+    """Have the kernel end this worker when its launcher dies, so that a new launch never measures beside it (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _handle_signals(stop: Stop, *, ignore_sigterm: bool) -> None:
+    """SIGUSR1 asks to stop; SIGTERM ends the process, and only the measurement in flight is lost, as parts are written
+    atomically. SLURM sends SIGUSR2, and SIGTERM, to every process of a job: there the launcher decides.
+    """
+    signal.signal(signal.SIGUSR1, stop.ask)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignore_sigterm else lambda *_: sys.exit(0))
+    # A launcher blocks them while it starts a worker, so that none comes before this and is fatal.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
+
+
+def _versions(launched: Mapping[str, Any]) -> str:
+    """Packages of this environment, but the project's own version as it was launched: a copy of its code has none."""
+    known = json.loads(launched["versions"]) if "versions" in launched else {}
+    return json.dumps({**json.loads(package_versions()), **{k: v for k, v in known.items() if k == PROJECT}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What a worker keeps warm: the model that was loaded last, and evaluations prepared for its tokenizer."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.study.cell import ModelRef
+
+if TYPE_CHECKING:
+    from kbit.evaluation.prepared import PreparedEval
+    from kbit.models.loading import LoadedModel
+
+
+@dataclass(kw_only=True)
+class Warm:
+    """One model at a time, on one device, and all evaluations that were asked for.
+
+    Attributes:
+        device, gpus, trust_remote_code: as in ``kbit.models.loading.load_model``.
+        holds: the model that is loaded, with its compute dtype.
+        load_seconds: what loading it took.
+        total_seconds: what loading took so far, failures too.
+    """
+
+    device: str
+    gpus: int
+    trust_remote_code: bool
+    holds: tuple[ModelRef, str] | None = None
+    load_seconds: float = 0.0
+    total_seconds: float = 0.0
+    _loaded: LoadedModel | None = None
+    _failed: tuple[tuple[ModelRef, str], Exception] | None = None
+    _prepared: dict[tuple[EvalSpec, str], PreparedEval] = field(default_factory=dict)
+
+    def load(self, model: ModelRef, dtype: str) -> LoadedModel:
+        """The model with this compute dtype.
+
+        Raises:
+            ValueError, HubError: a local model that has changed since the launch, or one that can't be loaded; the same
+                error each time.
+        """
+        wanted = (model, dtype)
+        if self._failed is not None and self._failed[0] == wanted:
+            # What can't be loaded fails all its cells at once; trying again for each may take hours.
+            raise self._failed[1]
+        if self._loaded is None or self.holds != wanted:
+            # The old model goes first: two at once may not fit.
+            self._loaded = self.holds = None
+            free_memory(self.device)
+            began = time.perf_counter()
+            try:
+                self._loaded = self._read(model, dtype)
+            except Exception as error:
+                self._failed = (wanted, error)
+                raise
+            finally:
+                self.load_seconds = time.perf_counter() - began
+                self.total_seconds += self.load_seconds
+            self.holds = wanted
+        return self._loaded
+
+    def _read(self, model: ModelRef, dtype: str) -> LoadedModel:
+        from kbit.models.loading import load_model
+
+        check_unchanged(model)
+        return load_model(
+            model.path or str(model.hub_id),
+            revision=model.commit,
+            device=self.device,
+            compute_dtype=dtype,
+            gpus=self.gpus,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def prepare(self, spec: EvalSpec, loaded: LoadedModel) -> PreparedEval:
+        """Requests and tokens, built once for all cells of models that share a tokenizer."""
+        from kbit.evaluation import prepare
+        from sweeps.study.snapshot import check_data
+
+        context, vocab_size = loaded.context, loaded.vocab_size
+        key = (spec, f"{loaded.tokenizer_hash}/{context}/{vocab_size}")
+        if key not in self._prepared:
+            check_data(spec)
+            self._prepared[key] = prepare(spec, loaded.tokenizer, context=context, vocab_size=vocab_size)
+        return self._prepared[key]
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the process can't use its GPU any more."""
+    from kbit.memory import is_out_of_memory
+
+    return "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def recover(error: Exception, device: str) -> None:
+    """Give back the memory that the frames of an exception, and of those before it, hold."""
+    if is_lost(error):
+        return
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    free_memory(device)
+
+
+def free_memory(device: str) -> None:
+    """Give what nothing refers to back to the device."""
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_unchanged(model: ModelRef) -> None:
+    """Refuse a local model that has changed since the launch: its numbers would go by another's name."""
+    if model.path is None:
+        return
+    from sweeps.study.hub import local_model
+
+    if local_model(Path(model.path)).content_hash != model.weights_hash:
+        raise ValueError(
+            f"{model.path} has changed since the study was launched: launch it again to measure what is there"
+        )

@@ -1,0 +1,375 @@
+"""The pool: worker processes on one machine; packs go to whoever is free. A launch has one, and so has a SLURM job.
+
+Its owner never computes. It feeds packs, watches, says what is being measured, and starts a worker anew that died. A
+measurement whose worker died twice is recorded as failed, so that one poison cell can't hold up a study.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from sweeps.plan.packs import OOM_ERROR, Pack
+from sweeps.provenance import ROOT
+from sweeps.results.table import measurement_row
+from sweeps.store.parts import Store
+from sweeps.study.cell import Measurement
+from sweeps.worker.cgroup import oom_kills
+from sweeps.worker.devices import Workers, gpus
+from sweeps.worker.worker import EXIT_IO, EXIT_LOAD, MIN_BATCH_TOKENS
+
+MOST_CRASHES: Final = 2
+BEAT_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 5.0
+LOG_TAIL: Final = 4000
+OOM_WORDS: Final = "was killed for want of memory"
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+class PoolError(Exception):
+    """Workers can't run at all; the message ends with what they last said."""
+
+
+class LoadError(PoolError):
+    """A worker that may leave it to another node could not load its first model; the message ends with its log."""
+
+
+class WriteError(OSError):
+    """Results can't be written; what a worker said of it."""
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """One worker's place: its process, and what it is doing."""
+
+    number: int
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    events: int | None = None
+    buffer: bytes = b""
+    pack: Pack | None = None
+    measuring: str | None = None
+    cell: str | None = None
+    measured: set[str] = field(default_factory=set)
+    said_anything: bool = False
+    told_to_stop: bool = False
+    oom_kills: int = 0
+
+
+@dataclass(kw_only=True)
+class WorkerPool:
+    """Runs packs in worker processes on this machine.
+
+    Attributes:
+        store: where results go.
+        workers: how many processes, on what, with how many threads.
+        settings: JSON values for every worker (batch_tokens, provenance, trust_remote_code, ...).
+        log: path of a worker's log, by its number.
+        on_event: told every worker's events, and {'event': 'crashed'} when one died.
+        beat: told what is being measured, now and then and when it changes.
+        until: epoch seconds; a cell that is predicted to end later is not begun.
+        pin: give each worker a GPU of its own; else each sees all.
+    """
+
+    store: Store
+    workers: Workers
+    settings: Mapping[str, Any]
+    log: Callable[[int], Path]
+    on_event: OnEvent
+    beat: Callable[[Sequence[str]], None]
+    until: float | None = None
+    pin: bool = True
+    _queue: deque[Pack] = field(default_factory=deque)
+    _crashes: Counter[str] = field(default_factory=Counter)
+    _silent_deaths: int = 0
+    _stop_by: float | None = None
+    _stopped: str | None = None
+    _smaller: dict[str, int] = field(default_factory=dict)
+
+    def run(self, packs: Sequence[Pack]) -> str:
+        """Run all packs.
+
+        Returns 'finished' when every measurement is recorded, 'walltime' when the next cell would end after ``until``,
+        'asked' when ``stop`` was called.
+
+        Raises:
+            PoolError: no worker can be started.
+            LoadError: with the setting load_again, a first model can't be loaded.
+            WriteError: results can't be written.
+            KeyboardInterrupt: the user stopped it; finished measurements are stored, workers are gone.
+        """
+        self._queue = deque(packs)
+        slots = [_Slot(number=i, log=self.log(i)) for i in range(min(self.workers.count, len(packs)))]
+        for slot in slots:
+            slot.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with selectors.DefaultSelector() as selector:
+                for slot in slots:
+                    self._start(slot, selector)
+                self._loop(slots, selector)
+        finally:
+            # Workers that leave SIGTERM to their owner have been given their time before.
+            patience = 1.0 if self.settings.get("ignore_sigterm") else STOP_SECONDS
+            _stop([s.process for s in slots if s.process is not None], patience)
+        return self._stopped or "finished"
+
+    def stop(self, seconds: float) -> None:
+        """Finish the measurements in flight, for so many seconds at most, and no more. For a signal handler."""
+        self._stopped = "asked"
+        self._stop_by = min(time.monotonic() + seconds, self._stop_by or float("inf"))
+
+    def _loop(self, slots: Sequence[_Slot], selector: selectors.BaseSelector) -> None:
+        beaten, told = 0.0, None
+        while self._queue or any(s.pack for s in slots):
+            if self._stopped is not None and not self._wind_down(slots):
+                return
+            for slot in slots:
+                if slot.pack is None and self._queue and self._stopped is None:
+                    self._feed(slot, selector)
+            for key, _ in selector.select(timeout=0.5):
+                self._receive(key.data, selector)
+            running = [s.measuring for s in slots if s.measuring]
+            if running != told or time.monotonic() - beaten > BEAT_SECONDS:
+                beaten, told = time.monotonic(), running
+                self._beat(running)
+
+    def _wind_down(self, slots: Sequence[_Slot]) -> bool:
+        """Once it is to stop: tell workers, once each; False when all have stopped or the time is up."""
+        for slot in slots:
+            if slot.pack is not None and not slot.told_to_stop and slot.process is not None:
+                slot.told_to_stop = True
+                slot.process.send_signal(signal.SIGUSR1)
+        if self._stop_by is not None and time.monotonic() > self._stop_by:
+            return False
+        return any(slot.pack is not None for slot in slots)
+
+    def _beat(self, running: Sequence[str]) -> None:
+        try:
+            self.beat(running)
+        except OSError as error:
+            # Workers find out for themselves whether results can be written; a missed beat is no reason to stop them.
+            log.warning("what is running can't be written down just now: %s", error)
+
+    def _start(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
+        read, write = os.pipe()
+        settings = {
+            **self.settings,
+            "out": str(self.store.out),
+            "device": self.workers.device,
+            "threads": self.workers.threads,
+            **self._smaller,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "sweeps.worker",
+            "--events",
+            str(write),
+            "--settings",
+            json.dumps(settings),
+        ]
+        with slot.log.open("ab") as log:
+            # A worker hears no signal before it is ready for them: SLURM sends them to every process of a job.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
+            try:
+                # A session of its own: Ctrl-C reaches the launcher alone, which then stops its workers in order.
+                slot.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[write],
+                    env=self._environment(slot.number),
+                    start_new_session=True,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(write)
+        slot.events, slot.buffer, slot.said_anything, slot.told_to_stop = read, b"", False, False
+        slot.oom_kills = oom_kills() or 0
+        selector.register(read, selectors.EVENT_READ, slot)
+
+    def _environment(self, number: int) -> dict[str, str]:
+        threads = str(self.workers.threads)
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if self.workers.device == "cuda" and self.pin:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus()[number]
+        return environment
+
+    def _feed(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
+        assert slot.process is not None
+        assert slot.process.stdin is not None
+        slot.pack, slot.measured, slot.measuring = self._queue.popleft(), set(), None
+        try:
+            message = {**slot.pack.to_dict(), "until": self.until}
+            slot.process.stdin.write(json.dumps(message).encode() + b"\n")
+            slot.process.stdin.flush()
+        except BrokenPipeError:
+            self._died(slot, selector)
+
+    def _receive(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
+        assert slot.events is not None
+        data = os.read(slot.events, 1 << 16)
+        if not data:
+            self._died(slot, selector)
+            return
+        *lines, slot.buffer = (slot.buffer + data).split(b"\n")
+        slot.said_anything, self._silent_deaths = True, 0
+        for line in lines:
+            self._take_in(slot, json.loads(line))
+
+    def _take_in(self, slot: _Slot, event: Mapping[str, Any]) -> None:
+        if event["event"] == "started":
+            slot.cell, slot.measuring = event["cell"], event["measurement"]
+        elif event["event"] == "measuring":
+            slot.measuring = event["measurement"]
+        elif event["event"] == "measured":
+            slot.measured.add(event["row"]["measurement"])
+            slot.measuring = None
+        elif event["event"] == "pack_done":
+            slot.pack = None
+        elif event["event"] == "stopped":
+            slot.pack = slot.measuring = None
+            # All workers share the clock: nobody else begins another pack either.
+            self._stopped = self._stopped or event["reason"]
+        self.on_event({**event, "worker": slot.number})
+
+    def _died(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
+        """Count the crash against what was in flight, put the rest of its pack back, start the worker anew."""
+        assert slot.process is not None
+        assert slot.events is not None
+        selector.unregister(slot.events)
+        os.close(slot.events)
+        code = slot.process.wait()
+        how = _exit_words(code)
+        tail = slot.log.read_text(errors="replace")[-LOG_TAIL:]
+        if code == EXIT_IO:
+            raise WriteError(f"results can't be written: {tail.strip().splitlines()[-1] if tail.strip() else how}")
+        if self._stopped is not None:
+            slot.pack = slot.measuring = slot.cell = None
+            return
+        if code == EXIT_LOAD:
+            raise LoadError(f"a model can't be loaded; {slot.log} ends with:\n{tail}")
+        if code == -signal.SIGKILL and (oom_kills() or 0) > slot.oom_kills:
+            how = OOM_WORDS
+        if not slot.said_anything:
+            self._silent_deaths += 1
+            if self._silent_deaths > MOST_CRASHES:
+                raise PoolError(f"workers {how} before doing anything; {slot.log} ends with:\n{tail}")
+        if slot.pack is not None:
+            self._put_back(slot, how, tail)
+        self.on_event({"event": "crashed", "worker": slot.number, "how": how, "log": str(slot.log)})
+        slot.pack = slot.measuring = slot.cell = None
+        self._start(slot, selector)
+
+    def _put_back(self, slot: _Slot, how: str, tail: str) -> None:
+        assert slot.pack is not None
+        # What was stored just before the end may not have been announced.
+        slot.measured |= self._stored(slot.pack)
+        left = [m for m in slot.pack.measurements() if m.key not in slot.measured]
+        suspect = next((m for m in left if m.key == slot.measuring), None) or next(
+            (m for m in left if m.cell.key == slot.cell), None
+        )
+        if suspect is not None:
+            self._crashes[suspect.key] += 1
+            if how == OOM_WORDS and self._halve_batch():
+                self._crashes[suspect.key] = 0
+            elif how == OOM_WORDS or self._crashes[suspect.key] >= MOST_CRASHES:
+                self._record_crash(slot.pack, suspect, how, tail, slot)
+                slot.measured.add(suspect.key)
+        rest = slot.pack.without(slot.measured)
+        if rest is not None:
+            self._queue.appendleft(rest)
+
+    def _stored(self, pack: Pack) -> set[str]:
+        """Measurements of a pack that are stored, and not to be done again."""
+        launch = self.settings["provenance"].get("launch")
+        rows = self.store.read_pack(pack.id, ["measurement", "status", "launch"])
+        # A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.
+        return {r["measurement"] for r in rows if r["status"] == "done" or r["launch"] == launch}
+
+    def _halve_batch(self) -> bool:
+        """Start workers with half the batch from now on; False when it is as small as it gets."""
+        batch = self._smaller.get("batch_tokens", self.settings["batch_tokens"])
+        if batch <= MIN_BATCH_TOKENS:
+            return False
+        self._smaller["batch_tokens"] = max(MIN_BATCH_TOKENS, batch // 2)
+        return True
+
+    def _record_crash(self, pack: Pack, measurement: Measurement, how: str, tail: str, slot: _Slot) -> None:
+        times = "" if how == OOM_WORDS else f" {MOST_CRASHES} times"
+        row = failed_row(
+            measurement,
+            pack,
+            self.settings["provenance"],
+            error_type=OOM_ERROR if how == OOM_WORDS else "WorkerDied",
+            error=f"the worker {how}{times} while measuring this; {slot.log} ends with:\n{tail}",
+        )
+        self.store.write(row)
+        told = {k: v for k, v in row.items() if k not in ("error", "versions")}
+        self.on_event({"event": "measured", "row": told, "worker": slot.number})
+
+
+def failed_row(
+    measurement: Measurement, pack: Pack, provenance: Mapping[str, Any], *, error_type: str, error: str
+) -> dict[str, Any]:
+    """The row of a measurement whose worker could not record it itself."""
+    now = datetime.now(UTC)
+    return {
+        **measurement_row(measurement),
+        **provenance,
+        "sweep": pack.sweep,
+        "pack": pack.id,
+        "oom_rung": pack.rung,
+        "status": "failed",
+        "error_type": error_type,
+        "error": error,
+        "started": now,
+        "finished": now,
+    }
+
+
+def _exit_words(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return f"ended with exit code {code}"
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """End workers: those that are idle by closing their input, the rest by SIGTERM, then SIGKILL."""
+    for process in processes:
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,303 @@
+"""A worker runs packs: load a model once; for each cell quantize, measure, restore; record every measurement at once.
+
+``python -m sweeps.worker`` is the process around it (``sweeps.worker.__main__``). Only functions that compute import
+torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from kbit.evaluation.spec import EvalResult, EvalSpec
+from sweeps.errors import StoreError
+from sweeps.plan.cost import load_seconds
+from sweeps.plan.packs import Pack
+from sweeps.results.table import measurement_row
+from sweeps.store.parts import Store
+from sweeps.store.rows import (
+    device_name,
+    failure_columns,
+    handle_columns,
+    peak_memory,
+    reset_peak_memory,
+    result_columns,
+)
+from sweeps.study.cell import Cell, Measurement, ModelRef
+from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
+from sweeps.worker.time_budget import Pace
+
+if TYPE_CHECKING:
+    from kbit.evaluation.prepared import PreparedEval
+    from kbit.models.loading import LoadedModel
+    from kbit.models.quantize import QuantHandle
+
+SEED: Final = 0
+MIN_BATCH_TOKENS: Final = 256
+"""A batch is not halved below this when memory runs out: one sequence takes about as much."""
+EXIT_IO: Final = os.EX_IOERR
+"""The exit code of a worker that can't write results: no cell's fault, and no use in starting another worker."""
+EXIT_LOAD: Final = os.EX_TEMPFAIL
+"""The exit code of a worker that could not load its first model, where that may be the node's fault."""
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(kw_only=True)
+class Stop:
+    """Whether the worker was asked to stop after the measurement in flight."""
+
+    _asked: bool = False
+
+    def ask(self, *_: object) -> None:
+        """A signal handler: it only takes note."""
+        self._asked = True
+
+    def asked(self) -> bool:
+        return self._asked
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """Runs packs on one device, keeping the model and the prepared evaluations between them.
+
+    Attributes:
+        store: where measurements go.
+        device: 'cpu' or 'cuda'.
+        batch_tokens: tokens in a batch, where memory allows.
+        provenance: columns that every row gets (commit, versions, launch, job, ...).
+        emit: told what happens: 'started', 'loaded', 'measuring', 'smaller_batch', 'measured', 'pack_done', 'stopped'.
+        gpus: over how many GPUs a model is spread; 0 on a CPU, whatever is given.
+        trust_remote_code: run code that a checkpoint brings; only when the user asked for it by name.
+        load_again: a model that can't be loaded, where nothing was measured before, ends the process with ``EXIT_LOAD``
+            and leaves no record: it may be the node's fault, and another node may do better.
+        stop: looked at before each measurement.
+    """
+
+    store: Store
+    device: str
+    batch_tokens: int
+    provenance: Mapping[str, Any]
+    emit: Emit
+    gpus: int = 1
+    trust_remote_code: bool = False
+    load_again: bool = False
+    stop: Stop = field(default_factory=Stop)
+    _warm: Warm = field(init=False)
+    _has_measured: bool = False
+    _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu":
+            self.gpus = 0
+        self._warm = Warm(device=self.device, gpus=max(1, self.gpus), trust_remote_code=self.trust_remote_code)
+
+    def run_pack(self, pack: Pack, *, until: float | None = None) -> None:
+        """Measure everything in a pack; a failure is recorded and the rest goes on.
+
+        It ends early, after a whole measurement, when it is asked to stop ('asked'), or before a cell that would not
+        end by ``until``, in epoch seconds ('walltime'). What was not measured is the caller's to give to another.
+        """
+        why = self._run_items(pack, until)
+        self._storing(lambda: self.store.compact(pack.id))
+        ending = {"event": "pack_done"} if why is None else {"event": "stopped", "reason": why}
+        self.emit({**ending, "pack": pack.id})
+
+    def _run_items(self, pack: Pack, until: float | None) -> str | None:
+        """Why it ended before the last item, or None."""
+        pace = Pace(until=until, predicted=pack.item_seconds)
+        for number, (cell, evals) in enumerate(pack.items):
+            # One arithmetic a model load: cells whose evaluations ask for another dtype load the model anew.
+            dtypes = list(dict.fromkeys(e.compute_dtype for e in evals))
+            to_load = load_seconds(cell.model) if self._warm.holds != (cell.model, dtypes[0]) else 0.0
+            now = time.time()
+            # The first is begun when there is any time: else a cell that is predicted to take too long would never be.
+            if (number or pace.over(now)) and not pace.fits(number, now=now, load_seconds=to_load):
+                return "walltime"
+            began, loading = time.monotonic(), self._warm.total_seconds
+            for dtype in dtypes:
+                if not self._run_cell(pack, cell, [e for e in evals if e.compute_dtype == dtype], dtype):
+                    return "asked"
+            # Predictions are without loading.
+            pace.took(number, time.monotonic() - began - (self._warm.total_seconds - loading))
+        return None
+
+    @property
+    def _batch(self) -> int:
+        """Tokens in a batch of the loaded model."""
+        held = self._warm.holds
+        return self.batch_tokens if held is None else self._smaller_batches.get(held, self.batch_tokens)
+
+    def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], dtype: str) -> bool:
+        """Whether all of it was measured; if not, the worker was asked to stop."""
+        if self.stop.asked():
+            return False
+        measurements = [Measurement(cell=cell, eval=spec) for spec in evals]
+        # Where loading or quantizing kills the process, its first measurement is the suspect.
+        first = measurements[0].key
+        self.emit({"event": "started", "pack": pack.id, "cell": cell.key, "label": cell.label, "measurement": first})
+        started = datetime.now(UTC)
+        try:
+            loaded = self._load(cell.model, dtype)
+            began = time.perf_counter()
+            handle = _quantize(loaded, cell)
+        except Exception as error:
+            self._record_failure(pack, measurements, error, started)
+            return True
+        quantize_seconds = 0.0 if cell.quant.is_baseline else time.perf_counter() - began
+        try:
+            for measurement in measurements:
+                if self.stop.asked():
+                    return False
+                self._measure(pack, measurement, loaded, handle, quantize_seconds)
+        finally:
+            handle.restore()
+        return True
+
+    def _measure(
+        self, pack: Pack, measurement: Measurement, loaded: LoadedModel, handle: QuantHandle, quantize_seconds: float
+    ) -> None:
+        started = datetime.now(UTC)
+        self.emit({"event": "measuring", "pack": pack.id, "measurement": measurement.key})
+        try:
+            prepared = self._warm.prepare(measurement.eval, loaded)
+            result, seconds = self._evaluate(pack, prepared, loaded)
+        except Exception as error:
+            self._record_failure(pack, [measurement], error, started)
+            return
+        row = {
+            **self._common(pack, measurement, started),
+            **result_columns(result),
+            **handle_columns(handle),
+            "compute_dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "seconds": seconds,
+            "quantize_seconds": quantize_seconds,
+            "load_seconds": self._warm.load_seconds,
+            "peak_memory_bytes": peak_memory(self.gpus),
+        }
+        self._record(row)
+        self._has_measured = True
+
+    def _evaluate(self, pack: Pack, prepared: PreparedEval, loaded: LoadedModel) -> tuple[EvalResult, float]:
+        """The result and the seconds it took. Where memory runs out, again with half the batch, which then stays for
+        the model.
+        """
+        import torch
+
+        from kbit.memory import is_out_of_memory
+
+        while True:
+            reset_peak_memory(self.gpus)
+            torch.manual_seed(SEED)
+            began = time.perf_counter()
+            try:
+                result = prepared.run(loaded.model, batch_tokens=self._batch)
+                return result, time.perf_counter() - began
+            except Exception as error:
+                held = self._warm.holds
+                if held is None or self._batch <= MIN_BATCH_TOKENS or not is_out_of_memory(error):
+                    raise
+                recover(error, self.device)
+            self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
+            self.emit({"event": "smaller_batch", "pack": pack.id, "batch_tokens": self._batch})
+
+    def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
+        is_new = self._warm.holds != (model, dtype)
+        try:
+            loaded = self._warm.load(model, dtype)
+        except Exception as error:
+            self._blame_node(model, error)
+            raise
+        if is_new:
+            self.emit({"event": "loaded", "model": model.label, "seconds": self._warm.load_seconds})
+        return loaded
+
+    def _blame_node(self, model: ModelRef, error: Exception) -> None:
+        """End the process where a failure to load may be the node's: want of memory and later failures are not."""
+        from kbit.memory import is_out_of_memory
+
+        if not self.load_again or self._has_measured or is_out_of_memory(error) or _is_the_models(error, model):
+            return
+        what = " ".join(str(error).split())
+        print(
+            f"{model.label} can't be loaded on this node: {type(error).__name__}: {what}", file=sys.stderr, flush=True
+        )
+        sys.exit(EXIT_LOAD)
+
+    def _common(self, pack: Pack, measurement: Measurement, started: datetime) -> dict[str, Any]:
+        return {
+            **measurement_row(measurement),
+            **self.provenance,
+            "sweep": pack.sweep,
+            "pack": pack.id,
+            "started": started,
+            "finished": datetime.now(UTC),
+            "device": device_name(self.device),
+            "gpus": self.gpus,
+            "oom_rung": pack.rung,
+            "kernel": self._kernel(),
+            "seed": SEED,
+            "batch_tokens": self._batch,
+        }
+
+    def _kernel(self) -> str:
+        """What quantizes here."""
+        import torch
+
+        from kbit.kernels.availability import choose_blockwise
+
+        return choose_blockwise("auto", torch.device(self.device))
+
+    def _record_failure(
+        self, pack: Pack, measurements: Sequence[Measurement], error: Exception, started: datetime
+    ) -> None:
+        # Memory first: writing needs some.
+        recover(error, self.device)
+        failure = failure_columns(error)
+        names = ", ".join(m.eval.name for m in measurements)
+        print(f"{measurements[0].cell.label} on {names} failed:\n{failure['error']}", file=sys.stderr, flush=True)
+        for measurement in measurements:
+            self._record({**self._common(pack, measurement, started), **failure})
+        if is_lost(error):
+            # A new worker goes on with the rest.
+            sys.exit(f"the device is lost to this process: {error}")
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self._storing(lambda: self.store.write(row))
+        told = {k: v for k, v in row.items() if k not in ("samples", "error", "versions")}
+        self.emit({"event": "measured", "row": told})
+
+    def _storing(self, write: Callable[[], None]) -> None:
+        """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""
+        try:
+            try:
+                write()
+            except MemoryError as error:
+                # A measurement at the limit of memory: what it left behind is given back, and the result is kept.
+                recover(error, self.device)
+                write()
+        except (OSError, StoreError, MemoryError) as error:
+            print(f"results can't be written to {self.store.out} any more: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_IO)
+
+
+def _quantize(loaded: LoadedModel, cell: Cell) -> QuantHandle:
+    from kbit.models.quantize import quantize_model
+
+    return quantize_model(loaded.model, cell.quant, storage_dtype=loaded.storage_dtype)
+
+
+def _is_the_models(error: Exception, model: ModelRef) -> bool:
+    """Whether a failure to load is the model's own: its files are here, as they were at launch, and no GPU is named."""
+    if model.path is None or "cuda" in str(error).lower():
+        return False
+    try:
+        check_unchanged(model)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""The fused product's kernel, matmul.cu itself, run on the CPU (tests/emulated): needs a C++ compiler, and no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from kbit import QuantSpec
+from kbit.kernels.tiles import TiledWeight
+from kbit.kernels.variants import Gpu, Variant, choose, launch_shape
+from tests.kbit.kernels.tiled_weights import error, weight
+
+HERE = Path(__file__).parent
+KERNEL = HERE.parent / "kbit" / "kernels" / "matmul.cu"
+COMMAND = ("g++", "-x", "c++", "-std=c++20", "-O1", "-w", "-fpermissive", "-shared", "-fPIC", "-pthread", "-DEMULATED")
+# bits, rows and columns of W, block size, rows of x, multiprocessors: every width, block size and number of tiles; rows
+# that fill no tile, columns that not all warps have, units that one CTA has and that several share. By turns in float16
+# and bfloat16.
+CASES = [
+    (2, 100, 256, 32, 9, 132),
+    (3, 192, 512, 64, 16, 2),
+    (3, 130, 512, 128, 64, 6),
+    (4, 64, 1024, 64, 1, 132),
+    (4, 320, 512, 128, 29, 132),
+    (5, 192, 512, 64, 40, 2),
+    (5, 70, 256, 256, 3, 132),
+    (6, 130, 512, 256, 12, 4),
+    (6, 130, 512, 64, 30, 4),
+    (6, 640, 512, 64, 30, 2),
+    (4, 320, 1024, 64, 16, 4),
+    (7, 100, 256, 64, 17, 132),
+    (8, 192, 512, 32, 1, 4),
+    (8, 100, 512, 32, 50, 132),
+    (8, 640, 640, 64, 30, 2),
+]
+INVARIANT = (1, 4)
+"""Cases in which a row is also computed alone."""
+
+
+def compiles(folder: Path) -> bool:
+    """Whether there is a compiler with 16-bit floats."""
+    if shutil.which("g++") is None:
+        return False
+    source = folder / "half.cpp"
+    source.write_text("_Float16 half(float f) { return (_Float16)f; }")
+    command = ["g++", "-c", str(source), "-o", str(folder / "half.o")]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def emulated(
+    x: torch.Tensor,
+    *,
+    w: TiledWeight,
+    bias: torch.Tensor,
+    addend: torch.Tensor,
+    variant: Variant,
+    gpu: Gpu,
+    folder: Path,
+) -> torch.Tensor:
+    """As ``kbit.kernels.matmul`` launches the kernel; the same whether its copies come at once or late."""
+    library = folder / f"kernel{len(list(folder.iterdir()))}.so"
+    header = ("-include", str(HERE / "emulated" / "cuda_on_cpu.h"))
+    subprocess.run([*COMMAND, *variant.options(), *header, str(KERNEL), "-o", str(library)], check=True)
+    ctas, sums = launch_shape(variant, w, gpu)
+    kernel = ctypes.CDLL(str(library)).launch
+    found = []
+    for late in (False, True):
+        y = torch.full((x.shape[0], w.rows), float("nan"), dtype=x.dtype)
+        partial = torch.full((sums,), float("nan"))
+        tensors = (w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+        kernel(ctas, variant.shared, *pointers, x.shape[0], w.rows, w.columns, x.stride(0), ctypes.c_bool(late))
+        assert not w.arrived.any()
+        found.append(y)
+    assert torch.equal(*found)
+    return found[0]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_kernel_computes_the_product(number: int, tmp_path: Path) -> None:
+    if not compiles(tmp_path):
+        pytest.skip("needs g++ with _Float16")
+    bits, rows, columns, blocksize, x_rows, processors = CASES[number]
+    dtype = (torch.float16, torch.bfloat16)[number % 2]
+    gpu = Gpu(processors=processors, shared=227 * 1024, clock=1.98e9, bandwidth=3.35e12)
+    w, exact = weight(rows, columns, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), dtype=dtype)
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(x_rows, columns, generator=generator).to(dtype)
+    bias, addend = (torch.randn(shape, generator=generator) for shape in ((rows,), (x_rows, rows)))
+    true = x.double() @ exact.T + bias.to(dtype).double() + addend.double()
+    plain = (x.float() @ exact.to(dtype).float().T + bias.to(dtype).float() + addend).to(dtype)
+    run = partial(emulated, w=w, bias=bias.to(dtype), gpu=gpu, folder=tmp_path)
+    found = run(x, addend=addend, variant=choose(w, x_rows, dtype, gpu))
+    assert error(found, true) <= 1.1 * error(plain, true)
+    if number in INVARIANT:
+        choice = partial(choose, w, dtype=dtype, gpu=gpu, batch_invariant=True)
+        found = run(x, addend=addend, variant=choice(rows=x_rows))
+        assert error(found, true) <= 1.1 * error(plain, true)
+        alone = run(x[:1], addend=addend[:1].contiguous(), variant=choice(rows=1))
+        assert torch.equal(alone[0], found[0])

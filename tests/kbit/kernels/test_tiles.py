@@ -1,0 +1,47 @@
+"""The kernels' layout, on any machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kbit import QuantSpec, quantize
+from kbit.kernels.tiles import BLOCKSIZES, tile, untile, why_not_tiled
+from tests.kbit.kernels.tiled_weights import error, weight
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_the_layout_holds_every_code_and_absmax_and_rounds_no_more_than_float16(bits: int, blocksize: int) -> None:
+    tiled, exact = weight(100, 256, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize))
+    assert torch.equal(untile(tiled), exact.float())
+    # What the tensor cores take must not be worse than rounding each weight, as any float16 matmul does.
+    taken = replace(tiled, codebook=tiled.table.float() * tiled.unscale)
+    assert error(untile(taken), exact) <= 1.05 * error(exact.half(), exact)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_take_exactly_k_bits(bits: int) -> None:
+    tiled, _ = weight(128, 512, QuantSpec(bits=bits, dtype="int", blocksize=64))
+    assert tiled.codes.nbytes * 8 == bits * 128 * 512
+    assert tiled.scales.nbytes * 8 == 16 * 128 * 512 // 64
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "why"),
+    [
+        (QuantSpec(bits=4, dtype="int", blocksize=64), (64, 100), "no multiple of 64"),
+        (QuantSpec(bits=4, dtype="int", blocksize=16), (64, 128), "block size is 16"),
+        (QuantSpec(bits=4, dtype="int", blocksize=None), (64, 128), "block size is None"),
+        (QuantSpec(bits=4, dtype="int", blocksize=256), (64, 128 + 256), "blocks of 256 don't divide"),
+        (QuantSpec(bits=4, dtype="int", blocksize=64, absmax_dtype="float32"), (64, 128), "absmax is float32"),
+        (QuantSpec(bits=4, dtype="int", blocksize=64), (2, 64, 64), "3 dimensions"),
+    ],
+)
+def test_what_has_no_layout_is_refused_with_the_reason(spec: QuantSpec, shape: tuple[int, ...], why: str) -> None:
+    q = quantize(torch.randn(shape), spec)
+    assert why in str(why_not_tiled(q))
+    with pytest.raises(ValueError, match="no tiled layout"):
+        tile(q, torch.float16)

@@ -1,0 +1,93 @@
+"""Two launches never hold one measurement, and a dead launch holds none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sweeps.launches import claims as claims_module
+from sweeps.launches.claims import Claims, ClaimTakenError
+from sweeps.launches.in_flight import read_flight
+from tests import ROOT
+
+
+def test_a_number_is_given_once(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    first = claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
+    with pytest.raises(ClaimTakenError):
+        claims.create(1, launch="b", sweep="s", packs={"p": ["m2"]})
+    assert claims.open() == [first]
+    assert claims.last_number() == 1
+
+
+def test_a_released_claim_holds_nothing_and_lost_nothing(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claim = claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
+    claims.heartbeat(claim, ["m1"])
+    assert claims.running(claim) == {"m1"}
+    claims.release(claim)
+    assert claims.open() == []
+
+
+def test_the_claim_of_a_killed_process_is_void_and_its_work_is_lost(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from sweeps.launches.claims import Claims; "
+        "Claims(out=Path(sys.argv[1])).create(1, launch='a', sweep='s', packs={'p': ['m1']}); "
+        "print('claimed', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    claims = Claims(out=tmp_path)
+    assert [c.measurements for c in claims.open()] == [frozenset({"m1"})]
+    assert read_flight(tmp_path).held == {"m1"}
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    flight = read_flight(tmp_path)
+    assert flight.held == set()
+    assert flight.ended == {"m1": "lost"}
+
+
+def test_a_claim_of_another_machine_lives_while_its_heart_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = Claims(out=tmp_path)
+    claim = claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
+    path = tmp_path / "claims" / "00000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere", "pid": 1}))
+    assert claims.is_alive(claims.open()[0])
+    monkeypatch.setattr(claims_module, "SILENT_SECONDS", 0.2)
+    time.sleep(0.3)
+    assert not claims.is_alive(claims.open()[0])
+    claims.heartbeat(claim, [])
+    assert claims.is_alive(claims.open()[0])
+
+
+def test_a_later_claim_of_lost_work_holds_it(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={"p": ["m1", "m2"]})
+    path = tmp_path / "claims" / "00000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pid_started": "another process"}))
+    claims.create(2, launch="b", sweep="s", packs={"p": ["m2"]})
+    flight = read_flight(tmp_path)
+    assert flight.queued == {"m2"}
+    assert flight.ended == {"m1": "lost"}
+
+
+def test_claims_of_version_0_1_are_read(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={})
+    path = tmp_path / "claims" / "00000001.json"
+    data = json.loads(path.read_text())
+    del data["packs"], data["executor"]
+    path.write_text(json.dumps({**data, "measurements": ["m1"]}))
+    assert read_flight(tmp_path).held == {"m1"}

@@ -1,0 +1,413 @@
+"""The truth about jobs: what the scheduler's words, its silence and the jobs' own words mean for measurements."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sweeps.executors.slurm.query import JobState, Sighting
+from sweeps.executors.slurm.show import manage
+from sweeps.launches import in_flight as inflight
+from sweeps.launches import launch as launches_module
+from sweeps.launches import ledger
+from sweeps.launches.claims import Claims
+from sweeps.launches.in_flight import ABSENT_SECONDS, SETTLE_SECONDS, job_counts, read_flight, reconcile
+from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, here
+from sweeps.launches.ledger import Ledger
+
+SHAPE = Shape(gpus=0, cpus=1, mem_gb=1.0, minutes=10)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """A submitted launch of two packs: m1 and m2, m3."""
+    launch = Launch(
+        out=tmp_path,
+        id="abc",
+        sweep="s",
+        shapes=(SHAPE,),
+        chunks=(Chunk(number=0, shape=0, packs=("p1", "p2")),),
+        settings={},
+        offsets={},
+        launched=time.time(),
+    )
+    launch.save([])
+    Claims(out=tmp_path).create(1, launch="abc", sweep="s", packs={"p1": ["m1"], "p2": ["m2", "m3"]}, executor="slurm")
+    launch.record_submitted({"kbit-abc-0": "7"})
+    return launch
+
+
+def job(index: int, state: str, restarts: int = 0) -> tuple[tuple[str, int], JobState]:
+    named = JobState(
+        name="kbit-abc-0", index=index, job=f"7_{index}", state=state, reason="", nodes="n1", restarts=restarts
+    )
+    return (named.name, index), named
+
+
+class Scheduler:
+    """Stands for squeue and sacct, which tests/slurm ask for real: here it says what a test wants to be said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queue: Mapping[tuple[str, int], JobState] | None = {}
+        self.accounting: Mapping[tuple[str, int], JobState] | None = {}
+        self.now = time.time()
+        monkeypatch.setattr(inflight, "look", self.look)
+
+    def look(self, names: object, since: float) -> Sighting:
+        return Sighting(at=self.now, queue=self.queue, accounting=self.accounting, problems=())
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    return Scheduler(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [
+        ("TIMEOUT", "timeout"),
+        ("OUT_OF_MEMORY", "oom"),
+        ("NODE_FAIL", "node_fail"),
+        ("PREEMPTED", "preempted"),
+        ("CANCELLED", "cancelled"),
+        ("FAILED", "lost"),
+        ("COMPLETED", "lost"),
+    ],
+)
+def test_a_terminal_state_ends_a_pack_and_only_that(
+    launch: Launch, scheduler: Scheduler, state: str, ended: str
+) -> None:
+    scheduler.queue = dict([job(1, "RUNNING")])
+    scheduler.accounting = dict([job(0, state)])
+    reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.ended == {"m1": ended}
+    assert flight.held == {"m2", "m3"}
+
+
+@pytest.mark.parametrize(
+    "state", ["PENDING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "UNKNOWN", "NEW_ONE"]
+)
+def test_a_state_that_is_not_terminal_or_not_known_ends_nothing(
+    launch: Launch, scheduler: Scheduler, state: str
+) -> None:
+    scheduler.queue = dict([job(0, state), job(1, state)])
+    scheduler.accounting = dict([job(0, "PREEMPTED"), job(1, "NODE_FAIL")])
+    for _ in range(3):
+        scheduler.now += 100
+        reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.held == {"m1", "m2", "m3"}
+    assert flight.ended == {}
+
+
+@pytest.mark.parametrize("accounting", [None, {}, dict([job(0, "RUNNING"), job(1, "UNKNOWN")])])
+def test_a_job_is_lost_only_when_two_looks_apart_in_time_do_not_know_it(
+    launch: Launch, scheduler: Scheduler, accounting: Mapping[tuple[str, int], JobState] | None
+) -> None:
+    scheduler.accounting = accounting
+    reconcile(launch.out)
+    scheduler.now += ABSENT_SECONDS / 2
+    reconcile(launch.out)
+    assert read_flight(launch.out).held == {"m1", "m2", "m3"}
+    assert len(read_flight(launch.out).absent()) == 2
+    scheduler.now += ABSENT_SECONDS
+    reconcile(launch.out)
+    assert read_flight(launch.out).ended == dict.fromkeys(["m1", "m2", "m3"], "lost")
+
+
+def test_a_job_that_comes_back_into_sight_was_not_lost(launch: Launch, scheduler: Scheduler) -> None:
+    reconcile(launch.out)
+    scheduler.now += ABSENT_SECONDS / 2
+    scheduler.queue = dict([job(0, "RUNNING"), job(1, "PENDING")])
+    reconcile(launch.out)
+    scheduler.now += ABSENT_SECONDS
+    scheduler.queue = {}
+    reconcile(launch.out)
+    assert read_flight(launch.out).held == {"m1", "m2", "m3"}
+
+
+def test_a_queue_that_can_not_be_asked_changes_nothing(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.queue = dict([job(0, "RUNNING"), job(1, "PENDING")])
+    reconcile(launch.out)
+    scheduler.queue, scheduler.accounting = None, {}
+    scheduler.now += 10 * ABSENT_SECONDS
+    reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.held == {"m1", "m2", "m3"}
+    assert job_counts(flight) == {"RUNNING": 1, "PENDING": 1}
+
+
+def test_what_a_living_launcher_has_not_submitted_yet_is_not_absent(launch: Launch, scheduler: Scheduler) -> None:
+    (launch.directory / "submitted.json").unlink()
+    for _ in range(3):
+        scheduler.now += ABSENT_SECONDS
+        reconcile(launch.out)
+    assert job_counts(read_flight(launch.out)) == {"SUBMITTING": 2}
+
+
+def test_what_a_dead_launcher_did_not_submit_is_lost(launch: Launch, scheduler: Scheduler) -> None:
+    (launch.directory / "submitted.json").unlink()
+    claim = launch.out / "claims" / "00000001.json"
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "pid_started": "another process"}))
+    for _ in range(3):
+        scheduler.now += ABSENT_SECONDS
+        reconcile(launch.out)
+    assert set(read_flight(launch.out).ended.values()) == {"lost"}
+
+
+def test_a_cancelled_job_without_accounting_is_cancelled_and_not_lost(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.accounting = None
+    launch.cancel()
+    reconcile(launch.out)
+    assert set(read_flight(launch.out).ended.values()) == {"cancelled"}
+
+
+def test_settled_launches_are_not_asked_about_again(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "FAILED")])
+    assert reconcile(launch.out) is not None
+    assert reconcile(launch.out) is None
+
+
+def test_a_job_says_itself_what_it_is_measuring(launch: Launch, scheduler: Scheduler) -> None:
+    attempt = Attempt.begin(launch, "p2", job="7_1", restart=0, log=launch.out / "log")
+    attempt.at("m3")
+    flight = read_flight(launch.out)
+    assert flight.running == {"m3"}
+    assert flight.queued == {"m1", "m2"}
+
+
+def test_a_job_that_stopped_for_its_walltime_timed_out_whatever_its_exit_code(
+    launch: Launch, scheduler: Scheduler
+) -> None:
+    Attempt.begin(launch, "p2", job="7_1", restart=0, log=launch.out / "log").ended("walltime", requeued=False)
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    assert read_flight(launch.out).ended == {"m1": "lost", "m2": "timeout", "m3": "timeout"}
+
+
+@pytest.mark.parametrize(
+    ("state", "counts"), [("FAILED", True), ("TIMEOUT", True), ("NODE_FAIL", False), ("CANCELLED", False)]
+)
+def test_a_death_without_a_word_counts_against_what_was_in_flight_unless_others_caused_it(
+    launch: Launch, scheduler: Scheduler, state: str, counts: bool
+) -> None:
+    Attempt.begin(launch, "p2", job="7_1", restart=0, log=launch.out / "log").at("m2")
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, state)])
+    reconcile(launch.out)
+    assert set(read_flight(launch.out).suspects) == ({"m2"} if counts else set())
+
+
+def test_a_job_that_ran_out_of_memory_goes_one_rung_up(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.accounting = dict([job(0, "OUT_OF_MEMORY"), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    assert read_flight(launch.out).rungs == {"m1": 1}
+
+
+def test_nodes_that_failed_are_remembered(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.accounting = dict([job(0, "NODE_FAIL"), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.nodes_that_failed(["m1", "m2"]) == {"n1"}
+    assert flight.nodes_that_failed(["m2", "m3"]) == set()
+
+
+@pytest.fixture
+def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A slurm.conf that names this machine's cluster."""
+    path = tmp_path / "slurm.conf"
+    path.write_text("# ClusterName=old\n  clustername = Ours # the large one\nSlurmctldHost=a\n")
+    monkeypatch.setenv("SLURM_CONF", str(path))
+    here.cache_clear()
+    yield path
+    here.cache_clear()
+
+
+def test_the_cluster_is_known_without_asking_it(conf: Path) -> None:
+    assert here() == (launches_module.user_name(), "ours")
+    conf.unlink()
+    here.cache_clear()
+    assert here()[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("user", "cluster", "gone"),
+    [("", "", True), (None, "ours", True), ("somebody", "ours", False), (None, "theirs", False)],
+)
+def test_absence_counts_only_where_the_job_would_be_seen(
+    launch: Launch, scheduler: Scheduler, conf: Path, user: str | None, cluster: str, gone: bool
+) -> None:
+    launch = replace(launch, user=here()[0] if user is None else user, cluster=cluster)
+    launch.save([])
+    scheduler.queue = dict([job(0, "RUNNING"), job(1, "PENDING")])
+    reconcile(launch.out)
+    assert not read_flight(launch.out).unseen()
+    scheduler.queue = {}
+    for _ in range(2):
+        scheduler.now += ABSENT_SECONDS
+        reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert set(flight.ended.values()) == ({"lost"} if gone else set())
+    assert flight.unseen() == ({} if gone else {(launch.user, cluster): 2})
+    assert not flight.absent()
+    if not gone:
+        assert job_counts(flight) == {"RUNNING": 1, "PENDING": 1}
+        console = Console(record=True, width=200)
+        manage.show_jobs(flight, console)
+        assert f"2 jobs of {launch.user} on {cluster} can't be seen from here" in console.export_text()
+
+
+def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(
+    launch: Launch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pack, word in (("p1", "finished"), ("p2", "error")):
+        Attempt.begin(launch, pack, job="7", restart=0, log=launch.out / "log").ended(word)
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "FAILED")])
+    reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.held == {"m1"}
+    assert flight.ended == {"m2": "lost", "m3": "lost"}
+    (launch.out / "packs").mkdir()
+    stored = launch.out / "packs" / "p1-0.parquet"
+    stored.touch()
+    assert read_flight(launch.out).held == set()
+    stored.unlink()
+    later = time.time() + SETTLE_SECONDS
+    monkeypatch.setattr(inflight.time, "time", lambda: later)
+    assert read_flight(launch.out).ended["m1"] == "lost"
+
+
+def test_a_look_that_runs_beside_another_forgets_neither_an_end_nor_a_cancellation(
+    launch: Launch, scheduler: Scheduler
+) -> None:
+    scheduler.queue = dict([job(0, "RUNNING"), job(1, "PENDING")])
+    reconcile(launch.out)
+    older = Ledger.load(launch)
+    launch.cancel()
+    scheduler.now += 10
+    scheduler.queue = dict([job(0, "CANCELLED"), job(1, "RUNNING")])
+    reconcile(launch.out)
+    older.save(launch)
+    ledger = Ledger.load(launch)
+    assert ledger.cancelled
+    assert ledger.looked == scheduler.now
+    assert ledger.entries["p1"].ended == "cancelled"
+    assert ledger.entries["p2"].state == "RUNNING"
+    older.looked = scheduler.now + 1
+    older.save(launch)
+    assert {p: (e.state, e.ended) for p, e in Ledger.load(launch).entries.items()} == {
+        "p1": ("CANCELLED", "cancelled"),
+        "p2": ("PENDING", None),
+    }
+
+
+def test_who_can_not_write_the_ledger_sees_what_the_scheduler_said(
+    launch: Launch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, data: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "write_atomically", refuse)
+        scheduler.accounting = dict([job(0, "TIMEOUT"), job(1, "COMPLETED")])
+        reconcile(launch.out)
+        assert read_flight(launch.out).ended == {"m1": "timeout", "m2": "lost", "m3": "lost"}
+    assert not (launch.directory / "ledger.json").exists()
+    Ledger.load(launch).save(launch)
+    assert launch.directory not in ledger._UNWRITTEN
+    assert read_flight(launch.out).ended["m1"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "running"),
+    [("RUNNING", 0, True), ("SUSPENDED", 0, True), ("PENDING", 1, False), ("PENDING", 0, False), ("RUNNING", 1, False)],
+)
+def test_a_job_that_is_back_in_the_queue_measures_nothing(
+    launch: Launch, scheduler: Scheduler, state: str, restarts: int, running: bool
+) -> None:
+    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").at("m1")
+    scheduler.now = time.time()
+    scheduler.queue = dict([job(0, state, restarts), job(1, "PENDING")])
+    reconcile(launch.out)
+    assert read_flight(launch.out).running == ({"m1"} if running else set())
+
+
+def test_a_job_that_began_after_the_last_look_is_running(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.queue = dict([job(0, "PENDING"), job(1, "PENDING")])
+    reconcile(launch.out)
+    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").at("m1")
+    assert read_flight(launch.out).running == {"m1"}
+
+
+@pytest.mark.parametrize(
+    ("word", "ended"), [("walltime", "timeout"), ("terminated", "lost"), ("gate", "oom"), ("error", "oom")]
+)
+def test_the_jobs_own_word_counts_more_than_that_a_process_of_it_ran_out_of_memory(
+    launch: Launch, scheduler: Scheduler, word: str, ended: str
+) -> None:
+    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").ended(word)
+    scheduler.accounting = dict([job(0, "OUT_OF_MEMORY"), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.ended["m1"] == ended
+    assert flight.rungs == ({"m1": 1} if ended == "oom" else {})
+
+
+def test_a_requeued_job_that_ran_out_of_memory_before_it_said_anything_did_so(
+    launch: Launch, scheduler: Scheduler
+) -> None:
+    attempt = Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log")
+    attempt.ended("walltime", requeued=True, measured=1)
+    scheduler.accounting = dict([job(0, "OUT_OF_MEMORY"), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    assert read_flight(launch.out).ended["m1"] == "oom"
+
+
+@pytest.mark.parametrize(
+    ("state", "measured", "counts"),
+    [("FAILED", {"measured": 0}, True), ("NODE_FAIL", {"measured": 0}, False), ("FAILED", {}, False)],
+)
+def test_an_error_counts_against_what_was_in_flight_where_nothing_could_be_measured(
+    launch: Launch, scheduler: Scheduler, state: str, measured: dict[str, int], counts: bool
+) -> None:
+    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").at("m1").ended("error", **measured)
+    scheduler.accounting = dict([job(0, state), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    assert set(read_flight(launch.out).suspects) == ({"m1"} if counts else set())
+
+
+def test_a_launch_whose_directory_was_deleted_is_lost_and_said_so_once(
+    launch: Launch, scheduler: Scheduler, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(launch.directory)
+    for _ in range(2):
+        assert reconcile(launch.out) is None
+        assert read_flight(launch.out).ended == dict.fromkeys(["m1", "m2", "m3"], "lost")
+        assert manage.why_never_run(launch.out, ["m1"]) == {}
+    assert [r.message for r in caplog.records] == [
+        f"{launch.directory} is gone: what its jobs did not store counts as lost"
+    ]
+
+
+def test_cancelling_a_launch_that_is_still_being_submitted_stops_it(
+    launch: Launch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (launch.directory / "submitted.json").unlink()
+
+    def submitter_stops(_: float) -> None:
+        assert launch.cancelled()
+        launch.record_submitted({})
+
+    monkeypatch.setattr(manage, "look", scheduler.look)
+    monkeypatch.setattr(manage, "sleep", submitter_stops)
+    console = Console(record=True, width=200)
+    assert manage.cancel_mode(launch.out, None, console) == 0
+    assert "it is still being submitted: what is not submitted yet won't be" in console.export_text()
+    assert set(read_flight(launch.out).ended.values()) == {"cancelled"}

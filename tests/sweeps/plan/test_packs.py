@@ -1,0 +1,166 @@
+"""What is left to do: missing work once, finished work never, lost and failed work as asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.errors import UserError
+from sweeps.plan.cost import CostModel
+from sweeps.plan.packs import UNRECORDED, Pack, Packing, Plan, make_plan, parse_retry
+from sweeps.study.cell import ModelRef
+from sweeps.study.grid import expand
+from sweeps.study.manifest import Manifest, load_manifests
+
+MODELS = [
+    ModelRef(family="neox", name=f"neox-{s}", params=n, path=f"/{s}", weights_hash=s * 64)
+    for s, n in (("a", 10**6), ("b", 10**7))
+]
+EVALS = tuple(
+    EvalSpec(kind="perplexity", name=n, dataset="sha256:" + n * 64, compute_dtype="float32", limit=1000, window=512)
+    for n in ("x", "y")
+)
+GRID = expand([{"bits": [3, 4, 5], "dtype": ["int", "float"]}, {"bits": 16}, {"method": "gptq", "bits": 2}], MODELS)
+MANIFEST = Manifest(sweep="s", cells=GRID.cells, evals=EVALS, excluded=GRID.excluded, config={})
+KEYS = [m.key for m in MANIFEST.measurements()]
+
+
+def plan(statuses: dict[str, str], retry: object = "lost", **more: object) -> Plan:
+    known = {"in_flight": (), "ended": {}, "packing": Packing(workers=2), **more}
+    return make_plan(MANIFEST, statuses=statuses, retry=parse_retry(retry), cost=CostModel(device="cpu"), **known)  # type: ignore[arg-type]
+
+
+def test_everything_is_planned_once_at_first() -> None:
+    first = plan({})
+    assert sorted(first.measurement_keys()) == sorted(KEYS)
+    assert first.todo == len(KEYS) == 2 * 7 * 2
+
+
+def test_results_are_never_run_again_whatever_retry_says() -> None:
+    assert plan(dict.fromkeys(KEYS, "done"), retry="all").todo == 0
+
+
+@pytest.mark.parametrize(
+    ("retry", "again"),
+    [
+        ("lost", {"lost"}),
+        ("none", set()),
+        ("all", {"lost", "failed", "diverged"}),
+        (["failed"], {"lost", "failed"}),
+        (["diverged", "lost"], {"lost", "diverged"}),
+    ],
+)
+def test_retry_chooses_what_runs_again(retry: object, again: set[str]) -> None:
+    statuses = dict.fromkeys(KEYS[3:], "done") | {KEYS[0]: "failed", KEYS[1]: "diverged"}
+    planned = plan(statuses, retry=retry, ended={KEYS[2]: "lost"})
+    names = {KEYS[0]: "failed", KEYS[1]: "diverged", KEYS[2]: "lost"}
+    assert {names[k] for k in planned.measurement_keys()} == again
+
+
+def test_what_others_are_at_is_left_to_them() -> None:
+    planned = plan({KEYS[5]: "failed"}, retry="all", in_flight=set(KEYS[:10]))
+    assert not set(planned.measurement_keys()) & set(KEYS[:10])
+    assert planned.counts["in flight"] == 10
+
+
+def test_what_is_done_counts_as_done_while_its_launch_still_runs() -> None:
+    assert plan({KEYS[0]: "done"}, in_flight=set(KEYS)).counts["done"] == 1
+
+
+def test_an_added_evaluation_runs_alone() -> None:
+    first_eval = {m.key: "done" for m in MANIFEST.measurements() if m.eval.name == "x"}
+    planned = plan(first_eval)
+    assert planned.todo == len(KEYS) // 2
+    assert {m.eval.name for p in planned.packs for m in p.measurements()} == {"y"}
+
+
+def test_a_pack_is_one_model_and_packs_are_shared_out() -> None:
+    slow = {("neox-b", n, 1000): 10.0 for n in ("x", "y")}
+    cost = CostModel(device="cpu", history=slow)
+    packs = make_plan(
+        MANIFEST, statuses={}, in_flight=(), ended={}, retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)
+    ).packs
+    assert all({c.model for c, _ in p.items} == {p.model} for p in packs)
+    assert len([p for p in packs if p.model.name == "neox-b"]) > 1
+    assert [p.seconds for p in packs] == sorted((p.seconds for p in packs), reverse=True)
+    assert len({p.id for p in packs}) == len(packs)
+
+
+def test_a_pack_survives_the_way_to_a_worker() -> None:
+    for pack in plan({}).packs:
+        back = Pack.from_dict(json.loads(json.dumps(pack.to_dict())))
+        assert back == pack
+        assert [m.key for m in back.measurements()] == [m.key for m in pack.measurements()]
+
+
+def test_a_manifest_is_named_by_its_content_and_comes_back(tmp_path: Path) -> None:
+    assert MANIFEST.save(tmp_path) == MANIFEST.save(tmp_path)
+    (back,) = load_manifests(tmp_path)
+    assert [m.key for m in back.measurements()] == KEYS
+    assert load_manifests(tmp_path, "other") == []
+    assert back.excluded == GRID.excluded
+    assert [e.axes["model"] for e in back.excluded] == ["neox-a", "neox-b"]
+    assert all("gptq" in e.reason for e in back.excluded)
+
+
+@pytest.mark.parametrize("retry", ["faild", ["failed", "done"], [3]])
+def test_an_unknown_retry_is_refused(retry: object) -> None:
+    with pytest.raises(UserError, match="failed, oom, diverged, timeout"):
+        parse_retry(retry)
+
+
+def test_the_cost_of_finished_cells_replaces_the_guess() -> None:
+    rows = [
+        {"model": "neox-a", "eval": "x", "limit": 1000, "seconds": s, "quantize_seconds": 1.0, "device": "cpu (x86_64)"}
+        for s in (1.0, 2.0, 9.0)
+    ]
+    measurement = next(m for m in MANIFEST.measurements() if m.cell.model.name == "neox-a" and m.eval.name == "x")
+    assert CostModel.from_rows(rows, "cpu").seconds(measurement) == 3.0
+    assert CostModel.from_rows(rows, "cuda").seconds(measurement) != 3.0
+
+
+@pytest.mark.parametrize("state", UNRECORDED)
+def test_what_ended_without_a_record_runs_again_unless_told_not_to(state: str) -> None:
+    assert plan(dict.fromkeys(KEYS[1:], "done"), ended={KEYS[0]: state}).measurement_keys() == [KEYS[0]]
+    idle = plan(dict.fromkeys(KEYS[1:], "done"), retry="none", ended={KEYS[0]: state})
+    assert idle.todo == 0
+    assert idle.counts[state] == 1
+
+
+def test_what_ran_out_of_memory_runs_again_when_asked_and_one_rung_up() -> None:
+    statuses = dict.fromkeys(KEYS[4:], "done") | dict.fromkeys(KEYS[:2], "oom")
+    assert set(plan(statuses).measurement_keys()) == set(KEYS[2:4])
+    again = plan(statuses, retry=["oom"], rungs=dict.fromkeys(KEYS[:2], 1))
+    assert {p.rung: {k.key for k in p.measurements()} for p in again.packs} == {0: set(KEYS[2:4]), 1: set(KEYS[:2])}
+
+
+def test_a_pack_has_as_many_cells_as_asked_for() -> None:
+    packs = plan({}, packing=Packing(cells=3)).packs
+    assert sorted(len(p.items) for p in packs) == [1, 1, 3, 3, 3, 3]
+
+
+def test_a_pack_is_predicted_to_fit_its_time() -> None:
+    cost = CostModel(device="cpu", history={(m, n, 1000): 30.0 for m in ("neox-a", "neox-b") for n in ("x", "y")})
+    known = {"statuses": {}, "in_flight": (), "ended": {}, "retry": parse_retry("lost"), "cost": cost}
+    packs = make_plan(MANIFEST, packing=Packing(seconds=130.0), **known).packs  # type: ignore[arg-type]
+    assert {len(p.items) for p in packs} == {2, 1}
+    assert all(p.seconds == sum(p.item_seconds) <= 130.0 for p in packs)
+
+
+def test_a_baseline_gets_a_pack_of_its_own_when_cells_wait_for_it() -> None:
+    packs = plan({}, packing=Packing(baseline_apart=True)).packs
+    assert [len(p.items) for p in packs if any(c.quant.is_baseline for c, _ in p.items)] == [1, 1]
+
+
+def test_what_is_left_of_a_pack_keeps_its_id_and_order() -> None:
+    pack = plan({}).packs[0]
+    keys = [m.key for m in pack.measurements()]
+    left = pack.without(keys[:3])
+    assert left is not None
+    assert left.id == pack.id
+    assert [m.key for m in left.measurements()] == keys[3:]
+    assert len(left.items) == len(left.item_seconds)
+    assert pack.without(keys) is None
