@@ -60,7 +60,7 @@ def _run_mode(cfg: DictConfig) -> int:
 
     from rich.console import Console
 
-    from kbit.spec import SpecError
+    from kbit.errors import SpecError
     from sweeps.commands import modes as commands
     from sweeps.errors import UserError, did_you_mean
 

@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit.errors import SpecError
     from kbit.models.quantize import QuantHandle, quantize_model
     from kbit.packed.files import load_packed, save_packed
     from kbit.packed.linear import KBitLinear
     from kbit.quantizer.blockwise import QuantizedTensor, dequantize, quantize
     from kbit.quantizer.codebooks import codebook
-    from kbit.spec import QuantSpec, SpecError
+    from kbit.spec import QuantSpec
 
 _HOME = {
     "QuantSpec": "kbit.spec",
-    "SpecError": "kbit.spec",
+    "SpecError": "kbit.errors",
     "codebook": "kbit.quantizer.codebooks",
     "QuantizedTensor": "kbit.quantizer.blockwise",
     "quantize": "kbit.quantizer.blockwise",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args
 
+from kbit.errors import SpecError
+
 DType = Literal["int", "float", "dynamic", "quantile", "normal"]
 Scheme = Literal["block", "group"]
 AbsmaxDType = Literal["float16", "float32", "nested"]
@@ -31,14 +33,6 @@ PAPER_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
 HEURISTIC_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 """Appendix C.4: at least half of the bits, rounded up."""
 EXPONENT_RULES: Final = {"paper": PAPER_EXPONENT_BITS, "heuristic": HEURISTIC_EXPONENT_BITS}
-
-
-class SpecError(ValueError):
-    """A quantization that can't exist. Says the key, its value, what is allowed."""
-
-    def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key}={value!r} is not valid: {allowed}")
-        self.key, self.value, self.allowed = key, value, allowed
 
 
 @dataclass(frozen=True, kw_only=True)

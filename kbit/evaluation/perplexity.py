@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.evaluation.texts import encode_text, read_documents
-from kbit.spec import SpecError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

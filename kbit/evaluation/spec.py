@@ -8,7 +8,8 @@ from typing import Any, Final, Literal, get_args
 
 from numpy.typing import NDArray
 
-from kbit.spec import LARGEST_NUMBER, SpecError
+from kbit.errors import SpecError
+from kbit.spec import LARGEST_NUMBER
 
 EvalKind = Literal["perplexity", "task"]
 ComputeDType = Literal["storage", "float16", "bfloat16", "float32"]

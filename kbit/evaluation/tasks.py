@@ -15,9 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
+from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
 from kbit.evaluation.texts import read_jsonl, require_commit
-from kbit.spec import SpecError
 
 FEWSHOT_SEED: Final = 1234
 """lm-eval's default."""

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kbit.errors import SpecError
 from kbit.evaluation.spec import COMPUTE_DTYPES
 from kbit.memory import is_out_of_memory
 from kbit.models.checkpoint import CheckpointError, safetensors_header
 from kbit.models.placement import place
 from kbit.quantizer.storage import STORAGE_DTYPES
-from kbit.spec import SpecError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

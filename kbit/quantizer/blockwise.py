@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kbit.errors import SpecError
 from kbit.kernels.availability import choose_blockwise
 from kbit.quantizer.blocks import Blocks, NestedAbsmax, Part, load_absmax, nest
 from kbit.quantizer.codebooks import fixed_codebook, is_data_dependent, quantile_codebook
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.packing import pack, packed_bytes, unpack
 from kbit.quantizer.storage import check_weight, columns_of, flattened, mean16, non_finite, storage_dtype_of
-from kbit.spec import QuantSpec, SpecError
+from kbit.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kbit.errors import SpecError
 from kbit.quantizer.storage import check_weight, chunks, columns_of, flattened, mean16, non_finite, storage_dtype_of
-from kbit.spec import QuantSpec, SpecError
+from kbit.spec import QuantSpec
 
 PATTERNS = 1 << 16
 """Distinct values a 16-bit dtype can hold: a histogram of them is a tensor, sorted, in half a megabyte."""

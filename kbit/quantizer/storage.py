@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kbit.spec import SpecError
+from kbit.errors import SpecError
 
 STORAGE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FLOAT16_MAX = torch.finfo(torch.float16).max

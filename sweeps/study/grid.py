@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, Final
 
-from kbit.spec import EXPONENT_RULES, QuantSpec, SpecError
+from kbit.errors import SpecError
+from kbit.spec import EXPONENT_RULES, QuantSpec
 from sweeps.errors import UserError, did_you_mean
 from sweeps.study.cell import AXES, Cell, ModelRef
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from kbit.spec import SpecError
+from kbit.errors import SpecError
 from sweeps.tracking.mirror import AXES, IDENTITY
 from sweeps.tracking.process import MirrorProcess
 

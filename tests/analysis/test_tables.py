@@ -18,7 +18,8 @@ from analysis.cells import measured, one_exponent, plain, points
 from analysis.metrics import ZERO_SHOT_TASKS, headline_metrics, metric_columns, parse_metric, primary_loss, stderr
 from analysis.mixtures import mixture_warnings
 from analysis.tables import bits_by_dtype, render, to_markdown, write_table
-from kbit.spec import QuantSpec, SpecError
+from kbit.errors import SpecError
+from kbit.spec import QuantSpec
 from tests.analysis.test_study import MODELS, Study, demo_specs, diverge, make_study, study
 
 LOSS = parse_metric("jargon_loss")

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import DTYPES, EXPONENT_RULES, QuantSpec, SpecError
+from kbit.spec import DTYPES, EXPONENT_RULES, QuantSpec
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ from transformers import (
     GraniteConfig,
 )
 
+from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare, scoring
 from kbit.evaluation.perplexity import summarize
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.texts import encode_text, read_documents
-from kbit.spec import SpecError
 from tests import ROOT
 from tests.kbit.tiny_models import tiny
 

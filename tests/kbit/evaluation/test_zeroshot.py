@@ -17,10 +17,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare
 from kbit.evaluation.lm import KbitLM
 from kbit.evaluation.tasks import build_task
-from kbit.spec import SpecError
 from tests import ROOT
 
 DEMO = ROOT / "sweeps" / "demo"

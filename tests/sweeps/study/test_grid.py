@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.spec import SpecError
+from kbit.errors import SpecError
 from sweeps.errors import UserError
 from sweeps.study.cell import ModelRef
 from sweeps.study.grid import expand

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from kbit.spec import SpecError
+from kbit.errors import SpecError
 from sweeps.tracking.tracker import SyncReport, TrackedPack, Tracker, TrackingConfig, sync
 from tests.conftest import Launch
 
