@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
-from kbit.spec import BASELINE_BITS, DTYPES, EXPONENT_RULES
+from kbit.axes import VARIED
+from kbit.dtypes import DTYPES, EXPONENT_RULES
+from kbit.spec import BASELINE_BITS, axes
 
 MEASURED: Final = ("done", "diverged")
 WHOLE_TENSOR: Final = 0
@@ -17,19 +19,9 @@ WHOLE_TENSOR: Final = 0
 
 _NEEDED: Final = (
     *("key", "status", "family", "model", "model_id", "revision", "weights_hash", "params"),
-    *("method", "bits", "dtype", "blocksize", "scheme", "exponent_bits", "subnormals", "dynamic_interval"),
-    *("absmax_dtype", "center", "outlier_fraction", "bits_per_param_nominal", "total_bits", "total_bits_nominal"),
+    *("method", *axes(), "bits_per_param_nominal", "total_bits", "total_bits_nominal"),
 )
 _IDENTITY: Final = ["model_id", "revision", "weights_hash"]
-_PLAIN: Final = {
-    "scheme": "block",
-    "subnormals": "ieee",
-    "dynamic_interval": "bnb",
-    "absmax_dtype": "float16",
-    "center": False,
-    "outlier_fraction": 0.0,
-}
-"""What the paper holds fixed while it varies bits, data type and block size."""
 _NO_EXPONENT: Final = 0
 """Stands for the exponent bits of a data type that has none where a number is needed."""
 
@@ -72,14 +64,15 @@ def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0) -> pd.DataFrame:
     methods that are more than a codebook. Block sizes become numbers (``WHOLE_TENSOR`` where there is one). Float cells
     come with every number of exponent bits: ``one_exponent`` takes one for a comparison.
     """
-    wanted = {**_PLAIN, "outlier_fraction": outlier_fraction}
+    fixed = {name: a.neutral for name, a in axes().items() if a.neutral is not VARIED}
+    wanted = {**fixed, "outlier_fraction": outlier_fraction}
     keep = (df["method"] == "blockwise") & numbers(df, "bits").notna()
     for column, value in wanted.items():
-        keep &= (df[column].isna() & (value == _PLAIN[column])) | (df[column] == value).fillna(False).astype(bool)
+        keep &= (df[column].isna() & (value == fixed[column])) | (df[column] == value).fillna(False).astype(bool)
     df = df[keep.fillna(False).astype(bool)].copy()
     df["blocksize"] = numbers(df, "blocksize").fillna(WHOLE_TENSOR).astype(int)
     df["bits"] = numbers(df, "bits").astype(int)
-    return df.drop_duplicates(["family", "model", "dtype", "bits", "blocksize", "exponent_bits"])
+    return df.drop_duplicates(["family", "model", *(name for name in axes() if name not in fixed)])
 
 
 def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None = None) -> pd.DataFrame:

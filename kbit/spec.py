@@ -1,25 +1,39 @@
-"""What a quantization is: ``QuantSpec``, frozen, validated and canonical. Imports no torch: planning stays light.
+"""What a quantization is: frozen, validated and canonical. Imports no torch: planning stays light.
 
-The axes are the paper's (Dettmers & Zettlemoyer 2023, sections 2-5, Appendices A-C); what each one means to the last
-bit is in ``kbit.quantizer.blockwise`` and ``kbit.quantizer.codebooks``.
+A method's spec is a dataclass whose fields are axes (``kbit.axes``), each declared once. ``QuantSpec`` is that of the
+16-bit baseline and of block-wise quantization; its axes are the paper's (Dettmers & Zettlemoyer 2023, sections 2-5,
+Appendices A-C). What each one means to the last bit is in ``kbit.quantizer``.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, get_args
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, Self, get_args
 
+from kbit.axes import Axis, axes_of, axis
+from kbit.doors import Door
+from kbit.dtypes import (
+    DTYPES,
+    EXPONENT_RULES,
+    MAX_BITS,
+    MIN_BITS,
+    check_codebook,
+    check_name,
+    data_type,
+    read_codebook_file,
+)
 from kbit.errors import SpecError
 
-DType = Literal["int", "float", "dynamic", "quantile", "normal"]
 Scheme = Literal["block", "group"]
 AbsmaxDType = Literal["float16", "float32", "nested"]
 Subnormals = Literal["ieee", "bnb"]
 DynamicInterval = Literal["bnb", "paper"]
 
-DTYPES: Final[tuple[str, ...]] = get_args(DType)
-MIN_BITS: Final = 2
-MAX_BITS: Final = 8
 BASELINE_BITS: Final = 16
 ALLOWED_BITS: Final = f"a whole number from {MIN_BITS} to {MAX_BITS}, or {BASELINE_BITS} for the baseline"
 LARGEST_NUMBER: Final = 2**40
@@ -28,16 +42,73 @@ ALLOWED_BLOCKSIZE: Final = "a whole number of at least 1 (and at most 2^40), or 
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
 
-PAPER_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
-"""Appendix A: 2 exponent bits at 3 bits, 3 at 4 to 8 (2 bits leave room for one only)."""
-HEURISTIC_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
-"""Appendix C.4: at least half of the bits, rounded up."""
-EXPONENT_RULES: Final = {"paper": PAPER_EXPONENT_BITS, "heuristic": HEURISTIC_EXPONENT_BITS}
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One way to quantize a model: the base of every method's spec.
+
+    A subclass is a frozen dataclass whose fields are declared by ``kbit.axes.axis``. It validates itself, and
+    normalises away what can't matter, so that two specs that quantize alike are equal and hash alike.
+
+    Attributes:
+        method_name: the name under which ``METHODS`` has the class.
+        runs: "module:function" of the method itself (``kbit.methods``).
+        calibrates: the method reads calibration data, which then belong to a cell's identity.
+        packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
+    """
+
+    method_name: ClassVar[str]
+    runs: ClassVar[str]
+    calibrates: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+
+    bits: int = axis(type="int64", doc="bits a code", unit="bit")
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.method_name
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing is quantized: the 16-bit model."""
+        return False
+
+    @property
+    def bits_per_param_nominal(self) -> float:
+        """Bits of a quantized weight as the paper would count them."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """A short name for people, which tells specs apart that differ."""
+        raise NotImplementedError
+
+    def axis_values(self) -> dict[str, object]:
+        """Each axis of the spec with its value, as columns and filters have it."""
+        return {name: getattr(self, name) for name in axes_of(type(self))}
+
+    def canonical(self) -> dict[str, Any]:
+        """The axes that matter for this spec, as plain JSON values: what a cell's key is made of."""
+        values = {name: (a, getattr(self, name)) for name, a in axes_of(type(self)).items()}
+        identity = {name: value for name, (a, value) in values.items() if a.is_identity(value)}
+        return {"method": self.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}}
+
+    @classmethod
+    def from_canonical(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of ``canonical``, without the method."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
+
+    def _words(self, *said: str) -> list[str]:
+        """Words of a label for each axis that isn't neutral, in their order, but for those that were said."""
+        values = self.axis_values()
+        return [w for name, a in axes_of(type(self)).items() if name not in said and (w := a.words(values[name]))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantSpec:
-    """One way to quantize a weight matrix; ``QuantSpec(bits=16)`` is the 16-bit baseline.
+class QuantSpec(Spec):
+    """Block-wise quantization with a codebook; ``QuantSpec(bits=16)`` is the 16-bit baseline.
 
     Axes that can't matter are normalised away on construction (a 16-bit baseline has no data type; only floats have
     exponent bits), so two specs that quantize alike are equal and hash alike. Their values must be possible ones all
@@ -45,7 +116,8 @@ class QuantSpec:
 
     Attributes:
         bits: bits a code, 2 to 8; or 16, the baseline, with every other axis unset.
-        dtype: data type of the codes (Appendix A), or 'normal' (NF-k, QLoRA). None for the baseline only.
+        dtype: data type of the codes: a name in ``kbit.dtypes.DTYPES``, or the name of the data type that `codebook`
+            gives. None for the baseline only.
         blocksize: values that share one absmax; None is one block, the whole tensor.
         scheme: 'block' cuts the flattened tensor (the paper); 'group' cuts each row.
         exponent_bits: floats only. A number, or 'paper' (Appendix A) or 'heuristic' (Appendix C.4), which are resolved
@@ -55,22 +127,66 @@ class QuantSpec:
         absmax_dtype: how absmax is stored: 'float16' (the paper's 16 bits), 'float32', or 'nested' (8-bit, QLoRA's
             double quantization).
         center: subtract the tensor's mean first, add it last (Appendix B).
+        codebook: the values of a data type from a file (``spec_of`` reads it): 2 to 2^bits of them, ascending.
         outlier_fraction: fraction of input dimensions kept in 16 bits by proxy quantization (section 3), 0 <= p < 1.
 
     Raises:
         SpecError: an axis has a value that is not allowed.
     """
 
-    bits: int
-    dtype: str | None = None
-    blocksize: int | None = 64
-    scheme: str = "block"
-    exponent_bits: int | str | None = None
-    subnormals: str | None = None
-    dynamic_interval: str | None = None
-    absmax_dtype: str = "float16"
-    center: bool = False
-    outlier_fraction: float = 0.0
+    method_name: ClassVar[str] = "blockwise"
+    runs: ClassVar[str] = "kbit.methods.blockwise:quantize_layers"
+    packs: ClassVar[bool] = True
+
+    dtype: str | None = axis(None, type="string", doc="data type of the codes; null for the baseline")
+    blocksize: int | None = axis(
+        64,
+        type="int64",
+        unit="values",
+        doc="values that share an absmax; null for the whole tensor and the baseline",
+    )
+    scheme: str = axis(
+        "block", type="string", doc="block (of the flattened tensor) or group (of a row)", neutral="block", label=""
+    )
+    exponent_bits: int | str | None = axis(None, type="int64", unit="bit", doc="of a float", optional=True)
+    subnormals: str | None = axis(
+        None, type="string", doc="of a float: ieee or bnb", neutral="ieee", optional=True, label="{}-subnormals"
+    )
+    dynamic_interval: str | None = axis(
+        None, type="string", doc="of dynamic: bnb or paper", neutral="bnb", optional=True, label="{}-interval"
+    )
+    absmax_dtype: str = axis(
+        "float16",
+        type="string",
+        doc="how absmax is stored: float16, float32, nested",
+        neutral="float16",
+        label="absmax-{}",
+    )
+    center: bool = axis(
+        False,
+        type="bool",
+        doc="the tensor's mean is subtracted before quantizing",
+        neutral=False,
+        baseline=False,
+        label="centered",
+    )
+    outlier_fraction: float = axis(
+        0.0,
+        type="float64",
+        unit="fraction",
+        doc="input dimensions kept in 16 bits",
+        neutral=0.0,
+        baseline=0.0,
+        label="outliers {:.3g}",
+    )
+    codebook: tuple[float, ...] | None = axis(
+        None,
+        type="string",
+        doc="hash of the values of a data type from a file; null for the others",
+        optional=True,
+        since=2,
+        label="codebook {}",
+    )
 
     def __post_init__(self) -> None:
         _integer("bits", self.bits, ALLOWED_BITS)
@@ -80,14 +196,13 @@ class QuantSpec:
         if self.is_baseline:
             for f in fields(self):
                 if f.name != "bits":
-                    object.__setattr__(self, f.name, None if f.name in ("dtype", "blocksize") else f.default)
+                    object.__setattr__(self, f.name, None if f.name == "blocksize" else f.default)
         else:
             self._normalise()
 
     def _validate(self) -> None:
         """Every axis by itself, whether it matters for this spec or not: a misspelt value must not pass unseen."""
-        if self.dtype is not None or not self.is_baseline:
-            _choice("dtype", self.dtype, DTYPES)
+        self._validate_dtype()
         _choice("scheme", self.scheme, get_args(Scheme))
         _choice("absmax_dtype", self.absmax_dtype, get_args(AbsmaxDType))
         if self.blocksize is not None:
@@ -105,6 +220,16 @@ class QuantSpec:
         fraction = self.outlier_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
             raise SpecError("outlier_fraction", fraction, "a number from 0 (none) to below 1")
+
+    def _validate_dtype(self) -> None:
+        if self.codebook is not None:
+            check_name(str(self.dtype), "dtype")
+            values = check_codebook(self.codebook, min(self.bits, MAX_BITS), f"codebook of dtype={self.dtype}")
+            object.__setattr__(self, "codebook", values)
+        elif self.dtype == "file":
+            raise SpecError("dtype", self.dtype, "a data type from a file is written {file: PATH.json}")
+        elif (self.dtype is not None or not self.is_baseline) and self.dtype not in DTYPES:
+            raise DTYPES.unknown(self.dtype)
 
     def _validate_exponent_bits(self, value: int | str) -> None:
         if self.dtype == "float" and not self.is_baseline:
@@ -125,15 +250,11 @@ class QuantSpec:
         set_(self, "outlier_fraction", float(self.outlier_fraction) + 0.0)  # -0.0 is 0.0, with another name in JSON
         if self.blocksize is None:
             set_(self, "scheme", "block")
-        exponent_bits, subnormals = None, None
-        if self.dtype == "float":
-            named = self.exponent_bits or "paper"
-            exponent_bits = EXPONENT_RULES[named][self.bits] if isinstance(named, str) else named
-            # Without fraction bits there is no subnormal number, so both rules give the same values.
-            subnormals = (self.subnormals or "ieee") if self.bits - 1 - exponent_bits > 0 else "ieee"
-        set_(self, "exponent_bits", exponent_bits)
-        set_(self, "subnormals", subnormals)
-        set_(self, "dynamic_interval", (self.dynamic_interval or "bnb") if self.dtype == "dynamic" else None)
+        optional = [name for name, a in axes_of(QuantSpec).items() if a.optional]
+        given = {name: getattr(self, name) for name in optional}
+        applies = data_type(str(self.dtype), self.codebook).axes(self.bits, given)
+        for name in optional:
+            set_(self, name, applies.get(name))
 
     @property
     def is_baseline(self) -> bool:
@@ -142,7 +263,7 @@ class QuantSpec:
     @property
     def method(self) -> str:
         """'baseline' (16 bits, nothing quantized) or 'blockwise' (a codebook and an absmax a block)."""
-        return "baseline" if self.is_baseline else "blockwise"
+        return "baseline" if self.is_baseline else self.method_name
 
     @property
     def bits_per_param_nominal(self) -> float:
@@ -152,36 +273,102 @@ class QuantSpec:
         overhead = 16 / self.blocksize if self.blocksize else 0.0
         return self.bits + overhead + self.outlier_fraction * (BASELINE_BITS - self.bits)
 
-    def canonical(self) -> dict[str, Any]:
-        """The axes that matter for this spec, as plain JSON values: what a cell's key is made of."""
+    def axis_values(self) -> dict[str, object]:
         if self.is_baseline:
-            return {"method": self.method, "bits": self.bits}
-        values = {"method": self.method, **{f.name: getattr(self, f.name) for f in fields(self)}}
-        optional = ("exponent_bits", "subnormals", "dynamic_interval")
-        return {k: v for k, v in values.items() if not (k in optional and v is None)}
+            return {name: a.baseline for name, a in axes_of(type(self)).items()} | {"bits": self.bits}
+        return super().axis_values() | {"codebook": self.codebook_hash}
+
+    def canonical(self) -> dict[str, Any]:
+        return {"method": self.method, "bits": self.bits} if self.is_baseline else super().canonical()
+
+    @property
+    def codebook_hash(self) -> str | None:
+        """12 hexadecimal digits of the SHA-256 of the values of a data type from a file; None for the others."""
+        if self.codebook is None:
+            return None
+        return hashlib.sha256(struct.pack(f"<{len(self.codebook)}f", *self.codebook)).hexdigest()[:12]
 
     @property
     def label(self) -> str:
         """A short name for people: 'float4 e2 b64', '16-bit'."""
         if self.is_baseline:
             return "16-bit"
-        parts = [f"{self.dtype}{self.bits}"]
+        parts = [] if self.method == "blockwise" else [self.method]
+        parts.append(f"{self.dtype}{self.bits}")
         if self.exponent_bits is not None:
             parts.append(f"e{self.exponent_bits}")
-        parts.append(
-            "tensor" if self.blocksize is None else f"{'g' if self.scheme == 'group' else 'b'}{self.blocksize}"
-        )
-        if self.subnormals == "bnb":
-            parts.append("bnb-subnormals")
-        if self.dynamic_interval == "paper":
-            parts.append("paper-interval")
-        if self.absmax_dtype != "float16":
-            parts.append(f"absmax-{self.absmax_dtype}")
-        if self.center:
-            parts.append("centered")
-        if self.outlier_fraction:
-            parts.append(f"outliers {self.outlier_fraction:.3g}")
-        return " ".join(parts)
+        block = f"{'g' if self.scheme == 'group' else 'b'}{self.blocksize}"
+        parts.append("tensor" if self.blocksize is None else block)
+        return " ".join([*parts, *self._words("bits", "dtype", "blocksize", "exponent_bits")])
+
+
+METHODS: Final = Door[type[Spec]]("kbit_sweep.methods", "method", {"baseline": QuantSpec, "blockwise": QuantSpec})
+"""The methods: name to spec. ``Spec.runs`` names what does it."""
+
+
+@cache
+def axes() -> Mapping[str, Axis]:
+    """Every axis of every method, by name.
+
+    Raises:
+        SpecError: two methods declare an axis of one name differently.
+    """
+    found: dict[str, Axis] = {}
+    for name in METHODS:
+        for declared in axes_of(METHODS[name]).values():
+            known = found.setdefault(declared.name, declared)
+            if known != declared:
+                raise SpecError("method", name, f"its axis {declared.name!r} is declared otherwise than {known}")
+    return found
+
+
+def spec_of(values: Mapping[str, Any]) -> Spec:
+    """The spec of a combination of axes, as a study writes it.
+
+    Args:
+        values: axis values. Without `method` it is 'blockwise' (16 bits are the baseline). `dtype` may be
+            ``{"file": PATH}``.
+
+    Raises:
+        SpecError: a value that is not allowed, or an axis that the method does not have.
+    """
+    given = dict(values)
+    named = given.pop("method", None)
+    if named is not None and named not in METHODS:
+        raise METHODS.unknown(named)
+    if named == "baseline":
+        given.setdefault("bits", BASELINE_BITS)
+    if "bits" not in given:
+        raise SpecError("bits", None, "must be given")
+    if isinstance(given.get("dtype"), Mapping):
+        given |= _dtype_from_file(given["dtype"], given["bits"])
+    cls = METHODS[named or "blockwise"]
+    foreign = sorted(given.keys() - axes_of(cls).keys())
+    if foreign:
+        has = ", ".join(axes_of(cls))
+        raise SpecError(foreign[0], given[foreign[0]], f"method {named or 'blockwise'} has no such axis; it has {has}")
+    spec = cls(**given)
+    if named is not None and spec.method != named:
+        raise SpecError("method", named, f"bits={spec.bits} is method {spec.method}")
+    return spec
+
+
+def spec_from_canonical(canonical: Mapping[str, Any]) -> Spec:
+    """The inverse of ``Spec.canonical``."""
+    cls = METHODS[canonical["method"]]
+    return cls.from_canonical({k: v for k, v in canonical.items() if k != "method"})
+
+
+def _dtype_from_file(value: Mapping[str, Any], bits: Any) -> dict[str, Any]:
+    if set(value) != {"file"}:
+        raise SpecError("dtype", dict(value), "the name of a data type, or {file: PATH.json}")
+    if bits == BASELINE_BITS:
+        return {"dtype": None}
+    file = read_codebook_file(Path(str(value["file"])))
+    if bits not in file.values:
+        has = ", ".join(map(str, sorted(file.values)))
+        raise SpecError("dtype", dict(value), f"with bits={bits} the file needs values for them; it has them for {has}")
+    return {"dtype": file.name, "codebook": file.values[bits]}
 
 
 def _integer(key: str, value: object, allowed: str) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+
+from sweeps.study.grid import block_axes
 
 DEMO_DIR = Path(__file__).parent / "demo"
 
@@ -41,22 +43,13 @@ class FamilyConfig:
     family: str | None = None
 
 
-@dataclass
-class BlockConfig:
-    """One product of the grid: a list is an axis, a scalar a constant; ``linked`` zips axes together."""
+if TYPE_CHECKING:
 
-    method: Any = MISSING
-    bits: Any = MISSING
-    dtype: Any = MISSING
-    blocksize: Any = MISSING
-    scheme: Any = MISSING
-    exponent_bits: Any = MISSING
-    subnormals: Any = MISSING
-    dynamic_interval: Any = MISSING
-    absmax_dtype: Any = MISSING
-    center: Any = MISSING
-    outlier_fraction: Any = MISSING
-    linked: Any = MISSING
+    class BlockConfig:
+        """One product of the grid: a list is an axis, a scalar a constant; ``linked`` zips axes together."""
+
+else:
+    BlockConfig = make_dataclass("BlockConfig", [(n, Any, field(default=MISSING)) for n in (*block_axes(), "linked")])
 
 
 @dataclass

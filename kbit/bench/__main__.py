@@ -26,9 +26,10 @@ from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Report, Table, device_name, environment
 from kbit.bench.timing import measure_ceilings
+from kbit.dtypes import MAX_BITS, MIN_BITS, named_dtypes
 from kbit.kernels.availability import IMPLS
 from kbit.quantizer.blockwise import quantize
-from kbit.spec import DTYPES, MAX_BITS, MIN_BITS, QuantSpec
+from kbit.spec import QuantSpec
 
 Say = Callable[[str], None]
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     codes = parser.add_argument_group("quantizers")
     codes.add_argument("--values", type=int, help="how many (default 2^28 on a GPU, 2^24 on a CPU)")
     codes.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, help="data types (default: normal on a GPU, several on a CPU)"
+        "--dtypes", nargs="+", choices=named_dtypes(), help="data types (default: normal on a GPU, several on a CPU)"
     )
     codes.add_argument("--impl", nargs="+", choices=IMPLS, default=["auto"], help="implementations (default auto)")
     codes.add_argument("--repeats", type=int, default=5, help="timings, of which the median counts (default 5)")

@@ -17,7 +17,8 @@ from torch import Tensor
 from kbit.kernels import blockwise_jit as jit
 from kbit.kernels.availability import interpreted
 from kbit.kernels.codes_jit import plant_tree
-from kbit.quantizer.blocks import Blocks, NestedAbsmax, load_absmax, nest
+from kbit.quantizer.absmax import NestedAbsmax, load_absmax, nest
+from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.codebooks import codebook, fixed_codebook
 from kbit.quantizer.encode import midpoints
 from kbit.quantizer.packing import packed_bytes

@@ -19,7 +19,8 @@ from torch import Tensor
 from kbit.kernels.availability import choose_blockwise
 from kbit.kernels.dense import product
 from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
-from kbit.quantizer.blocks import Blocks, NestedAbsmax, Part, load_absmax
+from kbit.quantizer.absmax import NestedAbsmax, load_absmax
+from kbit.quantizer.blocks import Blocks, Part
 from kbit.quantizer.blockwise import scaled_values
 from kbit.quantizer.packing import packed_bytes
 from kbit.quantizer.storage import chunk_length

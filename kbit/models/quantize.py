@@ -10,13 +10,14 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from kbit.models.architectures import ArchitectureError, Layer, block_layers, key_of
-from kbit.models.outliers import outlier_columns
+from kbit.errors import SpecError
+from kbit.methods.protocol import method_of
+from kbit.models.architectures import ArchitectureError, block_layers, key_of
+from kbit.models.overwriting import restore
+from kbit.models.whole import WholeModel
 from kbit.packed.linear import KBitLinear
-from kbit.packed.replacing import check_replaceable, pack_layer
-from kbit.quantizer.blockwise import QuantizedTensor, dequantize, quantize
-from kbit.quantizer.codebooks import is_data_dependent
-from kbit.spec import BASELINE_BITS, QuantSpec
+from kbit.packed.replacing import check_replaceable
+from kbit.spec import BASELINE_BITS, Spec
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,7 +36,7 @@ class QuantHandle:
             codebook where all share it. None for the baseline, which has none.
     """
 
-    spec: QuantSpec
+    spec: Spec
     layers: dict[str, tuple[int, int]]
     bits_per_param: float
     total_bits: int
@@ -51,7 +52,7 @@ class QuantHandle:
         Raises:
             ValueError: the packed model is on the meta device.
         """
-        _restore(self._undo)
+        restore(self._undo)
 
     def __enter__(self) -> QuantHandle:
         return self
@@ -64,14 +65,20 @@ class QuantHandle:
 
 @torch.no_grad()
 def quantize_model(
-    model: nn.Module, spec: QuantSpec, *, storage_dtype: torch.dtype | None = None, packed: bool = False
+    model: nn.Module,
+    spec: Spec,
+    *,
+    storage_dtype: torch.dtype | None = None,
+    packed: bool = False,
+    calibration: Tensor | None = None,
+    calibration_dtype: torch.dtype | None = None,
 ) -> QuantHandle:
     """Quantize a model's attention and FFN layers: those that ``kbit.models.architectures.block_layers`` lists.
 
     Their weights are replaced by their quantized and dequantized values, in the model's dtype; or, with `packed`, the
     layers by ``KBitLinear`` modules, which hold k bits a weight. GPT-2's Conv1D weights are transposed to [out, in]
     first. The originals are kept on the host until ``restore``; on the device there are never more than the model and
-    one layer's quantized and dequantized (packed: quantized and laid out) forms.
+    one layer's quantized and dequantized (packed: quantized and laid out) forms, besides what the method itself needs.
 
     Args:
         model: a causal language model on any device, in its 16-bit dtype or one that was cast up from it.
@@ -80,77 +87,51 @@ def quantize_model(
             weights' own, or float16.
         packed: hold the layers in k bits. Such a model is for inference: call it under torch.no_grad(), without which
             torch.compile traces a backward that these layers don't have.
+        calibration: token windows, int64 [samples, length], for a method that calibrates.
+        calibration_dtype: what they run in; None is the model's dtype.
 
     Raises:
         ArchitectureError: no layers to quantize, or they are quantized already; spec.outlier_fraction > 0 and the
             layers' order isn't known; packed, and a layer has hooks or a forward of its own, shares its weight with
             another, or is float64.
+        SpecError: a method that calibrates without calibration; packed, and the method's layers can't be packed.
         WeightError: a weight with NaN or infinite values. Whatever the error, the model has its original weights again.
     """
     if any(isinstance(module, KBitLinear) for module in model.modules()):
         raise ArchitectureError(f"{type(model).__name__} is packed in k bits already: restore or load the 16-bit model")
-    layers = [] if spec.is_baseline else block_layers(model)
-    if packed:
-        check_replaceable(model, layers)
-    columns = (
-        outlier_columns(model, spec.outlier_fraction, storage_dtype=storage_dtype) if spec.outlier_fraction else {}
-    )
-    quantized = sum(layer.weight.numel() for layer in layers)
-    rest = BASELINE_BITS * (_parameters(model) - quantized)
-    shapes = {layer.name: (layer.weight.shape[0], layer.weight.shape[1]) for layer in layers}
+    if spec.calibrates and calibration is None:
+        raise SpecError("method", spec.method, "one without calibration, or give calibration=TOKENS")
+    if packed and not spec.is_baseline:
+        if not spec.packs:
+            raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
+        check_replaceable(model, block_layers(model))
+    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=calibration_dtype)
+    shapes: dict[str, tuple[int, int]] = {}
     hashed = hashlib.sha256()
     undo: list[Callable[[], None]] = []
-    stored_bits = 0
+    parameters, stored_bits, quantized = _parameters(model), 0, 0
     try:
-        for number, layer in enumerate(layers):
-            q = _quantized(layer, spec, columns.get(layer.name), storage_dtype)
-            stored_bits += q.nbits
-            if number == 0 or is_data_dependent(spec):
-                hashed.update(q.codebook.cpu().numpy().astype("<f4").tobytes())
-            undo.append(pack_layer(model, layer, q) if packed else _overwrite(layer, q))
-            del q  # before the next one is made
+        for layer, stored in () if spec.is_baseline else method_of(spec)(model_pass, spec, calibration):
+            shapes[layer.name] = (layer.weight.shape[0], layer.weight.shape[1])
+            quantized += layer.weight.numel()
+            stored_bits += stored.nbits
+            if stored.codebook is not None and (len(shapes) == 1 or not stored.shares_codebook):
+                hashed.update(stored.codebook.cpu().numpy().astype("<f4").tobytes())
+            undo.append(stored.pack(model, layer) if packed else stored.put(layer))
+            del stored  # before the next one is made
     except BaseException:
-        _restore(undo)
+        restore(undo)
         raise
+    rest = BASELINE_BITS * (parameters - quantized)
     return QuantHandle(
         spec=spec,
         layers=shapes,
         bits_per_param=stored_bits / quantized if quantized else float(BASELINE_BITS),
         total_bits=stored_bits + rest,
         total_bits_nominal=quantized * spec.bits_per_param_nominal + rest,
-        codebook_hash=hashed.hexdigest() if layers else None,
+        codebook_hash=hashed.hexdigest() if shapes else None,
         _undo=undo,
     )
-
-
-def _quantized(
-    layer: Layer, spec: QuantSpec, columns: Tensor | None, storage_dtype: torch.dtype | None
-) -> QuantizedTensor:
-    try:
-        return quantize(layer.weight, spec, outlier_columns=columns, storage_dtype=storage_dtype)
-    except ValueError as error:
-        error.add_note(f"in layer {layer.name}")
-        raise
-
-
-def _overwrite(layer: Layer, q: QuantizedTensor) -> Callable[[], None]:
-    """Give a layer its dequantized weight. Returns the way back."""
-    parameter = layer.parameter
-    original = parameter.detach().to("cpu", copy=True)
-    layer.weight.copy_(dequantize(q))
-
-    def undo() -> None:
-        parameter.detach().copy_(original)
-
-    return undo
-
-
-@torch.no_grad()
-def _restore(undo: list[Callable[[], None]]) -> None:
-    """Go every step back, each dropped once it is done: what remains is what is still quantized."""
-    while undo:
-        undo[-1]()
-        undo.pop()
 
 
 def _parameters(model: nn.Module) -> int:

@@ -18,7 +18,8 @@ from kbit.kernels.tiles import (
     why_no_layout,
     why_not_tiled,
 )
-from kbit.quantizer.blocks import Blocks, NestedAbsmax
+from kbit.quantizer.absmax import NestedAbsmax
+from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.blockwise import QuantizedTensor
 from kbit.quantizer.packing import pack, packed_bytes
 from kbit.spec import NESTED_BLOCKSIZE, QuantSpec

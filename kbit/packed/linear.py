@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kbit.kernels.ops import by_row, matmul_rows, matmul_tiled
 from kbit.kernels.tiles import TILE, TiledWeight, lookup_table, why_no_layout
 from kbit.packed.layout import check_stored, lay_out, row_major, shapes
-from kbit.quantizer.blocks import NESTED_SPEC, NestedAbsmax
+from kbit.quantizer.absmax import NESTED_SPEC, NestedAbsmax
 from kbit.quantizer.blockwise import QuantizedTensor, dequantize
 from kbit.quantizer.codebooks import codebook
 from kbit.quantizer.storage import STORAGE_DTYPES

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from kbit.errors import SpecError
 from kbit.kernels.availability import choose_blockwise
-from kbit.quantizer.blocks import Blocks, NestedAbsmax, Part, load_absmax, nest
-from kbit.quantizer.codebooks import fixed_codebook, is_data_dependent, quantile_codebook
+from kbit.quantizer.absmax import NestedAbsmax, load_absmax, stored_absmax
+from kbit.quantizer.blocks import Blocks, Part
+from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.packing import pack, packed_bytes, unpack
-from kbit.quantizer.storage import check_weight, columns_of, flattened, mean16, non_finite, storage_dtype_of
+from kbit.quantizer.source import Source
+from kbit.quantizer.storage import check_weight, columns_of, mean16, non_finite, storage_dtype_of
 from kbit.spec import QuantSpec
 
 
@@ -133,11 +135,9 @@ def quantize_async(
     columns = columns_of(weight, outlier_columns)
     impl = choose_blockwise(impl, weight.device)
     mean = mean16(weight, dtype) if spec.center else None
-    own = None
-    if is_data_dependent(spec):
-        own = quantile_codebook(weight, spec.bits, dtype=dtype, columns=columns, mean=mean)
+    source = Source(weight, dtype, columns, mean)
+    own = fitted_codebook(spec, source) if is_data_dependent(spec) else None
     values = fixed_codebook(spec, weight.device) if own is None else own
-    source = _Source(weight, dtype, columns, mean)
     blocks = Blocks.of(tuple(weight.shape), spec)
     bad = None
     if impl == "triton":
@@ -147,7 +147,7 @@ def quantize_async(
             source.flat, blocks, spec, dtype=dtype, values=own, mean=mean, columns=columns, row=weight.shape[-1]
         )
     else:
-        absmax = _absmax(source, blocks, spec)
+        absmax = stored_absmax(source, blocks, spec)
         codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
     q = QuantizedTensor(
         codes=codes,
@@ -221,51 +221,7 @@ def scaled_values(
     return values if mean is None else values.add_(mean.float())
 
 
-class _Source:
-    """A weight's values as they are quantized: stored in 16 bits, less the mean, kept columns zero."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype, columns: Tensor | None, mean: Tensor | None) -> None:
-        self.weight, self.dtype, self.mean = weight.detach(), dtype, mean
-        self.columns = None if columns is None else columns.long()
-        self.row = None if columns is None else weight.shape[1]
-        self.flat = flattened(weight, dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def __getitem__(self, part: Part) -> Tensor:
-        """float32, flat, a fresh tensor."""
-        values = self.flat[part.start : part.stop].to(self.dtype).float()
-        if self.mean is not None:
-            values -= self.mean.float()
-        if self.columns is not None and self.row is not None:
-            values.view(-1, self.row)[:, self.columns] = 0
-        return values
-
-    def kept(self) -> Tensor | None:
-        """16-bit values of the kept columns."""
-        if self.columns is None:
-            return None
-        kept = self.weight[:, self.columns].to(self.dtype)
-        if not bool(kept.isfinite().all()):
-            raise non_finite("a kept column of the weight", self.dtype)
-        return kept
-
-
-def _absmax(source: _Source, blocks: Blocks, spec: QuantSpec) -> Tensor | NestedAbsmax:
-    """What is stored: one a block."""
-    dtype = torch.float16 if spec.absmax_dtype == "float16" else torch.float32
-    absmax = torch.zeros(blocks.rows * blocks.per_row, dtype=dtype, device=source.device)
-    finite = torch.ones((), dtype=torch.bool, device=source.device)
-    for part in blocks.parts(source.device, source.row):
-        finite &= part.gather_absmax(source[part], absmax)
-    if not bool(finite):
-        raise non_finite("weight", source.dtype)
-    return nest(absmax) if spec.absmax_dtype == "nested" else absmax
-
-
-def _codes(source: _Source, blocks: Blocks, absmax: Tensor, encode: Encoder, bits: int) -> Tensor:
+def _codes(source: Source, blocks: Blocks, absmax: Tensor, encode: Encoder, bits: int) -> Tensor:
     """Packed codes. Parts begin at multiples of 8 values, that is at whole bytes."""
     packed = torch.empty(packed_bytes(blocks.rows * blocks.length, bits), dtype=torch.uint8, device=source.device)
     for part in blocks.parts(source.device, source.row):

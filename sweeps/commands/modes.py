@@ -21,7 +21,7 @@ from sweeps.launches.in_flight import has_scheduler, read_flight, reconcile
 from sweeps.plan.packs import ROW_BYTES, Packing, parse_retry
 from sweeps.results.table import CELL_STATUSES, load_results
 from sweeps.store.parts import Store
-from sweeps.study.cell import AXES
+from sweeps.study.cell import axis_names
 from sweeps.study.grid import check_axes, excluded_counts, matches
 from sweeps.study.manifest import load_manifests
 from sweeps.study.resolve import as_list, build_study
@@ -293,8 +293,9 @@ def _results(cfg: DictConfig, *, long: bool = False) -> pd.DataFrame:
     if prefixes:
         results = results[results["key"].str.startswith(prefixes)]
     if where:
-        axes = results[list(AXES)].astype(object).where(results[list(AXES)].notna(), None)
-        results = results[[matches(dict(zip(AXES, row, strict=True)), where) for row in axes.itertuples(index=False)]]
+        names = list(axis_names())
+        axes = results[names].astype(object).where(results[names].notna(), None)
+        results = results[[matches(dict(zip(names, row, strict=True)), where) for row in axes.itertuples(index=False)]]
     if not len(results):
         known = ", ".join(sorted({m.sweep for m in load_manifests(out_dir(cfg))}))
         raise UserError(f"no cell matches cell={list(prefixes)} where={where} (studies there: {known})")

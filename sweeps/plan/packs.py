@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from kbit.evaluation.spec import EvalSpec
+from kbit.spec import spec_from_canonical
 from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.cost import CostModel, load_seconds
-from sweeps.study.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict, quant_from_canonical
+from sweeps.study.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict
 from sweeps.study.manifest import Manifest
 
 UNRECORDED: Final = ("timeout", "node_fail", "preempted", "cancelled", "lost")
@@ -87,7 +88,7 @@ class Pack:
         model = ModelRef(**data["model"])
         evals = [EvalSpec(**e) for e in data["evals"]]
         items = tuple(
-            (Cell(model=model, quant=quant_from_canonical(q)), tuple(evals[i] for i in indices))
+            (Cell(model=model, quant=spec_from_canonical(q)), tuple(evals[i] for i in indices))
             for q, indices in data["items"]
         )
         return cls(

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from kbit.spec import axes
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -49,16 +51,7 @@ COLUMNS: Final[tuple[Column, ...]] = (
     _cell("weights_hash", "string", "SHA-256 of a local model's files; null for the hub"),
     _cell("params", "int64", "parameters, tied ones once", "count"),
     _cell("method", "string", "baseline or blockwise"),
-    _cell("bits", "int64", "bits a code", "bit"),
-    _cell("dtype", "string", "data type of the codes; null for the baseline"),
-    _cell("blocksize", "int64", "values that share an absmax; null for the whole tensor and the baseline", "values"),
-    _cell("scheme", "string", "block (of the flattened tensor) or group (of a row)"),
-    _cell("exponent_bits", "int64", "of a float", "bit"),
-    _cell("subnormals", "string", "of a float: ieee or bnb"),
-    _cell("dynamic_interval", "string", "of dynamic: bnb or paper"),
-    _cell("absmax_dtype", "string", "how absmax is stored: float16, float32, nested"),
-    _cell("center", "bool", "the tensor's mean is subtracted before quantizing"),
-    _cell("outlier_fraction", "float64", "input dimensions kept in 16 bits", "fraction"),
+    *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since == 1),
     _cell("label", "string", "the quantization in short"),
     _cell("bits_per_param", "float64", "stored bits of the quantized weights, all overhead counted", "bit/weight"),
     _cell("bits_per_param_nominal", "float64", "k + 16/B + p(16 - k), the paper's count", "bit/weight"),
@@ -103,6 +96,8 @@ COLUMNS: Final[tuple[Column, ...]] = (
     _c("pack", "string", "pack it ran in"),
     _c("job", "string", "scheduler's job, or the worker"),
     _c("host", "string", "machine"),
+    # Axes that came later, at the end, so that columns stay where they were
+    *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
 )
 
 CELL_COLUMNS: Final = tuple(c.name for c in COLUMNS if c.of_cell)

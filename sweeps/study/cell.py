@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Final
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import QuantSpec
+from kbit.spec import Spec, axes
 
 KEY_VERSION: Final = 1
 """Part of every key. A change to what a key is made of raises it and migrates the store."""
@@ -73,7 +73,7 @@ class Cell:
     """One model under one quantization."""
 
     model: ModelRef
-    quant: QuantSpec
+    quant: Spec
 
     @cached_property
     def key(self) -> str:
@@ -83,24 +83,10 @@ class Cell:
     def label(self) -> str:
         return f"{self.model.label} {self.quant.label}"
 
-    def axes(self) -> dict[str, Any]:
+    def axes(self) -> dict[str, object]:
         """Every axis by name, for tables and filters (None where it does not apply)."""
-        q = self.quant
-        return {
-            "family": self.model.family,
-            "model": self.model.label,
-            "method": q.method,
-            "bits": q.bits,
-            "dtype": q.dtype,
-            "blocksize": q.blocksize,
-            "scheme": None if q.is_baseline else q.scheme,
-            "exponent_bits": q.exponent_bits,
-            "subnormals": q.subnormals,
-            "dynamic_interval": q.dynamic_interval,
-            "absmax_dtype": None if q.is_baseline else q.absmax_dtype,
-            "center": q.center,
-            "outlier_fraction": q.outlier_fraction,
-        }
+        of_model = {"family": self.model.family, "model": self.model.label, "method": self.quant.method}
+        return {**dict.fromkeys(axis_names()), **of_model, **self.quant.axis_values()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,31 +101,14 @@ class Measurement:
         return content_key({"cell": self.cell.key, "eval": self.eval.canonical()})
 
 
-AXES: Final = (
-    "family",
-    "model",
-    "method",
-    "bits",
-    "dtype",
-    "blocksize",
-    "scheme",
-    "exponent_bits",
-    "subnormals",
-    "dynamic_interval",
-    "absmax_dtype",
-    "center",
-    "outlier_fraction",
-)
-"""Names that ``where=`` and ``by=`` accept."""
+@cache
+def axis_names() -> tuple[str, ...]:
+    """Names that ``where=`` and ``by=`` accept: of the model, then of every method's spec."""
+    return ("family", "model", "method", *axes())
 
 
 def model_to_dict(model: ModelRef) -> dict[str, Any]:
     return dict(vars(model))
-
-
-def quant_from_canonical(canonical: Mapping[str, Any]) -> QuantSpec:
-    """The inverse of ``QuantSpec.canonical``."""
-    return QuantSpec(**{k: v for k, v in canonical.items() if k != "method"})
 
 
 def eval_to_dict(spec: EvalSpec) -> dict[str, Any]:

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final
 
+from kbit.dtypes import EXPONENT_RULES
 from kbit.errors import SpecError
-from kbit.spec import EXPONENT_RULES, QuantSpec
+from kbit.spec import METHODS, Spec, axes, spec_of
 from sweeps.errors import UserError, did_you_mean
-from sweeps.study.cell import AXES, Cell, ModelRef
+from sweeps.study.cell import Cell, ModelRef, axis_names
 
-METHODS: Final = ("baseline", "blockwise")
 LATER_METHODS: Final = {
     "gptq": "GPTQ needs calibration data and its own solver, which this version does not have",
     "llm_int8": "LLM.int8() is not in this version",
     "ggml": "the GGML formats are not in this version",
     "mixed": "mixed precision across layers is not in this version",
 }
-QUANT_AXES: Final = ("method", *(f.name for f in fields(QuantSpec)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,11 @@ class Excluded:
 
     axes: Mapping[str, Any]
     reason: str
+
+
+def block_axes() -> tuple[str, ...]:
+    """Names that a block of the grid may give values for; a data type from a file brings its codebook itself."""
+    return ("method", *(name for name in axes() if name != "codebook"))
 
 
 def excluded_counts(excluded: Iterable[Excluded]) -> dict[str, int]:
@@ -63,7 +67,7 @@ def expand(
         SpecError: a value that is not allowed.
     """
     rules = [_rule(rule, number) for number, rule in enumerate(exclude)]
-    specs: list[QuantSpec] = []
+    specs: list[Spec] = []
     invalid: list[Excluded] = []
     for number, block in enumerate(blocks):
         block_specs, block_invalid = _expand_block(block, f"sweep.quant.{number}")
@@ -105,8 +109,9 @@ def _same(axis: object, value: object) -> bool:
 def check_axes(names: Iterable[str], key: str) -> None:
     """Refuse names that are no axis."""
     for name in names:
-        if name not in AXES:
-            raise UserError(f"{key}: {name!r} is not an axis;{did_you_mean(name, AXES)} Axes: {', '.join(AXES)}")
+        if name not in axis_names():
+            hint = did_you_mean(name, axis_names())
+            raise UserError(f"{key}: {name!r} is not an axis;{hint} Axes: {', '.join(axis_names())}")
 
 
 def _rule(rule: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str]:
@@ -118,19 +123,18 @@ def _rule(rule: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str]
     return when, str(reason)
 
 
-def _expand_block(block: Mapping[str, Any], where: str) -> tuple[list[QuantSpec], list[Excluded]]:
-    specs: list[QuantSpec] = []
+def _expand_block(block: Mapping[str, Any], where: str) -> tuple[list[Spec], list[Excluded]]:
+    specs: list[Spec] = []
     invalid: list[Excluded] = []
     failed: dict[tuple[str, str], SpecError] = {}
     fine: set[tuple[str, str]] = set()
     for combination in _combinations(block, where):
-        method = combination.pop("method", None)
-        if method in LATER_METHODS:
-            axes = {"method": method, **combination}
-            invalid.append(Excluded(axes=axes, reason=f"method={method}: {LATER_METHODS[method]}"))
+        method = combination.get("method")
+        if method in LATER_METHODS and method not in METHODS:
+            invalid.append(Excluded(axes=combination, reason=f"method={method}: {LATER_METHODS[method]}"))
             continue
         try:
-            spec = _spec(method, combination)
+            spec = spec_of(combination)
         except SpecError as error:
             failed[_value_id(error.key, combination.get(error.key))] = error
             reason = f"{error.key}={error.value} can't be combined with bits={combination.get('bits')}"
@@ -146,19 +150,6 @@ def _expand_block(block: Mapping[str, Any], where: str) -> tuple[list[QuantSpec]
     return specs, invalid
 
 
-def _spec(method: object, combination: dict[str, Any]) -> QuantSpec:
-    if method is not None and method not in METHODS:
-        raise SpecError("method", method, "one of " + ", ".join((*METHODS, *LATER_METHODS)))
-    if method == "baseline":
-        combination.setdefault("bits", 16)
-    if "bits" not in combination:
-        raise SpecError("bits", None, "must be given")
-    spec = QuantSpec(**combination)
-    if method is not None and spec.method != method:
-        raise SpecError("method", method, f"bits={spec.bits} is method {spec.method}")
-    return spec
-
-
 def _combinations(block: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """Every combination of a block's axes, the last named varying fastest."""
     axes: list[list[dict[str, Any]]] = []
@@ -166,10 +157,10 @@ def _combinations(block: Mapping[str, Any], where: str) -> Iterator[dict[str, An
         if name == "linked":
             axes.append(_linked(value, where))
             continue
-        if name not in QUANT_AXES:
+        if name not in block_axes():
             raise UserError(
-                f"{where}.{name}={value!r}: {name!r} is not an axis.{did_you_mean(name, QUANT_AXES)} "
-                f"Axes: {', '.join(QUANT_AXES)}, and linked"
+                f"{where}.{name}={value!r}: {name!r} is not an axis.{did_you_mean(name, block_axes())} "
+                f"Axes: {', '.join(block_axes())}, and linked"
             )
         values = value if isinstance(value, list | tuple) else [value]
         if not values:
@@ -194,8 +185,9 @@ def _linked(value: object, where: str) -> list[dict[str, Any]]:
         sizes = ", ".join(f"{k} has {len(v)}" for k, v in value.items())
         raise UserError(f"{where}.linked is not valid ({sizes}): give {usage}")
     for name in value:
-        if name not in QUANT_AXES:
-            raise UserError(f"{where}.linked.{name}: not an axis.{did_you_mean(name, QUANT_AXES)} Axes: {QUANT_AXES}")
+        if name not in block_axes():
+            hint = did_you_mean(name, block_axes())
+            raise UserError(f"{where}.linked.{name}: not an axis.{hint} Axes: {', '.join(block_axes())}")
     return [dict(zip(value, values, strict=True)) for values in zip(*value.values(), strict=True)]
 
 

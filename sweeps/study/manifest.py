@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kbit.evaluation.spec import EvalSpec
+from kbit.spec import spec_from_canonical
 from sweeps.files import read_json, write_atomically
 from sweeps.study.cell import (
     Cell,
@@ -23,7 +24,6 @@ from sweeps.study.cell import (
     canonical_json,
     eval_to_dict,
     model_to_dict,
-    quant_from_canonical,
 )
 from sweeps.study.grid import Excluded
 
@@ -82,7 +82,7 @@ def load_manifest(path: Path) -> Manifest:
     models = [ModelRef(**m) for m in data["models"]]
     return Manifest(
         sweep=data["sweep"],
-        cells=tuple(Cell(model=models[i], quant=quant_from_canonical(q)) for i, q in data["cells"]),
+        cells=tuple(Cell(model=models[i], quant=spec_from_canonical(q)) for i, q in data["cells"]),
         evals=tuple(EvalSpec(**e) for e in data["evals"]),
         excluded=tuple(Excluded(**e) for e in data["excluded"]),
         config=data["config"],

@@ -27,15 +27,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from kbit.spec import axes
 from sweeps.tracking.process import kill_with_children
 from sweeps.tracking.server import STATUSES, RefusedError, RemoteRun, Server
 
 IDENTITY: Final = ("family", "model", "params")
 """A row's columns that are constant in a pack: the run's configuration, and in its table, which W&B joins over runs."""
 AXES: Final = (
-    *("key", "measurement", "status", "eval", "method", "bits", "dtype", "blocksize", "scheme", "exponent_bits"),
-    *("subnormals", "dynamic_interval", "absmax_dtype", "center", "outlier_fraction", "label", "bits_per_param"),
-    *("bits_per_param_nominal", "total_bits", "total_bits_nominal", "seconds", "peak_memory_bytes", "error_type"),
+    *("key", "measurement", "status", "eval", "method", *axes(), "label", "bits_per_param", "bits_per_param_nominal"),
+    *("total_bits", "total_bits_nominal", "seconds", "peak_memory_bytes", "error_type"),
 )
 """A row's columns that become columns of the run's history."""
 RETRY_SECONDS: Final = 30.0

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbit.dtypes import EXPONENT_RULES, named_dtypes
 from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import DTYPES, EXPONENT_RULES, QuantSpec
+from kbit.spec import QuantSpec
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_axes_that_cannot_matter_are_normalised_away():
 
 @given(
     bits=st.integers(2, 8),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(named_dtypes()),
     blocksize=st.none() | st.integers(1, 5000),
     scheme=st.sampled_from(["block", "group"]),
     absmax_dtype=st.sampled_from(["float16", "float32", "nested"]),

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from kbit import QuantizedTensor, QuantSpec, codebook, dequantize, quantize
-from kbit.quantizer.blocks import NestedAbsmax
+from kbit.dtypes import named_dtypes
+from kbit.quantizer.absmax import NestedAbsmax
 from kbit.quantizer.encode import codes_by_definition, midpoints
 from kbit.quantizer.packing import unpack
 from kbit.quantizer.storage import WeightError
-from kbit.spec import DTYPES
 
 WEIGHTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SPECS: Mapping[str, Sequence[Any]] = {
     "bits": range(2, 9),
-    "dtype": DTYPES,
+    "dtype": named_dtypes(),
     "blocksize": (1, 7, 32, 64, 100, 256, 1000, 4096, None),
     "scheme": ("block", "group"),
 }

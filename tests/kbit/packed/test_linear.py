@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 from kbit import KBitLinear, QuantSpec, codebook, dequantize, quantize
 from kbit.kernels import ops
 from kbit.kernels.tiles import lookup_table, tile, untile, untile_codes
-from kbit.quantizer.blocks import NESTED_SPEC, Part, load_absmax
+from kbit.quantizer.absmax import NESTED_SPEC, load_absmax
+from kbit.quantizer.blocks import Part
 from kbit.quantizer.blockwise import QuantizedTensor
 from kbit.quantizer.packing import unpack
 

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit import QuantSpec, SpecError, codebook, dequantize, quantize
-from kbit.quantizer.blocks import NestedAbsmax, load_absmax
+from kbit.dtypes import named_dtypes
+from kbit.quantizer.absmax import NestedAbsmax, load_absmax
 from kbit.quantizer.encode import Encoder, codes_by_definition
 from kbit.quantizer.packing import unpack
 from kbit.quantizer.storage import WeightError
-from kbit.spec import DTYPES
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 STORAGE = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16, torch.float32: torch.float16}
@@ -72,7 +72,7 @@ def quantize_by_hand(weight: torch.Tensor, spec: QuantSpec, values: np.ndarray, 
 SPECS = st.builds(
     QuantSpec,
     bits=st.integers(2, 8),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(named_dtypes()),
     blocksize=st.none() | st.integers(1, 70) | st.sampled_from([64, 256]),
     scheme=st.sampled_from(["block", "group"]),
     absmax_dtype=st.sampled_from(["float16", "float32"]),
@@ -239,7 +239,7 @@ def test_absmax_is_rounded_before_use_and_saturates():
 
 
 def test_a_block_of_zeros_comes_back_as_zeros():
-    for dtype in DTYPES:
+    for dtype in named_dtypes():
         for absmax_dtype in ("float16", "float32", "nested"):
             weight = torch.randn(4, 64).half()
             weight[1] = 0
@@ -266,7 +266,7 @@ def test_float32_weights_are_stored_in_float16_unless_told_otherwise():
     assert dequantize(q).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", named_dtypes())
 def test_centering_subtracts_the_float16_mean_first_and_adds_it_last(dtype):
     weight = (torch.randn(64, 64) * 0.01 + 5).half()
     centred = quantize(weight, QuantSpec(bits=4, dtype=dtype, center=True))
@@ -426,7 +426,7 @@ def test_other_misuse_is_refused():
 
 @needs_gpu
 @pytest.mark.parametrize("absmax_dtype", ["float16", "float32", "nested"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", named_dtypes())
 def test_a_gpu_gives_the_same_bits_as_the_cpu(dtype, absmax_dtype):
     weight = (torch.randn(1500, 2050, generator=torch.Generator().manual_seed(6)) * 0.05).half()
     for bits in range(2, 9):

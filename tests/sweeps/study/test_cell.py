@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import QuantSpec
-from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json, quant_from_canonical
+from kbit.spec import QuantSpec, spec_from_canonical
+from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json
 
 HUB = ModelRef(family="pythia", name="70m", params=70_426_624, hub_id="EleutherAI/pythia-70m", commit="a" * 40)
 LOCAL = ModelRef(family="neox", name="neox-s", params=1_892_800, path="/models/neox-s", weights_hash="b" * 64)
@@ -82,7 +82,7 @@ def test_a_paper_rule_is_its_number() -> None:
 
 def test_a_spec_comes_back_from_its_canonical_form() -> None:
     spec = QuantSpec(bits=5, dtype="dynamic", blocksize=None, dynamic_interval="paper", center=True)
-    assert quant_from_canonical(spec.canonical()) == spec
+    assert spec_from_canonical(spec.canonical()) == spec
 
 
 def test_canonical_json_refuses_nan() -> None:

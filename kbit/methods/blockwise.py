@@ -1,0 +1,67 @@
+"""Block-wise quantization with a codebook: each layer by itself (sections 2.2-2.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kbit.methods.protocol import ModelPass, Undo
+from kbit.models.architectures import Layer
+from kbit.models.overwriting import overwrite
+from kbit.packed.replacing import pack_layer
+from kbit.quantizer.blockwise import QuantizedTensor, dequantize, quantize
+from kbit.quantizer.codebooks import is_data_dependent
+from kbit.spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredCodes:
+    """Codes, absmax and codebook of one layer."""
+
+    tensor: QuantizedTensor
+
+    @property
+    def nbits(self) -> int:
+        return self.tensor.nbits
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.tensor.codebook
+
+    @property
+    def shares_codebook(self) -> bool:
+        return not is_data_dependent(self.tensor.spec)
+
+    def put(self, layer: Layer) -> Undo:
+        return overwrite(layer, dequantize(self.tensor))
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        return pack_layer(model, layer, self.tensor)
+
+
+def quantize_layers(
+    model: ModelPass, spec: QuantSpec, calibration: Tensor | None = None
+) -> Iterator[tuple[Layer, StoredCodes]]:
+    """Yield the codes of each layer of each block.
+
+    Raises:
+        ArchitectureError: spec.outlier_fraction > 0 and the layers' order isn't known.
+        WeightError: a weight with NaN or infinite values.
+    """
+    columns = model.outlier_columns(spec.outlier_fraction) if spec.outlier_fraction else {}
+    for block in model.blocks():
+        for layer in block.layers:
+            yield layer, StoredCodes(tensor=_quantized(layer, spec, columns.get(layer.name), model.storage_dtype))
+
+
+def _quantized(
+    layer: Layer, spec: QuantSpec, columns: Tensor | None, storage_dtype: torch.dtype | None
+) -> QuantizedTensor:
+    try:
+        return quantize(layer.weight, spec, outlier_columns=columns, storage_dtype=storage_dtype)
+    except ValueError as error:
+        error.add_note(f"in layer {layer.name}")
+        raise

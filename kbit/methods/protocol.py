@@ -1,0 +1,112 @@
+"""What a method is given and what it gives: a pass over a model, and what is stored of each layer.
+
+A method is a function ``(model_pass, spec, calibration) -> Iterator[(layer, stored)]``. It takes the model's blocks in
+forward order and yields each layer with what is stored of it; before the next step of the iterator, the layer has its
+quantized weight. So a method that runs a block after its last layer was yielded sees the quantized block, and the next
+block's inputs are those of the quantized model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kbit.models.activations import Activations
+from kbit.models.architectures import Layer
+from kbit.spec import Spec
+
+Undo = Callable[[], None]
+
+
+class Stored(Protocol):
+    """What is stored of one layer."""
+
+    @property
+    def nbits(self) -> int:
+        """Bits stored for the layer's weight, all overhead counted."""
+
+    @property
+    def codebook(self) -> Tensor | None:
+        """float32, the values of the codes; None where the format has none."""
+
+    @property
+    def shares_codebook(self) -> bool:
+        """Whether all layers of the model have this codebook."""
+
+    def put(self, layer: Layer) -> Undo:
+        """Give the layer its dequantized weight; returns the way back."""
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        """Put a module that holds k bits in the layer's place; returns the way back. For specs with ``packs``."""
+
+
+class Block(Protocol):
+    """One transformer block of a pass."""
+
+    @property
+    def number(self) -> int:
+        """Its place in the model, from 0."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its layers, in the model's order; empty where none is to be quantized."""
+
+    def run(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Activations:
+        """Run the block, as its layers are now, on kept activations.
+
+        Args:
+            before: the hidden states that enter it.
+            watch: told the input of each layer, [tokens, in_features], per batch.
+
+        Returns:
+            The hidden states that leave it.
+        """
+
+
+class ModelPass(Protocol):
+    """A model as a method sees it: whole in memory (``kbit.models.whole``), or one layer at a time."""
+
+    @property
+    def storage_dtype(self) -> torch.dtype | None:
+        """The checkpoint's 16-bit dtype; None takes each weight's own, or float16."""
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks in forward order, each once."""
+
+    def start(self, tokens: Tensor) -> Activations:
+        """What enters the first block for windows of tokens, int64 [windows, length]."""
+
+    def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
+        """The input dimensions of each layer that stay in 16 bits by proxy quantization (section 3)."""
+
+    @property
+    def embedding(self) -> Layer | None:
+        """The input embedding as a layer [vocabulary, hidden] that a method may take; None where there is none."""
+
+    @property
+    def head(self) -> Layer | None:
+        """The output head as a layer that a method may take; None where it is tied to the embedding."""
+
+
+class Method(Protocol):
+    """Quantizes a model."""
+
+    def __call__(self, model: ModelPass, spec: Any, calibration: Tensor | None) -> Iterable[tuple[Layer, Stored]]:
+        """Yield what is stored of each layer.
+
+        Args:
+            model: the model.
+            spec: the method's own.
+            calibration: token windows, int64 [samples, length]; None for a method that does not calibrate.
+        """
+
+
+def method_of(spec: Spec) -> Method:
+    """Import what runs a spec's method."""
+    module, _, name = spec.runs.partition(":")
+    method: Method = getattr(import_module(module), name)
+    return method

@@ -1,0 +1,147 @@
+"""A pass over a model that lies whole in memory: the first implementation of ``kbit.methods.protocol.ModelPass``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from kbit.models.activations import Activations, BlockArguments
+from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
+from kbit.models.outliers import outlier_columns
+
+OUTSIDE: Final = -1
+"""The block number of a layer that lies in no block."""
+WINDOWS_PER_BATCH: Final = 8
+"""Calibration windows that run at once: at 2,048 tokens about 16,000, as many as an evaluation's batch."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WholeBlock:
+    """One block of a model in memory.
+
+    Attributes:
+        number, layers: see ``kbit.methods.protocol.Block``.
+        module: the block.
+        dtype: what it computes in; None is its own.
+    """
+
+    number: int
+    layers: tuple[Layer, ...]
+    module: nn.Module
+    dtype: torch.dtype | None = None
+
+    @torch.no_grad()
+    def run(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Activations:
+        with ExitStack() as stack:
+            stack.enter_context(computing_in(self.module, self.dtype))
+            if watch is not None:
+                for layer in self.layers:
+                    stack.enter_context(_watched(layer, watch))
+            after = []
+            for hidden, arguments in zip(before.hidden, before.arguments[self.number], strict=True):
+                out = self.module(hidden, *arguments.rest, **arguments.named)
+                after.append(out[0] if isinstance(out, tuple) else out)
+        return Activations(hidden=after, arguments=before.arguments)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WholeModel:
+    """A causal language model in memory.
+
+    Attributes:
+        module: the model.
+        storage_dtype: see ``kbit.methods.protocol.ModelPass``.
+        compute_dtype: what calibration computes in; None is the model's dtype.
+    """
+
+    module: nn.Module
+    storage_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+
+    def blocks(self) -> Iterator[WholeBlock]:
+        of_block: dict[int, list[Layer]] = {}
+        for layer in block_layers(self.module):
+            of_block.setdefault(layer.block, []).append(layer)
+        for number, module in enumerate(decoder_blocks(self.module)[1]):
+            layers = tuple(of_block.get(number, ()))
+            yield WholeBlock(number=number, layers=layers, module=module, dtype=self.compute_dtype)
+
+    @torch.no_grad()
+    def start(self, tokens: Tensor) -> Activations:
+        """Run the model once per batch, and keep what enters its blocks."""
+        modules = decoder_blocks(self.module)[1]
+        hidden: list[Tensor] = []
+        arguments: list[list[BlockArguments]] = [[] for _ in modules]
+
+        def keep(number: int) -> Callable[..., None]:
+            def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+                states, rest = (given[0], given[1:]) if given else (named["hidden_states"], ())
+                if number == 0:
+                    hidden.append(states)
+                others = {k: v for k, v in named.items() if k != "hidden_states"}
+                arguments[number].append(BlockArguments(rest=tuple(rest), named=others))
+
+            return hook
+
+        handles = [m.register_forward_pre_hook(keep(n), with_kwargs=True) for n, m in enumerate(modules)]
+        device = self.module.get_input_embeddings().weight.device  # type: ignore[operator]
+        try:
+            with computing_in(self.module, self.compute_dtype):
+                for batch in torch.split(tokens, WINDOWS_PER_BATCH):
+                    self.module(batch.to(device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Activations(hidden=hidden, arguments=arguments)
+
+    def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
+        return outlier_columns(self.module, fraction, storage_dtype=self.storage_dtype)
+
+    @property
+    def embedding(self) -> Layer | None:
+        return self._outside(self.module.get_input_embeddings())  # type: ignore[operator]
+
+    @property
+    def head(self) -> Layer | None:
+        head, embedding = self._outside(self.module.get_output_embeddings()), self.embedding  # type: ignore[operator]
+        if head is None or (embedding is not None and key_of(head.parameter) == key_of(embedding.parameter)):
+            return None
+        return head
+
+    def _outside(self, module: nn.Module | None) -> Layer | None:
+        name = next((n for n, m in self.module.named_modules() if m is module), None)
+        return None if module is None or name is None else Layer(name=name, block=OUTSIDE, module=module)
+
+
+@contextmanager
+def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Have a module's parameters in another dtype for a while; buffers, such as rotary frequencies, stay as they are.
+
+    Parameters that were cast up from the dtype come back bit for bit. So do quantized ones: their values are rounded to
+    it.
+    """
+    before = {p: p.dtype for p in module.parameters() if dtype is not None and p.dtype != dtype}
+    for parameter in before:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, own in before.items():
+            parameter.data = parameter.data.to(own)
+
+
+@contextmanager
+def _watched(layer: Layer, watch: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+        watch(layer, given[0].reshape(-1, given[0].shape[-1]))
+
+    handle = layer.module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
