@@ -14,9 +14,10 @@ from sweeps.errors import UserError
 from sweeps.launches.claims import Claim, Claims, ClaimTakenError
 from sweeps.launches.in_flight import Flight, read_flight
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import OOM_ERROR, Packing, Plan, make_plan
+from sweeps.plan.packs import Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
 from sweeps.store.parts import Store
+from sweeps.store.rows import OOM_ERROR
 from sweeps.study.manifest import Manifest
 from sweeps.tracking.tracker import TrackingConfig
 

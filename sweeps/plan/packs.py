@@ -20,8 +20,6 @@ from sweeps.study.manifest import Manifest
 UNRECORDED: Final = ("timeout", "node_fail", "preempted", "cancelled", "lost")
 """How work ends without a record, and not by its own fault: a launch runs it again unless told not to."""
 RETRY: Final = ("failed", "oom", "diverged", *UNRECORDED)
-OOM_ERROR: Final = "OutOfMemoryError"
-"""error_type of a failed row that ran out of memory at the smallest batch."""
 PACK_SECONDS: Final = (20.0, 7200.0)
 """A pack is predicted to take at least and at most this long; a cell is never split."""
 PACKS_PER_WORKER: Final = 4

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sweeps.errors import UserError
 from sweeps.launches.in_flight import Flight, read_flight
-from sweeps.plan.packs import OOM_ERROR
 from sweeps.store.parts import FINISHED, Store, decode_samples
+from sweeps.store.rows import OOM_ERROR, measurement_row
 from sweeps.store.schema import CELL_COLUMNS, COLUMNS
-from sweeps.study.cell import Cell, Measurement
+from sweeps.study.cell import Measurement
 from sweeps.study.manifest import Manifest, load_manifests
 
 if TYPE_CHECKING:
@@ -122,38 +122,6 @@ def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, M
             study = found[where][0] if where in found else manifest.sweep
             found[where] = (study, m)
     return found
-
-
-def cell_row(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell before it runs, by column name."""
-    model = cell.model
-    return {
-        "key": cell.key,
-        **cell.axes(),
-        "model_id": model.hub_id or model.path,
-        "revision": model.commit,
-        "weights_hash": model.weights_hash,
-        "params": model.params,
-        "label": cell.quant.label,
-        "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
-    }
-
-
-def measurement_row(measurement: Measurement) -> dict[str, Any]:
-    """What is known of a measurement before it runs, by column name."""
-    spec = measurement.eval
-    return {
-        **cell_row(measurement.cell),
-        "measurement": measurement.key,
-        "eval": spec.name,
-        "eval_kind": spec.kind,
-        "eval_version": spec.version,
-        "num_fewshot": spec.num_fewshot,
-        "window": spec.window,
-        "limit": spec.limit,
-        "dataset": spec.dataset,
-        "compute_dtype": spec.compute_dtype,
-    }
 
 
 def _planned_row(measurement: Measurement) -> dict[str, Any]:

@@ -18,14 +18,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.plan.packs import OOM_ERROR, Pack
+from sweeps.plan.packs import Pack
 from sweeps.provenance import ROOT
-from sweeps.results.table import measurement_row
 from sweeps.store.parts import Store
+from sweeps.store.rows import OOM_ERROR, Origin, failed_row
 from sweeps.study.cell import Measurement
 from sweeps.worker.cgroup import oom_kills
 from sweeps.worker.devices import Workers, gpus
@@ -324,33 +323,13 @@ class WorkerPool:
         times = "" if how == OOM_WORDS else f" {MOST_CRASHES} times"
         row = failed_row(
             measurement,
-            pack,
-            self.settings["provenance"],
+            Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance=self.settings["provenance"]),
             error_type=OOM_ERROR if how == OOM_WORDS else "WorkerDied",
             error=f"the worker {how}{times} while measuring this; {slot.log} ends with:\n{tail}",
         )
         self.store.write(row)
         told = {k: v for k, v in row.items() if k not in ("error", "versions")}
         self.on_event({"event": "measured", "row": told, "worker": slot.number})
-
-
-def failed_row(
-    measurement: Measurement, pack: Pack, provenance: Mapping[str, Any], *, error_type: str, error: str
-) -> dict[str, Any]:
-    """The row of a measurement whose worker could not record it itself."""
-    now = datetime.now(UTC)
-    return {
-        **measurement_row(measurement),
-        **provenance,
-        "sweep": pack.sweep,
-        "pack": pack.id,
-        "oom_rung": pack.rung,
-        "status": "failed",
-        "error_type": error_type,
-        "error": error,
-        "started": now,
-        "finished": now,
-    }
 
 
 def _exit_words(code: int) -> str:

@@ -18,17 +18,10 @@ from kbit.evaluation.spec import EvalResult, EvalSpec
 from sweeps.errors import StoreError
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
-from sweeps.results.table import measurement_row
 from sweeps.store.parts import Store
-from sweeps.store.rows import (
-    device_name,
-    failure_columns,
-    handle_columns,
-    peak_memory,
-    reset_peak_memory,
-    result_columns,
-)
+from sweeps.store.rows import Origin, error_text, error_type, failed_row, handle_columns, result_columns, run_row
 from sweeps.study.cell import Cell, Measurement, ModelRef
+from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.time_budget import Pace
 
@@ -171,7 +164,7 @@ class Worker:
             self._record_failure(pack, [measurement], error, started)
             return
         row = {
-            **self._common(pack, measurement, started),
+            **run_row(measurement, self._origin(pack), started),
             **result_columns(result),
             **handle_columns(handle),
             "compute_dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -229,21 +222,15 @@ class Worker:
         )
         sys.exit(EXIT_LOAD)
 
-    def _common(self, pack: Pack, measurement: Measurement, started: datetime) -> dict[str, Any]:
-        return {
-            **measurement_row(measurement),
-            **self.provenance,
-            "sweep": pack.sweep,
-            "pack": pack.id,
-            "started": started,
-            "finished": datetime.now(UTC),
+    def _origin(self, pack: Pack) -> Origin:
+        here = {
             "device": device_name(self.device),
             "gpus": self.gpus,
-            "oom_rung": pack.rung,
             "kernel": self._kernel(),
             "seed": SEED,
             "batch_tokens": self._batch,
         }
+        return Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance={**self.provenance, **here})
 
     def _kernel(self) -> str:
         """What quantizes here."""
@@ -258,11 +245,12 @@ class Worker:
     ) -> None:
         # Memory first: writing needs some.
         recover(error, self.device)
-        failure = failure_columns(error)
+        kind, text = error_type(error), error_text(error)
         names = ", ".join(m.eval.name for m in measurements)
-        print(f"{measurements[0].cell.label} on {names} failed:\n{failure['error']}", file=sys.stderr, flush=True)
+        print(f"{measurements[0].cell.label} on {names} failed:\n{text}", file=sys.stderr, flush=True)
+        origin = self._origin(pack)
         for measurement in measurements:
-            self._record({**self._common(pack, measurement, started), **failure})
+            self._record(failed_row(measurement, origin, error_type=kind, error=text, started=started))
         if is_lost(error):
             # A new worker goes on with the rest.
             sys.exit(f"the device is lost to this process: {error}")

@@ -15,8 +15,8 @@ from sweeps.executors.slurm.node.owners import own_pack
 from sweeps.executors.slurm.node.pack_attempt import JobError, PackRun
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, line_offsets
 from sweeps.plan.packs import Pack
-from sweeps.results.table import measurement_row
 from sweeps.store.parts import Store
+from sweeps.store.rows import measurement_row
 from sweeps.tracking.tracker import CLOSE_SECONDS
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import END_SECONDS, close_seconds
