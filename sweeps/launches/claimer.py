@@ -16,8 +16,9 @@ from sweeps.launches.in_flight import Flight, read_flight
 from sweeps.plan.cost import CostModel
 from sweeps.plan.packs import Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
+from sweeps.status import State
 from sweeps.store.parts import Store
-from sweeps.store.rows import OOM_ERROR
+from sweeps.store.rows import recorded_state
 from sweeps.study.manifest import Manifest
 from sweeps.tracking.tracker import TrackingConfig
 
@@ -73,11 +74,11 @@ def plan_study(
     # Claims first: a launch that ends in between has then already stored what it did.
     flight = flight or read_flight(store.out)
     rows = store.read(_PLAN_COLUMNS).to_pylist()
-    oom = {r["measurement"]: r for r in rows if r["status"] == "failed" and r["error_type"] == OOM_ERROR}
-    rungs = {m: (row["oom_rung"] or 0) + 1 for m, row in oom.items()}
+    states = {r["measurement"]: recorded_state(r) for r in rows}
+    rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
     return make_plan(
         manifest,
-        statuses={r["measurement"]: "oom" if r["measurement"] in oom else r["status"] for r in rows},
+        statuses=states,
         in_flight=flight.held,
         ended=flight.ended,
         retry=retry,

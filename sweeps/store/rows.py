@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from kbit.evaluation.spec import EvalResult
+from sweeps.status import State
 from sweeps.study.cell import Cell, Measurement
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 OOM_ERROR: Final = "OutOfMemoryError"
 """error_type of a failed row that ran out of memory at the smallest batch."""
+
+
+def recorded_state(row: Mapping[str, Any]) -> State:
+    """Return what a stored row (columns status, error_type) says of its measurement."""
+    return State.OOM if row["error_type"] == OOM_ERROR else State(row["status"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,7 @@ def failed_row(
     """
     return {
         **run_row(measurement, origin, started or datetime.now(UTC)),
-        "status": "failed",
+        "status": State.FAILED.value,
         "error_type": error_type,
         "error": error,
     }
@@ -98,7 +104,7 @@ def failed_row(
 def result_columns(result: EvalResult) -> dict[str, Any]:
     """Return the columns of an evaluation's result."""
     return {
-        "status": "diverged" if result.diverged else "done",
+        "status": (State.DIVERGED if result.diverged else State.DONE).value,
         "metrics": dict(result.metrics),
         "stderr": dict(result.stderr),
         "samples": dict(result.samples),

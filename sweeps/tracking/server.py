@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-STATUSES: Final = ("done", "diverged", "failed")
+from sweeps.status import RECORDED
+
+STATUSES: Final = tuple(s.value for s in RECORDED)
 HTTP_TIMEOUT: Final = 10.0
 _STATE_QUERY: Final = """
 query KbitMirror($project: String!, $entity: String, $run: String!) {

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.launches.in_flight import Flight
-from sweeps.store.parts import FINISHED, Store
+from sweeps.status import FINAL
+from sweeps.store.parts import Store
 from sweeps.store.rows import Origin, failed_row
 from sweeps.study.manifest import Manifest
 from sweeps.worker.pool import LOG_TAIL
@@ -29,7 +30,7 @@ def record_poison(store: Store, manifest: Manifest, flight: Flight) -> list[str]
     for measurement in manifest.measurements():
         deaths = repeated.get(measurement.key, [])
         row = stored.get(measurement.key)
-        if not deaths or (row is not None and row["status"] in FINISHED) or measurement.key in flight.held:
+        if not deaths or (row is not None and row["status"] in FINAL) or measurement.key in flight.held:
             continue
         since = row["finished"].timestamp() if row is not None else 0.0
         logs = [log for log, began in deaths if began > since]
