@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.errors import UserError, did_you_mean
+from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, PoolError, UserError, did_you_mean
 from sweeps.launches.claimer import (
     Claimer,
     counts_text,
@@ -32,10 +32,7 @@ from sweeps.study.resolve import build_study
 from sweeps.tracking.tracker import TrackingConfig
 from sweeps.worker.devices import Workers, plan_workers, resolve_device
 from sweeps.worker.execution import Execution, batch_tokens, worker_log
-from sweeps.worker.pool import PoolError
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 EXECUTORS: Final = ("local", "slurm")
 _LOCAL_KEYS: Final = ("name", "device", "batch_tokens", "workers")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sweeps.errors import UserError
-from sweeps.launches.claims import Claim, Claims, ClaimTakenError
+from sweeps.errors import ClaimTakenError, UserError
+from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import Flight, read_flight
 from sweeps.plan.cost import CostModel
 from sweeps.plan.packs import Packing, Plan, make_plan

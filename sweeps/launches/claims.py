@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from sweeps.errors import StoreError
+from sweeps.errors import ClaimTakenError, StoreError
 from sweeps.files import read_json, write_atomically
 
 HEARTBEAT_SECONDS: Final = 10.0
@@ -52,10 +52,6 @@ class Claim:
     @cached_property
     def measurements(self) -> frozenset[str]:
         return frozenset(m for keys in self.packs.values() for m in keys)
-
-
-class ClaimTakenError(Exception):
-    """Another launch created this number first: plan again."""
 
 
 @dataclass(frozen=True, kw_only=True)

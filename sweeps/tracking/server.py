@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from sweeps.errors import RefusedError
 from sweeps.status import RECORDED
 
 STATUSES: Final = tuple(s.value for s in RECORDED)
@@ -20,10 +21,6 @@ query KbitMirror($project: String!, $entity: String, $run: String!) {
   viewer { entity }
   model(name: $project, entityName: $entity) { bucket(name: $run, missingOk: true) { name state summaryMetrics } }
 }"""
-
-
-class RefusedError(Exception):
-    """W&B can't be used as configured (no key, a wrong key): trying again won't help."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from sweeps.errors import EXIT_IO, EXIT_LOAD, LoadError, PoolError, WriteError
 from sweeps.plan.packs import Pack
 from sweeps.provenance import ROOT
 from sweeps.store.parts import Store
@@ -28,7 +29,7 @@ from sweeps.store.rows import OOM_ERROR, Origin, failed_row
 from sweeps.study.cell import Measurement
 from sweeps.worker.cgroup import oom_kills
 from sweeps.worker.devices import Workers, gpus
-from sweeps.worker.worker import EXIT_IO, EXIT_LOAD, MIN_BATCH_TOKENS
+from sweeps.worker.worker import MIN_BATCH_TOKENS
 
 MOST_CRASHES: Final = 2
 BEAT_SECONDS: Final = 10.0
@@ -39,18 +40,6 @@ OOM_WORDS: Final = "was killed for want of memory"
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Mapping[str, Any]], None]
-
-
-class PoolError(Exception):
-    """Workers can't run at all; the message ends with what they last said."""
-
-
-class LoadError(PoolError):
-    """A worker that may leave it to another node could not load its first model; the message ends with its log."""
-
-
-class WriteError(OSError):
-    """Results can't be written; what a worker said of it."""
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,6 @@ torch.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from kbit.evaluation.spec import EvalResult, EvalSpec
-from sweeps.errors import StoreError
+from sweeps.errors import EXIT_IO, EXIT_LOAD, StoreError
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
 SEED: Final = 0
 MIN_BATCH_TOKENS: Final = 256
 """A batch is not halved below this when memory runs out: one sequence takes about as much."""
-EXIT_IO: Final = os.EX_IOERR
-"""The exit code of a worker that can't write results: no cell's fault, and no use in starting another worker."""
-EXIT_LOAD: Final = os.EX_TEMPFAIL
-"""The exit code of a worker that could not load its first model, where that may be the node's fault."""
 
 Emit = Callable[[Mapping[str, Any]], None]
 

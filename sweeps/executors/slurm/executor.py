@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.errors import UserError
+from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, SchedulerError, UserError
 from sweeps.executors.slurm.config import SlurmConfig, counted, shape_text
 from sweeps.executors.slurm.poison import record_poison
-from sweeps.executors.slurm.query import SchedulerError, Sighting
+from sweeps.executors.slurm.query import Sighting
 from sweeps.executors.slurm.show.manage import why_never_run
 from sweeps.executors.slurm.show.watch import WatchView
 from sweeps.executors.slurm.submit import Submitted, Submitter, packing_for, submit_settings
@@ -42,8 +42,6 @@ from sweeps.study.resolve import build_study
 from sweeps.worker.devices import DEVICES
 from sweeps.worker.execution import batch_tokens
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 MOST_TRIES: Final = 3
 """Times that a watch submits the same work, which ends each time without a record."""
 WATCH_SECONDS: Final = 15.0

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from kbit.evaluation.spec import EvalSpec
+from sweeps.errors import JobError, LoadError
 from sweeps.executors.slurm.node import pack_attempt as packrun
 from sweeps.executors.slurm.node.owners import own_pack
-from sweeps.executors.slurm.node.pack_attempt import JobError, PackRun
+from sweeps.executors.slurm.node.pack_attempt import PackRun
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, line_offsets
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
@@ -20,7 +21,7 @@ from sweeps.store.rows import measurement_row
 from sweeps.tracking.tracker import CLOSE_SECONDS
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import END_SECONDS, close_seconds
-from sweeps.worker.pool import LoadError, WorkerPool
+from sweeps.worker.pool import WorkerPool
 from tests.sweeps.worker.test_worker import BASELINE, evaluation, pack_of, pack_of_unloadable
 
 EVALS = (evaluation("first"), evaluation("second"))

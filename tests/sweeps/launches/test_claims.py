@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sweeps.errors import ClaimTakenError
 from sweeps.launches import claims as claims_module
-from sweeps.launches.claims import Claims, ClaimTakenError
+from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import read_flight
 from tests import ROOT
 

@@ -22,12 +22,13 @@ import pytest
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
+from sweeps.errors import EXIT_IO, EXIT_LOAD
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.hub import local_model
 from sweeps.worker.time_budget import LEAST_SCALE, Pace
-from sweeps.worker.worker import EXIT_IO, EXIT_LOAD, Worker
+from sweeps.worker.worker import Worker
 from tests.conftest import ROOT
 
 NEOX_XS = DEMO_DIR / "models" / "neox-xs"

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from sweeps.errors import CodeChangedError, JobError, LoadError
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.node.owners import own_pack
 from sweeps.files import read_json
@@ -23,7 +24,6 @@ from sweeps.store.parts import Store
 from sweeps.tracking.tracker import TrackingConfig
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import Execution
-from sweeps.worker.pool import LoadError
 
 END_MARGIN: Final = 30.0
 """A cell is not begun that is predicted to end within so many seconds of the walltime."""
@@ -35,10 +35,6 @@ GRACE_SECONDS: Final = 1800.0
 MOST_LOAD_ERRORS: Final = 3
 """When so many jobs could not load a pack's model it is the model's fault, and recorded as such."""
 _ASK_SECONDS: Final = 10.0
-
-
-class JobError(Exception):
-    """The job can't do its work; the message says why."""
 
 
 @dataclass(kw_only=True)
@@ -268,7 +264,7 @@ _PROCESS_START: Final = time.time()
 
 
 def code_problems(launch: Launch) -> list[str]:
-    from sweeps.study.snapshot import CodeChangedError, check_code
+    from sweeps.study.snapshot import check_code
 
     try:
         check_code(launch.settings["code_hash"])
