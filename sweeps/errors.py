@@ -11,6 +11,7 @@
     ├── PoolError                   workers can't run at all
     │   └── LoadError               a first model can't be loaded on this node
     ├── WriteError (OSError)        results can't be written
+    ├── LinkError (OSError)         the file system can't make hard links
     ├── JobError                    a SLURM job can't do its work
     ├── SchedulerError              a command of SLURM failed
     ├── SubmitError                 sbatch failed
@@ -85,6 +86,10 @@ class LoadError(PoolError):
 
 class WriteError(SweepError, OSError):
     """Results can't be written; what a worker said of it."""
+
+
+class LinkError(SweepError, OSError):
+    """The file system can't make hard links; says for which file."""
 
 
 class JobError(SweepError):
