@@ -19,6 +19,7 @@ from sweeps.provenance import code_provenance
 from sweeps.status import State
 from sweeps.store.parts import Store
 from sweeps.store.rows import recorded_state
+from sweeps.store.schema import Scalar
 from sweeps.study.manifest import Manifest
 from sweeps.tracking.tracker import TrackingConfig
 
@@ -62,7 +63,7 @@ def new_launch() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def launch_provenance(launch: str, manifest: str) -> dict[str, Any]:
+def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
     """Columns of every row that a launch makes."""
     return {**code_provenance(), "launch": f"{launch} ({manifest})"}
 

@@ -6,10 +6,11 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.spec import EvalResult
 from sweeps.status import State
+from sweeps.store.schema import Row, Scalar
 from sweeps.study.cell import Cell, Measurement
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ OOM_ERROR: Final = "OutOfMemoryError"
 """error_type of a failed row that ran out of memory at the smallest batch."""
 
 
-def recorded_state(row: Mapping[str, Any]) -> State:
+def recorded_state(row: Row) -> State:
     """Return what a stored row (columns status, error_type) says of its measurement."""
     return State.OOM if row["error_type"] == OOM_ERROR else State(row["status"])
 
@@ -37,10 +38,10 @@ class Origin:
     sweep: str
     pack: str
     rung: int = 0
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Scalar] = field(default_factory=dict)
 
 
-def cell_row(cell: Cell) -> dict[str, Any]:
+def cell_row(cell: Cell) -> Row:
     """Return what is known of a cell before it runs, by column name."""
     model = cell.model
     return {
@@ -55,7 +56,7 @@ def cell_row(cell: Cell) -> dict[str, Any]:
     }
 
 
-def measurement_row(measurement: Measurement) -> dict[str, Any]:
+def measurement_row(measurement: Measurement) -> Row:
     """Return what is known of a measurement before it runs, by column name."""
     spec = measurement.eval
     return {
@@ -72,7 +73,7 @@ def measurement_row(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def run_row(measurement: Measurement, origin: Origin, started: datetime) -> dict[str, Any]:
+def run_row(measurement: Measurement, origin: Origin, started: datetime) -> Row:
     """Return what every row says of a run that ends now, whatever came of it."""
     return {
         **measurement_row(measurement),
@@ -87,7 +88,7 @@ def run_row(measurement: Measurement, origin: Origin, started: datetime) -> dict
 
 def failed_row(
     measurement: Measurement, origin: Origin, *, error_type: str, error: str, started: datetime | None = None
-) -> dict[str, Any]:
+) -> Row:
     """Return the row of a failure.
 
     Args:
@@ -101,7 +102,7 @@ def failed_row(
     }
 
 
-def result_columns(result: EvalResult) -> dict[str, Any]:
+def result_columns(result: EvalResult) -> Row:
     """Return the columns of an evaluation's result."""
     return {
         "status": (State.DIVERGED if result.diverged else State.DONE).value,
@@ -114,7 +115,7 @@ def result_columns(result: EvalResult) -> dict[str, Any]:
     }
 
 
-def handle_columns(handle: QuantHandle) -> dict[str, Any]:
+def handle_columns(handle: QuantHandle) -> Row:
     """Return the columns of a quantized model's counted bits."""
     return {
         "bits_per_param": handle.bits_per_param,
@@ -122,6 +123,11 @@ def handle_columns(handle: QuantHandle) -> dict[str, Any]:
         "total_bits_nominal": handle.total_bits_nominal,
         "codebook_hash": handle.codebook_hash,
     }
+
+
+def told_part(row: Row) -> Row:
+    """Return what is told of a stored row: nothing long."""
+    return {name: value for name, value in row.items() if name not in ("samples", "error", "versions")}
 
 
 def error_type(error: Exception) -> str:

@@ -11,14 +11,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from sweeps.errors import EXIT_IO, EXIT_LOAD, StoreError
+from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
-from sweeps.store.rows import Origin, error_text, error_type, failed_row, handle_columns, result_columns, run_row
+from sweeps.store.rows import (
+    Origin,
+    error_text,
+    error_type,
+    failed_row,
+    handle_columns,
+    result_columns,
+    run_row,
+    told_part,
+)
+from sweeps.store.schema import Row, Scalar
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
@@ -33,7 +44,7 @@ SEED: Final = 0
 MIN_BATCH_TOKENS: Final = 256
 """A batch is not halved below this when memory runs out: one sequence takes about as much."""
 
-Emit = Callable[[Mapping[str, Any]], None]
+Emit = Callable[[Event], None]
 
 
 @dataclass(kw_only=True)
@@ -59,7 +70,7 @@ class Worker:
         device: 'cpu' or 'cuda'.
         batch_tokens: tokens in a batch, where memory allows.
         provenance: columns that every row gets (commit, versions, launch, job, ...).
-        emit: told what happens: 'started', 'loaded', 'measuring', 'smaller_batch', 'measured', 'pack_done', 'stopped'.
+        emit: told what happens.
         gpus: over how many GPUs a model is spread; 0 on a CPU, whatever is given.
         trust_remote_code: run code that a checkpoint brings; only when the user asked for it by name.
         load_again: a model that can't be loaded, where nothing was measured before, ends the process with ``EXIT_LOAD``
@@ -70,7 +81,7 @@ class Worker:
     store: Store
     device: str
     batch_tokens: int
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Scalar]
     emit: Emit
     gpus: int = 1
     trust_remote_code: bool = False
@@ -93,8 +104,7 @@ class Worker:
         """
         why = self._run_items(pack, until)
         self._storing(lambda: self.store.compact(pack.id))
-        ending = {"event": "pack_done"} if why is None else {"event": "stopped", "reason": why}
-        self.emit({**ending, "pack": pack.id})
+        self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
     def _run_items(self, pack: Pack, until: float | None) -> str | None:
         """Why it ended before the last item, or None."""
@@ -128,7 +138,7 @@ class Worker:
         measurements = [Measurement(cell=cell, eval=spec) for spec in evals]
         # Where loading or quantizing kills the process, its first measurement is the suspect.
         first = measurements[0].key
-        self.emit({"event": "started", "pack": pack.id, "cell": cell.key, "label": cell.label, "measurement": first})
+        self.emit(Started(pack=pack.id, cell=cell.key, label=cell.label, measurement=first))
         started = datetime.now(UTC)
         try:
             loaded = self._load(cell.model, dtype)
@@ -151,7 +161,7 @@ class Worker:
         self, pack: Pack, measurement: Measurement, loaded: LoadedModel, handle: QuantHandle, quantize_seconds: float
     ) -> None:
         started = datetime.now(UTC)
-        self.emit({"event": "measuring", "pack": pack.id, "measurement": measurement.key})
+        self.emit(Measuring(pack=pack.id, measurement=measurement.key))
         try:
             prepared = self._warm.prepare(measurement.eval, loaded)
             result, seconds = self._evaluate(pack, prepared, loaded)
@@ -192,7 +202,7 @@ class Worker:
                     raise
                 recover(error, self.device)
             self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
-            self.emit({"event": "smaller_batch", "pack": pack.id, "batch_tokens": self._batch})
+            self.emit(SmallerBatch(pack=pack.id, batch_tokens=self._batch))
 
     def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
         is_new = self._warm.holds != (model, dtype)
@@ -202,7 +212,7 @@ class Worker:
             self._blame_node(model, error)
             raise
         if is_new:
-            self.emit({"event": "loaded", "model": model.label, "seconds": self._warm.load_seconds})
+            self.emit(Loaded(model=model.label, seconds=self._warm.load_seconds))
         return loaded
 
     def _blame_node(self, model: ModelRef, error: Exception) -> None:
@@ -218,7 +228,7 @@ class Worker:
         sys.exit(EXIT_LOAD)
 
     def _origin(self, pack: Pack) -> Origin:
-        here = {
+        here: dict[str, Scalar] = {
             "device": device_name(self.device),
             "gpus": self.gpus,
             "kernel": self._kernel(),
@@ -250,10 +260,9 @@ class Worker:
             # A new worker goes on with the rest.
             sys.exit(f"the device is lost to this process: {error}")
 
-    def _record(self, row: dict[str, Any]) -> None:
+    def _record(self, row: Row) -> None:
         self._storing(lambda: self.store.write(row))
-        told = {k: v for k, v in row.items() if k not in ("samples", "error", "versions")}
-        self.emit({"event": "measured", "row": told})
+        self.emit(Measured(row=told_part(row)))
 
     def _storing(self, write: Callable[[], None]) -> None:
         """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""

@@ -22,6 +22,7 @@ from sweeps.tracking.tracker import CLOSE_SECONDS
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import END_SECONDS, close_seconds
 from sweeps.worker.pool import WorkerPool
+from sweeps.worker.settings import WorkerSettings
 from tests.sweeps.worker.test_worker import BASELINE, evaluation, pack_of, pack_of_unloadable
 
 EVALS = (evaluation("first"), evaluation("second"))
@@ -113,9 +114,9 @@ def pool(out: Path, *, beats: list[list[str]] | None = None, **settings: Any) ->
     return WorkerPool(
         store=Store(out=out),
         workers=Workers(device="cpu", count=1, threads=1),
-        settings=values,
+        settings=WorkerSettings(**values),
         log=lambda _: out / "worker.log",
-        on_event=lambda _: None,
+        on_event=lambda *_: None,
         beat=lambda running: told.append(list(running)),
     )
 
