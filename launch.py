@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, UserError, did_you_mean
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).resolve().parent / "conf"
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -62,7 +61,6 @@ def _run_mode(cfg: DictConfig) -> int:
 
     from kbit.errors import SpecError
     from sweeps.commands import modes as commands
-    from sweeps.errors import UserError, did_you_mean
 
     # Hydra's own logging is off; warnings (a damaged file) go to the user.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
@@ -132,7 +130,6 @@ def _explain_unknown(key: str) -> str:
     from omegaconf import OmegaConf
 
     from sweeps.config import BlockConfig, Config
-    from sweeps.errors import did_you_mean
 
     known: list[str] = []
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 """The directory that this installation is imported from: the checkout, a snapshot of it, or site-packages."""
@@ -15,7 +15,7 @@ PROJECT: Final = "kbit-sweep"
 PACKAGES: Final = (PROJECT, "torch", "triton", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
 
 
-def code_provenance() -> dict[str, Any]:
+def code_provenance() -> dict[str, str | bool | None]:
     """Columns commit, dirty, versions. Outside a git checkout the commit is the installed version and dirty is null."""
     commit, dirty = _git_state(ROOT)
     installed = f"kbit-sweep {_version('kbit-sweep') or 'unknown'}"

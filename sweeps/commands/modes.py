@@ -19,7 +19,8 @@ from sweeps.executors.slurm.show.manage import cancel_mode, failed_logs, reconci
 from sweeps.launches.claimer import out_dir, plain, plan_study, tracking_config
 from sweeps.launches.in_flight import has_scheduler, read_flight, reconcile
 from sweeps.plan.packs import ROW_BYTES, Packing, parse_retry
-from sweeps.results.table import CELL_STATUSES, load_results
+from sweeps.results.table import load_results
+from sweeps.status import FAILURES, State
 from sweeps.store.parts import Store
 from sweeps.study.cell import axis_names
 from sweeps.study.grid import check_axes, excluded_counts, matches
@@ -97,7 +98,7 @@ def status_mode(cfg: DictConfig, console: Console) -> int:
     check_axes(by, "by")
     flight = reconciled_flight(out_dir(cfg), console)
     results = _results(cfg)
-    states = [s for s in reversed(CELL_STATUSES) if (results["status"] == s).any()]
+    states = [s for s in reversed(State) if (results["status"] == s).any()]
     console.print(f"Cells in {out_dir(cfg)}:", highlight=False, soft_wrap=True)
     table = Table()
     groups = by or ["sweep"]
@@ -113,7 +114,7 @@ def status_mode(cfg: DictConfig, console: Console) -> int:
     for claim in flight.local:
         console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
     show_jobs(flight, console)
-    cancelled = {m for m, how in flight.ended.items() if how == "cancelled"}
+    cancelled = {m for m, how in flight.ended.items() if how == State.CANCELLED}
     blocked = why_never_run(out_dir(cfg), flight.queued | cancelled)
     if blocked:
         results = _say_blocked(blocked, results, _results(cfg, long=True), console)
@@ -125,7 +126,7 @@ def _say_blocked(
     blocked: Mapping[str, set[str]], results: pd.DataFrame, long: pd.DataFrame, console: Console
 ) -> pd.DataFrame:
     """Say which cells wait for what failed; returns the other cells."""
-    waiting = long[long["status"].isin(["cancelled", "queued"])]
+    waiting = long[long["status"].isin([State.CANCELLED, State.QUEUED])]
     for why, measurements in blocked.items():
         keys = set(waiting.loc[waiting["measurement"].isin(measurements), "key"])
         if keys:
@@ -139,21 +140,13 @@ def _say_blocked(
 
 def _explain_states(results: pd.DataFrame, console: Console) -> None:
     """For what did not finish: why, and what to do."""
-    failed = results[results["status"] == "failed"]
+    failed = results[results["status"] == State.FAILED]
     for error, count in failed["error_type"].value_counts().items():
-        console.print(f"[red]{count} failed[/] with {error!s}: mode=logs shows why", highlight=False)
-    advice = {
-        "oom": "they ran out of memory; 'retry=\\[oom]' runs them with a larger job",
-        "timeout": "they did not finish in their job's walltime; the same command goes on with them",
-        "node_fail": "they were on a node that failed; the same command runs them elsewhere",
-        "preempted": "they were preempted and not requeued; the same command runs them",
-        "cancelled": "their jobs were cancelled; the same command runs them",
-        "lost": "they were being run when their job or launch died; the same command runs them, mode=logs says more",
-    }
-    for state, text in advice.items():
+        console.print(f"[red]{count} failed[/] with {error!s}: {State.FAILED.advice}", highlight=False)
+    for state in FAILURES:
         count = int((results["status"] == state).sum())
-        if count:
-            console.print(f"[yellow]{count} {state}:[/] {text}", highlight=False)
+        if count and state is not State.FAILED:
+            console.print(f"[yellow]{count} {state}:[/] {escape(state.advice)}", highlight=False)
 
 
 def table_mode(cfg: DictConfig, console: Console) -> int:
@@ -177,7 +170,7 @@ def logs_mode(cfg: DictConfig, console: Console) -> int:
     """Print why cells failed, and the ends of the logs of jobs that died."""
     reconciled_flight(out_dir(cfg), console)
     long = _results(cfg, long=True)
-    failed = long[long["status"].isin(["failed", "oom"]) & long["error"].notna()]
+    failed = long[long["status"].isin([State.FAILED, State.OOM]) & long["error"].notna()]
     for row in failed.to_dict("records"):
         console.rule(f"{row['key'][:10]}  {row['model']} {row['label']}  {row['eval']}")
         console.print(row["error"], markup=False, highlight=False, soft_wrap=True)
@@ -187,7 +180,7 @@ def logs_mode(cfg: DictConfig, console: Console) -> int:
             f"host {row['host']}, job {row['job']}, {row['finished']}; logs: {', '.join(map(str, of_job or [logs]))}"
         )
         console.print(where, markup=False, highlight=False, soft_wrap=True)
-    unrecorded = long[long["row_id"].isna() & (long["status"] != "missing")]
+    unrecorded = long[long["row_id"].isna() & (long["status"] != State.MISSING)]
     shown = failed_logs(out_dir(cfg), set(unrecorded["measurement"]), console)
     if not len(failed) and not shown:
         states = ", ".join(f"{n} {s}" for s, n in long["status"].value_counts().items())

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.errors import UserError, did_you_mean
+from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, PoolError, UserError, did_you_mean
 from sweeps.launches.claimer import (
     Claimer,
     counts_text,
@@ -32,10 +32,8 @@ from sweeps.study.resolve import build_study
 from sweeps.tracking.tracker import TrackingConfig
 from sweeps.worker.devices import Workers, plan_workers, resolve_device
 from sweeps.worker.execution import Execution, batch_tokens, worker_log
-from sweeps.worker.pool import PoolError
+from sweeps.worker.settings import WorkerSettings
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 EXECUTORS: Final = ("local", "slurm")
 _LOCAL_KEYS: Final = ("name", "device", "batch_tokens", "workers")
 
@@ -108,11 +106,11 @@ def _run_here(cfg: DictConfig, console: Console) -> int:
         f"in {len(plan.packs)} packs on {workers.count} {device} worker(s) with {workers.threads} thread(s). "
         f"{counts_text(plan)}\nResults stream to {store.out}; Ctrl-C is safe: the same command goes on from there."
     )
-    settings = {
-        "batch_tokens": tokens,
-        "trust_remote_code": bool(cfg.trust_remote_code),
-        "provenance": launch_provenance(launch, name),
-    }
+    settings = WorkerSettings(
+        batch_tokens=tokens,
+        trust_remote_code=bool(cfg.trust_remote_code),
+        provenance=launch_provenance(launch, name),
+    )
     try:
         _execute(plan, store, claim, workers, settings, tracking, console)
     except KeyboardInterrupt:
@@ -141,14 +139,14 @@ def _execute(
     store: Store,
     claim: Claim,
     workers: Workers,
-    settings: Mapping[str, Any],
+    settings: WorkerSettings,
     tracking: TrackingConfig,
     console: Console,
 ) -> None:
     claims = Claims(out=store.out)
     view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
     execution = Execution(
-        plan.packs,
+        packs=plan.packs,
         store=store,
         workers=workers,
         settings=settings,

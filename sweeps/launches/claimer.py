@@ -10,13 +10,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sweeps.errors import UserError
-from sweeps.launches.claims import Claim, Claims, ClaimTakenError
+from sweeps.errors import ClaimTakenError, UserError
+from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import Flight, read_flight
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import OOM_ERROR, Packing, Plan, make_plan
+from sweeps.plan.packs import Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
+from sweeps.status import State
 from sweeps.store.parts import Store
+from sweeps.store.rows import recorded_state
+from sweeps.store.schema import Scalar
 from sweeps.study.manifest import Manifest
 from sweeps.tracking.tracker import TrackingConfig
 
@@ -60,7 +63,7 @@ def new_launch() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def launch_provenance(launch: str, manifest: str) -> dict[str, Any]:
+def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
     """Columns of every row that a launch makes."""
     return {**code_provenance(), "launch": f"{launch} ({manifest})"}
 
@@ -72,11 +75,11 @@ def plan_study(
     # Claims first: a launch that ends in between has then already stored what it did.
     flight = flight or read_flight(store.out)
     rows = store.read(_PLAN_COLUMNS).to_pylist()
-    oom = {r["measurement"]: r for r in rows if r["status"] == "failed" and r["error_type"] == OOM_ERROR}
-    rungs = {m: (row["oom_rung"] or 0) + 1 for m, row in oom.items()}
+    states = {r["measurement"]: recorded_state(r) for r in rows}
+    rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
     return make_plan(
         manifest,
-        statuses={r["measurement"]: "oom" if r["measurement"] in oom else r["status"] for r in rows},
+        statuses=states,
         in_flight=flight.held,
         ended=flight.ended,
         retry=retry,

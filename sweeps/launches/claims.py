@@ -15,17 +15,15 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from sweeps.errors import StoreError
-from sweeps.files import read_json, write_atomically
+from sweeps.errors import ClaimTakenError, LinkError, StoreError
+from sweeps.files import create_exclusively, read_json, store_time, write_atomically
 
-HEARTBEAT_SECONDS: Final = 10.0
 SILENT_SECONDS: Final = 900.0
 """A claim of another machine is void after this long without a heartbeat (by the store's own clock)."""
 
@@ -52,10 +50,6 @@ class Claim:
     @cached_property
     def measurements(self) -> frozenset[str]:
         return frozenset(m for keys in self.packs.values() for m in keys)
-
-
-class ClaimTakenError(Exception):
-    """Another launch created this number first: plan again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +97,15 @@ class Claims:
             "pid_started": _process_start(os.getpid()),
             "packs": {pack: sorted(keys) for pack, keys in packs.items()},
         }
-        temporary = self.directory / f".{uuid.uuid4().hex}.tmp"
-        write_atomically(temporary, json.dumps(claim).encode())
         try:
-            os.link(temporary, self._path(number, "json"))
-        except FileExistsError as error:
-            # A network file system may repeat a link that had succeeded; then the file is ours, with two names.
-            if temporary.stat().st_nlink != 2:
-                raise ClaimTakenError(number) from error
-        except OSError as error:
+            is_ours = create_exclusively(self._path(number, "json"), json.dumps(claim).encode())
+        except LinkError as error:
             raise StoreError(
                 f"out={str(self.out)!r}: its file system can't make hard links ({error.strerror}), "
                 "which keep two launches apart. Choose a directory on a local or cluster file system."
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        if not is_ours:
+            raise ClaimTakenError(number)
         return self._load(number)
 
     def release(self, claim: Claim) -> None:
@@ -137,10 +125,9 @@ class Claims:
             return set()
 
     def _load(self, number: int) -> Claim:
-        data = {"executor": "local", **read_json(self._path(number, "json"))}
-        # Version 0.1 wrote one list of measurements.
-        packs = data.pop("packs", None) or {"": data.pop("measurements", [])}
-        return Claim(number=number, packs={p: tuple(keys) for p, keys in packs.items()}, **data)
+        data = read_json(self._path(number, "json"))
+        packs = {pack: tuple(keys) for pack, keys in data.pop("packs").items()}
+        return Claim(number=number, packs=packs, **data)
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.directory / f"{number:08d}.{suffix}"
@@ -151,18 +138,12 @@ class Claims:
             return _process_start(claim.pid) == claim.pid_started
         beat = self._path(claim.number, "running")
         last = (beat if beat.exists() else self._path(claim.number, "json")).stat().st_mtime
-        return self._store_time() - last < SILENT_SECONDS
-
-    def _store_time(self) -> float:
-        """Now, by the clock that stamps the store's files: machines' own clocks differ."""
-        probe = self.directory / f".clock-{uuid.uuid4().hex}.tmp"
         try:
-            probe.touch()
-            return probe.stat().st_mtime
+            now = store_time(self.directory)
         except OSError:
-            return time.time()
-        finally:
-            probe.unlink(missing_ok=True)
+            # Who may only read has nothing better than the machine's own clock.
+            now = time.time()
+        return now - last < SILENT_SECONDS
 
 
 def _process_start(pid: int) -> str:

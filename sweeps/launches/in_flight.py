@@ -21,6 +21,7 @@ from sweeps.executors.slurm.query import JobState, Sighting, look
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.launch import Attempt, Launch, launch_dir
 from sweeps.launches.ledger import ABSENT, SUBMITTING, Entry, Ledger
+from sweeps.status import State
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,15 @@ SETTLE_SECONDS: Final = 120.0
 """A network file system may show what a job stored only so long after the job said that it had finished."""
 LOOK_SECONDS: Final = 5.0
 _ENDED_AS: Final = {
-    "TIMEOUT": "timeout",
-    "DEADLINE": "timeout",
-    "OUT_OF_MEMORY": "oom",
-    "NODE_FAIL": "node_fail",
-    "BOOT_FAIL": "node_fail",
-    "LAUNCH_FAILED": "node_fail",
-    "PREEMPTED": "preempted",
-    "CANCELLED": "cancelled",
-    "REVOKED": "cancelled",
+    "TIMEOUT": State.TIMEOUT,
+    "DEADLINE": State.TIMEOUT,
+    "OUT_OF_MEMORY": State.OOM,
+    "NODE_FAIL": State.NODE_FAIL,
+    "BOOT_FAIL": State.NODE_FAIL,
+    "LAUNCH_FAILED": State.NODE_FAIL,
+    "PREEMPTED": State.PREEMPTED,
+    "CANCELLED": State.CANCELLED,
+    "REVOKED": State.CANCELLED,
 }
 _AT_WORK: Final = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 _DIED_AS: Final = ("FAILED", "TIMEOUT", "COMPLETED", ABSENT)

@@ -15,14 +15,10 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.spec import spec_from_canonical
 from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.status import RETRY, UNRECORDED, State
 from sweeps.study.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict
 from sweeps.study.manifest import Manifest
 
-UNRECORDED: Final = ("timeout", "node_fail", "preempted", "cancelled", "lost")
-"""How work ends without a record, and not by its own fault: a launch runs it again unless told not to."""
-RETRY: Final = ("failed", "oom", "diverged", *UNRECORDED)
-OOM_ERROR: Final = "OutOfMemoryError"
-"""error_type of a failed row that ran out of memory at the smallest batch."""
 PACK_SECONDS: Final = (20.0, 7200.0)
 """A pack is predicted to take at least and at most this long; a cell is never split."""
 PACKS_PER_WORKER: Final = 4
@@ -140,7 +136,7 @@ class Plan:
         return [m.key for pack in self.packs for m in pack.measurements()]
 
 
-def parse_retry(value: object) -> frozenset[str]:
+def parse_retry(value: object) -> frozenset[State]:
     """States of measurements to run again: the named ones beside those that ended without a record; 'none' is none of
     them, 'all' every state but done.
 
@@ -158,7 +154,7 @@ def parse_retry(value: object) -> frozenset[str]:
                 f"retry={value!r} is not valid: all, none, or a list of {', '.join(RETRY)}, e.g. 'retry=[failed,oom]'."
                 + did_you_mean(str(name), (*RETRY, "all", "none"))
             )
-    return frozenset(names) | frozenset(UNRECORDED)
+    return frozenset(state for state in RETRY if state in names) | frozenset(UNRECORDED)
 
 
 def make_plan(
@@ -167,7 +163,7 @@ def make_plan(
     statuses: Mapping[str, str],
     in_flight: Collection[str],
     ended: Mapping[str, str],
-    retry: frozenset[str],
+    retry: Collection[str],
     cost: CostModel,
     packing: Packing,
     rungs: Mapping[str, int] | None = None,
@@ -186,7 +182,7 @@ def make_plan(
     for measurement in manifest.measurements():
         key = measurement.key
         state = statuses.get(key) or ended.get(key, "to do")
-        if state != "done" and key in in_flight:
+        if state != State.DONE and key in in_flight:
             state = "in flight"
         if state == "to do" or state in retry:
             counts["to do"] += 1

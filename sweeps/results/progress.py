@@ -9,10 +9,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sweeps.events import Crashed, Event, Measured, PackDone, Started
+from sweeps.store.schema import Row
 
 LINE_SECONDS: Final = 15.0
 
@@ -63,21 +66,21 @@ class RunView:
     def done(self) -> int:
         return sum(1 for left in self._left.values() if left <= 0)
 
-    def on_event(self, event: Mapping[str, Any]) -> None:
+    def on_event(self, event: Event, worker: int) -> None:
         """Take in one event of a worker."""
-        kind = event["event"]
-        if kind == "started":
-            self._current[event["worker"]] = event["label"]
-        elif kind == "measured":
-            self._on_row(event["row"])
-        elif kind == "pack_done":
-            self._current.pop(event["worker"], None)
-        elif kind == "crashed":
-            self._current.pop(event["worker"], None)
-            self.console.print(f"[yellow]worker {event['worker']} {event['how']}: starting it anew[/] ({event['log']})")
+        match event:
+            case Started():
+                self._current[worker] = event.label
+            case Measured():
+                self._on_row(event.row)
+            case PackDone():
+                self._current.pop(worker, None)
+            case Crashed():
+                self._current.pop(worker, None)
+                self.console.print(f"[yellow]worker {worker} {event.how}: starting it anew[/] ({event.log})")
         self._show()
 
-    def _on_row(self, row: Mapping[str, Any]) -> None:
+    def _on_row(self, row: Row) -> None:
         self.measured += 1
         self._left[row["key"]] -= 1
         if row["status"] == "failed":

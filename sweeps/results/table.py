@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sweeps.errors import UserError
 from sweeps.launches.in_flight import Flight, read_flight
-from sweeps.plan.packs import OOM_ERROR
-from sweeps.store.parts import FINISHED, Store, decode_samples
+from sweeps.status import State
+from sweeps.store.parts import Store, decode_samples
+from sweeps.store.rows import measurement_row, recorded_state
 from sweeps.store.schema import CELL_COLUMNS, COLUMNS
-from sweeps.study.cell import Cell, Measurement
+from sweeps.study.cell import Measurement
 from sweeps.study.manifest import Manifest, load_manifests
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
 
 ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
-
-CELL_STATUSES: Final = (
-    *("running", "failed", "oom", "timeout", "node_fail", "preempted", "cancelled", "lost"),
-    *("queued", "missing", "diverged", "done"),
-)
-"""A cell's status is the first of these that one of its measurements has."""
 
 # What a cell's row in the wide table says of the run, beside its metrics: summed, or the latest measurement's.
 _WIDE_SUMS: Final = ("seconds",)
@@ -85,32 +80,32 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[dict[str, Any]]
     for study, measurement in planned(manifests).values():
         row = stored.get(measurement.key)
         state = _state(row, measurement.key, flight)
-        if row is None or state == "running":
-            row = {**_planned_row(measurement), "status": state}
+        if row is None or state is State.RUNNING:
+            row = _planned_row(measurement)
         else:
             row["metrics"], row["stderr"] = dict(row["metrics"] or ()), dict(row["stderr"] or ())
-            row["status"] = state
-        row["sweep"] = study
+        row["status"], row["sweep"] = state.value, study
         rows.append(row)
     return rows
 
 
-def measurement_states(out: Path, manifest: Manifest, flight: Flight) -> dict[str, str]:
-    """The state of each measurement that a study planned, one of ``CELL_STATUSES``."""
+def measurement_states(out: Path, manifest: Manifest, flight: Flight) -> dict[str, State]:
+    """The state of each measurement that a study planned."""
     rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
     stored = {row["measurement"]: row for row in rows}
     return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
 
 
-def _state(row: Mapping[str, Any] | None, key: str, flight: Flight) -> str:
-    """What is stored counts; then who is at it; then how work that left no record ended."""
-    if row is not None and row["status"] in FINISHED:
-        return str(row["status"])
+def _state(row: Mapping[str, Any] | None, key: str, flight: Flight) -> State:
+    """A stored result counts; then who is at it; then a stored failure; then how work that left no record ended."""
+    stored = None if row is None else recorded_state(row)
+    if stored is not None and stored.is_final:
+        return stored
     if key in flight.running:
-        return "running"
-    if row is not None:
-        return "oom" if row["error_type"] == OOM_ERROR else str(row["status"])
-    return "queued" if key in flight.queued else flight.ended.get(key, "missing")
+        return State.RUNNING
+    if stored is not None:
+        return stored
+    return State.QUEUED if key in flight.queued else State(flight.ended.get(key, State.MISSING))
 
 
 def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
@@ -122,38 +117,6 @@ def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, M
             study = found[where][0] if where in found else manifest.sweep
             found[where] = (study, m)
     return found
-
-
-def cell_row(cell: Cell) -> dict[str, Any]:
-    """What is known of a cell before it runs, by column name."""
-    model = cell.model
-    return {
-        "key": cell.key,
-        **cell.axes(),
-        "model_id": model.hub_id or model.path,
-        "revision": model.commit,
-        "weights_hash": model.weights_hash,
-        "params": model.params,
-        "label": cell.quant.label,
-        "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
-    }
-
-
-def measurement_row(measurement: Measurement) -> dict[str, Any]:
-    """What is known of a measurement before it runs, by column name."""
-    spec = measurement.eval
-    return {
-        **cell_row(measurement.cell),
-        "measurement": measurement.key,
-        "eval": spec.name,
-        "eval_kind": spec.kind,
-        "eval_version": spec.version,
-        "num_fewshot": spec.num_fewshot,
-        "window": spec.window,
-        "limit": spec.limit,
-        "dataset": spec.dataset,
-        "compute_dtype": spec.compute_dtype,
-    }
 
 
 def _planned_row(measurement: Measurement) -> dict[str, Any]:
@@ -186,10 +149,10 @@ def _wide_fixed(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     statuses = {row["status"] for row in group}
     finished = [row for row in group if row["finished"] is not None]
     last: Mapping[str, Any] = max(finished, key=lambda r: r["finished"]) if finished else best
-    failed = next((row for row in group if row["status"] == "failed"), None)
+    failed = next((row for row in group if row["status"] == State.FAILED), None)
     row = {name: best[name] for name in CELL_COLUMNS}
     row["sweep"] = best["sweep"]
-    row["status"] = next(s for s in CELL_STATUSES if s in statuses)
+    row["status"] = next(s.value for s in State if s in statuses)
     row |= {name: last[name] for name in _WIDE_LAST}
     row["error_type"] = failed["error_type"] if failed else None
     row |= {name: math.fsum(r[name] or 0.0 for r in finished) if finished else None for name in _WIDE_SUMS}

@@ -25,6 +25,7 @@ import numpy as np
 
 from sweeps.errors import StoreError
 from sweeps.files import read_json, write_atomically
+from sweeps.status import FINAL
 from sweeps.store.schema import arrow_schema
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ log = logging.getLogger(__name__)
 
 _REPORTED: Final[set[Path]] = set()
 """Damaged files that were already said to be so in this process."""
-
-FINISHED: Final = ("done", "diverged")
-"""States that are results; 'failed' is a record that there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +246,7 @@ def _current_rows(table: pa.Table, dropped: set[str]) -> list[int]:
     for index, (row_id, measurement, status, time) in enumerate(rows):
         if row_id in dropped:
             continue
-        rank = (status in FINISHED, time)
+        rank = (status in FINAL, time)
         if measurement not in best or rank > best[measurement][0]:
             best[measurement] = (rank, index)
     return [index for _, index in best.values()]

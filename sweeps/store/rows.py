@@ -1,22 +1,111 @@
-"""The columns of a measurement's row, from what a worker has at hand. Only what asks a GPU imports torch."""
+"""Rows of the store: what is known of a measurement before it runs, and the columns that its result or failure adds."""
 
 from __future__ import annotations
 
-import os
-import resource
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.spec import EvalResult
-from sweeps.plan.packs import OOM_ERROR
+from sweeps.status import State
+from sweeps.store.schema import Row, Scalar
+from sweeps.study.cell import Cell, Measurement
 
 if TYPE_CHECKING:
     from kbit.models.quantize import QuantHandle
 
+OOM_ERROR: Final = "OutOfMemoryError"
+"""error_type of a failed row that ran out of memory at the smallest batch."""
 
-def result_columns(result: EvalResult) -> dict[str, Any]:
+
+def recorded_state(row: Row) -> State:
+    """Return what a stored row (columns status, error_type) says of its measurement."""
+    return State.OOM if row["error_type"] == OOM_ERROR else State(row["status"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a row's measurement was run by.
+
+    Attributes:
+        sweep, pack: the study, and the pack in it.
+        rung: step of the out-of-memory ladder.
+        provenance: more columns (commit, versions, launch, job, device, ...).
+    """
+
+    sweep: str
+    pack: str
+    rung: int = 0
+    provenance: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+def cell_row(cell: Cell) -> Row:
+    """Return what is known of a cell before it runs, by column name."""
+    model = cell.model
     return {
-        "status": "diverged" if result.diverged else "done",
+        "key": cell.key,
+        **cell.axes(),
+        "model_id": model.hub_id or model.path,
+        "revision": model.commit,
+        "weights_hash": model.weights_hash,
+        "params": model.params,
+        "label": cell.quant.label,
+        "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
+    }
+
+
+def measurement_row(measurement: Measurement) -> Row:
+    """Return what is known of a measurement before it runs, by column name."""
+    spec = measurement.eval
+    return {
+        **cell_row(measurement.cell),
+        "measurement": measurement.key,
+        "eval": spec.name,
+        "eval_kind": spec.kind,
+        "eval_version": spec.version,
+        "num_fewshot": spec.num_fewshot,
+        "window": spec.window,
+        "limit": spec.limit,
+        "dataset": spec.dataset,
+        "compute_dtype": spec.compute_dtype,
+    }
+
+
+def run_row(measurement: Measurement, origin: Origin, started: datetime) -> Row:
+    """Return what every row says of a run that ends now, whatever came of it."""
+    return {
+        **measurement_row(measurement),
+        **origin.provenance,
+        "sweep": origin.sweep,
+        "pack": origin.pack,
+        "oom_rung": origin.rung,
+        "started": started,
+        "finished": datetime.now(UTC),
+    }
+
+
+def failed_row(
+    measurement: Measurement, origin: Origin, *, error_type: str, error: str, started: datetime | None = None
+) -> Row:
+    """Return the row of a failure.
+
+    Args:
+        started: None is now, where nobody knows.
+    """
+    return {
+        **run_row(measurement, origin, started or datetime.now(UTC)),
+        "status": State.FAILED.value,
+        "error_type": error_type,
+        "error": error,
+    }
+
+
+def result_columns(result: EvalResult) -> Row:
+    """Return the columns of an evaluation's result."""
+    return {
+        "status": (State.DIVERGED if result.diverged else State.DONE).value,
         "metrics": dict(result.metrics),
         "stderr": dict(result.stderr),
         "samples": dict(result.samples),
@@ -26,7 +115,8 @@ def result_columns(result: EvalResult) -> dict[str, Any]:
     }
 
 
-def handle_columns(handle: QuantHandle) -> dict[str, Any]:
+def handle_columns(handle: QuantHandle) -> Row:
+    """Return the columns of a quantized model's counted bits."""
     return {
         "bits_per_param": handle.bits_per_param,
         "total_bits": float(handle.total_bits),
@@ -35,37 +125,18 @@ def handle_columns(handle: QuantHandle) -> dict[str, Any]:
     }
 
 
-def failure_columns(error: Exception) -> dict[str, Any]:
+def told_part(row: Row) -> Row:
+    """Return what is told of a stored row: nothing long."""
+    return {name: value for name, value in row.items() if name not in ("samples", "error", "versions")}
+
+
+def error_type(error: Exception) -> str:
+    """Return the column of that name for an exception."""
     from kbit.memory import is_out_of_memory
 
-    return {
-        "status": "failed",
-        "error_type": OOM_ERROR if is_out_of_memory(error) else type(error).__name__,
-        "error": "".join(traceback.format_exception(error)),
-    }
+    return OOM_ERROR if is_out_of_memory(error) else type(error).__name__
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return str(torch.cuda.get_device_name())
-    return f"cpu ({os.uname().machine})"
-
-
-def reset_peak_memory(gpus: int) -> None:
-    """Begin to count anew on the first ``gpus`` GPUs; a process's peak on a CPU can't be reset."""
-    if gpus:
-        import torch
-
-        for gpu in range(gpus):
-            torch.cuda.reset_peak_memory_stats(gpu)
-
-
-def peak_memory(gpus: int) -> int:
-    """Bytes: the sum of each GPU's peak, or the process's peak where there is none."""
-    if gpus:
-        import torch
-
-        return sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in range(gpus))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def error_text(error: Exception) -> str:
+    """Return the column 'error' for an exception: its traceback."""
+    return "".join(traceback.format_exception(error))

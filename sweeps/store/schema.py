@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kbit.spec import axes
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Scalar = str | int | float | bool | None
+"""A value of a column of one value."""
+Row = Mapping[str, Any]
+"""A row of the store, or some of its columns: values by column name, each of the type that ``COLUMNS`` gives it."""
 
 SCHEMA_VERSION: Final = 3
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""

@@ -23,12 +23,11 @@ from kbit.models.checkpoint import (
     read_config,
     weight_files,
 )
-from sweeps.errors import UserError
+from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash
 
 __all__ = [
     "HubDataset",
-    "HubError",
     "LocalModel",
     "cached_snapshot",
     "check_jsonl",
@@ -46,10 +45,6 @@ _FAMILY_AND_SIZE: Final = re.compile(
 )
 _asked: Final[dict[tuple[str, str, str], str]] = {}
 """Branch or tag by (type, id, commit) that the hub resolved in this process: a fetch of the commit is one of it."""
-
-
-class HubError(UserError):
-    """A model or dataset that can't be identified, found or fetched."""
 
 
 @dataclass(frozen=True, kw_only=True)

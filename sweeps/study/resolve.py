@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kbit.errors import SpecError
 from kbit.evaluation.spec import COMPUTE_DTYPES, EvalSpec
-from sweeps.errors import UserError, did_you_mean
+from sweeps.errors import HubError, UserError, did_you_mean
 from sweeps.study import hub, task_index
 from sweeps.study.cell import UNRESOLVED, ModelRef
 from sweeps.study.grid import expand
@@ -54,7 +54,7 @@ class Resolver:
     def commit(self, repo: str, revision: str, repo_type: str) -> str:
         try:
             return hub.resolve_commit(repo, revision, repo_type=repo_type)
-        except hub.HubError:
+        except HubError:
             if self.strict:
                 raise
             self.unresolved.append(repo)

@@ -24,10 +24,10 @@ from typing import Any, Final
 import yaml
 
 from kbit.evaluation.spec import EvalSpec
-from sweeps.errors import UserError
+from sweeps.errors import CodeChangedError, DataChangedError, TaskError
 from sweeps.provenance import ROOT
 from sweeps.study.hashes import file_hash
-from sweeps.study.task_index import TaskError, load_task_yaml
+from sweeps.study.task_index import load_task_yaml
 
 PACKAGES: Final = ("kbit", "sweeps")
 """What a job imports. conf is frozen in the manifest and analysis runs where results are read: editing them while jobs
@@ -35,14 +35,6 @@ wait is harmless, and must not make a job refuse."""
 CODE_SUFFIXES: Final = (".py", ".yaml", ".cu", ".cuh")
 TASK_SUFFIXES: Final = (".py", ".yaml", ".yml")
 _NAME_DIGITS: Final = 16
-
-
-class CodeChangedError(UserError):
-    """The code, or a copy of it, is not what it was when the study was launched."""
-
-
-class DataChangedError(UserError):
-    """A data file is gone, or not what it was when the study was launched."""
 
 
 def code_hash() -> str:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from sweeps.errors import UserError, did_you_mean
+from sweeps.errors import TaskError, did_you_mean
 
 _NAMED: Final = re.compile(rb"^[\"']?(task|group)[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 _IGNORED_DIRS: Final = frozenset({"__pycache__", ".ipynb_checkpoints"})
@@ -24,10 +24,6 @@ _NO_VERSION: Final = "Yaml"
 """What lm-eval itself reports for a task without ``metadata.version``."""
 _NAME: Final = re.compile(r"[^\s/\\]+")
 _SHOWN: Final = 5
-
-
-class TaskError(UserError):
-    """A task that can't be run: unknown, a group, or not defined in YAML."""
 
 
 @dataclass(frozen=True, kw_only=True)

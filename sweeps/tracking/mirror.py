@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.spec import axes
+from sweeps.errors import RefusedError
 from sweeps.tracking.process import kill_with_children
-from sweeps.tracking.server import STATUSES, RefusedError, RemoteRun, Server
+from sweeps.tracking.server import STATUSES, RemoteRun, Server
 
 IDENTITY: Final = ("family", "model", "params")
 """A row's columns that are constant in a pack: the run's configuration, and in its table, which W&B joins over runs."""

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-STATUSES: Final = ("done", "diverged", "failed")
+from sweeps.errors import RefusedError
+from sweeps.status import RECORDED
+
+STATUSES: Final = tuple(s.value for s in RECORDED)
 HTTP_TIMEOUT: Final = 10.0
 _STATE_QUERY: Final = """
 query KbitMirror($project: String!, $entity: String, $run: String!) {
   viewer { entity }
   model(name: $project, entityName: $entity) { bucket(name: $run, missingOk: true) { name state summaryMetrics } }
 }"""
-
-
-class RefusedError(Exception):
-    """W&B can't be used as configured (no key, a wrong key): trying again won't help."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,14 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from sweeps.events import Event, event_to_dict
 from sweeps.plan.packs import Pack
 from sweeps.provenance import PROJECT, package_versions
 from sweeps.store.parts import Store
+from sweeps.store.schema import Scalar
+from sweeps.worker.settings import WorkerArguments
 from sweeps.worker.worker import Stop, Worker
 
 PR_SET_PDEATHSIG: Final = 1
@@ -29,38 +32,39 @@ def main() -> None:
     """The executors' worker process: runs packs from standard input until it ends."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--events", type=int, required=True, help="file descriptor for events")
-    parser.add_argument("--settings", required=True, help="JSON: out, device, gpus, batch_tokens, threads, ...")
+    parser.add_argument("--settings", required=True, help="JSON of sweeps.worker.settings.WorkerArguments")
     args = parser.parse_args()
-    settings = json.loads(args.settings)
+    arguments = WorkerArguments.from_json(args.settings)
+    settings = arguments.settings
     stop = Stop()
-    _handle_signals(stop, ignore_sigterm=settings.get("ignore_sigterm", False))
+    _handle_signals(stop, ignore_sigterm=settings.ignore_sigterm)
     events = os.fdopen(args.events, "w", buffering=1)
     parent = os.getppid()
     _die_with_launcher()
 
-    def emit(event: Mapping[str, Any]) -> None:
+    def emit(event: Event) -> None:
         if os.getppid() != parent:
             sys.exit("the launcher is gone: stopping")
-        events.write(json.dumps(event, default=str) + "\n")
+        events.write(json.dumps(event_to_dict(event), default=str) + "\n")
 
     # Parquet too: a failure for want of memory is recorded without loading libraries.
     import pyarrow.parquet  # noqa: F401
     import torch
     from transformers.utils import logging as transformers_logging
 
-    torch.set_num_threads(settings["threads"])
+    torch.set_num_threads(arguments.threads)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     here = {"job": f"local/{os.getpid()}", "host": socket.gethostname()}
     worker = Worker(
-        store=Store(out=Path(settings["out"])),
-        device=settings["device"],
-        batch_tokens=settings["batch_tokens"],
+        store=Store(out=Path(arguments.out)),
+        device=arguments.device,
+        batch_tokens=settings.batch_tokens,
         # The launch's machine may have other packages than this one.
-        provenance={**here, **settings["provenance"], "versions": _versions(settings["provenance"])},
+        provenance={**here, **settings.provenance, "versions": _versions(settings.provenance)},
         emit=emit,
-        gpus=settings.get("gpus", 1),
-        trust_remote_code=settings["trust_remote_code"],
-        load_again=settings.get("load_again", False),
+        gpus=settings.gpus,
+        trust_remote_code=settings.trust_remote_code,
+        load_again=settings.load_again,
         stop=stop,
     )
     for pack, until in _read_packs():
@@ -91,9 +95,9 @@ def _handle_signals(stop: Stop, *, ignore_sigterm: bool) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
 
 
-def _versions(launched: Mapping[str, Any]) -> str:
+def _versions(launched: Mapping[str, Scalar]) -> str:
     """Packages of this environment, but the project's own version as it was launched: a copy of its code has none."""
-    known = json.loads(launched["versions"]) if "versions" in launched else {}
+    known = json.loads(str(launched["versions"])) if "versions" in launched else {}
     return json.dumps({**json.loads(package_versions()), **{k: v for k, v in known.items() if k == PROJECT}})
 
 

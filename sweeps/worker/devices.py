@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -74,3 +75,30 @@ def plan_workers(device: str, asked: object, largest_params: int) -> Workers:
     fit = memory // (WORKER_BYTES + MODEL_BYTES_PER_PARAM * largest_params)
     count = max(1, min(cores, MOST_CPU_WORKERS, fit))
     return Workers(device=device, count=count, threads=max(1, cores // count))
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU, or the kind of the CPU."""
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return f"cpu ({os.uname().machine})"
+
+
+def reset_peak_memory(count: int) -> None:
+    """Reset the peak of the first ``count`` GPUs; a process's peak on a CPU can't be reset."""
+    if count:
+        import torch
+
+        for gpu in range(count):
+            torch.cuda.reset_peak_memory_stats(gpu)
+
+
+def peak_memory(count: int) -> int:
+    """Return in bytes the sum of each GPU's peak, or the process's peak where there is none."""
+    if count:
+        import torch
+
+        return sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in range(count))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

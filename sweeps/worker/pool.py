@@ -16,20 +16,32 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sweeps.plan.packs import OOM_ERROR, Pack
+from sweeps.errors import EXIT_IO, EXIT_LOAD, LoadError, PoolError, WriteError
+from sweeps.events import (
+    Crashed,
+    Event,
+    Measured,
+    Measuring,
+    OnEvent,
+    PackDone,
+    Started,
+    Stopped,
+    event_from_dict,
+)
+from sweeps.plan.packs import Pack
 from sweeps.provenance import ROOT
-from sweeps.results.table import measurement_row
 from sweeps.store.parts import Store
+from sweeps.store.rows import OOM_ERROR, Origin, failed_row, told_part
 from sweeps.study.cell import Measurement
 from sweeps.worker.cgroup import oom_kills
 from sweeps.worker.devices import Workers, gpus
-from sweeps.worker.worker import EXIT_IO, EXIT_LOAD, MIN_BATCH_TOKENS
+from sweeps.worker.settings import WorkerArguments, WorkerSettings
+from sweeps.worker.worker import MIN_BATCH_TOKENS
 
 MOST_CRASHES: Final = 2
 BEAT_SECONDS: Final = 10.0
@@ -38,20 +50,6 @@ LOG_TAIL: Final = 4000
 OOM_WORDS: Final = "was killed for want of memory"
 
 log = logging.getLogger(__name__)
-
-OnEvent = Callable[[Mapping[str, Any]], None]
-
-
-class PoolError(Exception):
-    """Workers can't run at all; the message ends with what they last said."""
-
-
-class LoadError(PoolError):
-    """A worker that may leave it to another node could not load its first model; the message ends with its log."""
-
-
-class WriteError(OSError):
-    """Results can't be written; what a worker said of it."""
 
 
 @dataclass(kw_only=True)
@@ -79,9 +77,9 @@ class WorkerPool:
     Attributes:
         store: where results go.
         workers: how many processes, on what, with how many threads.
-        settings: JSON values for every worker (batch_tokens, provenance, trust_remote_code, ...).
+        settings: how every worker measures.
         log: path of a worker's log, by its number.
-        on_event: told every worker's events, and {'event': 'crashed'} when one died.
+        on_event: told every worker's events, and when one died.
         beat: told what is being measured, now and then and when it changes.
         until: epoch seconds; a cell that is predicted to end later is not begun.
         pin: give each worker a GPU of its own; else each sees all.
@@ -89,7 +87,7 @@ class WorkerPool:
 
     store: Store
     workers: Workers
-    settings: Mapping[str, Any]
+    settings: WorkerSettings
     log: Callable[[int], Path]
     on_event: OnEvent
     beat: Callable[[Sequence[str]], None]
@@ -100,7 +98,10 @@ class WorkerPool:
     _silent_deaths: int = 0
     _stop_by: float | None = None
     _stopped: str | None = None
-    _smaller: dict[str, int] = field(default_factory=dict)
+    _batch_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._batch_tokens = self.settings.batch_tokens
 
     def run(self, packs: Sequence[Pack]) -> str:
         """Run all packs.
@@ -125,7 +126,7 @@ class WorkerPool:
                 self._loop(slots, selector)
         finally:
             # Workers that leave SIGTERM to their owner have been given their time before.
-            patience = 1.0 if self.settings.get("ignore_sigterm") else STOP_SECONDS
+            patience = 1.0 if self.settings.ignore_sigterm else STOP_SECONDS
             _stop([s.process for s in slots if s.process is not None], patience)
         return self._stopped or "finished"
 
@@ -168,13 +169,12 @@ class WorkerPool:
 
     def _start(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
         read, write = os.pipe()
-        settings = {
-            **self.settings,
-            "out": str(self.store.out),
-            "device": self.workers.device,
-            "threads": self.workers.threads,
-            **self._smaller,
-        }
+        arguments = WorkerArguments(
+            out=str(self.store.out),
+            device=self.workers.device,
+            threads=self.workers.threads,
+            settings=replace(self.settings, batch_tokens=self._batch_tokens),
+        )
         command = [
             sys.executable,
             "-m",
@@ -182,7 +182,7 @@ class WorkerPool:
             "--events",
             str(write),
             "--settings",
-            json.dumps(settings),
+            arguments.to_json(),
         ]
         with slot.log.open("ab") as log:
             # A worker hears no signal before it is ready for them: SLURM sends them to every process of a job.
@@ -240,23 +240,24 @@ class WorkerPool:
         *lines, slot.buffer = (slot.buffer + data).split(b"\n")
         slot.said_anything, self._silent_deaths = True, 0
         for line in lines:
-            self._take_in(slot, json.loads(line))
+            self._take_in(slot, event_from_dict(json.loads(line)))
 
-    def _take_in(self, slot: _Slot, event: Mapping[str, Any]) -> None:
-        if event["event"] == "started":
-            slot.cell, slot.measuring = event["cell"], event["measurement"]
-        elif event["event"] == "measuring":
-            slot.measuring = event["measurement"]
-        elif event["event"] == "measured":
-            slot.measured.add(event["row"]["measurement"])
-            slot.measuring = None
-        elif event["event"] == "pack_done":
-            slot.pack = None
-        elif event["event"] == "stopped":
-            slot.pack = slot.measuring = None
-            # All workers share the clock: nobody else begins another pack either.
-            self._stopped = self._stopped or event["reason"]
-        self.on_event({**event, "worker": slot.number})
+    def _take_in(self, slot: _Slot, event: Event) -> None:
+        match event:
+            case Started():
+                slot.cell, slot.measuring = event.cell, event.measurement
+            case Measuring():
+                slot.measuring = event.measurement
+            case Measured():
+                slot.measured.add(event.row["measurement"])
+                slot.measuring = None
+            case PackDone():
+                slot.pack = None
+            case Stopped():
+                slot.pack = slot.measuring = None
+                # All workers share the clock: nobody else begins another pack either.
+                self._stopped = self._stopped or event.reason
+        self.on_event(event, slot.number)
 
     def _died(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
         """Count the crash against what was in flight, put the rest of its pack back, start the worker anew."""
@@ -282,7 +283,7 @@ class WorkerPool:
                 raise PoolError(f"workers {how} before doing anything; {slot.log} ends with:\n{tail}")
         if slot.pack is not None:
             self._put_back(slot, how, tail)
-        self.on_event({"event": "crashed", "worker": slot.number, "how": how, "log": str(slot.log)})
+        self.on_event(Crashed(how=how, log=str(slot.log)), slot.number)
         slot.pack = slot.measuring = slot.cell = None
         self._start(slot, selector)
 
@@ -307,50 +308,28 @@ class WorkerPool:
 
     def _stored(self, pack: Pack) -> set[str]:
         """Measurements of a pack that are stored, and not to be done again."""
-        launch = self.settings["provenance"].get("launch")
+        launch = self.settings.provenance.get("launch")
         rows = self.store.read_pack(pack.id, ["measurement", "status", "launch"])
         # A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.
         return {r["measurement"] for r in rows if r["status"] == "done" or r["launch"] == launch}
 
     def _halve_batch(self) -> bool:
         """Start workers with half the batch from now on; False when it is as small as it gets."""
-        batch = self._smaller.get("batch_tokens", self.settings["batch_tokens"])
-        if batch <= MIN_BATCH_TOKENS:
+        if self._batch_tokens <= MIN_BATCH_TOKENS:
             return False
-        self._smaller["batch_tokens"] = max(MIN_BATCH_TOKENS, batch // 2)
+        self._batch_tokens = max(MIN_BATCH_TOKENS, self._batch_tokens // 2)
         return True
 
     def _record_crash(self, pack: Pack, measurement: Measurement, how: str, tail: str, slot: _Slot) -> None:
         times = "" if how == OOM_WORDS else f" {MOST_CRASHES} times"
         row = failed_row(
             measurement,
-            pack,
-            self.settings["provenance"],
+            Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance=self.settings.provenance),
             error_type=OOM_ERROR if how == OOM_WORDS else "WorkerDied",
             error=f"the worker {how}{times} while measuring this; {slot.log} ends with:\n{tail}",
         )
         self.store.write(row)
-        told = {k: v for k, v in row.items() if k not in ("error", "versions")}
-        self.on_event({"event": "measured", "row": told, "worker": slot.number})
-
-
-def failed_row(
-    measurement: Measurement, pack: Pack, provenance: Mapping[str, Any], *, error_type: str, error: str
-) -> dict[str, Any]:
-    """The row of a measurement whose worker could not record it itself."""
-    now = datetime.now(UTC)
-    return {
-        **measurement_row(measurement),
-        **provenance,
-        "sweep": pack.sweep,
-        "pack": pack.id,
-        "oom_rung": pack.rung,
-        "status": "failed",
-        "error_type": error_type,
-        "error": error,
-        "started": now,
-        "finished": now,
-    }
+        self.on_event(Measured(row=told_part(row)), slot.number)
 
 
 def _exit_words(code: int) -> str:

@@ -6,29 +6,32 @@ torch.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.spec import EvalResult, EvalSpec
-from sweeps.errors import StoreError
+from sweeps.errors import EXIT_IO, EXIT_LOAD, StoreError
+from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
-from sweeps.results.table import measurement_row
 from sweeps.store.parts import Store
 from sweeps.store.rows import (
-    device_name,
-    failure_columns,
+    Origin,
+    error_text,
+    error_type,
+    failed_row,
     handle_columns,
-    peak_memory,
-    reset_peak_memory,
     result_columns,
+    run_row,
+    told_part,
 )
+from sweeps.store.schema import Row, Scalar
 from sweeps.study.cell import Cell, Measurement, ModelRef
+from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.time_budget import Pace
 
@@ -40,12 +43,8 @@ if TYPE_CHECKING:
 SEED: Final = 0
 MIN_BATCH_TOKENS: Final = 256
 """A batch is not halved below this when memory runs out: one sequence takes about as much."""
-EXIT_IO: Final = os.EX_IOERR
-"""The exit code of a worker that can't write results: no cell's fault, and no use in starting another worker."""
-EXIT_LOAD: Final = os.EX_TEMPFAIL
-"""The exit code of a worker that could not load its first model, where that may be the node's fault."""
 
-Emit = Callable[[Mapping[str, Any]], None]
+Emit = Callable[[Event], None]
 
 
 @dataclass(kw_only=True)
@@ -71,7 +70,7 @@ class Worker:
         device: 'cpu' or 'cuda'.
         batch_tokens: tokens in a batch, where memory allows.
         provenance: columns that every row gets (commit, versions, launch, job, ...).
-        emit: told what happens: 'started', 'loaded', 'measuring', 'smaller_batch', 'measured', 'pack_done', 'stopped'.
+        emit: told what happens.
         gpus: over how many GPUs a model is spread; 0 on a CPU, whatever is given.
         trust_remote_code: run code that a checkpoint brings; only when the user asked for it by name.
         load_again: a model that can't be loaded, where nothing was measured before, ends the process with ``EXIT_LOAD``
@@ -82,7 +81,7 @@ class Worker:
     store: Store
     device: str
     batch_tokens: int
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, Scalar]
     emit: Emit
     gpus: int = 1
     trust_remote_code: bool = False
@@ -105,8 +104,7 @@ class Worker:
         """
         why = self._run_items(pack, until)
         self._storing(lambda: self.store.compact(pack.id))
-        ending = {"event": "pack_done"} if why is None else {"event": "stopped", "reason": why}
-        self.emit({**ending, "pack": pack.id})
+        self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
     def _run_items(self, pack: Pack, until: float | None) -> str | None:
         """Why it ended before the last item, or None."""
@@ -140,7 +138,7 @@ class Worker:
         measurements = [Measurement(cell=cell, eval=spec) for spec in evals]
         # Where loading or quantizing kills the process, its first measurement is the suspect.
         first = measurements[0].key
-        self.emit({"event": "started", "pack": pack.id, "cell": cell.key, "label": cell.label, "measurement": first})
+        self.emit(Started(pack=pack.id, cell=cell.key, label=cell.label, measurement=first))
         started = datetime.now(UTC)
         try:
             loaded = self._load(cell.model, dtype)
@@ -163,7 +161,7 @@ class Worker:
         self, pack: Pack, measurement: Measurement, loaded: LoadedModel, handle: QuantHandle, quantize_seconds: float
     ) -> None:
         started = datetime.now(UTC)
-        self.emit({"event": "measuring", "pack": pack.id, "measurement": measurement.key})
+        self.emit(Measuring(pack=pack.id, measurement=measurement.key))
         try:
             prepared = self._warm.prepare(measurement.eval, loaded)
             result, seconds = self._evaluate(pack, prepared, loaded)
@@ -171,7 +169,7 @@ class Worker:
             self._record_failure(pack, [measurement], error, started)
             return
         row = {
-            **self._common(pack, measurement, started),
+            **run_row(measurement, self._origin(pack), started),
             **result_columns(result),
             **handle_columns(handle),
             "compute_dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -204,7 +202,7 @@ class Worker:
                     raise
                 recover(error, self.device)
             self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
-            self.emit({"event": "smaller_batch", "pack": pack.id, "batch_tokens": self._batch})
+            self.emit(SmallerBatch(pack=pack.id, batch_tokens=self._batch))
 
     def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
         is_new = self._warm.holds != (model, dtype)
@@ -214,7 +212,7 @@ class Worker:
             self._blame_node(model, error)
             raise
         if is_new:
-            self.emit({"event": "loaded", "model": model.label, "seconds": self._warm.load_seconds})
+            self.emit(Loaded(model=model.label, seconds=self._warm.load_seconds))
         return loaded
 
     def _blame_node(self, model: ModelRef, error: Exception) -> None:
@@ -229,21 +227,15 @@ class Worker:
         )
         sys.exit(EXIT_LOAD)
 
-    def _common(self, pack: Pack, measurement: Measurement, started: datetime) -> dict[str, Any]:
-        return {
-            **measurement_row(measurement),
-            **self.provenance,
-            "sweep": pack.sweep,
-            "pack": pack.id,
-            "started": started,
-            "finished": datetime.now(UTC),
+    def _origin(self, pack: Pack) -> Origin:
+        here: dict[str, Scalar] = {
             "device": device_name(self.device),
             "gpus": self.gpus,
-            "oom_rung": pack.rung,
             "kernel": self._kernel(),
             "seed": SEED,
             "batch_tokens": self._batch,
         }
+        return Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance={**self.provenance, **here})
 
     def _kernel(self) -> str:
         """What quantizes here."""
@@ -258,19 +250,19 @@ class Worker:
     ) -> None:
         # Memory first: writing needs some.
         recover(error, self.device)
-        failure = failure_columns(error)
+        kind, text = error_type(error), error_text(error)
         names = ", ".join(m.eval.name for m in measurements)
-        print(f"{measurements[0].cell.label} on {names} failed:\n{failure['error']}", file=sys.stderr, flush=True)
+        print(f"{measurements[0].cell.label} on {names} failed:\n{text}", file=sys.stderr, flush=True)
+        origin = self._origin(pack)
         for measurement in measurements:
-            self._record({**self._common(pack, measurement, started), **failure})
+            self._record(failed_row(measurement, origin, error_type=kind, error=text, started=started))
         if is_lost(error):
             # A new worker goes on with the rest.
             sys.exit(f"the device is lost to this process: {error}")
 
-    def _record(self, row: dict[str, Any]) -> None:
+    def _record(self, row: Row) -> None:
         self._storing(lambda: self.store.write(row))
-        told = {k: v for k, v in row.items() if k not in ("samples", "error", "versions")}
-        self.emit({"event": "measured", "row": told})
+        self.emit(Measured(row=told_part(row)))
 
     def _storing(self, write: Callable[[], None]) -> None:
         """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""

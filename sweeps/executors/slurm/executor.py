@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.errors import UserError
+from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, SchedulerError, UserError
 from sweeps.executors.slurm.config import SlurmConfig, counted, shape_text
 from sweeps.executors.slurm.poison import record_poison
-from sweeps.executors.slurm.query import SchedulerError, Sighting
+from sweeps.executors.slurm.query import Sighting
 from sweeps.executors.slurm.show.manage import why_never_run
 from sweeps.executors.slurm.show.watch import WatchView
 from sweeps.executors.slurm.submit import Submitted, Submitter, packing_for, submit_settings
@@ -32,17 +32,16 @@ from sweeps.launches.claimer import (
 )
 from sweeps.launches.in_flight import Flight, read_flight, reconcile, reconcile_twice
 from sweeps.plan.cost import load_seconds
-from sweeps.plan.packs import UNRECORDED, Plan, parse_retry
+from sweeps.plan.packs import Plan, parse_retry
 from sweeps.results.report import show_results
 from sweeps.results.table import measurement_states
-from sweeps.store.parts import FINISHED, Store
+from sweeps.status import UNRECORDED, State
+from sweeps.store.parts import Store
 from sweeps.study.manifest import Manifest
 from sweeps.study.resolve import build_study
 from sweeps.worker.devices import DEVICES
 from sweeps.worker.execution import batch_tokens
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
 MOST_TRIES: Final = 3
 """Times that a watch submits the same work, which ends each time without a record."""
 WATCH_SECONDS: Final = 15.0
@@ -235,7 +234,7 @@ def _watch(submitter: Submitter, console: Console) -> int:
     """Follow a study, submitting what limits kept out, until nothing is left; Ctrl-C only stops looking."""
     store, manifest = submitter.store, submitter.manifest
     # What somebody cancels meanwhile stays cancelled, and what fails again is not tried for ever.
-    submitter = replace(submitter, retry=frozenset(UNRECORDED) - {"cancelled"})
+    submitter = replace(submitter, retry=frozenset(UNRECORDED) - {State.CANCELLED})
     try:
         with WatchView(console=console, out=store.out, manifest=manifest) as view:
             _follow(submitter, view)
@@ -247,7 +246,7 @@ def _watch(submitter: Submitter, console: Console) -> int:
         return EXIT_INTERRUPTED
     failed = show_results(store, manifest, console, figures=True)
     states = measurement_states(store.out, manifest, read_flight(store.out))
-    unfinished = {m for m, state in states.items() if state not in FINISHED}
+    unfinished = {m for m, state in states.items() if not state.is_final}
     for why, measurements in why_never_run(store.out, unfinished).items():
         text = f"{counted(len(measurements), 'measurement')} can't run: {why}. mode=logs says more"
         console.print(f"[red]{escape(text)}[/]", highlight=False, soft_wrap=True)

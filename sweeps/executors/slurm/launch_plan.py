@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.query import Limits, check_request
+from sweeps.files import store_time
 from sweeps.launches.launch import Chunk, Launch, Shape, here, line_offsets
 from sweeps.plan.packs import Pack, Plan
 from sweeps.study.manifest import Manifest
@@ -72,7 +72,7 @@ class Draft:
                 "parallel": self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
                 "baselines": _baselines(submitter.manifest),
                 "provenance": dict(submitter.provenance(self.launch_id)),
-                "store_launched": _store_clock(submitter.store.out),
+                "store_launched": store_time(submitter.store.out),
             },
             offsets=line_offsets(packs),
             launched=time.time(),
@@ -186,14 +186,3 @@ def _baseline_problems(submitter: Submitter, models: Iterable[str]) -> dict[str,
             tolerance = submitter.slurm.baseline_tolerance
             problems[model] = gate_problem(rows[model], references.get(model, {}), tolerance)
     return problems
-
-
-def _store_clock(out: Path) -> float:
-    """Now, by the clock that stamps the store's files."""
-    probe = out / "launches" / f".clock-{time.time_ns()}.tmp"
-    probe.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.launches.in_flight import Flight
-from sweeps.plan.packs import Pack
-from sweeps.store.parts import FINISHED, Store
+from sweeps.status import FINAL
+from sweeps.store.parts import Store
+from sweeps.store.rows import Origin, failed_row
 from sweeps.study.manifest import Manifest
-from sweeps.worker.pool import LOG_TAIL, failed_row
+from sweeps.worker.pool import LOG_TAIL
 
 MOST_DEATHS: Final = 3
 """Jobs that may die while they measure the same thing."""
@@ -29,7 +30,7 @@ def record_poison(store: Store, manifest: Manifest, flight: Flight) -> list[str]
     for measurement in manifest.measurements():
         deaths = repeated.get(measurement.key, [])
         row = stored.get(measurement.key)
-        if not deaths or (row is not None and row["status"] in FINISHED) or measurement.key in flight.held:
+        if not deaths or (row is not None and row["status"] in FINAL) or measurement.key in flight.held:
             continue
         since = row["finished"].timestamp() if row is not None else 0.0
         logs = [log for log, began in deaths if began > since]
@@ -38,8 +39,8 @@ def record_poison(store: Store, manifest: Manifest, flight: Flight) -> list[str]
         log = logs[-1]
         why = f"{len(logs)} jobs died while measuring this; the last one's log, {log}, ends with:\n{_tail(log)}"
         cell = measurement.cell
-        pack = Pack(id="poison", sweep=manifest.sweep, model=cell.model, items=(), seconds=0.0)
-        store.write(failed_row(measurement, pack, {}, error_type="JobDied", error=why))
+        origin = Origin(sweep=manifest.sweep, pack="poison")
+        store.write(failed_row(measurement, origin, error_type="JobDied", error=why))
         said.append(f"{cell.label} on {measurement.eval.name}: {len(logs)} jobs died of it; it counts as failed now")
     return said
 

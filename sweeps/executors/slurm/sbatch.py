@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sweeps.errors import SubmitError
 from sweeps.executors.slurm.launch_plan import share
 from sweeps.executors.slurm.node.job import PackJob, PreflightJob
 from sweeps.executors.slurm.query import look
@@ -27,10 +28,6 @@ TRIES: Final = 3
 PREFLIGHT_MINUTES: Final = 15
 PREFLIGHT_WARNING_SECONDS: Final = 20
 HASH_BYTES_PER_SECOND: Final = 2e8
-
-
-class SubmitError(Exception):
-    """sbatch failed; the message says what it said."""
 
 
 @dataclass(kw_only=True)

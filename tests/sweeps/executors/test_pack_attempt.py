@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 
 from kbit.evaluation.spec import EvalSpec
+from sweeps.errors import JobError, LoadError
 from sweeps.executors.slurm.node import pack_attempt as packrun
 from sweeps.executors.slurm.node.owners import own_pack
-from sweeps.executors.slurm.node.pack_attempt import JobError, PackRun
+from sweeps.executors.slurm.node.pack_attempt import PackRun
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, line_offsets
 from sweeps.plan.packs import Pack
-from sweeps.results.table import measurement_row
 from sweeps.store.parts import Store
+from sweeps.store.rows import measurement_row
 from sweeps.tracking.tracker import CLOSE_SECONDS
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import END_SECONDS, close_seconds
-from sweeps.worker.pool import LoadError, WorkerPool
+from sweeps.worker.pool import WorkerPool
+from sweeps.worker.settings import WorkerSettings
 from tests.sweeps.worker.test_worker import BASELINE, evaluation, pack_of, pack_of_unloadable
 
 EVALS = (evaluation("first"), evaluation("second"))
@@ -112,9 +114,9 @@ def pool(out: Path, *, beats: list[list[str]] | None = None, **settings: Any) ->
     return WorkerPool(
         store=Store(out=out),
         workers=Workers(device="cpu", count=1, threads=1),
-        settings=values,
+        settings=WorkerSettings(**values),
         log=lambda _: out / "worker.log",
-        on_event=lambda _: None,
+        on_event=lambda *_: None,
         beat=lambda running: told.append(list(running)),
     )
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from sweeps.errors import UserError
+from sweeps.errors import SchedulerError, UserError
 from sweeps.executors.slurm.query import (
     LIVE,
     TERMINAL,
     JobState,
     Request,
-    SchedulerError,
     cancel,
     check_request,
     command,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sweeps.errors import ClaimTakenError
 from sweeps.launches import claims as claims_module
-from sweeps.launches.claims import Claims, ClaimTakenError
+from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import read_flight
 from tests import ROOT
 
@@ -81,13 +82,3 @@ def test_a_later_claim_of_lost_work_holds_it(tmp_path: Path) -> None:
     flight = read_flight(tmp_path)
     assert flight.queued == {"m2"}
     assert flight.ended == {"m1": "lost"}
-
-
-def test_claims_of_version_0_1_are_read(tmp_path: Path) -> None:
-    claims = Claims(out=tmp_path)
-    claims.create(1, launch="a", sweep="s", packs={})
-    path = tmp_path / "claims" / "00000001.json"
-    data = json.loads(path.read_text())
-    del data["packs"], data["executor"]
-    path.write_text(json.dumps({**data, "measurements": ["m1"]}))
-    assert read_flight(tmp_path).held == {"m1"}

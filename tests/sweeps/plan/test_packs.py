@@ -10,7 +10,8 @@ import pytest
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import UNRECORDED, Pack, Packing, Plan, make_plan, parse_retry
+from sweeps.plan.packs import Pack, Packing, Plan, make_plan, parse_retry
+from sweeps.status import UNRECORDED
 from sweeps.study.cell import ModelRef
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest, load_manifests

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from kbit.models import checkpoint
+from sweeps.errors import HubError
 from sweeps.study import hashes as filehash
 from sweeps.study import hub
 from tests import ROOT
@@ -134,16 +135,16 @@ def test_commit_offline_is_what_the_cache_last_saw(offline: Path) -> None:
 
 
 def test_commit_is_never_invented() -> None:
-    with pytest.raises(hub.HubError, match=r"(?s)owner/name@main.*HF_HUB_OFFLINE.*mode=fetch.*path=DIR"):
+    with pytest.raises(HubError, match=r"(?s)owner/name@main.*HF_HUB_OFFLINE.*mode=fetch.*path=DIR"):
         hub.resolve_commit("owner/name", "main")
-    with pytest.raises(hub.HubError, match=r"eval\.data_dir=DIR"):
+    with pytest.raises(HubError, match=r"eval\.data_dir=DIR"):
         hub.resolve_commit("owner/name", "main", repo_type="dataset")
 
 
 def test_damaged_ref_is_no_commit(offline: Path) -> None:
     cache_repo(offline)
     (offline / "models--owner--name" / "refs" / "main").write_text("main")
-    with pytest.raises(hub.HubError):
+    with pytest.raises(HubError):
         hub.resolve_commit("owner/name", "main")
 
 
@@ -160,11 +161,11 @@ def test_commit_online_is_the_hubs_not_the_caches(online: HubServer, offline: Pa
 
 def test_unknown_repository_and_revision_are_refused_even_if_cached(online: HubServer, offline: Path) -> None:
     cache_repo(offline, "models--owner--gone")
-    with pytest.raises(hub.HubError, match=r"owner/gone.*no such model"):
+    with pytest.raises(HubError, match=r"owner/gone.*no such model"):
         hub.resolve_commit("owner/gone", "main")
-    with pytest.raises(hub.HubError, match=r"no-such-tag.*no such revision"):
+    with pytest.raises(HubError, match=r"no-such-tag.*no such revision"):
         hub.resolve_commit("owner/name", "no-such-tag")
-    with pytest.raises(hub.HubError, match="a/b/c"):
+    with pytest.raises(HubError, match="a/b/c"):
         hub.resolve_commit("a/b/c", "main")
 
 
@@ -173,7 +174,7 @@ def test_unreachable_hub_falls_back_to_the_cache_and_is_asked_once(online: HubSe
     online.http.server_close()
     cache_repo(offline)
     assert hub.resolve_commit("owner/name", "main") == COMMIT
-    with pytest.raises(hub.HubError, match="can't be reached"):
+    with pytest.raises(HubError, match="can't be reached"):
         hub.resolve_commit("owner/other", "main")
     assert hub._unreachable.cache_info().misses == 1
 
@@ -233,7 +234,7 @@ def test_fetch_takes_bin_parts_where_there_is_no_safetensors(online: HubServer, 
 
 def test_fetch_goes_on_after_a_failure_and_names_it(online: HubServer, tmp_path: Path, offline: Path) -> None:
     write_model(tmp_path / "served")
-    with pytest.raises(hub.HubError, match=r"(?s)1 of 2 could not be fetched.*owner/gone"):
+    with pytest.raises(HubError, match=r"(?s)1 of 2 could not be fetched.*owner/gone"):
         hub.fetch([("owner/gone", "main"), ("owner/name", "main")], report=lambda _: None)
     assert hub.cached_snapshot("owner/name", COMMIT) is not None
     assert (offline / "models--owner--name" / "refs" / "main").read_text() == COMMIT
@@ -295,7 +296,7 @@ def test_sharded_model_needs_all_its_parts(tmp_path: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert hub.local_model(model).params == 16
     (model / "part-2.safetensors").unlink()
-    with pytest.raises(hub.HubError, match=r"part-2\.safetensors"):
+    with pytest.raises(HubError, match=r"part-2\.safetensors"):
         hub.local_model(model)
 
 
@@ -318,7 +319,7 @@ def test_sharded_model_needs_all_its_parts(tmp_path: Path) -> None:
 def test_unusable_directory_is_named_with_its_reason(tmp_path: Path, spoil: object, message: str) -> None:
     model = write_model(tmp_path / "m")
     spoil(model)  # type: ignore[operator]
-    with pytest.raises(hub.HubError, match=message) as error:
+    with pytest.raises(HubError, match=message) as error:
         hub.local_model(model)
     assert str(model) in str(error.value)
 
@@ -398,7 +399,7 @@ def test_hashing_works_where_the_cache_cannot_be_written(tmp_path: Path, monkeyp
 def test_jsonl_that_does_not_fit_names_line_and_field(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "set.jsonl"
     file.write_text(content)
-    with pytest.raises(hub.HubError, match=message):
+    with pytest.raises(HubError, match=message):
         hub.check_jsonl(file, ("text",))
 
 

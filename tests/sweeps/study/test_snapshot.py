@@ -17,19 +17,10 @@ import pytest
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
-from sweeps.errors import UserError
+from sweeps.errors import CodeChangedError, DataChangedError, UserError
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.resolve import _data_files_hash
-from sweeps.study.snapshot import (
-    CodeChangedError,
-    DataChangedError,
-    check_code,
-    check_data,
-    code_hash,
-    freeze_evals,
-    job_setup,
-    snapshot_code,
-)
+from sweeps.study.snapshot import check_code, check_data, code_hash, freeze_evals, job_setup, snapshot_code
 from sweeps.study.task_index import find_task
 from tests.conftest import ROOT
 

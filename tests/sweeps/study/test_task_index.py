@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.study.task_index import TaskError, find_task, load_task_yaml
+from sweeps.errors import TaskError
+from sweeps.study.task_index import find_task, load_task_yaml
 from tests import ROOT
 
 

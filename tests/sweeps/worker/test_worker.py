@@ -22,12 +22,15 @@ import pytest
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
+from sweeps.errors import EXIT_IO, EXIT_LOAD
+from sweeps.events import Event, Stopped
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.hub import local_model
+from sweeps.worker.settings import WorkerArguments, WorkerSettings
 from sweeps.worker.time_budget import LEAST_SCALE, Pace
-from sweeps.worker.worker import EXIT_IO, EXIT_LOAD, Worker
+from sweeps.worker.worker import Worker
 from tests.conftest import ROOT
 
 NEOX_XS = DEMO_DIR / "models" / "neox-xs"
@@ -74,19 +77,19 @@ class Bench:
     """A worker in this process, and what it said."""
 
     def __init__(self, out: Path, **settings: Any) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.stop_at: str | None = None
         self.store = Store(out=out)
         options = {"device": "cpu", "batch_tokens": 2048, "provenance": {}} | settings
         self.worker = Worker(store=self.store, emit=self._emit, **options)
 
-    def _emit(self, event: Any) -> None:
-        self.events.append(dict(event))
-        if event["event"] == self.stop_at:
+    def _emit(self, event: Event) -> None:
+        self.events.append(event)
+        if event.name == self.stop_at:
             self.worker.stop.ask()
 
     def names(self) -> list[str]:
-        return [e["event"] for e in self.events]
+        return [e.name for e in self.events]
 
     def rows(self) -> list[dict[str, Any]]:
         return self.store.read().to_pylist()
@@ -110,7 +113,7 @@ def test_asked_to_stop_it_finishes_the_measurement_in_flight_and_loses_none(tmp_
     bench = Bench(tmp_path)
     bench.stop_at = "measuring"
     bench.worker.run_pack(pack)
-    assert bench.events[-1] == {"event": "stopped", "pack": pack.id, "reason": "asked"}
+    assert bench.events[-1] == Stopped(pack=pack.id, reason="asked")
     (done,) = bench.rows()
     assert (done["eval"], done["bits"]) == ("first", 16)
     assert len(list(tmp_path.glob("packs/*.parquet"))) == 1
@@ -138,16 +141,17 @@ def test_a_cell_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     pack = pack_of(BASELINE, INT4, INT3, item_seconds=(1.0, 1.0, 1e6))
     bench.worker.run_pack(pack, until=time.time() + 1000)
-    assert bench.events[-1] == {"event": "stopped", "pack": pack.id, "reason": "walltime"}
+    assert bench.events[-1] == Stopped(pack=pack.id, reason="walltime")
     assert {r["bits"] for r in bench.rows()} == {16, 4}
     assert bench.names().count("started") == 2
 
 
 def test_a_first_cell_that_is_predicted_to_take_too_long_is_tried_all_the_same(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.worker.run_pack(pack_of(BASELINE, INT4, item_seconds=(1e6, 1e6)), until=time.time() + 1000)
+    pack = pack_of(BASELINE, INT4, item_seconds=(1e6, 1e6))
+    bench.worker.run_pack(pack, until=time.time() + 1000)
     assert {r["bits"] for r in bench.rows()} == {16}
-    assert bench.events[-1]["reason"] == "walltime"
+    assert bench.events[-1] == Stopped(pack=pack.id, reason="walltime")
 
 
 def test_without_time_left_no_model_is_loaded(tmp_path: Path) -> None:
@@ -226,8 +230,8 @@ class Process:
 
     def __init__(self, out: Path, **settings: Any) -> None:
         read, write = os.pipe()
-        values = {"out": str(out), "device": "cpu", "batch_tokens": 2048, "threads": 1, "provenance": {}}
-        values |= {"trust_remote_code": False, **settings}
+        values = {"batch_tokens": 2048, "provenance": {}, "trust_remote_code": False, **settings}
+        arguments = WorkerArguments(out=str(out), device="cpu", threads=1, settings=WorkerSettings(**values))
         command = [
             sys.executable,
             "-m",
@@ -235,7 +239,7 @@ class Process:
             "--events",
             str(write),
             "--settings",
-            json.dumps(values),
+            arguments.to_json(),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
@@ -345,6 +349,7 @@ SHORT_OF_MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import torch, pyarrow.parquet
+from sweeps.events import event_to_dict
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.worker.worker import Worker
@@ -359,9 +364,9 @@ def room(megabytes):
     resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
 
 def emit(event):
-    print(json.dumps(event, default=str), flush=True)
-    if event["event"] in limits:
-        room(limits[event["event"]])
+    print(json.dumps(event_to_dict(event), default=str), flush=True)
+    if event.name in limits:
+        room(limits[event.name])
 
 worker = Worker(store=Store(out=Path(sys.argv[1])), device="cpu", batch_tokens=16384, provenance={}, emit=emit)
 for line in sys.stdin:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.executors.slurm.node.pack_attempt import JobError, PackRun, code_problems, job_id
+from sweeps.errors import JobError
+from sweeps.executors.slurm.node.pack_attempt import PackRun, code_problems, job_id
 from sweeps.files import write_atomically
 from sweeps.launches.launch import Launch
 

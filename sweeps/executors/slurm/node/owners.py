@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from typing import Final
 
-from sweeps.files import write_atomically
+from sweeps.files import create_exclusively
 from sweeps.launches.launch import Launch
 
 _DIRECTORY: Final = "owners"
@@ -22,13 +20,4 @@ def own_pack(launch: Launch, pack: str, job: str) -> str:
         OSError: the file system can't make hard links, or can't be written.
     """
     path = launch.directory / _DIRECTORY / pack
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    write_atomically(temporary, job.encode())
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # A network file system may repeat a link that had succeeded: what the file says counts.
-        return path.read_text()
-    finally:
-        temporary.unlink(missing_ok=True)
-    return job
+    return job if create_exclusively(path, job.encode()) else path.read_text()

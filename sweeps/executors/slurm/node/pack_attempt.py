@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from sweeps.errors import CodeChangedError, JobError, LoadError
+from sweeps.events import Crashed, Event, Measured, SmallerBatch, Stopped, event_to_dict
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.node.owners import own_pack
 from sweeps.files import read_json
@@ -23,7 +25,7 @@ from sweeps.store.parts import Store
 from sweeps.tracking.tracker import TrackingConfig
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import Execution
-from sweeps.worker.pool import LoadError
+from sweeps.worker.settings import WorkerSettings
 
 END_MARGIN: Final = 30.0
 """A cell is not begun that is predicted to end within so many seconds of the walltime."""
@@ -35,10 +37,6 @@ GRACE_SECONDS: Final = 1800.0
 MOST_LOAD_ERRORS: Final = 3
 """When so many jobs could not load a pack's model it is the model's fault, and recorded as such."""
 _ASK_SECONDS: Final = 10.0
-
-
-class JobError(Exception):
-    """The job can't do its work; the message says why."""
 
 
 @dataclass(kw_only=True)
@@ -100,21 +98,21 @@ class PackRun:
         on_gpu = settings["device"] == "cuda"
         threads = int(os.environ.get("SLURM_CPUS_PER_TASK") or shape.cpus)
         self._execution = Execution(
-            [left],
+            packs=[left],
             store=Store(out=self.launch.out),
             workers=Workers(device=settings["device"], count=1, threads=threads),
-            settings={
-                "batch_tokens": settings["batch_tokens"],
-                "trust_remote_code": settings["trust_remote_code"],
-                "ignore_sigterm": True,
-                "load_again": self._load_errors() < MOST_LOAD_ERRORS - 1,
-                "gpus": shape.gpus if on_gpu else 0,
-                "provenance": {
+            settings=WorkerSettings(
+                batch_tokens=settings["batch_tokens"],
+                trust_remote_code=settings["trust_remote_code"],
+                ignore_sigterm=True,
+                load_again=self._load_errors() < MOST_LOAD_ERRORS - 1,
+                gpus=shape.gpus if on_gpu else 0,
+                provenance={
                     **settings["provenance"],
                     "job": f"slurm/{self._attempt.job}",
                     "host": self._attempt.host,
                 },
-            },
+            ),
             tracking=TrackingConfig(**settings["tracking"]),
             on_event=self._on_event,
             warn=lambda text: print(f"warning: {text}", flush=True),
@@ -157,9 +155,9 @@ class PackRun:
         ]
         return sum(1 for end in ends if end.get("load"))
 
-    def _on_event(self, event: Mapping[str, Any]) -> None:
-        self._measured += event["event"] == "measured"
-        _print_event(event)
+    def _on_event(self, event: Event, worker: int) -> None:
+        self._measured += isinstance(event, Measured)
+        _print_event(event, worker)
 
     def _beat(self, running: Sequence[str]) -> None:
         self._attempt = self._attempt.at(running[0] if running else None)
@@ -268,7 +266,7 @@ _PROCESS_START: Final = time.time()
 
 
 def code_problems(launch: Launch) -> list[str]:
-    from sweeps.study.snapshot import CodeChangedError, check_code
+    from sweeps.study.snapshot import check_code
 
     try:
         check_code(launch.settings["code_hash"])
@@ -294,9 +292,10 @@ def _await_end() -> None:
         time.sleep(_ASK_SECONDS)
 
 
-def _print_event(event: Mapping[str, Any]) -> None:
-    if event["event"] == "measured":
-        row = event["row"]
-        print(f"{row['status']:9} {row['model']} {row['label']} {row['eval']}", flush=True)
-    elif event["event"] in ("crashed", "smaller_batch", "stopped"):
-        print({k: v for k, v in event.items() if k != "pack"}, flush=True)
+def _print_event(event: Event, worker: int) -> None:
+    match event:
+        case Measured(row=row):
+            print(f"{row['status']:9} {row['model']} {row['label']} {row['eval']}", flush=True)
+        case Crashed() | SmallerBatch() | Stopped():
+            said = {name: value for name, value in event_to_dict(event).items() if name != "pack"}
+            print({**said, "worker": worker}, flush=True)

@@ -23,7 +23,7 @@ from typing import Final
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import CheckpointError, model_files, safetensors_header
 from sweeps.errors import UserError
-from sweeps.files import write_atomically
+from sweeps.files import store_time, write_atomically
 from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef
 from sweeps.study.hub import cached_snapshot, local_model
@@ -150,22 +150,21 @@ class Preflight:
             _say("note", f"store {self.out} has only {free / 1e6:.0f} MB left")
         return f"store {self.out}, {free / 1e9:.1f} GB free"
 
-    def _write_probe(self) -> float:
-        """Write a file as results are written, read it back, remove it; its time by the store's clock."""
+    def _write_probe(self) -> None:
+        """Write a file as results are written, read it back, remove it."""
         probe, data = self.out / f".preflight-{uuid.uuid4().hex}", os.urandom(1 << 16)
         self.out.stat()  # writing would make a directory that is missing
         try:
             write_atomically(probe, data)
             if probe.read_bytes() != data:
                 raise OSError("what was written reads back differently")
-            return probe.stat().st_mtime
         finally:
             probe.unlink(missing_ok=True)
 
     def _check_clock(self) -> str:
         host, mend = socket.gethostname(), "have its clock set (NTP), or exclude the node"
         try:
-            ahead_of_store = time.time() - self._write_probe()
+            ahead_of_store = time.time() - store_time(self.out)
         except OSError:
             ahead_of_store = self.launched - self.store_launched  # the store's problem has been said
         # Of this node to the login node: the job may have waited for days, but the store's clock saw both.

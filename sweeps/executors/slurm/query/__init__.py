@@ -1,6 +1,5 @@
 """What is said to SLURM's command-line tools, all but submission. None of it needs SLURM at import."""
 
-from sweeps.executors.slurm.query.command import SchedulerError
 from sweeps.executors.slurm.query.jobs import LIVE, TERMINAL, JobState, Sighting, cancel, look
 from sweeps.executors.slurm.query.limits import Limits, read_limits
 from sweeps.executors.slurm.query.request import Request, check_request
@@ -11,7 +10,6 @@ __all__ = [
     "JobState",
     "Limits",
     "Request",
-    "SchedulerError",
     "Sighting",
     "cancel",
     "check_request",

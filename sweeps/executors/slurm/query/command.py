@@ -9,15 +9,13 @@ import subprocess
 from collections.abc import Sequence
 from typing import Final
 
+from sweeps.errors import SchedulerError
+
 COMMAND_SECONDS: Final = 60.0
 """A controller that is down lets its clients retry for 10 to 20 s before they give up."""
 # Reasons hold commas and parentheses, other people's job names anything: the unit separator is in neither.
 SEPARATOR: Final = "\x1f"
 _USERS_FORMATS: Final = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
-
-
-class SchedulerError(Exception):
-    """A scheduler's command failed, timed out or is missing; says which command and what it said."""
 
 
 def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

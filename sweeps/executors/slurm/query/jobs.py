@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sweeps.executors.slurm.query.command import SEPARATOR, SchedulerError, ask, call, one_line
+from sweeps.errors import SchedulerError
+from sweeps.executors.slurm.query.command import SEPARATOR, ask, call, one_line
 
 _LIVE_NAMES: Final = (
     "PENDING RUNNING COMPLETING CONFIGURING SUSPENDED REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT STOPPED RESIZING "

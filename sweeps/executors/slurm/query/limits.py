@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sweeps.executors.slurm.query.command import SEPARATOR, SchedulerError, ask, user_name
+from sweeps.errors import SchedulerError
+from sweeps.executors.slurm.query.command import SEPARATOR, ask, user_name
 from sweeps.executors.slurm.query.jobs import TERMINAL, array_elements
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sweeps.errors import UserError, did_you_mean
-from sweeps.executors.slurm.query.command import SEPARATOR, SchedulerError, ask, call, one_line, user_name
+from sweeps.errors import SchedulerError, UserError, did_you_mean
+from sweeps.executors.slurm.query.command import SEPARATOR, ask, call, one_line, user_name
 
 _KEY_OF_ERROR: Final = {
     "Invalid account": "account",

@@ -12,8 +12,8 @@ from typing import Final
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.errors import UserError
-from sweeps.executors.slurm.query import SchedulerError, cancel, look
+from sweeps.errors import SchedulerError, UserError
+from sweeps.executors.slurm.query import cancel, look
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import Flight, job_counts, load_launch, read_flight, reconcile
 from sweeps.launches.launch import Attempt, Chunk, Launch

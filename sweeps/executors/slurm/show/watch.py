@@ -20,6 +20,7 @@ from rich.text import Text
 from sweeps.executors.slurm.query import Sighting
 from sweeps.launches.in_flight import Flight, job_counts
 from sweeps.results.table import measurement_states
+from sweeps.status import FINAL
 from sweeps.study.manifest import Manifest
 
 
@@ -53,7 +54,7 @@ class WatchView:
 
     def show(self, flight: Flight, sighting: Sighting | None) -> None:
         """The state now."""
-        states = Counter(measurement_states(self.out, self.manifest, flight).values())
+        states: Counter[str] = Counter(measurement_states(self.out, self.manifest, flight).values())
         jobs = job_counts(flight)
         problems = sighting.problems if sighting else ()
         if self.console.is_terminal:
@@ -66,7 +67,7 @@ class WatchView:
             self.note(line)
 
     def _drawn(self, states: Counter[str], jobs: Mapping[str, int], problems: Sequence[str]) -> Group:
-        done, total = states["done"] + states["diverged"], sum(states.values())
+        done, total = sum(states[s] for s in FINAL), sum(states.values())
         bar = Table.grid(padding=(0, 2))
         progress = ProgressBar(total=total, completed=done, width=40)
         bar.add_row(Text(self.manifest.sweep, style="bold"), progress, f"{done}/{total}")

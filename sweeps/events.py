@@ -1,0 +1,98 @@
+"""What workers tell their pool, and the pool its owner. As JSON only on the pipe between their processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, get_args
+
+from sweeps.store.schema import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A cell begins: its model is loaded and quantized. Should that kill the worker, ``measurement`` is the suspect."""
+
+    name: ClassVar[str] = "started"
+    pack: str
+    cell: str
+    label: str
+    measurement: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model was loaded."""
+
+    name: ClassVar[str] = "loaded"
+    model: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """A measurement begins."""
+
+    name: ClassVar[str] = "measuring"
+    pack: str
+    measurement: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallerBatch:
+    """Memory ran out, and batches have so many tokens from now on."""
+
+    name: ClassVar[str] = "smaller_batch"
+    pack: str
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A measurement is stored, as a result or a failure: its row without samples, traceback and versions."""
+
+    name: ClassVar[str] = "measured"
+    row: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackDone:
+    """All of a pack is stored."""
+
+    name: ClassVar[str] = "pack_done"
+    pack: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped:
+    """A pack is left before its end: 'asked', or 'walltime' where the next cell would not end in time."""
+
+    name: ClassVar[str] = "stopped"
+    pack: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crashed:
+    """A worker died, and another takes its place. The pool says so."""
+
+    name: ClassVar[str] = "crashed"
+    how: str
+    log: str
+
+
+Event = Started | Loaded | Measuring | SmallerBatch | Measured | PackDone | Stopped | Crashed
+OnEvent = Callable[[Event, int], None]
+"""Told an event, and the number of the worker that it is from."""
+
+_KINDS: Final[Mapping[str, Callable[..., Event]]] = {kind.name: kind for kind in get_args(Event)}
+
+
+def event_to_dict(event: Event) -> dict[str, Any]:
+    """Return an event as plain values, for JSON."""
+    return {"event": event.name, **{field.name: getattr(event, field.name) for field in fields(event)}}
+
+
+def event_from_dict(data: Mapping[str, Any]) -> Event:
+    """Return the event that ``event_to_dict`` made plain."""
+    return _KINDS[data["event"]](**{name: value for name, value in data.items() if name != "event"})

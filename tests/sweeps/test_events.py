@@ -1,0 +1,37 @@
+"""Events cross the pipe between a worker and its pool as JSON, and come out as they went in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import get_args
+
+import pytest
+
+from sweeps.events import Event, Measured, event_from_dict, event_to_dict
+from sweeps.worker.settings import WorkerArguments, WorkerSettings
+
+VALUES = {
+    "str": "text",
+    "int": 256,
+    "float": 0.5,
+    "Row": {"measurement": "m", "status": "done", "metrics": {"loss": 2.0}},
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Event), ids=lambda kind: kind.name)
+def test_each_kind_of_event_comes_back_from_json(kind: type[Event]) -> None:
+    event = kind(**{field.name: VALUES[str(field.type)] for field in fields(kind)})
+    assert event_from_dict(json.loads(json.dumps(event_to_dict(event)))) == event
+    assert event_to_dict(event)["event"] == kind.name
+
+
+def test_kinds_have_names_of_their_own() -> None:
+    assert len({kind.name for kind in get_args(Event)}) == len(get_args(Event))
+    assert Measured.name == "measured"
+
+
+def test_a_workers_arguments_come_back_from_its_command_line() -> None:
+    settings = WorkerSettings(batch_tokens=7, trust_remote_code=True, provenance={"dirty": None}, load_again=True)
+    arguments = WorkerArguments(out="/o", device="cpu", threads=2, settings=settings)
+    assert WorkerArguments.from_json(arguments.to_json()) == arguments
