@@ -1,4 +1,4 @@
-"""The fused product's kernel, matmul.cu itself, run on the CPU (tests/emulated): needs a C++ compiler, and no GPU."""
+"""The fused product's kernel, matmul.cu itself, run on the CPU (emulated/): needs a C++ compiler, and no GPU."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from kbit import QuantSpec
 from kbit.kernels.tiles import TiledWeight
 from kbit.kernels.variants import Gpu, Variant, choose, launch_shape
+from tests import ROOT
 from tests.kbit.kernels.tiled_weights import error, weight
 
 HERE = Path(__file__).parent
-KERNEL = HERE.parent / "kbit" / "kernels" / "matmul.cu"
+KERNEL = ROOT / "kbit" / "kernels" / "matmul.cu"
 COMMAND = ("g++", "-x", "c++", "-std=c++20", "-O1", "-w", "-fpermissive", "-shared", "-fPIC", "-pthread", "-DEMULATED")
 # bits, rows and columns of W, block size, rows of x, multiprocessors: every width, block size and number of tiles; rows
 # that fill no tile, columns that not all warps have, units that one CTA has and that several share. By turns in float16
