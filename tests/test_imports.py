@@ -36,7 +36,14 @@ def test_sweeps_load_what_computes_only_inside_calls(path: Path) -> None:
     loaded = [m for m in imports(path, everywhere=False) if m.split(".")[0] in {*COMPUTES, "wandb", "matplotlib"}]
     assert not loaded
     of_kbit = {m for m in imports(path, everywhere=False) if m.startswith("kbit")}
-    assert of_kbit <= {"kbit.doors", "kbit.errors", "kbit.spec", "kbit.evaluation.spec", "kbit.models.checkpoint"}
+    assert of_kbit <= {
+        "kbit.doors",
+        "kbit.dtypes",
+        "kbit.errors",
+        "kbit.spec",
+        "kbit.evaluation.spec",
+        "kbit.models.checkpoint",
+    }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "analysis").glob("*.py")), ids=lambda p: p.name)
