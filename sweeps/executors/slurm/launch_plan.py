@@ -65,15 +65,15 @@ class Draft:
             sweep=submitter.manifest.sweep,
             shapes=tuple(shapes),
             chunks=tuple(chunks),
-            settings={
-                **submitter.settings,
-                "code_hash": self.code_hash,
-                "kill_wait": self.limits.kill_wait,
-                "parallel": self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
-                "baselines": _baselines(submitter.manifest),
-                "provenance": dict(submitter.provenance(self.launch_id)),
-                "store_launched": store_time(submitter.store.out),
-            },
+            settings=replace(
+                submitter.settings,
+                code_hash=self.code_hash,
+                kill_wait=self.limits.kill_wait,
+                parallel=self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
+                baselines=_baselines(submitter.manifest),
+                provenance=submitter.provenance(self.launch_id),
+                store_launched=store_time(submitter.store.out),
+            ),
             offsets=line_offsets(packs),
             launched=time.time(),
         )
@@ -174,7 +174,7 @@ def _baseline_problems(submitter: Submitter, models: Iterable[str]) -> dict[str,
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for row in submitter.store.read(["measurement", "eval", "status", "metrics"], measurements=set(wanted)).to_pylist():
         rows.setdefault(wanted[row["measurement"]], []).append(row)
-    references = submitter.settings["references"]
+    references = submitter.settings.references
     problems: dict[str, str | None] = {}
     for model in models:
         count = sum(1 for label in wanted.values() if label == model)
