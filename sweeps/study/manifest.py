@@ -63,7 +63,7 @@ class Manifest:
             write_atomically(path, self._data)
         return self.name
 
-    def _as_dict(self) -> dict[str, Any]:
+    def _as_dict(self) -> dict[str, object]:
         models = list(dict.fromkeys(c.model for c in self.cells))
         index = {model: i for i, model in enumerate(models)}
         return {

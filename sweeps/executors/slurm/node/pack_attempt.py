@@ -162,7 +162,7 @@ class PackRun:
     def _beat(self, running: Sequence[str]) -> None:
         self._attempt = self._attempt.at(running[0] if running else None)
 
-    def _listen(self) -> Callable[[int, FrameType | None], Any]:
+    def _listen(self) -> Callable[[int, FrameType | None], object]:
         """Take SLURM's signals; returns submitit's handler, which puts the job back into the queue."""
         requeue = signal.getsignal(signal.SIGUSR2)
         signal.signal(signal.SIGUSR2, self._on_warning)
@@ -201,7 +201,7 @@ class PackRun:
         minutes = self.launch.shapes[self.chunk.shape].minutes
         return _PROCESS_START + 60.0 * minutes
 
-    def _requeue(self, requeue: Callable[[int, FrameType | None], Any]) -> str:
+    def _requeue(self, requeue: Callable[[int, FrameType | None], object]) -> str:
         """Back into the queue, where that helps and is allowed."""
         attempts = self.launch.attempts([self.pack.id])[self.pack.id]
         used = sum(1 for a in attempts if a.job == self._attempt.job and (a.end or {}).get("requeued"))
