@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
 from kbit.axes import VARIED
-from kbit.dtypes import DTYPES, EXPONENT_RULES
+from kbit.data_types import DTYPES, EXPONENT_RULES
 from kbit.spec import BASELINE_BITS, axes
 
 MEASURED: Final = ("done", "diverged")

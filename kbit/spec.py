@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, get_args
 
 from kbit.axes import Axis, axes_of, axis
-from kbit.doors import Door
-from kbit.dtypes import (
+from kbit.data_types import (
     DTYPES,
     EXPONENT_RULES,
     MAX_BITS,
@@ -27,6 +26,7 @@ from kbit.dtypes import (
     data_type,
     read_codebook_file,
 )
+from kbit.doors import Door
 from kbit.errors import SpecError
 
 Scheme = Literal["block", "group"]
@@ -116,8 +116,8 @@ class QuantSpec(Spec):
 
     Attributes:
         bits: bits a code, 2 to 8; or 16, the baseline, with every other axis unset.
-        dtype: data type of the codes: a name in ``kbit.dtypes.DTYPES``, or the name of the data type that `codebook`
-            gives. None for the baseline only.
+        dtype: data type of the codes: a name in ``kbit.data_types.DTYPES``, or the name that goes with `codebook`.
+            None for the baseline only.
         blocksize: values that share one absmax; None is one block, the whole tensor.
         scheme: 'block' cuts the flattened tensor (the paper); 'group' cuts each row.
         exponent_bits: floats only. A number, or 'paper' (Appendix A) or 'heuristic' (Appendix C.4), which are resolved

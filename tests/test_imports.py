@@ -13,6 +13,11 @@ import pytest
 from tests import ROOT
 
 COMPUTES = {"torch", "transformers", "lm_eval", "bitsandbytes"}
+LIGHT = {
+    *("kbit.axes", "kbit.calibration", "kbit.compute_dtypes", "kbit.data_types", "kbit.doors", "kbit.errors"),
+    *("kbit.evaluation.spec", "kbit.models.checkpoint", "kbit.spec"),
+}
+"""Of kbit, what loads no torch."""
 
 
 def imports(path: Path, *, everywhere: bool) -> Iterator[str]:
@@ -36,7 +41,7 @@ def test_sweeps_load_what_computes_only_inside_calls(path: Path) -> None:
     loaded = [m for m in imports(path, everywhere=False) if m.split(".")[0] in {*COMPUTES, "wandb", "matplotlib"}]
     assert not loaded
     of_kbit = {m for m in imports(path, everywhere=False) if m.startswith("kbit")}
-    assert of_kbit <= {"kbit.doors", "kbit.errors", "kbit.spec", "kbit.evaluation.spec", "kbit.models.checkpoint"}
+    assert of_kbit <= LIGHT
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "analysis").glob("*.py")), ids=lambda p: p.name)

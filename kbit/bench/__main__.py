@@ -26,7 +26,7 @@ from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Report, Table, device_name, environment
 from kbit.bench.timing import measure_ceilings
-from kbit.dtypes import MAX_BITS, MIN_BITS, named_dtypes
+from kbit.data_types import MAX_BITS, MIN_BITS, named_dtypes
 from kbit.kernels.availability import IMPLS
 from kbit.quantizer.blockwise import quantize
 from kbit.spec import QuantSpec

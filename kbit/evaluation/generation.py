@@ -16,7 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kbit.evaluation.lm import RequestEncoder
+    from kbit.evaluation.requests import RequestEncoder
 
 MAX_NEW_TOKENS: Final = 256
 """HFLM's default, where a task says nothing."""

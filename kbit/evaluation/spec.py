@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
+from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.spec import LARGEST_NUMBER
 
 EvalKind = Literal["perplexity", "task"]
-ComputeDType = Literal["storage", "float16", "bfloat16", "float32"]
-COMPUTE_DTYPES: Final[tuple[str, ...]] = get_args(ComputeDType)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.evaluation.generation import generate
-from kbit.evaluation.lm import RequestEncoder, ScoringPlan, sum_windows
+from kbit.evaluation.requests import RequestEncoder, ScoringPlan, sum_windows
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.evaluation.tasks import build_task

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the reference in torch, or kernels."""
+"""Choose what runs an operation: the reference in torch, or kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import torch
 
+from kbit.kernels.interpreter import interpreted
 from kbit.memory import is_out_of_memory
 
 IMPLS: Final = ("auto", "torch", "triton", "cuda")
@@ -18,7 +19,7 @@ _FEWEST_CAPABILITY: Final = (8, 0)
 
 
 def choose_blockwise(impl: str, device: torch.device) -> Literal["torch", "triton"]:
-    """What quantizes and dequantizes a tensor on `device`: for 'auto', Triton's kernels where they run, else torch.
+    """Choose what quantizes and dequantizes on `device`; 'auto' is Triton's kernels where they run, else torch.
 
     Raises:
         ValueError: `impl` is none of ``IMPLS``, or can't run there.
@@ -41,7 +42,7 @@ def choose_blockwise(impl: str, device: torch.device) -> Literal["torch", "trito
 
 
 def why_not_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels don't run on a device, in words; None if they do.
+    """Say in words why Triton's kernels don't run on a device; None if they do.
 
     Triton is imported only for the last question, a trial.
     """
@@ -56,7 +57,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 @cache
 def _why_not_on(device: torch.device) -> str | None:
-    """The same for an NVIDIA GPU."""
+    """Say the same of an NVIDIA GPU."""
     if torch.cuda.get_device_capability(device) < _FEWEST_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -65,7 +66,7 @@ def _why_not_on(device: torch.device) -> str | None:
 
 
 def _trial_failure(device: torch.device) -> str | None:
-    """Why a small kernel fails to be compiled, linked or launched on a GPU, in words; None if it doesn't.
+    """Compile, link and launch a small kernel on a GPU, and say in words why that fails; None if it doesn't.
 
     A toolchain can be broken in ways that nothing but a trial finds; a study must not fail for that.
     """
@@ -81,8 +82,3 @@ def _trial_failure(device: torch.device) -> str | None:
         warnings.warn(f"quantizing is slow here: a trial of Triton's kernels failed: {what}", stacklevel=2)
         return f"a trial of its kernels failed: {what}"
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

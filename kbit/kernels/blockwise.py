@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kbit.kernels import blockwise_jit as jit
-from kbit.kernels.availability import interpreted
 from kbit.kernels.codes_jit import plant_tree
+from kbit.kernels.interpreter import interpreted
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax, nest
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.codebooks import codebook, fixed_codebook

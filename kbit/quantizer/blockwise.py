@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kbit.errors import SpecError
-from kbit.kernels.availability import choose_blockwise
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax, stored_absmax
 from kbit.quantizer.blocks import Blocks, Part
 from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
@@ -133,7 +132,7 @@ def quantize_async(
     check_weight(weight)
     dtype = storage_dtype_of(weight, storage_dtype)
     columns = columns_of(weight, outlier_columns)
-    impl = choose_blockwise(impl, weight.device)
+    impl = _chosen(impl, weight.device)
     mean = mean16(weight, dtype) if spec.center else None
     source = Source(weight, dtype, columns, mean)
     own = fitted_codebook(spec, source) if is_data_dependent(spec) else None
@@ -178,7 +177,7 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
         ValueError: `impl` is unknown or can't run on its device; the codes aren't as many as `q` has values.
     """
     device, nbytes = q.codes.device, packed_bytes(q.numel, q.spec.bits)
-    impl = choose_blockwise(impl, device)
+    impl = _chosen(impl, device)
     if q.codes.numel() != nbytes:
         raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
     if impl == "triton":
@@ -196,6 +195,12 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
     if q.kept_columns is not None and q.kept_values is not None:
         out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
     return out
+
+
+def _chosen(impl: str, device: torch.device) -> str:
+    from kbit.kernels.availability import choose_blockwise  # kernels import the reference, which asks for them late
+
+    return choose_blockwise(impl, device)
 
 
 def _fill(flat: Tensor, q: QuantizedTensor) -> None:

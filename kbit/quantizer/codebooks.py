@@ -2,7 +2,7 @@
 
 Appendix A of the paper (int, float, dynamic, quantile) and QLoRA (normal). Values are computed in float64 and rounded
 once, so they may differ from bitsandbytes' float32 arithmetic in the last bit; the tests say where. The functions are
-entries of ``kbit.dtypes.DTYPES``; nothing here knows them by name.
+entries of ``kbit.data_types.DTYPES``; nothing here knows them by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbit.dtypes import DataType, data_type
+from kbit.data_types import DataType, data_type
 from kbit.errors import SpecError
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import check_weight, chunks, columns_of, flattened, mean16, non_finite, storage_dtype_of

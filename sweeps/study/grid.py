@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final
 
-from kbit.dtypes import EXPONENT_RULES
+from kbit.data_types import EXPONENT_RULES
 from kbit.errors import SpecError
 from kbit.spec import METHODS, Spec, axes, spec_of
 from sweeps.errors import UserError, did_you_mean

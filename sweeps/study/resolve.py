@@ -15,8 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
-from kbit.evaluation.spec import COMPUTE_DTYPES, EvalSpec
+from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import HubError, UserError, did_you_mean
 from sweeps.study import hub, task_index
 from sweeps.study.cell import UNRESOLVED, ModelRef

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.significance import Samples
-from kbit.dtypes import HEURISTIC_EXPONENT_BITS
+from kbit.data_types import HEURISTIC_EXPONENT_BITS
 from kbit.spec import QuantSpec
 
 MODELS = {"neox-xs": (728928, 331776, 3.74), "neox-s": (1892800, 1228800, 3.46), "neox-m": (5787648, 4718592, 3.21)}

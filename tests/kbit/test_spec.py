@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.dtypes import EXPONENT_RULES, named_dtypes
+from kbit.data_types import EXPONENT_RULES, named_dtypes
 from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec

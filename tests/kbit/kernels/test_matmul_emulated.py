@@ -1,4 +1,4 @@
-"""The fused product's kernel, matmul.cu itself, run on the CPU (tests/emulated): needs a C++ compiler, and no GPU."""
+"""The fused product's kernel, matmul.cu itself, run on the CPU (emulated/): needs a C++ compiler, and no GPU."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kbit import QuantizedTensor, QuantSpec, codebook, dequantize, quantize
-from kbit.dtypes import named_dtypes
+from kbit.data_types import named_dtypes
 from kbit.quantizer.absmax import NestedAbsmax
 from kbit.quantizer.encode import codes_by_definition, midpoints
 from kbit.quantizer.packing import unpack

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit import QuantSpec, SpecError, codebook, dequantize, quantize
-from kbit.dtypes import named_dtypes
+from kbit.data_types import named_dtypes
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax
 from kbit.quantizer.encode import Encoder, codes_by_definition
 from kbit.quantizer.packing import unpack
