@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import spec_from_canonical
@@ -36,7 +35,7 @@ class Manifest:
     cells: tuple[Cell, ...]
     evals: tuple[EvalSpec, ...]
     excluded: tuple[Excluded, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
 
     def measurements(self) -> Iterator[Measurement]:
         """Every measurement, cell by cell."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from sweeps.provenance import ROOT
+from sweeps.provenance import import_path
 from sweeps.tracking.messages import Answer, Message, Trouble, answer, to_line
 
 _OF_ONE_RUN: Final = (
@@ -116,6 +116,6 @@ def kill_with_children(pid: int) -> None:
 
 def _environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in _OF_ONE_RUN}
-    path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     # No GPU is wandb's to look at.
-    return env | {"PYTHONPATH": path, "WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    settings = {"WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return env | settings | {"PYTHONPATH": import_path()}

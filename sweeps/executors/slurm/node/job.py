@@ -15,7 +15,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sweeps.errors import JobError
 from sweeps.executors.slurm.node.pack_attempt import PackRun, code_problems, job_id
@@ -41,7 +41,7 @@ class PackJob:
         chunk = launch.chunks[self.chunk]
         return PackRun(launch=launch, chunk=chunk, pack=launch.pack(chunk.packs[self.index]), claim=self.claim).run()
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self) -> object:
         """For submitit, on a requeue: progress is in the store, so the same call goes on where this one stopped."""
         import submitit
 
