@@ -88,7 +88,7 @@ OnEvent = Callable[[Event, int], None]
 _KINDS: Final[Mapping[str, Callable[..., Event]]] = {kind.name: kind for kind in get_args(Event)}
 
 
-def event_to_dict(event: Event) -> dict[str, Any]:
+def event_to_dict(event: Event) -> dict[str, object]:
     """Return an event as plain values, for JSON."""
     return {"event": event.name, **{field.name: getattr(event, field.name) for field in fields(event)}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,11 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 """The directory that this installation is imported from: the checkout, a snapshot of it, or site-packages."""
 PROJECT: Final = "kbit-sweep"
 PACKAGES: Final = (PROJECT, "torch", "triton", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
+
+
+def import_path() -> str:
+    """Return the PYTHONPATH with which a child process imports this installation."""
+    return os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
 
 
 def code_provenance() -> dict[str, str | bool | None]:

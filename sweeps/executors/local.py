@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -52,7 +52,7 @@ def run(cfg: DictConfig, console: Console) -> int:
     return _run_here(cfg, console)
 
 
-def check_executor(executor: Mapping[str, Any]) -> None:
+def check_executor(executor: Mapping[str, object]) -> None:
     """Refuse an executor that does not exist, and keys of one that isn't chosen.
 
     Raises:

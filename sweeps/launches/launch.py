@@ -29,6 +29,7 @@ from typing import Any, Final
 
 from sweeps.executors.slurm.query.command import user_name
 from sweeps.files import read_json, write_atomically
+from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
 
 JOB_PREFIX: Final = "kbit"
@@ -71,7 +72,7 @@ class Launch:
     """What one launch submitted, as its directory has it.
 
     Attributes:
-        settings: what every job needs: device, batch_tokens, requeues, signal_seconds, tracking, provenance, ...
+        settings: what every job needs to know.
         offsets: byte offset of each pack's line in packs.jsonl.
         user, cluster: whose jobs they are, and where (``here``); '' is unknown.
     """
@@ -81,7 +82,7 @@ class Launch:
     sweep: str
     shapes: tuple[Shape, ...]
     chunks: tuple[Chunk, ...]
-    settings: Mapping[str, Any]
+    settings: JobSettings
     offsets: Mapping[str, int]
     launched: float
     user: str = ""
@@ -136,7 +137,8 @@ class Launch:
         data = read_json(launch_dir(out, launch) / "launch.json")
         chunks = tuple(Chunk(**{**c, "packs": tuple(c["packs"])}) for c in data.pop("chunks"))
         shapes = tuple(Shape(**s) for s in data.pop("shapes"))
-        return cls(out=out, id=launch, shapes=shapes, chunks=chunks, **data)
+        settings = JobSettings.from_dict(data.pop("settings"))
+        return cls(out=out, id=launch, shapes=shapes, chunks=chunks, settings=settings, **data)
 
     def record_submitted(self, jobs: Mapping[str, str]) -> None:
         """The launcher is done: job ids by job name, of what was submitted."""

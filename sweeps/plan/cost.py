@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
+from sweeps.store.schema import Row
 from sweeps.study.cell import Measurement, ModelRef
 
 OPERATIONS_PER_SECOND: Final = {"cpu": 2e10, "cuda": 1.5e14}
@@ -62,7 +63,7 @@ class CostModel:
     history: Mapping[tuple[str, str, int | None], float] = field(default_factory=dict)
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Mapping[str, Any]], device: str) -> CostModel:
+    def from_rows(cls, rows: Iterable[Row], device: str) -> CostModel:
         """Learn from finished rows (columns model, eval, limit, seconds, quantize_seconds, device) of a device kind."""
         seconds: dict[tuple[str, str, int | None], list[float]] = {}
         for row in rows:

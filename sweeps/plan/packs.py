@@ -65,7 +65,7 @@ class Pack:
     def measurements(self) -> list[Measurement]:
         return [Measurement(cell=cell, eval=e) for cell, evals in self.items for e in evals]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON values, for a worker in another process."""
         evals = list(dict.fromkeys(e for _, specs in self.items for e in specs))
         return {

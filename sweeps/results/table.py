@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sweeps.errors import UserError
 from sweeps.launches.in_flight import Flight, read_flight
 from sweeps.status import State
-from sweeps.store.parts import Store, decode_samples
+from sweeps.store.parts import Samples, Store, decode_samples
 from sweeps.store.rows import measurement_row, recorded_state
-from sweeps.store.schema import CELL_COLUMNS, COLUMNS
+from sweeps.store.schema import CELL_COLUMNS, COLUMNS, Row
 from sweeps.study.cell import Measurement
 from sweeps.study.manifest import Manifest, load_manifests
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
 
 ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
@@ -55,7 +54,7 @@ def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataF
     return _wide(rows), _long(rows)
 
 
-def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, dict[str, NDArray[Any]]]:
+def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, Samples]:
     """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
     table = Store(out=Path(out)).read(["measurement", "samples"], measurements=set(measurements))
     pairs = zip(table.column("measurement").to_pylist(), table.column("samples").to_pylist(), strict=True)
@@ -72,20 +71,18 @@ def _manifests(out: Path, sweep: str | None) -> list[Manifest]:
     return manifests
 
 
-def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
-    stored = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
-    rows = []
+    stored: dict[str, Row] = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
+    rows: list[Row] = []
     for study, measurement in planned(manifests).values():
         row = stored.get(measurement.key)
         state = _state(row, measurement.key, flight)
         if row is None or state is State.RUNNING:
             row = _planned_row(measurement)
-        else:
-            row["metrics"], row["stderr"] = dict(row["metrics"] or ()), dict(row["stderr"] or ())
-        row["status"], row["sweep"] = state.value, study
-        rows.append(row)
+        metrics, stderr = dict(row["metrics"] or ()), dict(row["stderr"] or ())
+        rows.append({**row, "metrics": metrics, "stderr": stderr, "status": state.value, "sweep": study})
     return rows
 
 
@@ -96,7 +93,7 @@ def measurement_states(out: Path, manifest: Manifest, flight: Flight) -> dict[st
     return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
 
 
-def _state(row: Mapping[str, Any] | None, key: str, flight: Flight) -> State:
+def _state(row: Row | None, key: str, flight: Flight) -> State:
     """A stored result counts; then who is at it; then a stored failure; then how work that left no record ended."""
     stored = None if row is None else recorded_state(row)
     if stored is not None and stored.is_final:
@@ -119,23 +116,23 @@ def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, M
     return found
 
 
-def _planned_row(measurement: Measurement) -> dict[str, Any]:
-    empty: dict[str, Any] = {c.name: None for c in COLUMNS if c.name != "samples"}
+def _planned_row(measurement: Measurement) -> Row:
+    empty = {c.name: None for c in COLUMNS if c.name != "samples"}
     return {**empty, **measurement_row(measurement), "metrics": {}, "stderr": {}}
 
 
-def _long(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _long(rows: Sequence[Row]) -> pd.DataFrame:
     return _frame(rows, [c.name for c in COLUMNS if c.name != "samples"])
 
 
-def _wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    cells: dict[str, list[Mapping[str, Any]]] = {}
+def _wide(rows: Sequence[Row]) -> pd.DataFrame:
+    cells: dict[str, list[Row]] = {}
     for row in rows:
         cells.setdefault(row["key"], []).append(row)
     metrics: dict[str, None] = {}
     wide = []
     for group in cells.values():
-        values: dict[str, Any] = {f"{row['eval']}_status": row["status"] for row in group}
+        values = {f"{row['eval']}_status": row["status"] for row in group}
         values |= _metric_columns(group)
         metrics |= dict.fromkeys(values)
         wide.append({**_wide_fixed(group), **values})
@@ -143,12 +140,12 @@ def _wide(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return _frame(wide, [*fixed, *metrics, *_WIDE_SUMS, *_WIDE_MAX, *_WIDE_LAST])
 
 
-def _wide_fixed(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _wide_fixed(group: Sequence[Row]) -> Row:
     # A measured row knows more of the cell (its counted bits) than a planned one.
     best = max(group, key=lambda r: r["total_bits"] is not None)
     statuses = {row["status"] for row in group}
     finished = [row for row in group if row["finished"] is not None]
-    last: Mapping[str, Any] = max(finished, key=lambda r: r["finished"]) if finished else best
+    last: Row = max(finished, key=lambda r: r["finished"]) if finished else best
     failed = next((row for row in group if row["status"] == State.FAILED), None)
     row = {name: best[name] for name in CELL_COLUMNS}
     row["sweep"] = best["sweep"]
@@ -160,7 +157,7 @@ def _wide_fixed(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _metric_columns(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _metric_columns(group: Sequence[Row]) -> dict[str, float]:
     values: dict[str, float] = {}
     for row in group:
         for metric, value in row["metrics"].items():
@@ -175,7 +172,7 @@ def _metric_columns(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return values
 
 
-def _frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+def _frame(rows: Sequence[Row], columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     frame = pd.DataFrame.from_records(list(rows), columns=list(columns))

@@ -19,20 +19,34 @@ import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sweeps.errors import StoreError
 from sweeps.files import read_json, write_atomically
 from sweeps.status import FINAL
-from sweeps.store.schema import arrow_schema
+from sweeps.store.schema import Row, arrow_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+
+Outcomes = NDArray[np.bool_] | NDArray[np.float32] | NDArray[np.int32]
+Samples = dict[str, Outcomes]
+"""Per-sample outcomes by name: bool for right or wrong, float32 nats, int32 tokens."""
+
+
+class EncodedSample(TypedDict):
+    """One item of the column ``samples``."""
+
+    name: str
+    dtype: str
+    count: int
+    data: bytes
+
 
 _REPORTED: Final[set[Path]] = set()
 """Damaged files that were already said to be so in this process."""
@@ -66,7 +80,7 @@ class Store:
                 "Give a directory that you may write, e.g. out=results"
             ) from error
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         """Store one measurement; when this returns, it is on disk.
 
         Args:
@@ -105,7 +119,7 @@ class Store:
         keep = _current_rows(table, self._dropped_ids())
         return table.take(pa.array(keep, pa.int64())).select(wanted)
 
-    def read_pack(self, pack: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def read_pack(self, pack: str, columns: Sequence[str]) -> list[Row]:
         """Every stored row of one pack, without reading any other; dropped rows left out."""
         wanted = list(dict.fromkeys([*columns, "row_id"]))
         files = [*self._files(f"parts/{pack}/*.parquet"), *self._files(f"packs/{pack}-*.parquet")]
@@ -181,7 +195,7 @@ class Store:
             _REPORTED.add(path)
             log.warning("%s is damaged and left out, so its measurements count as missing: %s", path, error)
 
-    def _write_rows(self, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    def _write_rows(self, rows: Sequence[Row], path: Path) -> None:
         import pyarrow as pa
 
         schema = arrow_schema()
@@ -202,24 +216,24 @@ class Store:
         write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def encode_samples(samples: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+def encode_samples(samples: Mapping[str, Outcomes]) -> list[EncodedSample]:
     """Arrays by name as the ``samples`` column: bool as packed bits, the rest as little-endian float32 or int32."""
-    encoded = []
+    encoded: list[EncodedSample] = []
     for name, values in samples.items():
         array = np.asarray(values)
         if array.dtype == np.bool_:
-            dtype, data = "bits", np.packbits(array, bitorder="little").tobytes()
+            dtype, data = "bits", np.packbits(array.astype(np.bool_), bitorder="little").tobytes()
         elif np.issubdtype(array.dtype, np.integer):
             dtype, data = "int32", array.astype("<i4").tobytes()
         else:
             dtype, data = "float32", array.astype("<f4").tobytes()
-        encoded.append({"name": name, "dtype": dtype, "count": len(array), "data": data})
+        encoded.append(EncodedSample(name=name, dtype=dtype, count=len(array), data=data))
     return encoded
 
 
-def decode_samples(encoded: Iterable[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+def decode_samples(encoded: Iterable[EncodedSample]) -> Samples:
     """The inverse of ``encode_samples``."""
-    samples: dict[str, NDArray[Any]] = {}
+    samples: Samples = {}
     for item in encoded:
         if item["dtype"] == "bits":
             bits = np.unpackbits(np.frombuffer(item["data"], np.uint8), count=item["count"], bitorder="little")

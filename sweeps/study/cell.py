@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Final
+from typing import Final
 
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import Spec, axes
@@ -22,12 +22,12 @@ KEY_VERSION: Final = 1
 UNRESOLVED: Final = "unresolved:"
 
 
-def canonical_json(value: Mapping[str, Any]) -> str:
+def canonical_json(value: Mapping[str, object]) -> str:
     """Sorted, compact JSON without NaN: equal contents give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def content_key(value: Mapping[str, Any]) -> str:
+def content_key(value: Mapping[str, object]) -> str:
     """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
     return hashlib.sha256(canonical_json({"key_version": KEY_VERSION, **value}).encode()).hexdigest()
 
@@ -107,9 +107,9 @@ def axis_names() -> tuple[str, ...]:
     return ("family", "model", "method", *axes())
 
 
-def model_to_dict(model: ModelRef) -> dict[str, Any]:
+def model_to_dict(model: ModelRef) -> dict[str, object]:
     return dict(vars(model))
 
 
-def eval_to_dict(spec: EvalSpec) -> dict[str, Any]:
+def eval_to_dict(spec: EvalSpec) -> dict[str, object]:
     return {**spec.canonical(), "source": dict(spec.source)}

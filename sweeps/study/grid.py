@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Final
+from typing import Final
 
 from kbit.data_types import EXPONENT_RULES
 from kbit.errors import SpecError
@@ -31,7 +31,7 @@ LATER_METHODS: Final = {
 class Excluded:
     """A combination that is not run, and why."""
 
-    axes: Mapping[str, Any]
+    axes: Mapping[str, object]
     reason: str
 
 
@@ -58,7 +58,7 @@ class Grid:
 
 
 def expand(
-    blocks: Sequence[Mapping[str, Any]], models: Sequence[ModelRef], exclude: Sequence[Mapping[str, Any]] = ()
+    blocks: Sequence[Mapping[str, object]], models: Sequence[ModelRef], exclude: Sequence[Mapping[str, object]] = ()
 ) -> Grid:
     """All cells of ``models`` x the union of ``blocks``, minus ``exclude``.
 
@@ -93,7 +93,7 @@ def expand(
     return Grid(cells=tuple(distinct.values()), excluded=tuple(excluded), duplicates=duplicates)
 
 
-def matches(axes: Mapping[str, Any], when: Mapping[str, Any]) -> bool:
+def matches(axes: Mapping[str, object], when: Mapping[str, object]) -> bool:
     """Whether every axis named in ``when`` has its value (or one of its list of values)."""
     return all(
         any(_same(axes.get(name), v) for v in (value if isinstance(value, list | tuple) else [value]))
@@ -114,7 +114,7 @@ def check_axes(names: Iterable[str], key: str) -> None:
             raise UserError(f"{key}: {name!r} is not an axis;{hint} Axes: {', '.join(axis_names())}")
 
 
-def _rule(rule: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str]:
+def _rule(rule: Mapping[str, object], number: int) -> tuple[Mapping[str, object], str]:
     when, reason = rule.get("when"), rule.get("reason")
     key = f"sweep.exclude.{number}"
     if not isinstance(when, Mapping) or not when or not reason:
@@ -123,7 +123,7 @@ def _rule(rule: Mapping[str, Any], number: int) -> tuple[Mapping[str, Any], str]
     return when, str(reason)
 
 
-def _expand_block(block: Mapping[str, Any], where: str) -> tuple[list[Spec], list[Excluded]]:
+def _expand_block(block: Mapping[str, object], where: str) -> tuple[list[Spec], list[Excluded]]:
     specs: list[Spec] = []
     invalid: list[Excluded] = []
     failed: dict[tuple[str, str], SpecError] = {}
@@ -150,9 +150,9 @@ def _expand_block(block: Mapping[str, Any], where: str) -> tuple[list[Spec], lis
     return specs, invalid
 
 
-def _combinations(block: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+def _combinations(block: Mapping[str, object], where: str) -> Iterator[dict[str, object]]:
     """Every combination of a block's axes, the last named varying fastest."""
-    axes: list[list[dict[str, Any]]] = []
+    axes: list[list[dict[str, object]]] = []
     for name, value in block.items():
         if name == "linked":
             axes.append(_linked(value, where))
@@ -167,7 +167,7 @@ def _combinations(block: Mapping[str, Any], where: str) -> Iterator[dict[str, An
             raise UserError(f"{where}.{name}=[] is not valid: an axis needs at least one value")
         axes.append([{name: v} for v in values])
     for parts in product(*axes):
-        combination: dict[str, Any] = {}
+        combination: dict[str, object] = {}
         for part in parts:
             twice = combination.keys() & part.keys()
             if twice:
@@ -176,7 +176,7 @@ def _combinations(block: Mapping[str, Any], where: str) -> Iterator[dict[str, An
         yield combination
 
 
-def _linked(value: object, where: str) -> list[dict[str, Any]]:
+def _linked(value: object, where: str) -> list[dict[str, object]]:
     usage = "lists of equal length by axis, e.g. {bits: [3, 4], exponent_bits: [2, 3]}"
     if not isinstance(value, Mapping) or not value or not all(isinstance(v, list | tuple) for v in value.values()):
         raise UserError(f"{where}.linked={value!r} is not valid: give {usage}")

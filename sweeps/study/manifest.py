@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import spec_from_canonical
@@ -36,7 +35,7 @@ class Manifest:
     cells: tuple[Cell, ...]
     evals: tuple[EvalSpec, ...]
     excluded: tuple[Excluded, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
 
     def measurements(self) -> Iterator[Measurement]:
         """Every measurement, cell by cell."""
@@ -63,7 +62,7 @@ class Manifest:
             write_atomically(path, self._data)
         return self.name
 
-    def _as_dict(self) -> dict[str, Any]:
+    def _as_dict(self) -> dict[str, object]:
         models = list(dict.fromkeys(c.model for c in self.cells))
         index = {model: i for i, model in enumerate(models)}
         return {

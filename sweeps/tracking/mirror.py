@@ -6,9 +6,8 @@ anything is logged, so logging is idempotent: however often a measurement is sen
 step of its run's history. One gap is left: a server that dies within a request, having kept its history but not its
 summary, gets the request's measurements twice.
 
-Lines in, JSON: the configuration, then {'op': 'start' | 'log' | 'finish', 'pack': id, ...}; the end of input finishes
-all runs. Lines out: {'event': 'finished', 'pack', 'mirrored', 'added'}, {'event': 'trouble', 'reason'} (goes on) and
-{'event': 'fatal', 'reason'} (gave up).
+Lines in, JSON: the configuration, then messages (sweeps.tracking.messages); the end of input finishes all runs. Lines
+out: answers.
 """
 
 from __future__ import annotations
@@ -29,6 +28,19 @@ from typing import Any, Final
 
 from kbit.spec import axes
 from sweeps.errors import RefusedError
+from sweeps.store.schema import Row, Scalar
+from sweeps.tracking.messages import (
+    Answer,
+    Fatal,
+    Finish,
+    Finished,
+    Log,
+    Message,
+    Start,
+    Trouble,
+    message,
+    to_line,
+)
 from sweeps.tracking.process import kill_with_children
 from sweeps.tracking.server import STATUSES, RemoteRun, Server
 
@@ -46,7 +58,10 @@ LINGER_SECONDS: Final = 60.0
 """How long this process may outlive a study that was killed, to finish its uploads."""
 
 
-def token(row: Mapping[str, Any]) -> str:
+Emit = Callable[[Answer], None]
+
+
+def token(row: Row) -> str:
     """12 hex digits that stand for a measurement and its outcome: done anew with other numbers, it is another one.
 
     Numbers enter with 6 digits, so that a row counts the same before and after it went through the store.
@@ -56,7 +71,7 @@ def token(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def history_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def history_row(row: Row) -> dict[str, Scalar]:
     """A measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
     step = {k: row[k] for k in AXES if row.get(k) is not None}
     for suffix, values in (("", row["metrics"]), ("_stderr", row["stderr"])):
@@ -69,16 +84,16 @@ class _Pack:
     id: str
     sweep: str
     name: str
-    config: dict[str, Any]
+    config: Mapping[str, Scalar]
     whole: bool
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
     run: Any = None
     mirrored: dict[str, None] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     added: int = 0
     tried: float = float("-inf")
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Scalar]:
         counts = {status: self.counts[status] for status in STATUSES}
         return {**counts, "measurements": sum(counts.values()), "mirrored": " ".join(self.mirrored)}
 
@@ -86,15 +101,16 @@ class _Pack:
 class Mirror:
     """Several W&B runs in one process, one a pack. A pack that is ``whole`` has all its rows sent from the store."""
 
-    def __init__(self, config: Mapping[str, Any], emit: Callable[..., None]) -> None:
+    def __init__(self, config: Mapping[str, str | None], emit: Emit) -> None:
         import wandb
 
         self._wandb: Any = wandb
         self._config, self._emit = config, emit
         self._packs: dict[str, _Pack] = {}
-        root = Path(config["dir"])
+        root = Path(str(config["dir"]))
         # wandb adds a folder 'wandb' of its own.
-        settings = {"root_dir": str(root.parent if root.name == "wandb" else root), "base_url": config["base_url"]}
+        root_dir = str(root.parent if root.name == "wandb" else root)
+        settings: dict[str, Any] = {"root_dir": root_dir, "base_url": config["base_url"]}
         settings |= dict.fromkeys(("silent", "disable_code", "disable_git", "x_disable_stats", "x_disable_meta"), True)
         settings |= {"console": "off", "init_timeout": 30.0, "x_file_stream_transmit_interval": TRANSMIT_SECONDS}
         settings |= {"x_disable_machine_info": True, "x_save_requirements": False}
@@ -107,26 +123,33 @@ class Mirror:
         if self._server is not None:
             self._server.read("no-such-run")
 
-    def handle(self, message: Mapping[str, Any]) -> None:
+    def handle(self, message: Message) -> None:
         """Do what a message says; see the module.
 
         Raises:
             RefusedError: the server refuses the key.
             Exception: whatever went wrong with this pack's run; its rows are kept for the next try.
         """
-        if message["op"] == "start":
-            fields = {k: message[k] for k in ("sweep", "name", "config", "whole")}
-            self._advance(self._packs.setdefault(message["pack"], _Pack(id=message["pack"], **fields)))
-        elif message["op"] == "log":
-            pack = self._packs[message["pack"]]
-            pack.rows[token(message["row"])] = message["row"]
-            self._advance(pack)
-        else:
-            self._finish(self._packs.pop(message["pack"]))
+        match message:
+            case Start():
+                pack = _Pack(
+                    id=message.pack,
+                    sweep=message.sweep,
+                    name=message.name,
+                    config=message.config,
+                    whole=message.whole,
+                )
+                self._advance(self._packs.setdefault(pack.id, pack))
+            case Log(row=row):
+                pack = self._packs[message.pack]
+                pack.rows[token(row)] = row
+                self._advance(pack)
+            case Finish():
+                self._finish(self._packs.pop(message.pack))
 
     def finish_all(self) -> None:
         for pack in list(self._packs):
-            _attempt(partial(self.handle, {"op": "finish", "pack": pack}), self._emit)
+            _attempt(partial(self.handle, Finish(pack=pack)), self._emit)
 
     def _advance(self, pack: _Pack, *, last: bool = False) -> None:
         """Log what isn't logged yet, after opening the run if need be."""
@@ -171,7 +194,7 @@ class Mirror:
 
     def _finish(self, pack: _Pack) -> None:
         if pack.whole and self._server and _is_whole(pack, self._server.read(pack.id)):
-            self._emit(event="finished", pack=pack.id, mirrored=len(pack.rows), added=0)
+            self._emit(Finished(pack=pack.id, mirrored=len(pack.rows), added=0))
             return
         self._advance(pack, last=True)
         if pack.whole:
@@ -181,7 +204,7 @@ class Mirror:
             # A table is an artifact, which asks the server at once; an outage must not keep the run from its end.
             _attempt(partial(self._add_table, pack), self._emit)
         pack.run.finish()
-        self._emit(event="finished", pack=pack.id, mirrored=self._confirmed(pack), added=pack.added)
+        self._emit(Finished(pack=pack.id, mirrored=self._confirmed(pack), added=pack.added))
 
     def _confirmed(self, pack: _Pack) -> int:
         """How many of the pack's rows the server holds: run.finish() returns also when wandb gave an upload up."""
@@ -212,21 +235,21 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def _attempt(action: Callable[[], None], emit: Callable[..., None]) -> None:
+def _attempt(action: Callable[[], None], emit: Emit) -> None:
     try:
         action()
     except RefusedError:
         raise
     except Exception as error:  # whatever befalls one run is told, and the other runs go on
-        emit(event="trouble", reason=_first_line(error))
+        emit(Trouble(reason=_first_line(error)))
 
 
-def _serve(lines: Iterable[str], emit: Callable[..., None]) -> None:
+def _serve(lines: Iterable[str], emit: Emit) -> None:
     stream = iter(lines)
     mirror = Mirror(json.loads(next(stream)), emit)
     _attempt(mirror.check, emit)
     for line in stream:
-        _attempt(partial(mirror.handle, json.loads(line)), emit)
+        _attempt(partial(mirror.handle, message(line)), emit)
     mirror.finish_all()
 
 
@@ -240,19 +263,19 @@ def _exit_when_orphaned(parent: int) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster warns every process of a job; the study says when to end
     threading.Thread(target=_exit_when_orphaned, args=(os.getppid(),), daemon=True).start()
-    # wandb must neither read the messages (a login prompt) nor write between the events.
-    lines, events = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    # wandb must neither read the messages (a login prompt) nor write between the answers.
+    lines, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
 
-    def emit(**event: Any) -> None:
+    def emit(said: Answer) -> None:
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(event), file=events)
+            answers.write(to_line(said))
 
     try:
         _serve(lines, emit)
     except RefusedError as error:
-        emit(event="fatal", reason=str(error))
+        emit(Fatal(reason=str(error)))
         os._exit(0)  # without wandb's exit hooks: there is nothing to upload
 
 

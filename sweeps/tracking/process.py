@@ -12,9 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sweeps.provenance import ROOT
+from sweeps.provenance import import_path
+from sweeps.tracking.messages import Answer, Message, Trouble, answer, to_line
 
 _OF_ONE_RUN: Final = (
     *("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_JOB_TYPE", "WANDB_SWEEP_ID"),
@@ -28,14 +29,14 @@ class MirrorProcess:
 
     Args:
         config: its first message; 'dir' is where it logs.
-        on_event: called with what it says, from a thread of its own.
+        on_answer: called with what it says, from a thread of its own.
     """
 
-    def __init__(self, config: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> None:
-        folder = Path(config["dir"])
+    def __init__(self, config: Mapping[str, str | None], on_answer: Callable[[Answer], None]) -> None:
+        folder = Path(str(config["dir"]))
         self.log_file = folder / "mirror.log"
-        self._on_event = on_event
-        self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._config, self._on_answer = config, on_answer
+        self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._child: subprocess.Popen[str] | None = None
         self._listening = False
@@ -52,15 +53,14 @@ class MirrorProcess:
                     start_new_session=True,  # Ctrl-C is for the study, which then closes the mirror in order
                 )
         except OSError as error:
-            on_event({"event": "trouble", "reason": f"the mirror's process can't start: {error}"})
+            on_answer(Trouble(reason=f"the mirror's process can't start: {error}"))
             return
         self._listening = True
-        self.send(config)
         for target in (self._write, self._read):
             self._threads.append(threading.Thread(target=target, args=(self._child,), daemon=True))
             self._threads[-1].start()
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Message) -> None:
         if self._listening:
             self._queue.put(message)
 
@@ -82,8 +82,9 @@ class MirrorProcess:
     def _write(self, child: subprocess.Popen[str]) -> None:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended; the reader tells
+            child.stdin.write(json.dumps(self._config) + "\n")
             while (message := self._queue.get()) is not None:
-                child.stdin.write(json.dumps(message) + "\n")
+                child.stdin.write(to_line(message))
                 child.stdin.flush()
         self._listening = False
         with contextlib.suppress(BrokenPipeError):
@@ -92,11 +93,11 @@ class MirrorProcess:
     def _read(self, child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None
         for line in child.stdout:
-            self._on_event(json.loads(line))
+            self._on_answer(answer(line))
         self._listening = False
         if child.wait() > 0:  # negative is our own kill
             reason = f"the mirror's process ended with exit code {child.returncode}, see {self.log_file}"
-            self._on_event({"event": "trouble", "reason": reason})
+            self._on_answer(Trouble(reason=reason))
 
 
 def kill_with_children(pid: int) -> None:
@@ -115,6 +116,6 @@ def kill_with_children(pid: int) -> None:
 
 def _environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in _OF_ONE_RUN}
-    path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     # No GPU is wandb's to look at.
-    return env | {"PYTHONPATH": path, "WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    settings = {"WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return env | settings | {"PYTHONPATH": import_path()}

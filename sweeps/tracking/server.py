@@ -41,7 +41,7 @@ class Server:
         RefusedError: no API key is found.
     """
 
-    def __init__(self, settings: Any, config: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Any, config: Mapping[str, str | None]) -> None:
         import requests
 
         self._config = config

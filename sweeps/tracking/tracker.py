@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from kbit.errors import SpecError
+from sweeps.store.schema import Row, Scalar
+from sweeps.tracking.messages import Answer, Fatal, Finish, Finished, Log, Start, Trouble
 from sweeps.tracking.mirror import AXES, IDENTITY
 from sweeps.tracking.process import MirrorProcess
 
@@ -52,7 +54,7 @@ class TrackingConfig:
         if not self.project:
             raise SpecError("tracking.project", self.project, "the name of a W&B project")
 
-    def _message(self) -> dict[str, Any]:
+    def _message(self) -> dict[str, str | None]:
         return {**asdict(self), "dir": str(Path(self.dir or "wandb").absolute())}
 
     def _how_to_log_in(self) -> str:
@@ -67,8 +69,8 @@ class TrackedPack:
     id: str
     sweep: str
     name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,23 +112,23 @@ class Tracker:
         self._mirrored: dict[str, int] = {}
         self._reason: str | None = None
         enabled = config.mode != "disabled"
-        self._process = MirrorProcess(config._message(), self._on_event) if enabled else None
+        self._process = MirrorProcess(config._message(), self._on_answer) if enabled else None
 
-    def start_pack(self, pack_id: str, *, sweep: str, name: str, config: Mapping[str, Any]) -> None:
+    def start_pack(self, pack_id: str, *, sweep: str, name: str, config: Mapping[str, Scalar]) -> None:
         """Open the W&B run with the pack's id, resuming it if it exists."""
         if self._process:
-            self._process.send(_start(pack_id, sweep, name, config, whole=False))
+            self._process.send(Start(pack=pack_id, sweep=sweep, name=name, config=_plain_dict(config), whole=False))
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Mirror one measurement, as the store's row has it, of a pack (row['pack']) that was started."""
         if self._process:
             self._logged.setdefault(row["pack"], set()).add(row["measurement"])
-            self._process.send({"op": "log", "pack": row["pack"], "row": _mirrored_part(row)})
+            self._process.send(Log(pack=row["pack"], row=_mirrored_part(row)))
 
     def finish_pack(self, pack_id: str) -> None:
         """No more measurements of this pack will come."""
         if self._process:
-            self._process.send({"op": "finish", "pack": pack_id})
+            self._process.send(Finish(pack=pack_id))
 
     def close(self, timeout: float = CLOSE_SECONDS) -> str | None:
         """Finish all runs, for `timeout` seconds at most; a sentence for the user if W&B may not hold everything."""
@@ -143,16 +145,16 @@ class Tracker:
             f"W&B: {lost} of {total} measurements not known to be mirrored ({why}); run the same command with mode=sync"
         )
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        if event["event"] == "finished":
-            self._mirrored[event["pack"]] = self._mirrored.get(event["pack"], 0) + event["mirrored"]
+    def _on_answer(self, said: Answer) -> None:
+        if isinstance(said, Finished):
+            self._mirrored[said.pack] = self._mirrored.get(said.pack, 0) + said.mirrored
             return
-        first, self._reason = self._reason is None, event["reason"]
-        if event["event"] == "fatal":
+        first, self._reason = self._reason is None, said.reason
+        if isinstance(said, Fatal):
             what = f"the study goes on untracked; {self._config._how_to_log_in()}, later mode=sync"
-            self._warn(f"W&B: {event['reason']}: {what}")
+            self._warn(f"W&B: {said.reason}: {what}")
         elif first:
-            self._warn(f"W&B: {event['reason']}: the study goes on; mode=sync adds what W&B misses")
+            self._warn(f"W&B: {said.reason}: the study goes on; mode=sync adds what W&B misses")
 
 
 def sync(
@@ -169,23 +171,24 @@ def sync(
         progress: called with (packs done, packs) after each.
     """
     todo = list(packs)
-    events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    process = MirrorProcess(replace(config, mode="online")._message(), events.put)
+    answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    process = MirrorProcess(replace(config, mode="online")._message(), answers.put)
     whole = added = 0
     error: str | None = None
     for done, pack in enumerate(todo, 1):
-        process.send(_start(pack.id, pack.sweep, pack.name, pack.config, whole=True))
+        about = _plain_dict(pack.config)
+        process.send(Start(pack=pack.id, sweep=pack.sweep, name=pack.name, config=about, whole=True))
         for row in pack.rows:
-            process.send({"op": "log", "pack": pack.id, "row": _mirrored_part(row)})
-        process.send({"op": "finish", "pack": pack.id})
-        event = _next(events)
-        if event["event"] != "finished":
-            remedy = config._how_to_log_in() if event["event"] == "fatal" else "when the server is back"
-            error = f"{event['reason']}: {remedy}, run mode=sync again"
+            process.send(Log(pack=pack.id, row=_mirrored_part(row)))
+        process.send(Finish(pack=pack.id))
+        said = _next(answers)
+        if not isinstance(said, Finished):
+            remedy = config._how_to_log_in() if isinstance(said, Fatal) else "when the server is back"
+            error = f"{said.reason}: {remedy}, run mode=sync again"
             break
-        whole += event["mirrored"]
-        added += event["added"]
-        if event["mirrored"] < len(pack.rows):
+        whole += said.mirrored
+        added += said.added
+        if said.mirrored < len(pack.rows):
             error = "the server didn't confirm all of them: run mode=sync again"
         if progress:
             progress(done, len(todo))
@@ -194,18 +197,18 @@ def sync(
     return SyncReport(packs=len(todo), measurements=measurements, whole=whole, added=added, error=error)
 
 
-def _next(events: queue.SimpleQueue[dict[str, Any]]) -> dict[str, Any]:
+def _next(answers: queue.SimpleQueue[Answer]) -> Answer:
     try:
-        return events.get(timeout=STALL_SECONDS)
+        return answers.get(timeout=STALL_SECONDS)
     except queue.Empty:
-        return {"event": "trouble", "reason": f"no answer for {STALL_SECONDS:g} s"}
+        return Trouble(reason=f"no answer for {STALL_SECONDS:g} s")
 
 
-def _start(pack: str, sweep: str, name: str, config: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
-    return {"op": "start", "pack": pack, "sweep": sweep, "name": name, "config": _plain(config), "whole": whole}
+def _plain_dict(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    return {name: _plain(value) for name, value in values.items()}
 
 
-def _mirrored_part(row: Mapping[str, Any]) -> dict[str, Any]:
+def _mirrored_part(row: Row) -> Row:
     """What W&B gets of a row: no samples, tracebacks or machine names."""
     part = {k: _plain(row.get(k)) for k in (*IDENTITY, *AXES)}
     part = {k: v for k, v in part.items() if v == v}  # pandas' other way to say that a value is missing

@@ -34,7 +34,7 @@ from sweeps.events import (
     event_from_dict,
 )
 from sweeps.plan.packs import Pack
-from sweeps.provenance import ROOT
+from sweeps.provenance import import_path
 from sweeps.store.parts import Store
 from sweeps.store.rows import OOM_ERROR, Origin, failed_row, told_part
 from sweeps.study.cell import Measurement
@@ -207,10 +207,9 @@ class WorkerPool:
 
     def _environment(self, number: int) -> dict[str, str]:
         threads = str(self.workers.threads)
-        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
         environment = {
             **os.environ,
-            "PYTHONPATH": path,
+            "PYTHONPATH": import_path(),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,

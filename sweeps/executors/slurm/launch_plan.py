@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
@@ -14,6 +14,7 @@ from sweeps.executors.slurm.query import Limits, check_request
 from sweeps.files import store_time
 from sweeps.launches.launch import Chunk, Launch, Shape, here, line_offsets
 from sweeps.plan.packs import Pack, Plan
+from sweeps.store.schema import Row
 from sweeps.study.manifest import Manifest
 from sweeps.study.snapshot import freeze_evals
 
@@ -65,15 +66,15 @@ class Draft:
             sweep=submitter.manifest.sweep,
             shapes=tuple(shapes),
             chunks=tuple(chunks),
-            settings={
-                **submitter.settings,
-                "code_hash": self.code_hash,
-                "kill_wait": self.limits.kill_wait,
-                "parallel": self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
-                "baselines": _baselines(submitter.manifest),
-                "provenance": dict(submitter.provenance(self.launch_id)),
-                "store_launched": store_time(submitter.store.out),
-            },
+            settings=replace(
+                submitter.settings,
+                code_hash=self.code_hash,
+                kill_wait=self.limits.kill_wait,
+                parallel=self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
+                baselines=_baselines(submitter.manifest),
+                provenance=submitter.provenance(self.launch_id),
+                store_launched=store_time(submitter.store.out),
+            ),
             offsets=line_offsets(packs),
             launched=time.time(),
         )
@@ -171,10 +172,10 @@ def _baseline_problems(submitter: Submitter, models: Iterable[str]) -> dict[str,
         for m in submitter.manifest.measurements()
         if m.cell.quant.is_baseline and m.cell.model.label in set(models)
     }
-    rows: dict[str, list[Mapping[str, Any]]] = {}
+    rows: dict[str, list[Row]] = {}
     for row in submitter.store.read(["measurement", "eval", "status", "metrics"], measurements=set(wanted)).to_pylist():
         rows.setdefault(wanted[row["measurement"]], []).append(row)
-    references = submitter.settings["references"]
+    references = submitter.settings.references
     problems: dict[str, str | None] = {}
     for model in models:
         count = sum(1 for label in wanted.values() if label == model)

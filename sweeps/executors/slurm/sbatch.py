@@ -177,7 +177,7 @@ class Submission:
 
     def _parallel(self, chunk: Chunk | None, count: int) -> int:
         """This array's share of max_parallel."""
-        most = self.launch.settings["parallel"]
+        most = self.launch.settings.parallel
         return max(1, count) if chunk is None or not most else share(chunk, self.launch.chunks, most)
 
 

@@ -13,13 +13,16 @@ from sweeps.executors.slurm.query import check_request, read_limits
 from sweeps.executors.slurm.sbatch import Submission
 from sweeps.launches.claimer import Claimer
 from sweeps.launches.in_flight import Flight
+from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Launch, Shape
 from sweeps.plan.packs import Packing, Plan
 from sweeps.provenance import ROOT
 from sweeps.store.parts import Store
+from sweeps.store.schema import Scalar
 from sweeps.study.cell import ModelRef
 from sweeps.study.manifest import Manifest
 from sweeps.study.snapshot import code_hash, snapshot_code
+from sweeps.tracking.tracker import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,8 @@ class Submitter:
     slurm: SlurmConfig
     device: str
     overrides: Mapping[str, Mapping[str, Any]]
-    settings: Mapping[str, Any]
-    provenance: Callable[[str], Mapping[str, Any]]
+    settings: JobSettings
+    provenance: Callable[[str], Mapping[str, Scalar]]
     progress: Callable[[str], None] = lambda _: None
 
     @property
@@ -115,7 +118,7 @@ class Submitter:
         if self.slurm.max_parallel is None:
             return None
         earlier = [la for la, _ in flight.launches if la.sweep == self.manifest.sweep]
-        return max(0, self.slurm.max_parallel - sum(la.settings.get("parallel") or 0 for la in earlier))
+        return max(0, self.slurm.max_parallel - sum(la.settings.parallel or 0 for la in earlier))
 
     def _exclude(self, launch: Launch, failed: Collection[str]) -> str | None:
         """Nodes that jobs must not run on: the user's, and those that failed under this work, where others are left."""
@@ -148,17 +151,17 @@ def submit_settings(
     device: str,
     batch_tokens: int,
     trust_remote_code: bool,
-    tracking: Any,
+    tracking: TrackingConfig,
     references: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
-    """What every job of a launch needs to know, in JSON's types."""
-    return {
-        "device": device,
-        "batch_tokens": batch_tokens,
-        "trust_remote_code": trust_remote_code,
-        "requeues": slurm.requeues,
-        "signal_seconds": slurm.signal_seconds,
-        "tracking": {**asdict(tracking), "dir": str(tracking.dir)},
-        "references": references,
-        "baseline_tolerance": slurm.baseline_tolerance,
-    }
+) -> JobSettings:
+    """What every job of a launch needs to know, as far as it is known before the launch is planned."""
+    return JobSettings(
+        device=device,
+        batch_tokens=batch_tokens,
+        trust_remote_code=trust_remote_code,
+        requeues=slurm.requeues,
+        signal_seconds=slurm.signal_seconds,
+        tracking={**asdict(tracking), "dir": str(tracking.dir)},
+        references=references,
+        baseline_tolerance=slurm.baseline_tolerance,
+    )

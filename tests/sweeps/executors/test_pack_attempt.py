@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sweeps.worker.devices import Workers
 from sweeps.worker.execution import END_SECONDS, close_seconds
 from sweeps.worker.pool import WorkerPool
 from sweeps.worker.settings import WorkerSettings
+from tests.sweeps.launches.test_in_flight import SETTINGS
 from tests.sweeps.worker.test_worker import BASELINE, evaluation, pack_of, pack_of_unloadable
 
 EVALS = (evaluation("first"), evaluation("second"))
@@ -36,7 +38,7 @@ def pack_run(out: Path, pack: Pack, **settings: Any) -> PackRun:
         sweep="s",
         shapes=(Shape(gpus=0, cpus=1, mem_gb=1.0, minutes=10),),
         chunks=(Chunk(number=0, shape=0, packs=(pack.id,)), Chunk(number=1, shape=0, packs=("rest",), after=0)),
-        settings={"requeues": 0, "references": {}, "baseline_tolerance": 0.02, **settings},
+        settings=replace(SETTINGS, **settings),
         offsets=line_offsets([pack]),
         launched=time.time(),
     )

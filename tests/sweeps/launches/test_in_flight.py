@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sweeps.errors import StoreError
 from sweeps.executors.slurm.query import JobState, Sighting
 from sweeps.executors.slurm.show import manage
 from sweeps.launches import in_flight as inflight
@@ -19,9 +20,20 @@ from sweeps.launches import launch as launches_module
 from sweeps.launches import ledger
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import ABSENT_SECONDS, SETTLE_SECONDS, job_counts, read_flight, reconcile
+from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, here
 from sweeps.launches.ledger import Ledger
 
+SETTINGS = JobSettings(
+    device="cpu",
+    batch_tokens=2048,
+    trust_remote_code=False,
+    requeues=0,
+    signal_seconds=120,
+    tracking={"mode": "disabled"},
+    references={},
+    baseline_tolerance=0.02,
+)
 SHAPE = Shape(gpus=0, cpus=1, mem_gb=1.0, minutes=10)
 
 
@@ -34,7 +46,7 @@ def launch(tmp_path: Path) -> Launch:
         sweep="s",
         shapes=(SHAPE,),
         chunks=(Chunk(number=0, shape=0, packs=("p1", "p2")),),
-        settings={},
+        settings=SETTINGS,
         offsets={},
         launched=time.time(),
     )
@@ -411,3 +423,17 @@ def test_cancelling_a_launch_that_is_still_being_submitted_stops_it(
     assert manage.cancel_mode(launch.out, None, console) == 0
     assert "it is still being submitted: what is not submitted yet won't be" in console.export_text()
     assert set(read_flight(launch.out).ended.values()) == {"cancelled"}
+
+
+def test_settings_of_other_versions_are_read(launch: Launch) -> None:
+    """Keys of a later version are left out; what an earlier one did not write is default; the rest must be there."""
+    path = launch.directory / "launch.json"
+    data = json.loads(path.read_text())
+    assert Launch.load(launch.out, "abc") == launch
+    del data["settings"]["baselines"], data["settings"]["parallel"]
+    path.write_text(json.dumps({**data, "settings": {**data["settings"], "of_a_later_version": 1}}))
+    assert Launch.load(launch.out, "abc") == launch
+    del data["settings"]["device"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(StoreError, match="settings lack device"):
+        Launch.load(launch.out, "abc")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+
+from sweeps.store.schema import Row
 
 
 def gate_problem(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Iterable[Row],
     reference: Mapping[str, float],
     tolerance: float,
     *,

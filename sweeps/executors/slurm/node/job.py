@@ -15,7 +15,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sweeps.errors import JobError
 from sweeps.executors.slurm.node.pack_attempt import PackRun, code_problems, job_id
@@ -41,7 +41,7 @@ class PackJob:
         chunk = launch.chunks[self.chunk]
         return PackRun(launch=launch, chunk=chunk, pack=launch.pack(chunk.packs[self.index]), claim=self.claim).run()
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self) -> object:
         """For submitit, on a requeue: progress is in the store, so the same call goes on where this one stopped."""
         import submitit
 
@@ -63,12 +63,12 @@ class PreflightJob:
         packs = [launch.pack(p) for c in launch.chunks if c.shape == self.shape for p in c.packs]
         preflight = Preflight(
             out=launch.out,
-            device=launch.settings["device"],
+            device=launch.settings.device,
             gpus=launch.shapes[self.shape].gpus,
             models=tuple(dict.fromkeys(p.model for p in packs)),
             evals=tuple(dict.fromkeys(e for p in packs for _, evals in p.items for e in evals)),
             launched=launch.launched,
-            store_launched=launch.settings["store_launched"],
+            store_launched=launch.settings.store_launched,
         )
         problems = [*code_problems(launch), *preflight.problems()]
         path = launch.directory / f"preflight-{self.shape}.json"
@@ -118,7 +118,7 @@ def main() -> None:
         index = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
         shape = launch.chunks[args.chunk].shape
         job = PackJob(out=args.out, launch=args.launch, claim=args.claim, chunk=args.chunk, index=index)
-    _mend(folder, job, launch.shapes[shape].minutes, launch.settings["requeues"])
+    _mend(folder, job, launch.shapes[shape].minutes, launch.settings.requeues)
     process_job(folder)
 
 

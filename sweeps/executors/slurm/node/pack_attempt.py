@@ -95,25 +95,25 @@ class PackRun:
             return "finished"
         settings = self.launch.settings
         shape = self.launch.shapes[self.chunk.shape]
-        on_gpu = settings["device"] == "cuda"
+        on_gpu = settings.device == "cuda"
         threads = int(os.environ.get("SLURM_CPUS_PER_TASK") or shape.cpus)
         self._execution = Execution(
             packs=[left],
             store=Store(out=self.launch.out),
-            workers=Workers(device=settings["device"], count=1, threads=threads),
+            workers=Workers(device=settings.device, count=1, threads=threads),
             settings=WorkerSettings(
-                batch_tokens=settings["batch_tokens"],
-                trust_remote_code=settings["trust_remote_code"],
+                batch_tokens=settings.batch_tokens,
+                trust_remote_code=settings.trust_remote_code,
                 ignore_sigterm=True,
                 load_again=self._load_errors() < MOST_LOAD_ERRORS - 1,
                 gpus=shape.gpus if on_gpu else 0,
                 provenance={
-                    **settings["provenance"],
+                    **settings.provenance,
                     "job": f"slurm/{self._attempt.job}",
                     "host": self._attempt.host,
                 },
             ),
-            tracking=TrackingConfig(**settings["tracking"]),
+            tracking=TrackingConfig(**settings.tracking),
             on_event=self._on_event,
             warn=lambda text: print(f"warning: {text}", flush=True),
             log=lambda _: log,
@@ -162,7 +162,7 @@ class PackRun:
     def _beat(self, running: Sequence[str]) -> None:
         self._attempt = self._attempt.at(running[0] if running else None)
 
-    def _listen(self) -> Callable[[int, FrameType | None], Any]:
+    def _listen(self) -> Callable[[int, FrameType | None], object]:
         """Take SLURM's signals; returns submitit's handler, which puts the job back into the queue."""
         requeue = signal.getsignal(signal.SIGUSR2)
         signal.signal(signal.SIGUSR2, self._on_warning)
@@ -174,7 +174,7 @@ class PackRun:
     def _on_warning(self, *_: object) -> None:
         """SIGUSR2: the walltime is near; or, on some clusters, a preemption, which SLURM itself requeues."""
         left = self._job_end() - time.time()
-        if left <= self.launch.settings["signal_seconds"] + SIGNAL_SLACK:
+        if left <= self.launch.settings.signal_seconds + SIGNAL_SLACK:
             self._stop("walltime", max(5.0, left - END_MARGIN))
         else:
             self._stop("preempted", self._kill_seconds(), ends=self._kill_time())
@@ -189,10 +189,10 @@ class PackRun:
             self._execution.stop(seconds, ends=ends)
 
     def _kill_time(self) -> float:
-        return time.time() + float(self.launch.settings["kill_wait"])
+        return time.time() + self.launch.settings.kill_wait
 
     def _kill_seconds(self) -> float:
-        return max(1.0, 0.5 * float(self.launch.settings["kill_wait"]) - 2.0)
+        return max(1.0, 0.5 * self.launch.settings.kill_wait - 2.0)
 
     def _job_end(self) -> float:
         known = os.environ.get("SLURM_JOB_END_TIME")
@@ -201,14 +201,14 @@ class PackRun:
         minutes = self.launch.shapes[self.chunk.shape].minutes
         return _PROCESS_START + 60.0 * minutes
 
-    def _requeue(self, requeue: Callable[[int, FrameType | None], Any]) -> str:
+    def _requeue(self, requeue: Callable[[int, FrameType | None], object]) -> str:
         """Back into the queue, where that helps and is allowed."""
         attempts = self.launch.attempts([self.pack.id])[self.pack.id]
         used = sum(1 for a in attempts if a.job == self._attempt.job and (a.end or {}).get("requeued"))
         if not self._measured:
             self._end("walltime", requeued=False, measured=0)
             return self._stay("no measurement fits into the walltime: launch again with a longer executor.time")
-        if used >= self.launch.settings["requeues"]:
+        if used >= self.launch.settings.requeues:
             self._end("walltime", requeued=False, measured=self._measured)
             return self._stay(f"the walltime is near, and {used} requeues are used up: the next launch goes on")
         self._end("walltime", requeued=True, measured=self._measured)
@@ -240,13 +240,13 @@ class PackRun:
             return None
         model, settings = self.pack.model.label, self.launch.settings
         names = {m.key: m.eval.name for m in self.pack.measurements()}
-        wanted = settings.get("baselines", {}).get(model) or list(names)
+        wanted = settings.baselines.get(model) or list(names)
         columns = ["measurement", "eval", "status", "metrics"]
         rows = Store(out=self.launch.out).read(columns, measurements=set(wanted)).to_pylist()
         stored = {row["measurement"] for row in rows}
         missing = [names.get(key, f"measurement {key}") for key in wanted if key not in stored]
-        references = settings["references"].get(model, {})
-        return gate_problem(rows, references, settings["baseline_tolerance"], missing=missing)
+        references = settings.references.get(model, {})
+        return gate_problem(rows, references, settings.baseline_tolerance, missing=missing)
 
     def _end(self, reason: str, **more: Any) -> None:
         try:
@@ -269,7 +269,7 @@ def code_problems(launch: Launch) -> list[str]:
     from sweeps.study.snapshot import check_code
 
     try:
-        check_code(launch.settings["code_hash"])
+        check_code(launch.settings.code_hash)
     except CodeChangedError as error:
         return [str(error)]
     return []

@@ -138,7 +138,7 @@ def _qos_limits(user: str, account: str, qos: str, of_partition: Mapping[str, st
     for name, group, per_user, per_account in _sacctmgr("qos", fields=fields):
         inside = frozenset(p for p, its in of_partition.items() if its == name)
         if name == qos or inside:
-            under: Mapping[str, Any] = {"qos": name, "partitions": inside}
+            under = {"qos": name, "partitions": inside}
             yield _limit(f"GrpSubmitJobs of QOS {name}", group, **under)
             yield _limit(f"MaxSubmitJobsPerUser of QOS {name}", per_user, user=user, **under)
             accounts = frozenset({account})
