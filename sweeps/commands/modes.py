@@ -153,6 +153,7 @@ def _explain_states(results: pd.DataFrame, console: Console) -> None:
 
 def table_mode(cfg: DictConfig, console: Console) -> int:
     """Write the results as CSV, parquet or Markdown."""
+    from analysis.metrics import direction_warnings
     from analysis.mixtures import mixture_warnings
     from analysis.tables import write_table
 
@@ -163,7 +164,8 @@ def table_mode(cfg: DictConfig, console: Console) -> int:
     except OSError as error:
         raise UserError(f"to={str(target)!r} can't be written: {error.strerror or error}") from error
     console.print(f"{len(results):,} rows, {len(results.columns)} columns: {path}", highlight=False, soft_wrap=True)
-    for warning in mixture_warnings(load_results(out_dir(cfg), long=True)):
+    unranked = [] if cfg.long else direction_warnings(results)
+    for warning in [*mixture_warnings(load_results(out_dir(cfg), long=True)), *unranked]:
         console.print(f"[yellow]{escape(warning)}[/]")
     return 0
 
