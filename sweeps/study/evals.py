@@ -133,7 +133,7 @@ def resolve_evals(
         raise SpecError("eval.compute_dtype", dtype, "auto, or one of " + ", ".join(COMPUTE_DTYPES))
     finder = Finder(settings=settings, data_dir=_data_dir(settings["data_dir"]), commits=commits)
     asked = [(kind, f"eval.{key}", settings[key]) for key, kind in LISTS.items()]
-    asked += [(kind, f"eval.kinds.{kind}", names) for kind, names in settings["kinds"].items()]
+    asked += [(str(kind), f"eval.kinds.{kind}", names) for kind, names in _kinds(settings["kinds"]).items()]
     evals = []
     for kind, key, names in asked:
         evaluator = EVALUATORS[kind]
@@ -154,6 +154,12 @@ def resolve_evals(
             )
     _check_names(evals)
     return evals
+
+
+def _kinds(value: object) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"eval.kinds={value!r} is not valid: names by kind, e.g. 'eval.kinds={{KIND: [jargon]}}'")
+    return value or {}
 
 
 def _check_names(evals: list[EvalSpec]) -> None:
