@@ -191,7 +191,9 @@ class KBitLinear(nn.Module):
         of = self._buffers  # attributes of a module take half a microsecond each
         bias = None if of["bias"] is None else of["bias"].to(x.dtype)
         addend = None if of["mean"] is None and of["kept_columns"] is None else self._addend(x)
-        coded = x.index_fill(1, of["kept_columns"].long(), 0) if self._clears_kept else x
+        coded = x
+        if self._clears_kept and self.kept_columns is not None:
+            coded = x.index_fill(1, self.kept_columns.long(), 0)
         y: Tensor
         if self.tiled:
             y = matmul_tiled(
