@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.evaluation.evaluators import EVALUATORS, Data
-from kbit.evaluation.sources import DEFAULT_FIELD, HubData, LocalFile, NamedFiles, Source, TaskSource, documents_of
 from kbit.evaluation.spec import EvalSpec
+from kbit.sources import DEFAULT_FIELD, HubData, LocalFile, NamedFiles, Source, TaskSource, documents_of
 from sweeps.errors import UserError, did_you_mean
 from sweeps.study import hub, task_index
 from sweeps.study.snapshot import task_data_files

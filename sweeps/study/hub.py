@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-from kbit.evaluation.sources import HubData
 from kbit.models.checkpoint import (
     CheckpointError,
     count_parameters,
@@ -24,6 +23,7 @@ from kbit.models.checkpoint import (
     read_config,
     weight_files,
 )
+from kbit.sources import HubData
 from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash
 

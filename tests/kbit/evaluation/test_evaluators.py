@@ -12,7 +12,7 @@ from kbit.doors import load
 from kbit.errors import SpecError
 from kbit.evaluation import EVALUATORS, EvalSpec
 from kbit.evaluation.evaluators import Evaluator, MetricSpec, declared_metrics
-from kbit.evaluation.sources import HubData, LocalFile, NamedFiles, Source, TaskSource, source_from_dict, source_to_dict
+from kbit.sources import HubData, LocalFile, NamedFiles, Source, TaskSource, source_from_dict, source_to_dict
 from sweeps.config import EvalConfig
 from sweeps.study.evals import FIND, LISTS
 
