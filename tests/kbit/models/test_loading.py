@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kbit import QuantSpec, SpecError, quantize_model
+from kbit import QuantSpec, quantize_model
+from kbit.errors import SpecError
 from kbit.memory import is_out_of_memory
 from kbit.models.architectures import decoder_blocks
 from kbit.models.loading import load_model
@@ -292,7 +293,6 @@ def test_running_out_of_memory_is_told_from_other_failures():
 HUB = """
 import sys
 from kbit.models.loading import load_model
-from kbit import SpecError
 model = load_model("someone/tiny", revision=sys.argv[1], device="cpu", compute_dtype="float16").model
 print(model.config.model_type)
 for name, revision in (("someone/tiny", "0" * 40), ("someone/else", None), ("no such id!", None)):

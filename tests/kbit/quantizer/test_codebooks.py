@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from kbit import QuantSpec, SpecError, codebook
-from kbit.quantizer.storage import WeightError
+from kbit import QuantSpec, codebook
+from kbit.errors import SpecError, WeightError
 
 BITS = range(2, 9)
 FIXED = [

@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from kbit.errors import CheckpointError
 from kbit.evaluation.spec import EvalSpec
-from kbit.models.checkpoint import CheckpointError, model_files, safetensors_header
+from kbit.models.checkpoint import model_files, safetensors_header
 from sweeps.errors import UserError
 from sweeps.files import store_time, write_atomically
 from sweeps.store.parts import Store
