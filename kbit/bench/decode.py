@@ -66,7 +66,7 @@ PRESETS: Final = {
 }
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     """Attention over a full cache, and an FFN, with norms before them."""
 
     qkv: nn.Module
@@ -101,7 +101,7 @@ class Layer(nn.Module):
         x = x + self.out(attended.reshape(x.shape))
         return x, functional.relu(self.fc1(self.ffn_norm(x)))
 
-    def replaced(self, plain: Callable[[nn.Module], nn.Module]) -> Layer:
+    def replaced(self, plain: Callable[[nn.Module], nn.Module]) -> DecoderLayer:
         """This layer with ``plain(linear)`` in place of each linear one; the rest is shared."""
         other = copy(self)
         other._modules = {name: plain(m) if name in LINEARS and m else m for name, m in self._modules.items()}
@@ -136,15 +136,15 @@ class Decoder(nn.Module):
         self.tokens = nn.Parameter(source("tokens", (a.vocab, a.hidden)), requires_grad=False)
         self.positions = nn.Parameter(source("positions", (a.positions + _OFFSET, a.hidden)), requires_grad=False)
         self.layers = nn.ModuleList(
-            Layer(a, f"layers.{i}", source, linear, batch=batch, context=context) for i in range(a.layers)
+            DecoderLayer(a, f"layers.{i}", source, linear, batch=batch, context=context) for i in range(a.layers)
         )
         self.norm = _norm("norm", a.hidden, source)
         compiled = compiler or (lambda piece: piece)
         self._begin, self._next, self._end = compiled(_begin), compiled(_next), compiled(_end)
 
-    def in_order(self) -> list[Layer]:
+    def in_order(self) -> list[DecoderLayer]:
         """The layers, in order."""
-        return [layer for layer in self.layers if isinstance(layer, Layer)]
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Logits [batch, vocab] of what comes after ``tokens`` [batch], int64, which are at ``position`` [1], int64."""
@@ -197,11 +197,11 @@ def _norm(name: str, size: int, source: Source) -> nn.LayerNorm:
     return norm
 
 
-def _begin(layer: Layer, embedding: Tensor, positions: Tensor, tokens: Tensor, position: Tensor) -> State:
+def _begin(layer: DecoderLayer, embedding: Tensor, positions: Tensor, tokens: Tensor, position: Tensor) -> State:
     return layer.to_ffn(embedding[tokens] + positions[position + _OFFSET], position)
 
 
-def _next(fc2: nn.Module, layer: Layer, x: Tensor, activations: Tensor, position: Tensor) -> State:
+def _next(fc2: nn.Module, layer: DecoderLayer, x: Tensor, activations: Tensor, position: Tensor) -> State:
     return layer.to_ffn(x + fc2(activations), position)
 
 

@@ -183,7 +183,7 @@ def repeated(w: TiledWeight, times: int) -> TiledWeight:
         codes=w.codes.repeat(times, 1, 1, 1),
         scales=w.scales.repeat(times, 1, 1, 1),
         arrived=w.arrived.repeat(times),
-        rows=w.rows * times,
+        n=w.n * times,
     )
 
 

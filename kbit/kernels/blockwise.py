@@ -21,23 +21,42 @@ from kbit.quantizer.absmax import NestedAbsmax, load_absmax, nest
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.codebooks import codebook, fixed_codebook
 from kbit.quantizer.encode import midpoints
+from kbit.quantizer.packed import Packed
 from kbit.quantizer.packing import packed_bytes
+from kbit.quantizer.source import Source
 from kbit.quantizer.storage import FLOAT16_MAX, non_finite
 from kbit.spec import QuantSpec
 
+# How much a CTA takes at a time. What doesn't follow from something else is a choice for speed; no measurement of
+# others is on record.
+_WARPS: Final = 4
+"""Of a CTA: 128 threads."""
 _GROUP: Final = 32
-_GROUPS: Final = 128
-_OCTETS: Final = 512
-_CHUNK: Final = 4096
-_STEPS: Final = 8
+"""Consecutive values that a thread quantizes. Their codes fill as many 32-bit words as they have bits, so that no word
+has codes of two threads; the kernels count on it."""
+_GROUPS: Final = 32 * _WARPS
+"""Groups that a CTA quantizes: one per thread."""
 _LARGEST_FUSED: Final = _GROUP * _GROUPS
+"""Largest block of which one CTA sees all values, so that absmax and codes take one pass over the weight."""
+_OCTETS: Final = 512
+"""Eights of values that a CTA dequantizes: 4 per thread. Codes of eight values begin at a whole byte, whatever the
+bits; eight values of 16 bits are one store of 16 bytes, the widest."""
+_CHUNK: Final = 4096
+"""Values that a CTA measures in a step: several small blocks, or a part of a large one; a power of two."""
+_STEPS: Final = 8
+"""Steps that a CTA takes along a block longer than ``_CHUNK``: one atomic maximum for 32,768 values."""
+_ENTRY: Final = 4
+"""Bytes of a float32, as an argument: what the compiler doesn't know, it can't turn into a slower shift and sum
+(``codes_jit.look_up``)."""
 _WIDE: Final = 2**31 - 2**20
 """From this many values on, indices have 64 bits."""
 _FINEST_BFLOAT16: Final = 2.0**-90
+"""Midpoints of at least this magnitude, or of 0, stand the short division of bfloat16 values: it may be off only for
+quotients below 2^-100."""
 _TYPES: Final = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LOADED: Final = (torch.float16, torch.bfloat16, torch.float32)
-_OPTIONS: Final[dict[str, Any]] = {"num_warps": 4, "enable_fp_fusion": False}
-_ENTRY: Final = 4
+"""Dtypes that the kernels load; a weight of another is cast first."""
+_OPTIONS: Final[dict[str, Any]] = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 
 class Quantized(NamedTuple):
@@ -55,42 +74,45 @@ class Quantized(NamedTuple):
     bad: Tensor | None
 
 
-def quantize_values(
-    flat: Tensor,
-    blocks: Blocks,
-    spec: QuantSpec,
-    *,
-    dtype: torch.dtype,
-    values: Tensor | None,
-    mean: Tensor | None,
-    columns: Tensor | None,
-    row: int,
-) -> Quantized:
-    """Packed codes and absmax of a weight, equal to the reference's to the bit.
+def quantize_values(source: Source, blocks: Blocks, spec: QuantSpec, values: Tensor | None) -> Quantized:
+    """Return packed codes and absmax of a weight, equal to the reference's to the bit.
 
     Args:
-        flat: the weight's values in row-major order, floating point, contiguous.
-        dtype: float16 or bfloat16, to which they are cast first.
         values: the codebook, float32, of a type that the data decide; None for the spec's own.
-        mean: float16, 0-dim, subtracted first; None without centering.
-        columns: kept columns of rows `row` long, which count as zero; None if none are.
 
     Raises:
         WeightError: a value is NaN or infinite, where `bad` doesn't say so.
     """
-    if flat.dtype not in _LOADED:
-        flat = flat.to(dtype)
+    flat = source.flat if source.flat.dtype in _LOADED else source.flat.to(source.dtype)
     words = flat.new_empty(-(-packed_bytes(flat.numel(), spec.bits) // 4), dtype=torch.int32)
     with _on(flat.device):
         tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
-        if columns is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
-            bad = torch.zeros(1, dtype=torch.int32, device=flat.device)
-            absmax = _quantize_in_one_pass(flat, blocks, spec, dtype, values, mean, tree, words, bad)
+        taken = _Taken(flat=flat, blocks=blocks, dtype=source.dtype, mean=source.mean, kept=_mask(source))
+        if taken.kept is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
+            reciprocal = _divides_by_reciprocal(spec, source.dtype, values)
+            absmax, bad = _quantize_in_one_pass(taken, spec, tree, words, reciprocal)
             return Quantized(_as_bytes(words, flat.numel(), spec.bits), absmax, bad)
-        kept = None if columns is None else _mask(columns, row)
-        stored = _measure(flat, blocks, spec, dtype, mean, kept)
-        _encode(flat, blocks, spec, dtype, mean, kept, tree, load_absmax(stored), words)
+        stored = _measure(taken, spec)
+        _encode(taken, spec.bits, load_absmax(stored), tree, words)
     return Quantized(_as_bytes(words, flat.numel(), spec.bits), stored, None)
+
+
+class _Taken(NamedTuple):
+    """A weight as the kernels take it.
+
+    Attributes:
+        flat: its values in row-major order, of a dtype in ``_LOADED``, contiguous.
+        blocks: how they are cut.
+        dtype: float16 or bfloat16, to which they are cast first.
+        mean: float16, 0-dim, subtracted then; or None.
+        kept: int8 [k], 1 for columns whose values count as zero; or None.
+    """
+
+    flat: Tensor
+    blocks: Blocks
+    dtype: torch.dtype
+    mean: Tensor | None
+    kept: Tensor | None
 
 
 def midpoint_tree(values: Tensor, bits: int) -> Tensor:
@@ -109,27 +131,17 @@ def _fixed_tree(spec: QuantSpec, device: torch.device) -> Tensor:
     return tree
 
 
-def dequantize_values(
-    codes: Tensor,
-    absmax: Tensor | NestedAbsmax,
-    blocks: Blocks,
-    spec: QuantSpec,
-    out: Tensor,
-    *,
-    dtype: torch.dtype,
-    values: Tensor,
-    mean: Tensor | None,
-) -> None:
+def dequantize_values(packed: Packed, out: Tensor, *, dtype: torch.dtype) -> None:
     """Fill `out`, contiguous and of 16 or 32 bits a value, with what packed codes stand for, rounded to `dtype`."""
-    count, loaded = out.numel(), load_absmax(absmax)
-    words = _as_words(codes)
+    count, words, blocks = out.numel(), _as_words(packed.codes), packed.blocks
+    absmax, mean = packed.absmax, packed.mean
     with _on(out.device):
         jit.dequantize_values[(triton.cdiv(count, 8 * _OCTETS),)](
             words,
-            loaded,
-            values,
+            absmax,
+            packed.codebook,
             out,
-            loaded if mean is None else mean,
+            absmax if mean is None else mean,
             _ENTRY,
             count,
             words.numel(),
@@ -137,12 +149,12 @@ def dequantize_values(
             blocks.length,
             blocks.per_row,
             torch.finfo(dtype).max,
-            BITS=spec.bits,
+            BITS=packed.bits,
             OCTETS=_OCTETS,
             STORAGE=_TYPES[dtype],
             CENTER=mean is not None,
             # A codebook's values are at most 1, so that only these may be beyond the dtype's range.
-            LIMITED=mean is not None or loaded.dtype != torch.float16,
+            LIMITED=mean is not None or absmax.dtype != torch.float16,
             FLAT=blocks.rows == 1,
             WHOLE=blocks.rows == 1 and blocks.size % 8 == 0,
             INDEX=_index(count),
@@ -157,39 +169,32 @@ def _is_one_pass(blocks: Blocks) -> bool:
 
 
 def _quantize_in_one_pass(
-    flat: Tensor,
-    blocks: Blocks,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-    values: Tensor | None,
-    mean: Tensor | None,
-    tree: Tensor,
-    words: Tensor,
-    bad: Tensor,
-) -> Tensor:
-    """Fills `words`, and `bad`, zero at first; returns absmax."""
-    count = flat.numel()
-    absmax = flat.new_empty(blocks.per_row, dtype=getattr(torch, spec.absmax_dtype))
+    w: _Taken, spec: QuantSpec, tree: Tensor, words: Tensor, reciprocal: bool
+) -> tuple[Tensor, Tensor]:
+    """Fill `words`; return absmax, and int32 [1] that is not zero if a value is not finite."""
+    count = w.flat.numel()
+    absmax = w.flat.new_empty(w.blocks.per_row, dtype=getattr(torch, spec.absmax_dtype))
+    bad = torch.zeros(1, dtype=torch.int32, device=w.flat.device)
     jit.quantize_blocks[(triton.cdiv(count, _GROUP * _GROUPS),)](
-        flat,
+        w.flat,
         words,
         absmax,
         bad,
         tree,
-        flat if mean is None else mean,
+        w.flat if w.mean is None else w.mean,
         _ENTRY,
         count,
         words.numel(),
         BITS=spec.bits,
-        SIZE=blocks.size,
+        SIZE=w.blocks.size,
         GROUPS=_GROUPS,
-        STORAGE=_TYPES[dtype],
-        CENTER=mean is not None,
-        RECIPROCAL=_divides_by_reciprocal(spec, dtype, values),
+        STORAGE=_TYPES[w.dtype],
+        CENTER=w.mean is not None,
+        RECIPROCAL=reciprocal,
         MASKED=count % (_GROUP * _GROUPS) != 0,
         **_OPTIONS,
     )
-    return absmax
+    return absmax, bad
 
 
 def _divides_by_reciprocal(spec: QuantSpec, dtype: torch.dtype, values: Tensor | None) -> bool:
@@ -217,84 +222,77 @@ def _is_coarse(values: Tensor) -> bool:
     return bool(((points == 0) | (points >= _FINEST_BFLOAT16)).all())
 
 
-def _measure(
-    flat: Tensor, blocks: Blocks, spec: QuantSpec, dtype: torch.dtype, mean: Tensor | None, kept: Tensor | None
-) -> Tensor | NestedAbsmax:
-    """absmax as it is stored."""
+def _measure(w: _Taken, spec: QuantSpec) -> Tensor | NestedAbsmax:
+    """Return absmax as it is stored."""
+    blocks = w.blocks
     number = blocks.rows * blocks.per_row
-    found = torch.zeros(number, dtype=torch.int32, device=flat.device)
+    found = torch.zeros(number, dtype=torch.int32, device=w.flat.device)
     chunk = triton.next_power_of_2(min(blocks.size, _CHUNK))
     steps = 1 if blocks.size <= chunk else _STEPS
     parts = triton.cdiv(blocks.size, chunk * steps)
     jit.measure_blocks[(triton.cdiv(number, _CHUNK // chunk) * parts,)](
-        flat,
+        w.flat,
         found,
-        found if mean is None else mean,
-        found if kept is None else kept,
+        found if w.mean is None else w.mean,
+        found if w.kept is None else w.kept,
         blocks.size,
         blocks.length,
         blocks.per_row,
         number,
-        1 if kept is None else kept.numel(),
+        1 if w.kept is None else w.kept.numel(),
         parts,
         BLOCKS=_CHUNK // chunk,
         CHUNK=chunk,
         STEPS=steps,
-        STORAGE=_TYPES[dtype],
-        CENTER=mean is not None,
-        KEPT=kept is not None,
-        INDEX=_index(flat.numel()),
+        STORAGE=_TYPES[w.dtype],
+        CENTER=w.mean is not None,
+        KEPT=w.kept is not None,
+        INDEX=_index(w.flat.numel()),
         **_OPTIONS,
     )
     absmax = found.view(torch.float32)
     if not bool(absmax.isfinite().all()):
-        raise non_finite("weight", dtype)
+        raise non_finite("weight", w.dtype)
     if spec.absmax_dtype == "nested":
         return nest(absmax)
     return absmax.clamp(max=FLOAT16_MAX).half() if spec.absmax_dtype == "float16" else absmax
 
 
-def _encode(
-    flat: Tensor,
-    blocks: Blocks,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-    mean: Tensor | None,
-    kept: Tensor | None,
-    tree: Tensor,
-    absmax: Tensor,
-    words: Tensor,
-) -> None:
-    """Fills `words`."""
-    jit.encode_values[(triton.cdiv(flat.numel(), _GROUP * _GROUPS),)](
-        flat,
+def _encode(w: _Taken, bits: int, absmax: Tensor, tree: Tensor, words: Tensor) -> None:
+    """Fill `words`."""
+    blocks = w.blocks
+    jit.encode_values[(triton.cdiv(w.flat.numel(), _GROUP * _GROUPS),)](
+        w.flat,
         words,
         absmax,
         tree,
-        absmax if mean is None else mean,
-        absmax if kept is None else kept,
+        absmax if w.mean is None else w.mean,
+        absmax if w.kept is None else w.kept,
         _ENTRY,
-        flat.numel(),
+        w.flat.numel(),
         words.numel(),
         blocks.size,
         blocks.length,
         blocks.per_row,
-        1 if kept is None else kept.numel(),
-        BITS=spec.bits,
+        1 if w.kept is None else w.kept.numel(),
+        BITS=bits,
         GROUPS=_GROUPS,
-        STORAGE=_TYPES[dtype],
-        CENTER=mean is not None,
-        KEPT=kept is not None,
+        STORAGE=_TYPES[w.dtype],
+        CENTER=w.mean is not None,
+        KEPT=w.kept is not None,
         FLAT=blocks.rows == 1,
         WHOLE=blocks.rows == 1 and blocks.size % _GROUP == 0,
-        INDEX=_index(flat.numel()),
+        INDEX=_index(w.flat.numel()),
         **_OPTIONS,
     )
 
 
-def _mask(columns: Tensor, row: int) -> Tensor:
-    kept = torch.zeros(row, dtype=torch.int8, device=columns.device)
-    kept[columns.long()] = 1
+def _mask(source: Source) -> Tensor | None:
+    """Return ``_Taken.kept``."""
+    if source.columns is None or source.row is None:
+        return None
+    kept = torch.zeros(source.row, dtype=torch.int8, device=source.columns.device)
+    kept[source.columns] = 1
     return kept
 
 

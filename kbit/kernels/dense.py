@@ -10,9 +10,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | Non
     """Fill `out` with x · weight^T (+ bias + addend), summed in float32 and rounded once.
 
     Args:
-        x: [rows, columns]; weight: [outputs, columns]; bias: [outputs]; out: [rows, outputs], its rows anywhere: all of
-            one dtype, float32, or on a GPU a 16-bit one.
-        addend: float32 [rows, outputs].
+        x: [m, k]; weight: [n, k]; bias: [n]; out: [m, n], its rows anywhere: all of one dtype, float32, or on a GPU a
+            16-bit one.
+        addend: float32 [m, n].
     """
     if addend is not None:
         is_wide = x.dtype == torch.float32

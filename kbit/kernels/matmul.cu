@@ -1,9 +1,19 @@
-// y = x · dequantize(W)^T for k-bit weights. Compiled by NVRTC with
-//   BITS 2-8, PAIR 0|1 (codebook looked up by pairs of codes), BLOCK 32|64|128|256, TILES (8 rows of x each) 1|2|4|8,
-//   BF16 0|1, WR x WK tiles that a CTA works on at a time (above each other x splits of the columns), SHARE 1|2 (warps
-//   that share a tile: half of its rows each), STAGES (steps of x, and of codes, in shared memory), STAGED 0|1 (codes go
-//   through shared memory, STAGES - 1 tiles ahead, or through registers, one ahead), SUMS (eights of rows of x whose sums
-//   are exchanged at a time), MIN_CTAS, SPLIT (CTAs that share a unit of rows, each with a part of the columns).
+// y = x · dequantize(W)^T for k-bit weights: x [M, K], W [N, K], y [M, N]. Compiled by NVRTC with
+//   BITS            2-8: of a code
+//   BLOCKSIZE       32|64|128|256: values of W that share an absmax
+//   BF16            0|1: x and y are bfloat16, else float16
+//   PAIR            0|1: the codebook is looked up by pairs of codes
+//   M_TILES         1|2|4|8: tiles of 8 rows of x that a launch takes
+//   N_TILES         tiles of W above each other that a CTA works on at a time: 64 rows of W each
+//   K_TILES         tiles of W next to each other that it works on at a time: each with its own part of the columns
+//   WARPS_PER_TILE  1|2: warps that share a tile of W; two have half of its rows each
+//   STAGES          steps of x, and of codes, in shared memory
+//   STAGED          0|1: codes go through shared memory, STAGES - 1 tiles ahead; else through registers, one ahead
+//   SUM_TILES       tiles of 8 rows of x whose sums the warps exchange at a time
+//   BLOCKS_PER_SM   CTAs that a multiprocessor holds at least
+//   SPLIT_K         CTAs that share a unit of rows of W, each with a part of the columns
+// A tile of W has 64 rows and 64 columns, laid out as kbit/kernels/tiles.py says. For the operands of a tensor-core
+// instruction, and which lane has what of them: "Matrix Fragments for mma.m16n8k16" in NVIDIA's PTX ISA.
 // No headers: half pairs are 32-bit words.
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -12,40 +22,40 @@ typedef unsigned short u16;
 #if !STAGED && STAGES != 2
 #error "codes through registers are one tile ahead, and so must x be"
 #endif
-#if SHARE == 2 && !STAGED
+#if WARPS_PER_TILE == 2 && !STAGED
 #error "warps that share a tile share its codes through shared memory"
 #endif
-#if TILES * 2 % (WR * SHARE)
+#if M_TILES * 2 % (N_TILES * WARPS_PER_TILE)
 #error "each thread copies a whole number of pieces of x, at least one"
 #endif
-#if TILES % SUMS
+#if M_TILES % SUM_TILES
 #error "sums are exchanged for equal parts of the rows of x"
 #endif
 
-#define OVERLAP (__CUDA_ARCH__ >= 900)  // with the kernels before and after in the stream
+#define OVERLAP (__CUDA_ARCH__ >= 900)   // with the kernels before and after in the stream
 #define LANES 32
-#define ROWS 64                       // rows of W in a tile
-#define COLS 64                       // columns of W in a tile
+#define ROWS 64                          // rows of W in a tile
+#define COLS 64                          // columns of W in a tile
 #define WIDTH (PAIR ? 2 * BITS : BITS)
 #define VALUES (1 << BITS)
 #define ENTRIES (1 << WIDTH)
 #define MASK ((u32)(ENTRIES - 1) << 7)
-#define BYTES (WIDTH == 8)            // an index is a byte: one permutation makes its address, with entries 256 bytes apart
+#define BYTES (WIDTH == 8)               // an index is a byte: one permutation makes its address, with entries 256 bytes apart
 #define ENTRY_BYTES (BYTES ? 256 : LANES * 4)
-#define SIXTEENS (4 / SHARE)          // of rows of W that a warp has of a tile
+#define SIXTEENS (4 / WARPS_PER_TILE)    // of rows of W that a warp has of a tile
 #define WARP_ROWS (16 * SIXTEENS)
-#define GROUP_WARPS (WR * SHARE)      // warps with the same split of the columns
-#define GROUP (GROUP_WARPS * LANES)   // their threads, which share a stage of x
-#define THREADS (WK * GROUP)
-#define UNIT (ROWS * WR)              // rows of W that a CTA works on at a time
-#define X_BYTES (TILES * 1024)        // of x in a stage: 8 TILES rows, 64 columns, shared by the row groups
+#define GROUP_WARPS (N_TILES * WARPS_PER_TILE)  // warps with the same split of the columns
+#define GROUP (GROUP_WARPS * LANES)      // their threads, which share a stage of x
+#define THREADS (K_TILES * GROUP)
+#define UNIT (ROWS * N_TILES)            // rows of W that a CTA works on at a time
+#define X_BYTES (M_TILES * 1024)         // of x in a stage: 8 M_TILES rows, 64 columns, shared by the row groups
 #define CODE_BYTES (BITS * LANES * 16)
 #define TILE_BYTES (STAGED ? CODE_BYTES + SCALES * 128 : 0)
-#define HOLD (TILES <= 4)             // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
+#define HOLD (M_TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
-#define X_COPIES (TILES * 64 / GROUP) // chunks of x that each thread of a group copies
-#define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
-#define STRIDE (WARP_ROWS + 4)        // of the reduction buffer: avoids bank conflicts
+#define X_COPIES (M_TILES * 64 / GROUP)  // chunks of x that each thread of a group copies
+#define SCALES (BLOCKSIZE == 32 ? 2 : 1) // absmax values of a row in a tile
+#define STRIDE (WARP_ROWS + 4)           // of the reduction buffer: avoids bank conflicts
 
 #ifndef EMULATED  // what only a GPU has; tests bring a CPU's
 #define OPAQUE(...) asm volatile("" : __VA_ARGS__)
@@ -195,7 +205,7 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const u16* __restrict__ codebook,
             const u16* __restrict__ x, const u16* __restrict__ bias, const float* __restrict__ addend,
             u16* __restrict__ y, float* __restrict__ partial, u32* __restrict__ arrived,
@@ -203,7 +213,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   extern __shared__ __align__(128) unsigned char shared[];
   u32* table = (u32*)shared;
   const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-  const int wk = warp / GROUP_WARPS, wr = warp % GROUP_WARPS / SHARE, half = warp % SHARE;
+  const int k_tile = warp / GROUP_WARPS, n_tile = warp % GROUP_WARPS / WARPS_PER_TILE, half = warp % WARPS_PER_TILE;
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
   const float unscale = __ldg(unscale_at);
@@ -213,19 +223,19 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   for (int i = 0; i < VALUES; i += THREADS)
     if (i + threadIdx.x < VALUES) value[i / THREADS] = __ldg(codebook + i + threadIdx.x);
   u32 table_address = shared_address(table);
-  const u32 x_address = table_address + ENTRIES * ENTRY_BYTES + wk * (STAGES * X_BYTES);
-  const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + (wk * WR + wr) * (STAGES * TILE_BYTES);
-  float* sums = (float*)(shared + ENTRIES * ENTRY_BYTES + WK * STAGES * X_BYTES + WK * WR * STAGES * TILE_BYTES);
+  const u32 x_address = table_address + ENTRIES * ENTRY_BYTES + k_tile * (STAGES * X_BYTES);
+  const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + K_TILES * STAGES * X_BYTES + (k_tile * N_TILES + n_tile) * (STAGES * TILE_BYTES);
+  float* sums = (float*)(shared + ENTRIES * ENTRY_BYTES + K_TILES * STAGES * X_BYTES + K_TILES * N_TILES * STAGES * TILE_BYTES);
 
-  // SPLIT CTAs work on one unit of rows after another; each has a part of the columns, and each of its splits some of
-  // the part's tiles: those from its number on, every WK.
-  const int per_unit = K / COLS, row_blocks = (N + ROWS - 1) / ROWS, units = (row_blocks + WR - 1) / WR;
-  const int groups = gridDim.x / SPLIT, rank = blockIdx.x % SPLIT, kblocks = K / BLOCK;
-  const int part_begin = per_unit * rank / SPLIT, part_end = per_unit * (rank + 1) / SPLIT;
-  const int steps = (part_end - part_begin + WK - 1) / WK, first = part_begin + wk;
-  const int count = (part_end - first + WK - 1) / WK;  // of this split's tiles: steps, or one less; there may be none
+  // SPLIT_K CTAs work on one unit of rows after another; each has a part of the columns, and each of its splits some of
+  // the part's tiles: those from its number on, every K_TILES.
+  const int per_unit = K / COLS, row_blocks = (N + ROWS - 1) / ROWS, units = (row_blocks + N_TILES - 1) / N_TILES;
+  const int groups = gridDim.x / SPLIT_K, rank = blockIdx.x % SPLIT_K, kblocks = K / BLOCKSIZE;
+  const int part_begin = per_unit * rank / SPLIT_K, part_end = per_unit * (rank + 1) / SPLIT_K;
+  const int steps = (part_end - part_begin + K_TILES - 1) / K_TILES, first = part_begin + k_tile;
+  const int count = (part_end - first + K_TILES - 1) / K_TILES;  // of this split's tiles: steps, or one less; there may be none
 
-  // A group stages its tiles of x: [row 0..8 TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
+  // A group stages its tiles of x: [row 0..8 M_TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
   // repeat it: their sums are not stored. Offsets have 32 bits, here and in the codes; the caller sees to it that they do.
   const int x_row = threadIdx.x % GROUP >> 3, x_chunk = lane & 7;
   u32 x_from[X_COPIES];
@@ -235,7 +245,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   // Where a lane reads: x of row g, the chunk t and that 64 bytes away; its own codes; the absmax of its rows.
   u32 x_at = x_address + g * 128 + ((t ^ ((g & 1) * 4)) * 16);
   u32 code_to = tile_address + lane * 16;
-#if SHARE == 1
+#if WARPS_PER_TILE == 1
   u32 &code_at = code_to, scale_at = tile_address + CODE_BYTES + g * 16;
 #else
   // The second half of a tile's rows begins 2 BITS words into a lane's codes: where that is half a piece, pairs of words
@@ -245,11 +255,11 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #endif
 
   // What is fetched next: tile `ahead` of `ahead_unit`, into stage `stage_in`.
-  int ahead_unit = blockIdx.x / SPLIT, ahead = 0, stage_in = 0;
+  int ahead_unit = blockIdx.x / SPLIT_K, ahead = 0, stage_in = 0;
   u32 code_from, scale_from;  // a lane's first of the unit; 16 bytes each
   auto enter = [&]() {  // a unit of rows
     // Beyond the last row block that one again: its sums are not stored.
-    const int row_block = min(ahead_unit * WR + wr, row_blocks - 1);
+    const int row_block = min(ahead_unit * N_TILES + n_tile, row_blocks - 1);
     code_from = (row_block * per_unit + first) * (BITS * LANES) + lane;
     scale_from = row_block * kblocks * 8 + (STAGED ? lane : g);
     OPAQUE("+r"(code_from), "+r"(scale_from));
@@ -266,13 +276,13 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #endif
   auto fetch_codes = [&]() {
     if (ahead_unit >= units || count == 0) return;
-    const int column = first + ahead * WK;
-    const uint4* p = codes + (code_from + ahead * (WK * BITS * LANES));
-    const uint4* s = scales + (scale_from + (BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS)) * 8);
+    const int column = first + ahead * K_TILES;
+    const uint4* p = codes + (code_from + ahead * (K_TILES * BITS * LANES));
+    const uint4* s = scales + (scale_from + (BLOCKSIZE <= COLS ? column * SCALES : column / (BLOCKSIZE / COLS)) * 8);
 #if STAGED
 #pragma unroll
     for (int i = 0; i < BITS; i++)
-      if (i % SHARE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
+      if (i % WARPS_PER_TILE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
     if (half == 0 && lane < SCALES * 8) copy_async(code_to + CODE_BYTES + stage_in * TILE_BYTES, s);
 #else
 #pragma unroll
@@ -283,7 +293,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   };
   auto fetch_x = [&]() {
     if (ahead_unit < units && count > 0) {
-      const int column = (first + ahead * WK) * COLS;
+      const int column = (first + ahead * K_TILES) * COLS;
 #pragma unroll
       for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), x + (x_from[i] + column));
     }
@@ -313,11 +323,11 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   // Lookups are not volatile: none may be moved before the table is whole.
   OPAQUE("+r"(table_address)::"memory");
   wait_for_previous();
-  ahead = 0, ahead_unit = blockIdx.x / SPLIT, stage_in = 0;
+  ahead = 0, ahead_unit = blockIdx.x / SPLIT_K, stage_in = 0;
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
   OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_to), "+r"(scale_at), "+r"(lane4));
-#if SHARE > 1
+#if WARPS_PER_TILE > 1
   OPAQUE("+r"(code_at), "+r"(code_beside));
 #endif
 #pragma unroll
@@ -328,30 +338,30 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     advance();
   }
   int stage_out = 0;
-  for (int unit = blockIdx.x / SPLIT; unit < units; unit += groups) {
+  for (int unit = blockIdx.x / SPLIT_K; unit < units; unit += groups) {
     if (bias && threadIdx.x < UNIT / 32) prefetch(bias + min(unit * UNIT + (int)threadIdx.x * 32, N - 1));
-    float acc[SIXTEENS][TILES][4];
+    float acc[SIXTEENS][M_TILES][4];
 #pragma unroll
     for (int r = 0; r < SIXTEENS; r++)
 #pragma unroll
-      for (int n = 0; n < TILES; n++)
+      for (int n = 0; n < M_TILES; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 
     for (int step = 0; step < count; step++) {
       wait_for_copies();
-      group_barrier(wk);  // the stage before is free: all of the group have read it
+      group_barrier(k_tile);  // the stage before is free: all of the group have read it
 #if STAGED
       fetch_codes();
 #endif
       fetch_x();
       const u32 x_here = x_at + stage_out * X_BYTES, x_beside = x_here ^ 64;
 #if HOLD
-      uint4 xs[TILES][2];
+      uint4 xs[M_TILES][2];
 #pragma unroll
-      for (int n = 0; n < TILES; n++) xs[n][0] = lds128(x_here + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
+      for (int n = 0; n < M_TILES; n++) xs[n][0] = lds128(x_here + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
 #endif
-#if SHARE > 1
+#if WARPS_PER_TILE > 1
       uint2 codes_now[BITS], scales_now[SCALES];
 #pragma unroll
       for (int i = 0; i < SCALES; i++) scales_now[i] = lds64(scale_at + stage_out * TILE_BYTES + i * 128);
@@ -370,14 +380,14 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
           const int r = r0 + q;
           // Sixteen rows are BITS words of a lane: the pieces that begin within them.
 #pragma unroll
-#if SHARE > 1 && BITS % 2 == 0
+#if WARPS_PER_TILE > 1 && BITS % 2 == 0
           for (int i = 0; i < BITS / 2; i++)
             if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) {
               const uint4 piece = lds128(code_at + stage_out * TILE_BYTES + i * 512);
               codes_now[2 * i].x = piece.x, codes_now[2 * i].y = piece.y;
               codes_now[2 * i + 1].x = piece.z, codes_now[2 * i + 1].y = piece.w;
             }
-#elif SHARE > 1
+#elif WARPS_PER_TILE > 1
           for (int i = 0; i < BITS; i++)
             if (2 * i >= r * BITS && 2 * i < (r + 1) * BITS)
               codes_now[i] = lds64((i % 2 ? code_beside + 8 : code_at) + stage_out * TILE_BYTES + i / 2 * 512);
@@ -391,7 +401,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
             for (int j = 0; j < 4; j++) a[q][k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
         }
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
+        for (int n = 0; n < M_TILES; n++) {
 #if HOLD
           const u32* b = (const u32*)xs[n];
 #else
@@ -425,17 +435,17 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 
 #if GROUP_WARPS > 1
     // All groups come to as many barriers: racecheck of compute-sanitizer can't follow them otherwise.
-    if (count < steps) group_barrier(wk);
+    if (count < steps) group_barrier(k_tile);
 #endif
-    // Sums over the warps, then over the CTAs of a unit, always in the same order; 8 SUMS rows of x at a time.
+    // Sums over the warps, then over the CTAs of a unit, always in the same order; 8 SUM_TILES rows of x at a time.
 #pragma unroll
-    for (int n0 = 0; n0 < TILES; n0 += SUMS) {
-      const int rows = min(8 * SUMS, M - n0 * 8);
+    for (int n0 = 0; n0 < M_TILES; n0 += SUM_TILES) {
+      const int rows = min(8 * SUM_TILES, M - n0 * 8);
       if (rows <= 0) break;
       __syncthreads();
 #pragma unroll
-      for (int n = 0; n < SUMS; n++) {
-        float* to = sums + ((warp * SUMS + n) * 8 + 2 * t) * STRIDE + g;
+      for (int n = 0; n < SUM_TILES; n++) {
+        float* to = sums + ((warp * SUM_TILES + n) * 8 + 2 * t) * STRIDE + g;
 #pragma unroll
         for (int r = 0; r < SIXTEENS; r++)
 #pragma unroll
@@ -445,41 +455,41 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       // Four rows of W at a time.
       for (int i = threadIdx.x; i < rows * (UNIT / 4); i += THREADS) {
         const int m = i / (UNIT / 4), row = i % (UNIT / 4) * 4;
-        const float* from = sums + (row / WARP_ROWS * SUMS * 8 + m) * STRIDE + row % WARP_ROWS;
+        const float* from = sums + (row / WARP_ROWS * SUM_TILES * 8 + m) * STRIDE + row % WARP_ROWS;
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int v = 0; v < WK; v++) {
-          const float4 part = *(const float4*)(from + v * (GROUP_WARPS * SUMS * 8 * STRIDE));
+        for (int v = 0; v < K_TILES; v++) {
+          const float4 part = *(const float4*)(from + v * (GROUP_WARPS * SUM_TILES * 8 * STRIDE));
           sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
         }
-#if SPLIT == 1
+#if SPLIT_K == 1
         store(y, sum, unscale, bias, addend, n0 * 8 + m, unit * UNIT + row, N);
 #else
-        float* to = partial + ((long long)(unit * SPLIT + rank) * (TILES * 8) + n0 * 8 + m) * UNIT + row;
+        float* to = partial + ((long long)(unit * SPLIT_K + rank) * (M_TILES * 8) + n0 * 8 + m) * UNIT + row;
         *(float4*)to = {sum[0], sum[1], sum[2], sum[3]};
 #endif
       }
     }
-#if SPLIT > 1
+#if SPLIT_K > 1
     // The last of the CTAs that share the unit sums what all of them have, always in the same order.
     u32* last = (u32*)sums;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      *last = atomicAdd(&arrived[unit], 1u) == SPLIT - 1;
+      *last = atomicAdd(&arrived[unit], 1u) == SPLIT_K - 1;
       if (*last) arrived[unit] = 0;
       __threadfence();
     }
     __syncthreads();
     if (*last) {
-      const float4* parts = (const float4*)partial + (long long)unit * SPLIT * (TILES * 8) * (UNIT / 4);
+      const float4* parts = (const float4*)partial + (long long)unit * SPLIT_K * (M_TILES * 8) * (UNIT / 4);
       for (int i = threadIdx.x; i < M * (UNIT / 4); i += THREADS) {
-        float4 part[SPLIT];
+        float4 part[SPLIT_K];
 #pragma unroll
-        for (int v = 0; v < SPLIT; v++) part[v] = __ldcg(parts + v * (TILES * 8) * (UNIT / 4) + i);
+        for (int v = 0; v < SPLIT_K; v++) part[v] = __ldcg(parts + v * (M_TILES * 8) * (UNIT / 4) + i);
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int v = 0; v < SPLIT; v++) sum[0] += part[v].x, sum[1] += part[v].y, sum[2] += part[v].z, sum[3] += part[v].w;
+        for (int v = 0; v < SPLIT_K; v++) sum[0] += part[v].x, sum[1] += part[v].y, sum[2] += part[v].z, sum[3] += part[v].w;
         store(y, sum, unscale, bias, addend, i / (UNIT / 4), unit * UNIT + i % (UNIT / 4) * 4, N);
       }
     }

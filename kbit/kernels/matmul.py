@@ -12,12 +12,16 @@ from torch import Tensor
 from kbit.kernels import dense
 from kbit.kernels.nvrtc import Function, compile_cubin
 from kbit.kernels.tiles import LANES, TILE, TiledWeight, check_tiles
-from kbit.kernels.variants import MOST_ROWS, Gpu, Variant, choose, fused_is_faster, launch_shape
+from kbit.kernels.variants import MOST_M, Gpu, Variant, choose, fused_is_faster, launch_shape
 
 _FEWEST_CAPABILITY: Final = (8, 0)
+"""Asynchronous copies to shared memory, and tensor cores' bfloat16, begin with it."""
 _MOST_OFFSET: Final = 2**31
+"""The fused kernel's offsets have 32 bits: in values of x, and in 16 bytes of codes."""
 _UNTILE_WARPS: Final = 8
-_UNTILE_CTAS: Final = 6
+"""Warps of a CTA that dequantizes tiles, each a tile at a time; the kernel's launch bound has as many."""
+_UNTILE_BLOCKS_PER_SM: Final = 6
+"""CTAs of a multiprocessor that dequantize tiles, at most: a warp takes one tile after another."""
 _PART_BYTES: Final = 1 << 30
 """About that much of a weight is dequantized at a time. Products with smaller parts are slower than with the whole."""
 
@@ -30,33 +34,33 @@ def matmul(
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """x · W^T (+ bias + addend), summed in float32, the same bits each time.
+    """Return y = x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
     Up to 64 rows of x are multiplied with the codes as they are stored, and up to 192, 64 at a time, where that is
     faster (``fused_is_faster``). Else W is dequantized to x's dtype, about 1 GiB at a time, and multiplied by cuBLAS.
 
     Args:
-        x: float16 or bfloat16 [rows, columns], at least one row, contiguous, on the weight's GPU; the table's dtype.
-        bias: of x's dtype [W's rows], contiguous, on the same GPU.
-        addend: float32 [rows, W's rows], likewise; added before the only rounding.
-        batch_invariant: a row's result depends on no other row, nor on how many there are. Else it may depend on how
-            many rows there are.
+        x: float16 or bfloat16 [m, k], m at least 1, contiguous, on the weight's GPU; the table's dtype.
+        w: W [n, k].
+        bias: of x's dtype [n], contiguous, on the same GPU.
+        addend: float32 [m, n], likewise; added before the only rounding.
+        batch_invariant: a row of y depends on no other row of x, nor on m. Else it may depend on m.
 
     Returns:
-        x's dtype [rows, W's rows].
+        y: x's dtype [m, n].
 
     Raises:
         ValueError: x, bias or addend is something else; nothing was launched.
     """
     check_tiles(w)
     _check(x, w)
-    _check_added("bias", bias, x, (w.rows,), x.dtype)
-    _check_added("addend", addend, x, (x.shape[0], w.rows), torch.float32)
-    y = torch.empty(x.shape[0], w.rows, dtype=x.dtype, device=x.device)
+    _check_added("bias", bias, x, (w.n,), x.dtype)
+    _check_added("addend", addend, x, (x.shape[0], w.n), torch.float32)
+    y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         if batch_invariant or fused_is_faster(w, x.shape[0], Gpu.of(x.device.index)):
-            for start in range(0, x.shape[0], MOST_ROWS):
-                some = slice(start, start + MOST_ROWS)
+            for start in range(0, x.shape[0], MOST_M):
+                some = slice(start, start + MOST_M)
                 _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)
         else:
             _by_parts(x, w, bias, addend, y)
@@ -66,26 +70,26 @@ def matmul(
 def _fused(
     x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | None, y: Tensor, batch_invariant: bool
 ) -> None:
-    index, rows = x.device.index, x.shape[0]
+    index, m = x.device.index, x.shape[0]
     gpu = Gpu.of(index)
-    variant = choose(w, rows, x.dtype, gpu, batch_invariant=batch_invariant)
+    variant = choose(w, m, x.dtype, gpu, batch_invariant=batch_invariant)
     ctas, sums = launch_shape(variant, w, gpu)
     partial = torch.empty(sums, dtype=torch.float32, device=x.device)
     _function(variant, index).launch(
         ctas,
         variant.warps * LANES,
         *(w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale),
-        *(rows, w.rows, w.columns, x.stride(0) if rows > 1 else w.columns),
+        *(m, w.n, w.k, x.stride(0) if m > 1 else w.k),
         overlap=torch.cuda.get_device_capability(index) >= (9, 0),
     )
 
 
 def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | None, y: Tensor) -> None:
-    parts = -(-2 * w.rows * w.columns // _PART_BYTES)
+    parts = -(-2 * w.n * w.k // _PART_BYTES)
     step = -(-w.row_blocks // parts)
-    part = torch.empty(min(step * TILE, w.rows), w.columns, dtype=x.dtype, device=x.device)
+    part = torch.empty(min(step * TILE, w.n), w.k, dtype=x.dtype, device=x.device)
     for first in range(0, w.row_blocks, step):
-        start, stop = first * TILE, min((first + step) * TILE, w.rows)
+        start, stop = first * TILE, min((first + step) * TILE, w.n)
         dequantize_rows(w, first, part[: stop - start])
         added = None if bias is None else bias[start:stop]
         dense.product(
@@ -94,29 +98,29 @@ def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | N
 
 
 def dequantize_rows(w: TiledWeight, first: int, out: Tensor) -> None:
-    """Fill out, 16-bit [rows, columns] on the weight's GPU, with the rows of W from row block `first` on.
+    """Fill out, 16-bit [some of n, k] on the weight's GPU, with the rows of W from row block `first` on.
 
     Codebook value times absmax in float32, rounded once: to the bit what ``kbit.dequantize`` gives.
     """
     index = out.device.index
-    tiles = -(-out.shape[0] // TILE) * (w.columns // TILE)
-    grid = min(-(-tiles // _UNTILE_WARPS), Gpu.of(index).processors * _UNTILE_CTAS)
+    tiles = -(-out.shape[0] // TILE) * (w.k // TILE)
+    grid = min(-(-tiles // _UNTILE_WARPS), Gpu.of(index).processors * _UNTILE_BLOCKS_PER_SM)
     # The kernel leaves out rows beyond the last of the weight, not of `out`: that ends with it, or at a row block.
     _untile(w.bits, w.blocksize, out.dtype == torch.bfloat16, index).launch(
-        grid, _UNTILE_WARPS * LANES, *(w.codes, w.scales, w.codebook, out, first, tiles, w.rows, w.columns)
+        grid, _UNTILE_WARPS * LANES, *(w.codes, w.scales, w.codebook, out, first, tiles, w.n, w.k)
     )
 
 
 def _check(x: Tensor, w: TiledWeight) -> None:
-    if x.dim() != 2 or x.shape[1] != w.columns or x.shape[0] < 1:
-        raise ValueError(f"x is {list(x.shape)}: [at least 1, {w.columns}] is needed")
+    if x.dim() != 2 or x.shape[1] != w.k or x.shape[0] < 1:
+        raise ValueError(f"x is {list(x.shape)}: [at least 1, {w.k}] is needed")
     if x.dtype != w.table.dtype:
         raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
     apart = x.stride(0) if x.shape[0] > 1 else x.shape[1]
-    if MOST_ROWS * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
+    if MOST_M * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
         raise ValueError(
             f"x's rows are {apart:,} values apart, and the codes take {w.codes.nbytes:,} bytes: the kernel has "
-            f"offsets for {_MOST_OFFSET // MOST_ROWS:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
+            f"offsets for {_MOST_OFFSET // MOST_M:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
         )
     if x.device != w.codes.device or x.device.type != "cuda":
         raise ValueError(f"x is on {x.device} and the weight on {w.codes.device}: both must be on one GPU")
@@ -143,7 +147,7 @@ def _function(variant: Variant, device: int) -> Function:
 
 @cache
 def _untile(bits: int, blocksize: int, bfloat16: bool, device: int) -> Function:
-    options = (f"-DBITS={bits}", f"-DBLOCK={blocksize}", f"-DBF16={int(bfloat16)}")
+    options = (f"-DBITS={bits}", f"-DBLOCKSIZE={blocksize}", f"-DBF16={int(bfloat16)}")
     return Function(_compiled("untile.cu", options, device), "kbit_untile", 0, device)
 
 

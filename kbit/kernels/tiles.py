@@ -22,20 +22,24 @@ from kbit.quantizer.storage import chunk_length
 from kbit.spec import QuantSpec
 
 TILE: Final = 64
+"""Rows, and columns, of W in a tile: four times the 16 rows, and four times the 16 columns, of an m16n8k16."""
 BLOCKSIZES: Final = (32, 64, 128, 256)
+"""Block sizes that divide a tile's columns, or that whole tiles divide."""
 LANES: Final = 32
+"""Threads of a warp."""
 _SCALE_STEPS: Final = 256
+"""Scales that are tried for a table, between ``_SCALE`` and twice that: powers of two apart, rounding is the same."""
 _SCALE: Final = 2.0**12
 """Codebook values are at most 1: times this, small ones of a dynamic map are normal numbers in float16."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TiledWeight:
-    """A quantized weight [rows, columns] in the kernels' layout.
+    """A quantized W [n, k] in the kernels' layout.
 
     Attributes:
-        codes: int32 [row blocks · column tiles, bits, 32 lanes, 4].
-        scales: float16 [row blocks, columns / blocksize, 8, 8]: absmax values, as lanes take them.
+        codes: int32 [row blocks · column tiles, bits, 32 lanes, 4]: ceil(n / 64) · k / 64 tiles.
+        scales: float16 [row blocks, k / blocksize, 8, 8]: absmax values, as lanes take them.
         codebook: float32 [2^bits], what codes stand for; a shorter one repeats its last value.
         table: the same in 16 bits, times ``1 / unscale``, for the tensor cores.
         unscale: float32 [1], what products with the table are multiplied by.
@@ -49,14 +53,14 @@ class TiledWeight:
     table: Tensor
     unscale: Tensor
     arrived: Tensor
-    rows: int
-    columns: int
+    n: int
+    k: int
     bits: int
     blocksize: int
 
     @property
     def row_blocks(self) -> int:
-        return -(-self.rows // TILE)
+        return -(-self.n // TILE)
 
     @property
     def nbytes(self) -> int:
@@ -70,21 +74,21 @@ def check_tiles(w: TiledWeight) -> None:
     Raises:
         ValueError: they are of another size, or don't lie in order.
     """
-    tiles = w.row_blocks * w.columns // TILE
+    tiles = w.row_blocks * w.k // TILE
     if w.codes.shape != (tiles, w.bits, LANES, 4) or not (w.codes.is_contiguous() and w.scales.is_contiguous()):
         raise ValueError(
-            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} are not those of a weight [{w.rows}, {w.columns}], "
+            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} are not those of a weight [{w.n}, {w.k}], "
             "or don't lie in order"
         )
 
 
 def why_not_tiled(q: QuantizedTensor) -> str | None:
-    """Why a weight has no such layout, in words; None when it has."""
+    """Say in words why a weight has no such layout; None when it has."""
     return why_no_layout(q.shape, q.spec)
 
 
 def why_no_layout(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
-    """The same for a weight of this shape, quantized so."""
+    """Say the same of a weight of this shape, quantized so."""
     if len(shape) != 2:
         return f"it has {len(shape)} dimensions, not 2"
     if shape[1] % TILE:
@@ -102,7 +106,7 @@ def why_no_layout(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
 def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     """Lay a quantized weight out for the kernels; mean and kept columns are the caller's.
 
-    Beside the weight and its layout about 8 bytes a value are at work, for a chunk of some row blocks: 16 MB on a GPU,
+    Besides the weight and its layout about 8 bytes a value are at work, for a chunk of some row blocks: 16 MB on a GPU,
     more only where 64 rows have more than two million values.
 
     Args:
@@ -125,8 +129,8 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
         table=table,
         unscale=unscale,
         arrived=torch.zeros(scales.shape[0], dtype=torch.int32, device=codes.device),
-        rows=q.shape[0],
-        columns=q.shape[1],
+        n=q.shape[0],
+        k=q.shape[1],
         bits=q.spec.bits,
         blocksize=q.spec.blocksize,
     )
@@ -134,7 +138,7 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
 
 @torch.no_grad()
 def tiled_codes(q: QuantizedTensor) -> Tensor:
-    """The codes of ``TiledWeight``, for a weight that has this layout."""
+    """Return the codes of ``TiledWeight``, for a weight that has this layout."""
     (rows, columns), bits = q.shape, q.spec.bits
     row_blocks, column_tiles = -(-rows // TILE), columns // TILE
     codes = torch.empty(row_blocks * column_tiles, bits, LANES, 4, dtype=torch.int32, device=q.codes.device)
@@ -148,7 +152,7 @@ def tiled_codes(q: QuantizedTensor) -> Tensor:
 
 @torch.no_grad()
 def tiled_absmax(q: QuantizedTensor) -> Tensor:
-    """The scales of ``TiledWeight``, for a weight that has this layout."""
+    """Return the scales of ``TiledWeight``, for a weight that has this layout."""
     assert isinstance(q.absmax, Tensor)
     row_blocks = -(-q.shape[0] // TILE)
     absmax = _padded(q.absmax.view(q.shape[0], -1), row_blocks * TILE)
@@ -158,7 +162,7 @@ def tiled_absmax(q: QuantizedTensor) -> Tensor:
 
 @torch.no_grad()
 def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
-    """The float32 weight that the layout stands for, on any device: codebook value times absmax, unrounded.
+    """Return the float32 weight that the layout stands for, on any device: codebook value times absmax, unrounded.
 
     Args:
         first, last: row blocks [first, last) of it; all of them without. The result begins at row 64 · first.
@@ -171,37 +175,37 @@ def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
 
 
 def untile_codes(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
-    """uint8 codes [rows, columns] of row blocks [first, last): exactly those that were laid out."""
+    """Return uint8 codes [rows of W, k] of row blocks [first, last): exactly those that were laid out."""
     last = w.row_blocks if last is None else last
-    tiles = w.columns // TILE
+    tiles = w.k // TILE
     lanes = _unpack(w.codes[first * tiles : last * tiles], w.bits)
     # Columns in pairs move as one 16-bit number. Lanes hold g  t  r  kh kl j1 j0 (e) -> r, j0, g; kh, t, kl, j1 (, e)
     pairs = lanes.view(torch.int16).view(last - first, tiles, 8, 4, 4, 2, 2, 2, 2)
     codes = pairs.permute(0, 4, 8, 2, 1, 5, 3, 6, 7).contiguous().view(torch.uint8)
-    return codes.view(-1, w.columns)[: w.rows - first * TILE]
+    return codes.view(-1, w.k)[: w.n - first * TILE]
 
 
 def untile_absmax(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
-    """float16 absmax [rows, columns / blocksize] of row blocks [first, last)."""
+    """Return float16 absmax [rows of W, k / blocksize] of row blocks [first, last)."""
     last = w.row_blocks if last is None else last
     scales = w.scales[first:last].view(last - first, -1, 8, 4, 2).permute(0, 3, 4, 2, 1)
-    return scales.reshape((last - first) * TILE, -1)[: w.rows - first * TILE]
+    return scales.reshape((last - first) * TILE, -1)[: w.n - first * TILE]
 
 
 def row_block_chunks(row_blocks: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """[first, last) of runs of row blocks that are small enough to work on: ``chunk_length`` values, or one block."""
+    """Yield [first, last) of runs of row blocks small enough to work on: ``chunk_length`` values, or one block."""
     step = max(1, chunk_length(device) // (TILE * columns))
     for first in range(0, row_blocks, step):
         yield first, min(first + step, row_blocks)
 
 
 def full_codebook(codebook: Tensor, bits: int) -> Tensor:
-    """float32 [2^bits]: a shorter one repeats its last value, so that every weight of a spec has the same shapes."""
+    """Return float32 [2^bits]. A shorter one repeats its last value: every weight of a spec has the same shapes."""
     return torch.cat([codebook, codebook[-1:].expand((1 << bits) - codebook.numel())])
 
 
 def lookup_table(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A layout's (table, unscale): the codebook's values in 16 bits, scaled so that they are rounded least.
+    """Return a layout's (table, unscale): the codebook's values in 16 bits, scaled so that they are rounded least.
 
     A scale is free, since sums are multiplied in float32 anyway; a good one rounds the values several times less than
     rounding each weight would.

@@ -1,5 +1,7 @@
-// Tiles of k-bit codes to 16-bit rows of W: codebook value times absmax, rounded once. Compiled by NVRTC with
-//   BITS 2-8, BLOCK 32|64|128|256, BF16 0|1.
+// Tiles of k-bit codes to 16-bit rows of W [N, K]: codebook value times absmax, rounded once. Compiled by NVRTC with
+//   BITS       2-8: of a code
+//   BLOCKSIZE  32|64|128|256: values of W that share an absmax
+//   BF16       0|1: bfloat16 is written, else float16
 typedef unsigned int u32;
 typedef unsigned short u16;
 
@@ -7,7 +9,7 @@ typedef unsigned short u16;
 #define ROWS 64
 #define COLS 64
 #define ENTRIES (1 << BITS)
-#define SCALES (BLOCK == 32 ? 2 : 1)  // absmax values of a row in a tile
+#define SCALES (BLOCKSIZE == 32 ? 2 : 1)  // absmax values of a row in a tile
 
 __device__ __forceinline__ float half_to_float(u32 h) {
   float f;
@@ -33,14 +35,14 @@ kbit_untile(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += blockDim.x) table[i] = codebook[i / LANES];
   __syncthreads();
   const int lane = threadIdx.x % LANES, g = lane >> 2, t = lane & 3, warps = gridDim.x * (blockDim.x / LANES);
-  const int per_row = K / COLS, kblocks = K / BLOCK;
+  const int per_row = K / COLS, kblocks = K / BLOCKSIZE;
   for (int tile = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES; tile < tiles; tile += warps) {
     const int block = tile / per_row, column = tile % per_row;
     const uint4* p = codes + ((long long)(first + block) * per_row + column) * (BITS * LANES) + lane;
     uint4 held[BITS], absmax[SCALES];
 #pragma unroll
     for (int i = 0; i < BITS; i++) held[i] = p[i * LANES];
-    const int kblock = BLOCK <= COLS ? column * SCALES : column / (BLOCK / COLS);
+    const int kblock = BLOCKSIZE <= COLS ? column * SCALES : column / (BLOCKSIZE / COLS);
 #pragma unroll
     for (int i = 0; i < SCALES; i++) absmax[i] = scales[((long long)(first + block) * kblocks + kblock + i) * 8 + g];
     const u32 *w = (const u32*)held, *s = (const u32*)absmax;

@@ -1,4 +1,7 @@
-"""How the fused product runs: what its kernel is compiled for, the fastest choice for a weight, and whether it pays.
+"""Choose how the fused product runs: what its kernel is compiled for, and whether it is worth it.
+
+y = x · W^T with x [m, k], W [n, k] and y [m, n], in tiles of 8 rows of x and of 64 rows by 64 columns of W
+(``kbit.kernels.tiles``).
 
 Choices were measured on an H100 over the shapes of large models. On an H200, whose memory is nearly half as fast again,
 they are within a few percent of the best as well; on other GPUs they are what fits, unmeasured.
@@ -16,90 +19,97 @@ import torch
 
 from kbit.kernels.tiles import LANES, TILE, TiledWeight
 
-MOST_ROWS: Final = 64
-"""Rows of x that one launch of the fused kernel takes."""
+MOST_M: Final = 64
+"""Rows of x that one launch of the fused kernel takes: its largest ``m_tiles``, of 8 rows each."""
+_M_TILES: Final = (1, 2, 4, 8)
+"""Tiles of 8 rows of x that a variant takes, and for which it exchanges sums. An m16n8k16 takes 8 of x and 16 of W."""
 _PADDING: Final = 4
-"""float32 values after a warp's sums for a row of x: fewer bank conflicts."""
+"""float32 values after a warp's sums for a row of x: fewer bank conflicts. The kernel's STRIDE has the same."""
 _STATIC_SHARED: Final = 1024 + 16
 """Bytes of shared memory that the hardware takes of each CTA's, and some to spare."""
-_MOST_SPLIT: Final = 8
-_EIGHTS: Final = (1, 2, 4, 8)
-"""Rows of x, in eights, that a variant takes, and for which it exchanges sums."""
+_MOST_SPLIT_K: Final = 8
+"""CTAs that share a unit of rows of W at most: the last of them sums what all have, and holds that in registers."""
 _MOST_LAUNCHES: Final = 3
-_ENOUGH_COLUMNS: Final = 2560
+"""Of more launches the kernel is not taken: dequantizing and cuBLAS are."""
+_ENOUGH_K: Final = 2560
 _ENOUGH_VALUES: Final = 2**24
 """Columns of W, and values for each launch after the first, from which on several may be faster: seen on an H100."""
 _MEASURED_WARPS: Final = 12
 """Of a multiprocessor, in all variants for 64 rows of x from whose speed ``_cycles`` comes."""
 _DEQUANTIZING_SECONDS: Final = 7.3e-6
-"""What dequantizing and cuBLAS take beside their work."""
+"""What dequantizing and cuBLAS take besides their work: measured on an H200, as are the next two."""
 _REACHED: Final = 0.85
 """Part of a GPU's bandwidth at which a weight is dequantized, and read again."""
 _ROW_SECONDS: Final = 1.25e-15
 """What a row of x adds for each value of W: less than its products take, since cuBLAS reads W meanwhile."""
 _GAIN: Final = 1.03
-"""How much faster the fused kernel has to be by this reckoning."""
+"""How many times as fast the fused kernel has to be by this estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a kernel is compiled for.
+    """What a kernel is compiled for; ``options`` names its macros.
 
     Attributes:
+        bits, blocksize: of W.
+        bfloat16: x and y are bfloat16, else float16.
         pair: the codebook is looked up by pairs of codes.
-        tiles: rows of x it takes, in eights.
-        wr, wk: tiles that a CTA works on at a time: groups of 64 rows of W, times splits of the columns.
-        share: warps that share a tile: 2 with half of its rows each, or 1.
+        m_tiles: tiles of 8 rows of x that a launch takes.
+        n_tiles, k_tiles: tiles of W, 64 rows by 64 columns, that a CTA works on at a time: so many above each other,
+            and so many next to each other, each of which has its own part of the columns.
+        warps_per_tile: 2 that have half of a tile's rows each, or 1.
         stages: tiles of x in shared memory at a time.
-        staged: codes take the same way, else through registers.
-        sums: rows of x whose sums the warps exchange at a time, in eights.
-        ctas: of a multiprocessor.
-        split: CTAs that share a unit of rows, each with a part of the columns.
+        staged: codes go through shared memory too, else through registers.
+        sum_tiles: tiles of 8 rows of x whose sums the warps exchange at a time.
+        blocks_per_sm: CTAs that a multiprocessor holds.
+        split_k: CTAs that share a unit of rows of W, each with a part of the columns.
     """
 
     bits: int
     blocksize: int
     bfloat16: bool
-    tiles: int
     pair: bool
-    wr: int
-    wk: int
-    share: int
+    m_tiles: int
+    n_tiles: int
+    k_tiles: int
+    warps_per_tile: int
     stages: int
     staged: bool
-    sums: int
-    ctas: int
-    split: int
+    sum_tiles: int
+    blocks_per_sm: int
+    split_k: int
 
     @property
     def warps(self) -> int:
-        return self.wr * self.wk * self.share
+        return self.n_tiles * self.k_tiles * self.warps_per_tile
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory of a CTA, asked for at launch: the table, x and codes in flight, sums over warps."""
         width = 2 * self.bits if self.pair else self.bits
         table = (1 << width) * (256 if width == 8 else LANES * 4)
-        x = self.wk * self.stages * self.tiles * 1024
-        codes = self.wr * self.wk * self.stages * (self.bits * 512 + (256 if self.blocksize == 32 else 128))
-        sums = self.warps * self.sums * 8 * (TILE // self.share + _PADDING) * 4
+        x = self.k_tiles * self.stages * self.m_tiles * 1024
+        code_bytes = self.bits * 512 + (256 if self.blocksize == 32 else 128)
+        codes = self.n_tiles * self.k_tiles * self.stages * code_bytes
+        sums = self.warps * self.sum_tiles * 8 * (TILE // self.warps_per_tile + _PADDING) * 4
         return table + x + codes * self.staged + sums
 
     def options(self) -> tuple[str, ...]:
+        """Return the compiler's definitions, in the order of the kernel's own list."""
         values = {
             "BITS": self.bits,
-            "PAIR": int(self.pair),
-            "BLOCK": self.blocksize,
-            "TILES": self.tiles,
+            "BLOCKSIZE": self.blocksize,
             "BF16": int(self.bfloat16),
-            "WR": self.wr,
-            "WK": self.wk,
-            "SHARE": self.share,
+            "PAIR": int(self.pair),
+            "M_TILES": self.m_tiles,
+            "N_TILES": self.n_tiles,
+            "K_TILES": self.k_tiles,
+            "WARPS_PER_TILE": self.warps_per_tile,
             "STAGES": self.stages,
             "STAGED": int(self.staged),
-            "SUMS": self.sums,
-            "MIN_CTAS": self.ctas,
-            "SPLIT": self.split,
+            "SUM_TILES": self.sum_tiles,
+            "BLOCKS_PER_SM": self.blocks_per_sm,
+            "SPLIT_K": self.split_k,
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
@@ -132,155 +142,187 @@ class Gpu:
         )
 
 
-def choose(w: TiledWeight, rows: int, dtype: torch.dtype, gpu: Gpu, *, batch_invariant: bool = False) -> Variant:
-    """The variant for a weight and so many rows of x.
+class _Product(NamedTuple):
+    """What decides a variant, of x [m, k] · W [n, k]^T; cheap to make and to look up."""
+
+    bits: int
+    blocksize: int
+    n: int
+    k: int
+    m_tiles: int
+    bfloat16: bool
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.n // TILE)
+
+
+def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invariant: bool = False) -> Variant:
+    """Return the variant for a weight and an x of so many rows.
 
     Args:
-        batch_invariant: sums are taken in the same order for any number of rows, at the cost of speed with few.
+        batch_invariant: sums are taken in the same order for any m, at the cost of speed with few rows.
     """
-    tiles = next(t for t in _EIGHTS if rows <= 8 * t)
-    measured = next(_fitting(w, _EIGHTS[-1] if batch_invariant else tiles, dtype, gpu))
-    units = -(-w.row_blocks // measured.wr)
+    m_tiles = next(tiles for tiles in _M_TILES if m <= 8 * tiles)
+    return _choose(_Product(w.bits, w.blocksize, w.n, w.k, m_tiles, dtype == torch.bfloat16), gpu, batch_invariant)
+
+
+@cache  # 38 microseconds, which each call of a layer would take
+def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
+    measured = next(_fitting(p._replace(m_tiles=_M_TILES[-1]) if batch_invariant else p, gpu))
+    units = -(-p.row_blocks // measured.n_tiles)
     # Units that don't fill the GPU are shared by several CTAs, each with a part of the columns.
-    split = max(1, min(_MOST_SPLIT, measured.ctas * gpu.processors // units, w.columns // TILE // measured.wk))
+    at_once = measured.blocks_per_sm * gpu.processors
+    split_k = max(1, min(_MOST_SPLIT_K, at_once // units, p.k // TILE // measured.k_tiles))
     # Each thread copies at least one piece of x.
-    share = min(measured.share, max(1, 2 * tiles // measured.wr))
-    return replace(measured, tiles=tiles, share=share, sums=min(measured.sums, tiles), split=split)
+    warps_per_tile = min(measured.warps_per_tile, max(1, 2 * p.m_tiles // measured.n_tiles))
+    return replace(
+        measured,
+        m_tiles=p.m_tiles,
+        warps_per_tile=warps_per_tile,
+        sum_tiles=min(measured.sum_tiles, p.m_tiles),
+        split_k=split_k,
+    )
 
 
-def _fitting(w: TiledWeight, tiles: int, dtype: torch.dtype, gpu: Gpu) -> Iterator[Variant]:
-    """The fastest variant first, then what needs less shared memory: not measured on GPUs other than Hopper's."""
-    first = _shape(w.bits, tiles, w.row_blocks, w.columns, gpu.processors)
-    smaller = (first._replace(wk=first.wk // i, share=1, stages=2, staged=False, ctas=1) for i in (1, 2, 4))
-    shapes = [first, *(shape for shape in smaller if shape.wk)]
-    for shape, pair, sums in product(shapes, (True, False), reversed(_EIGHTS)):
+def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
+    """Yield the fastest variant first, then what needs less shared memory: unmeasured on GPUs other than Hopper's."""
+    first = _tiling(p, gpu.processors)
+    smaller = (
+        first._replace(k_tiles=first.k_tiles // i, warps_per_tile=1, stages=2, staged=False, blocks_per_sm=1)
+        for i in (1, 2, 4)
+    )
+    tilings = [first, *(tiling for tiling in smaller if tiling.k_tiles)]
+    for tiling, pair, sum_tiles in product(tilings, (True, False), reversed(_M_TILES)):
         variant = Variant(
-            bits=w.bits,
-            blocksize=w.blocksize,
-            bfloat16=dtype == torch.bfloat16,
-            tiles=tiles,
+            bits=p.bits,
+            blocksize=p.blocksize,
+            bfloat16=p.bfloat16,
+            m_tiles=p.m_tiles,
             # Halves the lookups; a table of larger pairs has no room.
-            pair=pair and w.bits <= 5,
-            split=1,
-            **shape._replace(sums=sums)._asdict(),
+            pair=pair and p.bits <= 5,
+            split_k=1,
+            **tiling._replace(sum_tiles=sum_tiles)._asdict(),
         )
-        if sums <= min(tiles, shape.sums) and variant.shared + _STATIC_SHARED <= gpu.shared // variant.ctas:
+        fits = variant.shared + _STATIC_SHARED <= gpu.shared // variant.blocks_per_sm
+        if sum_tiles <= min(p.m_tiles, tiling.sum_tiles) and fits:
             yield variant
 
 
-class _Shape(NamedTuple):
-    """As in ``Variant``; `sums` is the most."""
+class _Tiling(NamedTuple):
+    """As in ``Variant``; `sum_tiles` is the most."""
 
-    wr: int
-    wk: int
-    share: int = 1
+    n_tiles: int
+    k_tiles: int
+    warps_per_tile: int = 1
     stages: int = 2
     staged: bool = True
-    sums: int = 8
-    ctas: int = 1
+    sum_tiles: int = 8
+    blocks_per_sm: int = 1
 
 
-def _shape(bits: int, tiles: int, row_blocks: int, columns: int, processors: int) -> _Shape:
-    """The fastest measured on an H100."""
-    few = row_blocks <= processors // 2  # units of one row block leave half of the GPU free
-    if tiles == 8:
-        return _Shape(1, 6, share=2) if few else _Shape(2, 3, share=2)
+def _tiling(p: _Product, processors: int) -> _Tiling:
+    """Return the fastest measured on an H100."""
+    few = p.row_blocks <= processors // 2  # units of one row block leave half of the GPU free
+    if p.m_tiles == 8:
+        return _Tiling(1, 6, warps_per_tile=2) if few else _Tiling(2, 3, warps_per_tile=2)
     if few:
-        return _shape_for_few_row_blocks(bits, tiles, columns)
-    if tiles == 4:
-        return _shape_for_32_rows(bits, row_blocks > 4 * processors)
-    if tiles == 2:
-        return _shape_for_16_rows(bits)
-    halves = -(-row_blocks // 2) <= processors // 2  # units of two row blocks leave half of the GPU free
-    return _shape_for_8_rows(bits, halves)
+        return _tiling_for_few_row_blocks(p.bits, p.m_tiles, p.k)
+    if p.m_tiles == 4:
+        return _tiling_for_32_rows(p.bits, p.row_blocks > 4 * processors)
+    if p.m_tiles == 2:
+        return _tiling_for_16_rows(p.bits)
+    halves = -(-p.row_blocks // 2) <= processors // 2  # units of two row blocks leave half of the GPU free
+    return _tiling_for_8_rows(p.bits, halves)
 
 
-def _shape_for_few_row_blocks(bits: int, tiles: int, columns: int) -> _Shape:
+def _tiling_for_few_row_blocks(bits: int, m_tiles: int, k: int) -> _Tiling:
     """Several CTAs share each row block of W, with a part of the columns."""
-    if bits == 5 and columns > 8192:
-        return _Shape(2, 4 if tiles == 4 else 8, staged=False)
-    if tiles == 4:
-        return _Shape(1, 8, staged=bits >= 5)
+    if bits == 5 and k > 8192:
+        return _Tiling(2, 4 if m_tiles == 4 else 8, staged=False)
+    if m_tiles == 4:
+        return _Tiling(1, 8, staged=bits >= 5)
     if bits == 5:  # two CTAs have no room for a table of pairs, which takes long to make
-        return _Shape(1, 8, staged=False, ctas=2)
-    if tiles == 2:
+        return _Tiling(1, 8, staged=False, blocks_per_sm=2)
+    if m_tiles == 2:
         if bits == 6:
-            return _Shape(1, 8, ctas=2)
-        return _Shape(1, 12 if bits <= 4 else 8, staged=False)
-    return _Shape(2, 8, staged=False) if bits <= 5 else _Shape(1, 12, staged=False)
+            return _Tiling(1, 8, blocks_per_sm=2)
+        return _Tiling(1, 12 if bits <= 4 else 8, staged=False)
+    return _Tiling(2, 8, staged=False) if bits <= 5 else _Tiling(1, 12, staged=False)
 
 
-def _shape_for_32_rows(bits: int, many_row_blocks: bool) -> _Shape:
+def _tiling_for_32_rows(bits: int, many_row_blocks: bool) -> _Tiling:
     if bits <= 5:
-        return _Shape(2, 4, staged=False)
+        return _Tiling(2, 4, staged=False)
     if not many_row_blocks:
-        return _Shape(1, 4, staged=False, ctas=2)
-    return _Shape(2, 3, share=2, stages=3) if bits == 8 else _Shape(2, 6, sums=1)
+        return _Tiling(1, 4, staged=False, blocks_per_sm=2)
+    return _Tiling(2, 3, warps_per_tile=2, stages=3) if bits == 8 else _Tiling(2, 6, sum_tiles=1)
 
 
-def _shape_for_16_rows(bits: int) -> _Shape:
+def _tiling_for_16_rows(bits: int) -> _Tiling:
     match bits:
         case 4:
-            return _Shape(2, 6, stages=3)
+            return _Tiling(2, 6, stages=3)
         case 6:
-            return _Shape(1, 8, ctas=2)
+            return _Tiling(1, 8, blocks_per_sm=2)
         case 7:
-            return _Shape(2, 8)
+            return _Tiling(2, 8)
         case 8:
-            return _Shape(1, 4, staged=False, ctas=2)
+            return _Tiling(1, 4, staged=False, blocks_per_sm=2)
         case _:
-            return _Shape(2, 8 if bits == 5 else 6, staged=False)
+            return _Tiling(2, 8 if bits == 5 else 6, staged=False)
 
 
-def _shape_for_8_rows(bits: int, halves: bool) -> _Shape:
+def _tiling_for_8_rows(bits: int, halves: bool) -> _Tiling:
     if bits in (5, 8):  # large tables leave no room for codes
-        return _Shape(2, 8, staged=False)
+        return _Tiling(2, 8, staged=False)
     if bits >= 6:
-        return _Shape(1, 8, ctas=2) if halves else _Shape(2, 8)
+        return _Tiling(1, 8, blocks_per_sm=2) if halves else _Tiling(2, 8)
     # Where several CTAs have a part of the columns each, a shorter way to the first is worth more than many in flight.
-    return _Shape(2, 8, staged=False) if halves else _Shape(2, 8, stages=3)
+    return _Tiling(2, 8, staged=False) if halves else _Tiling(2, 8, stages=3)
 
 
 def launch_shape(variant: Variant, w: TiledWeight, gpu: Gpu) -> tuple[int, int]:
-    """(CTAs of a launch, float32 values in which those that share a unit of rows leave their sums)."""
-    units = -(-w.row_blocks // variant.wr)
-    groups = max(1, min(variant.ctas * gpu.processors // variant.split, units))
+    """Return (CTAs of a launch, float32 values in which those that share a unit of rows of W leave their sums)."""
+    units = -(-w.row_blocks // variant.n_tiles)
+    groups = max(1, min(variant.blocks_per_sm * gpu.processors // variant.split_k, units))
     # Equal shares: with as many rounds of units, no multiprocessor has more than it must.
     groups = -(-units // -(-units // groups))
     # Where none share, nothing is read or written there.
-    sums = units * variant.split * variant.tiles * 8 * TILE * variant.wr if variant.split > 1 else 1
-    return groups * variant.split, sums
+    unit_values = variant.m_tiles * 8 * variant.n_tiles * TILE
+    sums = units * variant.split_k * unit_values if variant.split_k > 1 else 1
+    return groups * variant.split_k, sums
 
 
-def fused_is_faster(w: TiledWeight, rows: int, gpu: Gpu) -> bool:
-    """Whether launches of the fused kernel, one after another, are faster than dequantizing W and cuBLAS.
+def fused_is_faster(w: TiledWeight, m: int, gpu: Gpu) -> bool:
+    """Return whether launches of the fused kernel, one after another, are faster than dequantizing W and cuBLAS.
 
     The first is work of the multiprocessors, the second bytes: of the codes, and twice of W in 16 bits. So it depends
     on a GPU's memory. What either takes was measured on an H200. On an H100 the answers are those measured there, but
     where both are about as fast; on other GPUs they are a guess.
     """
-    launches, values = -(-rows // MOST_ROWS), w.rows * w.columns
+    launches, values = -(-m // MOST_M), w.n * w.k
     if launches == 1:
         return True
-    if launches > _MOST_LAUNCHES or w.columns < _ENOUGH_COLUMNS or values < _ENOUGH_VALUES * (launches - 1):
+    if launches > _MOST_LAUNCHES or w.k < _ENOUGH_K or values < _ENOUGH_VALUES * (launches - 1):
         return False
     if not (gpu.clock and gpu.bandwidth):
         return False
-    variant = choose(w, MOST_ROWS, w.table.dtype, gpu)
-    rounds = -(-w.row_blocks // (variant.wr * (launch_shape(variant, w, gpu)[0] // variant.split)))
-    of_processor = rounds * variant.wr * TILE * w.columns / variant.split
+    variant = choose(w, MOST_M, w.table.dtype, gpu)
+    rounds = -(-w.row_blocks // (variant.n_tiles * (launch_shape(variant, w, gpu)[0] // variant.split_k)))
+    of_processor = rounds * variant.n_tiles * TILE * w.k / variant.split_k
     cycles = _cycles(w.bits) * _MEASURED_WARPS / variant.warps
     fused = launches * (_launch_seconds(w.bits) + of_processor * cycles / gpu.clock)
     nbytes = (w.bits + 16 / w.blocksize) / 8 + 4  # for each value
-    each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_ROWS * _ROW_SECONDS
+    each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_M * _ROW_SECONDS
     return _GAIN * fused < _DEQUANTIZING_SECONDS + values * each
 
 
 def _launch_seconds(bits: int) -> float:
-    """Of a launch for 64 rows of x, beside its work."""
+    """Return what a launch for 64 rows of x takes besides its work: measured on an H200."""
     return 7e-6 if bits == 5 else 5.6e-6
 
 
 def _cycles(bits: int) -> float:
-    """Of a multiprocessor, for each value of W and 64 rows of x."""
+    """Return a multiprocessor's cycles for each value of W and 64 rows of x: measured on an H200."""
     return 0.102 if bits <= 4 else 0.113 if bits == 5 else 0.127

@@ -25,20 +25,20 @@ from kbit.quantizer.packing import pack, packed_bytes
 from kbit.spec import NESTED_BLOCKSIZE, QuantSpec
 
 
-def shapes(rows: int, columns: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what ``lay_out`` gives, by name; "scales" are there where a weight lies in tiles."""
-    if why_no_layout((rows, columns), spec) is None:
+def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of what ``lay_out`` gives of a W [n, k], by name; "scales" are there where it is tiled."""
+    if why_no_layout((n, k), spec) is None:
         assert spec.blocksize is not None
-        row_blocks = -(-rows // TILE)
+        row_blocks = -(-n // TILE)
         return {
-            "codes": ((row_blocks * (columns // TILE), spec.bits, LANES, 4), torch.int32),
-            "scales": ((row_blocks, columns // spec.blocksize, 8, 8), torch.float16),
+            "codes": ((row_blocks * (k // TILE), spec.bits, LANES, 4), torch.int32),
+            "scales": ((row_blocks, k // spec.blocksize, 8, 8), torch.float16),
             "codebook": ((1 << spec.bits,), torch.float32),
         }
-    blocks = Blocks.of((rows, columns), spec)
+    blocks = Blocks.of((n, k), spec)
     count = blocks.rows * blocks.per_row
     stored = {
-        "codes": ((packed_bytes(rows * columns, spec.bits),), torch.uint8),
+        "codes": ((packed_bytes(n * k, spec.bits),), torch.uint8),
         "codebook": ((1 << spec.bits,), torch.float32),
     }
     if spec.absmax_dtype == "nested":
@@ -63,7 +63,7 @@ def lay_out(q: QuantizedTensor) -> dict[str, Tensor]:
 
 def row_major(w: TiledWeight) -> tuple[Tensor, Tensor]:
     """The codes and absmax of a weight in tiles, as ``QuantizedTensor`` has them."""
-    chunks = row_block_chunks(w.row_blocks, w.columns, w.codes.device)
+    chunks = row_block_chunks(w.row_blocks, w.k, w.codes.device)
     codes = torch.cat([pack(untile_codes(w, *chunk).reshape(-1), w.bits) for chunk in chunks])
     return codes, untile_absmax(w).reshape(-1)
 

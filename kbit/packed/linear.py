@@ -20,7 +20,7 @@ from kbit.quantizer.codebooks import codebook
 from kbit.quantizer.storage import STORAGE_DTYPES
 from kbit.spec import QuantSpec
 
-DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+LAYER_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 """Of x, and of the weights that a layer stands for."""
 
 
@@ -49,7 +49,7 @@ class KBitLinear(nn.Module):
         device: where buffers are made. They hold zeros until a state dict is loaded; ``from_quantized`` fills them.
 
     Attributes:
-        batch_invariant: whether a row's result depends on no other row, nor on how many there are; False at first.
+        batch_invariant: whether a row of y depends on no other row of x, nor on how many there are; False at first.
 
     Raises:
         ValueError: a size, dtype or number of kept columns that is not possible, or a spec of 16 bits.
@@ -94,7 +94,7 @@ class KBitLinear(nn.Module):
             )
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.storage_dtype, self.dtype = storage_dtype, dtype or storage_dtype
-        if self.dtype not in DTYPES:
+        if self.dtype not in LAYER_DTYPES:
             raise ValueError(f"dtype={self.dtype} is not torch.float16, torch.bfloat16 or torch.float32")
         self.batch_invariant = False
         self._stored = shapes(out_features, in_features, spec)
@@ -134,10 +134,10 @@ class KBitLinear(nn.Module):
         if len(q.shape) != 2 or (bias is not None and bias.shape != q.shape[:1]):
             shape = None if bias is None else list(bias.shape)
             raise ValueError(f"weight {list(q.shape)} and bias {shape}: [out, in] and [out] are needed")
-        rows, columns = q.shape
+        out_features, in_features = q.shape
         layer = cls(
-            columns,
-            rows,
+            in_features,
+            out_features,
             q.spec,
             storage_dtype=q.storage_dtype,
             dtype=dtype or q.dtype,
@@ -164,10 +164,11 @@ class KBitLinear(nn.Module):
                 f"x is {x.dtype} {list(x.shape)}: this layer takes [..., {self.in_features}] of {self.table.dtype} or "
                 f"float32; layer.to(dtype) changes that{why}"
             )
+        device = x.device
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.device != x.device:
+            if buffer is not None and buffer.device != device:
                 raise ValueError(
-                    f"x is on {x.device} and this layer's {name} on {buffer.device}: move one of them; what is on meta "
+                    f"x is on {device} and this layer's {name} on {buffer.device}: move one of them; what is on meta "
                     "has no values yet: load a state dict, or call layer.derive()"
                 )
         flat = x.reshape(-1, self.in_features).contiguous()
@@ -179,25 +180,53 @@ class KBitLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
-        """x · W^T + bias. The codes of kept columns stand for zero, and codes for W less its mean.
+        """Return y = x · W^T + bias, of an x [m, in_features].
 
-        Tiles are multiplied without the mean; in row-major order it is added to all columns, the kept ones too.
+        The codes of kept columns stand for zero, and codes for W less its mean. Tiles are multiplied without the mean;
+        in row-major order it is added to all columns, the kept ones too.
         """
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        rest = (bias, self._addend(x), self.spec.bits, self.spec.blocksize)
-        how = (self.storage_dtype, self.batch_invariant)
+        of = self._buffers  # attributes of a module take half a microsecond each
+        bias = None if of["bias"] is None else of["bias"].to(x.dtype)
+        addend = None if of["mean"] is None and of["kept_columns"] is None else self._addend(x)
         y: Tensor
         if self.tiled:
-            tiles = (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived)
-            y = matmul_tiled(x, self.out_features, *tiles, *rest, *how)
+            y = matmul_tiled(
+                x,
+                codes=of["codes"],
+                scales=of["scales"],
+                codebook=of["codebook"],
+                table=of["table"],
+                unscale=of["unscale"],
+                arrived=of["arrived"],
+                bias=bias,
+                addend=addend,
+                n=self.out_features,
+                bits=self.spec.bits,
+                blocksize=self.spec.blocksize,
+                storage=self.storage_dtype,
+                batch_invariant=self.batch_invariant,
+            )
         else:
-            nested = [self.absmax_scale, self.absmax_offset, self.absmax_codebook] if self._is_nested else []
-            rows = (self.codes, self.absmax, nested, self.codebook, self.mean)
-            y = matmul_rows(x, self.out_features, *rows, *rest, self.spec.scheme, *how)
+            y = matmul_rows(
+                x,
+                codes=of["codes"],
+                absmax=of["absmax"],
+                nested=[of["absmax_scale"], of["absmax_offset"], of["absmax_codebook"]] if self._is_nested else [],
+                codebook=of["codebook"],
+                mean=of["mean"],
+                bias=bias,
+                addend=addend,
+                n=self.out_features,
+                bits=self.spec.bits,
+                blocksize=self.spec.blocksize,
+                scheme=self.spec.scheme,
+                storage=self.storage_dtype,
+                batch_invariant=self.batch_invariant,
+            )
         return y
 
     def _addend(self, x: Tensor) -> Tensor | None:
-        """What the product with the codes lacks of kept columns and mean, float32 [x's rows, out_features], or None."""
+        """Return what the product with the codes lacks of kept columns and mean, float32 [m, out_features], or None."""
         apart, total = self.batch_invariant, partial(torch.sum, dim=1, dtype=torch.float32, keepdim=True)
         kept = None if self.kept_columns is None else x.index_select(1, self.kept_columns)
         addend = sums = None
@@ -302,7 +331,7 @@ class KBitLinear(nn.Module):
         return self.dtype if self.dtype in STORAGE_DTYPES else self.storage_dtype
 
     def tiled_weight(self) -> TiledWeight:
-        """The layer's tiles, shared with it, as ``kbit.kernels.matmul`` takes them.
+        """Return the layer's tiles, shared with it, as ``kbit.kernels.matmul`` takes them.
 
         Raises:
             ValueError: it has none.
@@ -319,8 +348,8 @@ class KBitLinear(nn.Module):
             table=self.table,
             unscale=self.unscale,
             arrived=self.arrived,
-            rows=self.out_features,
-            columns=self.in_features,
+            n=self.out_features,
+            k=self.in_features,
             bits=self.spec.bits,
             blocksize=self.spec.blocksize,
         )
@@ -341,7 +370,7 @@ class KBitLinear(nn.Module):
         """Move everything; cast the bias alone."""
         before = self._table_dtype
         dtype = fn(torch.empty(1, dtype=self.dtype, device=self.codes.device)).dtype
-        if dtype not in DTYPES:
+        if dtype not in LAYER_DTYPES:
             raise TypeError(f"a KBitLinear can't be cast to {dtype}: float16, bfloat16 and float32 are possible")
         for name, buffer in self._buffers.items():
             if buffer is not None:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import ArchitectureError
 from kbit.models.architectures import Layer, key_of
-from kbit.packed.linear import DTYPES, KBitLinear
+from kbit.packed.linear import LAYER_DTYPES, KBitLinear
 from kbit.quantizer.blockwise import QuantizedTensor
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,7 +33,7 @@ def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
         module = layer.module
         if owners[key_of(layer.parameter)] > 1:
             why = "shares its weight with another module"
-        elif layer.parameter.dtype not in DTYPES:
+        elif layer.parameter.dtype not in LAYER_DTYPES:
             why = f"has weights of {layer.parameter.dtype}, not float16, bfloat16 or float32: cast the model"
         elif any(getattr(module, hooks) for hooks in _HOOKS):
             why = "has forward or backward hooks: register them on the packed model"

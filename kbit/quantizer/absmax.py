@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kbit.quantizer.blocks import Blocks, Part
+from kbit.quantizer.blocks import Blocks, Piece
 from kbit.quantizer.codebooks import codebook
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.source import Source
@@ -43,10 +43,10 @@ def nest(absmax: Tensor) -> NestedAbsmax:
     """What 'nested' keeps of float32 absmax values [blocks]."""
     offset = absmax.mean(dtype=torch.float64).float()
     centred = absmax - offset
-    part = _nested_part(absmax.numel())
-    scale = centred.new_zeros(part.blocks.per_row)
-    part.gather_absmax(centred, scale)
-    part.divide_(centred, scale)
+    piece = _nested_piece(absmax.numel())
+    scale = centred.new_zeros(piece.blocks.per_row)
+    piece.gather_absmax(centred, scale)
+    piece.divide_(centred, scale)
     values = codebook(NESTED_SPEC, absmax)
     return NestedAbsmax(codes=Encoder(values)(centred), scale=scale, offset=offset, codebook=values)
 
@@ -60,12 +60,12 @@ def load_absmax(stored: Tensor | NestedAbsmax) -> Tensor:
     if isinstance(stored, Tensor):
         return stored
     values = stored.codebook[stored.codes.int()]
-    _nested_part(values.numel()).multiply_(values, stored.scale)
+    _nested_piece(values.numel()).multiply_(values, stored.scale)
     return values + stored.offset
 
 
-def _nested_part(count: int) -> Part:
-    return Part(blocks=Blocks(rows=1, length=count, size=min(NESTED_BLOCKSIZE, count)), start=0, stop=count)
+def _nested_piece(count: int) -> Piece:
+    return Piece(blocks=Blocks(rows=1, length=count, size=min(NESTED_BLOCKSIZE, count)), start=0, stop=count)
 
 
 def stored_absmax(source: Source, blocks: Blocks, spec: QuantSpec) -> Tensor | NestedAbsmax:
@@ -77,8 +77,8 @@ def stored_absmax(source: Source, blocks: Blocks, spec: QuantSpec) -> Tensor | N
     dtype = torch.float16 if spec.absmax_dtype == "float16" else torch.float32
     absmax = torch.zeros(blocks.rows * blocks.per_row, dtype=dtype, device=source.device)
     finite = torch.ones((), dtype=torch.bool, device=source.device)
-    for part in blocks.parts(source.device, source.row):
-        finite &= part.gather_absmax(source[part], absmax)
+    for piece in blocks.pieces(source.device, source.row):
+        finite &= piece.gather_absmax(source[piece], absmax)
     if not bool(finite):
         raise non_finite("weight", source.dtype)
     return nest(absmax) if spec.absmax_dtype == "nested" else absmax

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -25,12 +26,15 @@ class Blocks:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], spec: QuantSpec) -> Blocks:
-        count = 1
-        for extent in shape:
-            count *= extent
-        size = min(spec.blocksize or count, count)
+        return cls.cut(shape, blocksize=spec.blocksize, scheme=spec.scheme)
+
+    @classmethod
+    def cut(cls, shape: tuple[int, ...], *, blocksize: int | None, scheme: str) -> Blocks:
+        """Cut a tensor of this shape; a block size of None is the whole tensor's."""
+        count = prod(shape)
+        size = min(blocksize or count, count)
         # Rows that hold whole blocks are cut as the flat tensor is.
-        if spec.scheme == "block" or shape[-1] % size == 0:
+        if scheme == "block" or shape[-1] % size == 0:
             return cls(rows=1, length=count, size=size)
         return cls(rows=count // shape[-1], length=shape[-1], size=min(size, shape[-1]))
 
@@ -38,7 +42,7 @@ class Blocks:
     def per_row(self) -> int:
         return -(-self.length // self.size)
 
-    def parts(self, device: torch.device, row: int | None = None) -> Iterator[Part]:
+    def pieces(self, device: torch.device, row: int | None = None) -> Iterator[Piece]:
         """The tensor in pieces small enough to work on.
 
         Each begins at a multiple of 8 values, so that packed codes can be cut there too.
@@ -50,11 +54,11 @@ class Blocks:
         step = whole * max(1, chunk_length(device) // whole)
         count = self.rows * self.length
         for start in range(0, count, step):
-            yield Part(blocks=self, start=start, stop=min(start + step, count))
+            yield Piece(blocks=self, start=start, stop=min(start + step, count))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Piece:
     """Values [start, stop) of a cut tensor: part of its one row, or whole rows."""
 
     blocks: Blocks
@@ -67,7 +71,7 @@ class Part:
         Up to three: the rest of a block begun before, whole blocks, the beginning of a last one.
 
         Args:
-            values: this part's values, flat.
+            values: this piece's values, flat.
             absmax: one a block of the whole tensor, flat.
         """
         length, size = self.blocks.length, self.blocks.size
@@ -86,13 +90,13 @@ class Part:
                 yield span, absmax[:, begin // size : -(-end // size)]
 
     def gather_absmax(self, values: Tensor, absmax: Tensor) -> Tensor:
-        """Raise `absmax` (float16 or float32, one a block) to this part's largest magnitudes, in place.
+        """Raise `absmax` (float16 or float32, one a block) to this piece's largest magnitudes, in place.
 
         Each is rounded to absmax's dtype before they are compared, and saturated at 65504 in float16: rounding keeps
         their order, so the result is the rounded largest, without a float32 copy of all.
 
         Returns:
-            Whether this part is finite: bool, 0-dim.
+            Whether this piece is finite: bool, 0-dim.
         """
         finite = torch.ones((), dtype=torch.bool, device=values.device)
         for span, stored in self.spans(values.abs(), absmax):

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kbit.errors import SpecError
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax, stored_absmax
-from kbit.quantizer.blocks import Blocks, Part
+from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
 from kbit.quantizer.encode import Encoder
-from kbit.quantizer.packing import pack, packed_bytes, unpack
+from kbit.quantizer.packed import Packed
+from kbit.quantizer.packing import pack, packed_bytes
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import check_weight, columns_of, mean16, non_finite, storage_dtype_of
 from kbit.spec import QuantSpec
@@ -142,9 +143,7 @@ def quantize_async(
     if impl == "triton":
         from kbit.kernels.blockwise import quantize_values  # triton may be absent
 
-        codes, absmax, bad = quantize_values(
-            source.flat, blocks, spec, dtype=dtype, values=own, mean=mean, columns=columns, row=weight.shape[-1]
-        )
+        codes, absmax, bad = quantize_values(source, blocks, spec, own)
     else:
         absmax = stored_absmax(source, blocks, spec)
         codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
@@ -180,18 +179,24 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
     impl = _chosen(impl, device)
     if q.codes.numel() != nbytes:
         raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
+    packed = Packed(
+        codes=q.codes,
+        absmax=load_absmax(q.absmax),
+        codebook=q.codebook,
+        mean=q.mean,
+        bits=q.spec.bits,
+        blocks=q.blocks,
+    )
     if impl == "triton":
         from kbit.kernels.blockwise import dequantize_values  # triton may be absent
 
         narrow = q.dtype if q.dtype in (torch.float16, torch.bfloat16, torch.float32) else q.storage_dtype
         out = torch.empty(q.shape, dtype=narrow, device=device)
-        dequantize_values(
-            q.codes, q.absmax, q.blocks, q.spec, out, dtype=q.storage_dtype, values=q.codebook, mean=q.mean
-        )
+        dequantize_values(packed, out, dtype=q.storage_dtype)
         out = out.to(q.dtype)
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=device)
-        _fill(out.view(-1), q)
+        _fill(out.view(-1), packed, q.storage_dtype)
     if q.kept_columns is not None and q.kept_values is not None:
         out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
     return out
@@ -203,34 +208,23 @@ def _chosen(impl: str, device: torch.device) -> str:
     return choose_blockwise(impl, device)
 
 
-def _fill(flat: Tensor, q: QuantizedTensor) -> None:
-    """All but the kept columns of a dequantized tensor, into its values in row-major order."""
-    bits, absmax = q.spec.bits, load_absmax(q.absmax)
-    limit = torch.finfo(q.storage_dtype).max
-    lowest, highest = (float(v) for v in torch.aminmax(absmax))
-    overflows = max(-lowest, highest) + (0.0 if q.mean is None else abs(float(q.mean))) > limit
-    for part in q.blocks.parts(flat.device):
-        values = scaled_values(q.codes, absmax, q.codebook, part, bits, q.mean)
+def _fill(flat: Tensor, packed: Packed, dtype: torch.dtype) -> None:
+    """Fill in the values of a dequantized tensor in row-major order, rounded to `dtype`; not the kept columns."""
+    limit = torch.finfo(dtype).max
+    lowest, highest = (float(v) for v in torch.aminmax(packed.absmax))
+    overflows = max(-lowest, highest) + (0.0 if packed.mean is None else abs(float(packed.mean))) > limit
+    for piece in packed.blocks.pieces(flat.device):
+        values = packed.values(piece)
         if overflows:
             values.clamp_(-limit, limit)
-        flat[part.start : part.stop] = values.to(q.storage_dtype)
-
-
-def scaled_values(
-    codes: Tensor, absmax: Tensor, codebook: Tensor, part: Part, bits: int, mean: Tensor | None
-) -> Tensor:
-    """codebook[code] · absmax (+ mean) of a part of packed codes: float32, flat, a fresh tensor."""
-    count, taken = part.stop - part.start, codes[part.start * bits // 8 : packed_bytes(part.stop, bits)]
-    values = codebook.index_select(0, unpack(taken, bits, count).int())
-    part.multiply_(values, absmax)
-    return values if mean is None else values.add_(mean.float())
+        flat[piece.start : piece.stop] = values.to(dtype)
 
 
 def _codes(source: Source, blocks: Blocks, absmax: Tensor, encode: Encoder, bits: int) -> Tensor:
-    """Packed codes. Parts begin at multiples of 8 values, that is at whole bytes."""
+    """Packed codes. Pieces begin at multiples of 8 values, that is at whole bytes."""
     packed = torch.empty(packed_bytes(blocks.rows * blocks.length, bits), dtype=torch.uint8, device=source.device)
-    for part in blocks.parts(source.device, source.row):
-        values = source[part]
-        part.divide_(values, absmax)
-        packed[part.start * bits // 8 : packed_bytes(part.stop, bits)] = pack(encode(values), bits)
+    for piece in blocks.pieces(source.device, source.row):
+        values = source[piece]
+        piece.divide_(values, absmax)
+        packed[piece.start * bits // 8 : packed_bytes(piece.stop, bits)] = pack(encode(values), bits)
     return packed

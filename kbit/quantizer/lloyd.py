@@ -74,13 +74,13 @@ def _scaled(source: Source, spec: QuantSpec) -> Tensor:
     blocks = Blocks.of(tuple(source.weight.shape), spec)
     absmax = load_absmax(stored_absmax(source, blocks, spec))
     parts = []
-    for part in blocks.parts(source.device, source.row):
-        values = source[part]
+    for piece in blocks.pieces(source.device, source.row):
+        values = source[piece]
         taken = torch.ones_like(values)
-        part.multiply_(taken, absmax != 0)
+        piece.multiply_(taken, absmax != 0)
         if source.columns is not None and source.row is not None:
             taken.view(-1, source.row)[:, source.columns] = 0
-        part.divide_(values, absmax)
+        piece.divide_(values, absmax)
         parts.append(values[taken != 0])
     return torch.cat(parts)
 

@@ -1,11 +1,11 @@
-"""A weight's values as they are quantized: read part by part, in the form that every step of the quantizer takes."""
+"""A weight's values as they are quantized: read piece by piece, in the form that every step of the quantizer takes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kbit.quantizer.blocks import Part
+from kbit.quantizer.blocks import Piece
 from kbit.quantizer.storage import flattened, non_finite
 
 
@@ -22,9 +22,9 @@ class Source:
     def device(self) -> torch.device:
         return self.weight.device
 
-    def __getitem__(self, part: Part) -> Tensor:
+    def __getitem__(self, piece: Piece) -> Tensor:
         """float32, flat, a fresh tensor."""
-        values = self.flat[part.start : part.stop].to(self.dtype).float()
+        values = self.flat[piece.start : piece.stop].to(self.dtype).float()
         if self.mean is not None:
             values -= self.mean.float()
         if self.columns is not None and self.row is not None:

@@ -134,7 +134,7 @@ def test_a_weight_repeated_is_the_layout_of_the_matrix_repeated() -> None:
     strip = torch.randn(128, 192, generator=torch.Generator().manual_seed(1)).half()
     spec = QuantSpec(bits=5, dtype="normal", blocksize=64)
     long = repeated(tile(quantize(strip, spec), torch.float16), 3)
-    assert long.rows == 384
+    assert long.n == 384
     assert torch.equal(untile(long), untile(tile(quantize(strip.repeat(3, 1), spec), torch.float16)))
 
 

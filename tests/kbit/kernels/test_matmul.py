@@ -36,7 +36,7 @@ def variants(gpu: Gpu) -> list[Variant]:
     for bits in range(2, 9):
         tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=BLOCKSIZES[bits % 4]))
         for rows, columns in [(16384, 4096), (4096, 16384), (36864, 12288), (5120, 5120), (200, 192)]:
-            shaped = replace(tiled, rows=rows, columns=columns)
+            shaped = replace(tiled, n=rows, k=columns)
             for x_rows, invariant in itertools.product((1, 16, 32, 64), (False, True)):
                 dtype = (torch.float16, torch.bfloat16)[bits % 2]
                 found[choose(shaped, x_rows, dtype, gpu, batch_invariant=invariant)] = None
@@ -46,10 +46,10 @@ def variants(gpu: Gpu) -> list[Variant]:
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_every_variant_fits_its_gpu_and_the_kernel(gpu: Gpu) -> None:
     for v in variants(gpu):
-        assert (v.shared + 1024) * v.ctas <= gpu.shared
+        assert (v.shared + 1024) * v.blocks_per_sm <= gpu.shared
         assert v.warps <= 32
-        assert v.tiles * 2 % (v.wr * v.share) == 0
-        assert v.tiles % v.sums == 0
+        assert v.m_tiles * 2 % (v.n_tiles * v.warps_per_tile) == 0
+        assert v.m_tiles % v.sum_tiles == 0
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -57,9 +57,9 @@ def test_batch_invariant_sums_have_one_order_for_any_number_of_rows(gpu: Gpu) ->
     for bits in range(2, 9):
         tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=64))
         for rows, columns in [(16384, 4096), (4096, 16384), (200, 192)]:
-            shaped = replace(tiled, rows=rows, columns=columns)
+            shaped = replace(tiled, n=rows, k=columns)
             chosen = [choose(shaped, m, torch.float16, gpu, batch_invariant=True) for m in (1, 9, 32, 64)]
-            assert len({(v.wk, v.split) for v in chosen}) == 1
+            assert len({(v.k_tiles, v.split_k) for v in chosen}) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_more_than_64_rows_take_several_launches_where_those_are_faster(
     gpu: Gpu, bits: int, rows: int, columns: int, x_rows: int, faster: bool
 ) -> None:
     tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=64))
-    assert fused_is_faster(replace(tiled, rows=rows, columns=columns), x_rows, gpu) == faster
+    assert fused_is_faster(replace(tiled, n=rows, k=columns), x_rows, gpu) == faster
 
 
 @needs_gpu
@@ -103,7 +103,7 @@ def test_the_kernels_compile(tmp_path: Path, target: str) -> None:
     chosen = variants(GPUS["A100"] if target == "sm_80" else H100)
     for variant in chosen[:: len(chosen) // 4]:
         assert_compiles("matmul.cu", variant.options(), target, tmp_path)
-    assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCK=32", "-DBF16=1"), target, tmp_path)
+    assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", "-DBF16=1"), target, tmp_path)
 
 
 def assert_compiles(name: str, options: tuple[str, ...], target: str, folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_tiles_of_another_weight_or_out_of_order_are_refused() -> None:
     tiled, _ = weight(64, 128, QuantSpec(bits=4, dtype="int", blocksize=64))
     x = torch.zeros(1, 128, dtype=torch.float16)
     for wrong in (
-        replace(tiled, rows=128),
+        replace(tiled, n=128),
         replace(tiled, bits=5),
         replace(tiled, codes=tiled.codes[::2]),
     ):
@@ -149,7 +149,7 @@ def test_what_is_beyond_the_kernel_s_offsets_is_refused() -> None:
         matmul(x, tiled)
     columns = 2**25
     codes = torch.empty(64 * columns // 64, 4, 32, 4, dtype=torch.int32, device="meta")
-    huge = replace(tiled, codes=codes, rows=64 * 64, columns=columns)
+    huge = replace(tiled, codes=codes, n=64 * 64, k=columns)
     with pytest.raises(ValueError, match="codes take 68,719,476,736 bytes"):
         matmul(torch.empty(1, columns, dtype=torch.float16, device="meta"), huge)
 
@@ -170,7 +170,7 @@ def products(
     torch.manual_seed(rows)
     found, plain, true = [], [], []
     for _ in range(-(-64 // rows)):
-        x = torch.randn(rows, tiled.columns, device="cuda").to(dtype)
+        x = torch.randn(rows, tiled.k, device="cuda").to(dtype)
         found.append(matmul(x, tiled))
         plain.append(x @ exact.to(dtype).T)
         true.append(x.double() @ exact.T)

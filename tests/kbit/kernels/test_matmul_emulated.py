@@ -72,11 +72,11 @@ def emulated(
     kernel = ctypes.CDLL(str(library)).launch
     found = []
     for late in (False, True):
-        y = torch.full((x.shape[0], w.rows), float("nan"), dtype=x.dtype)
+        y = torch.full((x.shape[0], w.n), float("nan"), dtype=x.dtype)
         partial = torch.full((sums,), float("nan"))
         tensors = (w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        kernel(ctas, variant.shared, *pointers, x.shape[0], w.rows, w.columns, x.stride(0), ctypes.c_bool(late))
+        kernel(ctas, variant.shared, *pointers, x.shape[0], w.n, w.k, x.stride(0), ctypes.c_bool(late))
         assert not w.arrived.any()
         found.append(y)
     assert torch.equal(*found)
@@ -101,7 +101,7 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path) -> None:
     assert error(found, true) <= 1.1 * error(plain, true)
     if number in INVARIANT:
         choice = partial(choose, w, dtype=dtype, gpu=gpu, batch_invariant=True)
-        found = run(x, addend=addend, variant=choice(rows=x_rows))
+        found = run(x, addend=addend, variant=choice(m=x_rows))
         assert error(found, true) <= 1.1 * error(plain, true)
-        alone = run(x[:1], addend=addend[:1].contiguous(), variant=choice(rows=1))
+        alone = run(x[:1], addend=addend[:1].contiguous(), variant=choice(m=1))
         assert torch.equal(alone[0], found[0])

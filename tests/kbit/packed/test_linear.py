@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.functional import linear
 
 from kbit import KBitLinear, QuantSpec, codebook, dequantize, quantize
-from kbit.kernels import ops
+from kbit.kernels import ops, rowmajor
 from kbit.kernels.tiles import lookup_table, tile, untile, untile_codes
 from kbit.quantizer.absmax import NESTED_SPEC, load_absmax
-from kbit.quantizer.blocks import Part
+from kbit.quantizer.blocks import Piece
 from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.packed import Packed
 from kbit.quantizer.packing import unpack
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -128,16 +129,22 @@ def test_any_run_of_row_blocks_comes_back_from_the_tiles(
 def test_parts_in_row_major_order_are_those_of_the_whole(
     scheme: str, blocksize: int | None, device: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "chunk_length", lambda _: length)
+    monkeypatch.setattr(rowmajor, "chunk_length", lambda _: length)
     for absmax_dtype in ("float32", "nested"):
         center = absmax_dtype == "nested"
         spec = QuantSpec(
             bits=3, dtype="int", blocksize=blocksize, scheme=scheme, absmax_dtype=absmax_dtype, center=center
         )
         q = quantize(inputs(101, 250).to(device), spec)
-        parts = ops.dequantized_rows(
-            q.codes, load_absmax(q.absmax), q.codebook, q.mean, 250, spec, rows=101, storage=torch.float16
+        w = Packed(
+            codes=q.codes,
+            absmax=load_absmax(q.absmax),
+            codebook=q.codebook,
+            mean=q.mean,
+            bits=3,
+            blocks=q.blocks,
         )
+        parts = rowmajor.dequantized_rows(w, 250, torch.float16)
         assert torch.equal(torch.cat(list(parts)), dequantize(q))
 
 
@@ -211,10 +218,15 @@ def test_the_operators_pass_torch_s_own_check(name: str) -> None:
     calls = []
     operator = "matmul_tiled" if layer.tiled else "matmul_rows"
     kernel = getattr(ops, operator)
+
+    def record(*args, **kwargs):
+        calls.append((args, kwargs))
+        return kernel(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"kbit.packed.linear.{operator}", lambda *args: calls.append(args) or kernel(*args))
+        patch.setattr(f"kbit.packed.linear.{operator}", record)
         layer(inputs(3, 192))
-    torch.library.opcheck(kernel, calls[0])
+    torch.library.opcheck(kernel, *calls[0])
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -268,7 +280,7 @@ def test_misuse_is_refused() -> None:
 def unrounded(q: QuantizedTensor) -> torch.Tensor:
     """float64 codebook value times absmax, plus the mean; and the kept columns."""
     values = q.codebook.double()[unpack(q.codes, q.spec.bits, q.numel).int()]
-    Part(blocks=q.blocks, start=0, stop=q.numel).multiply_(values, load_absmax(q.absmax))
+    Piece(blocks=q.blocks, start=0, stop=q.numel).multiply_(values, load_absmax(q.absmax))
     exact = (values if q.mean is None else values + q.mean.double()).view(q.shape)
     if q.kept_columns is not None and q.kept_values is not None:
         exact[:, q.kept_columns.long()] = q.kept_values.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from kbit import QuantSpec, codebook
+from kbit import QuantSpec, codebook, dequantize, quantize
+from kbit.data_types import DTYPES, named_dtypes
 from kbit.errors import SpecError, WeightError
+from kbit.spec import spec_from_canonical, spec_of
 
 BITS = range(2, 9)
 FIXED = [
@@ -257,3 +260,120 @@ def test_data_types_differ_but_for_one_exponent_bit_which_is_int():
     specs = {s for s in FIXED if s.bits == 8}
     alike = [{a, b} for a, b in itertools.combinations(specs, 2) if torch.equal(codebook(a), codebook(b))]
     assert alike == [{QuantSpec(bits=8, dtype="int"), QuantSpec(bits=8, dtype="float", exponent_bits=1)}]
+
+
+def lloyd_in_numpy(values: np.ndarray, bits: int) -> list[float]:
+    """Lloyd-Max as it is defined, every value looked at in every round."""
+    levels = np.quantile(values, [(2 * i + 1) / 2 ** (bits + 1) for i in range(2**bits)])
+    before = None
+    for _ in range(100):
+        cell = np.searchsorted((levels[:-1] + levels[1:]) / 2, values, side="left")
+        error = ((values - levels[cell]) ** 2).sum()
+        if before is not None and before - error <= 1e-6 * before:
+            break
+        before = error
+        levels = np.array([values[cell == i].mean() if (cell == i).any() else v for i, v in enumerate(levels)])
+    return float32(levels)
+
+
+def scaled(weight: torch.Tensor, size: int) -> np.ndarray:
+    """x / absmax of blocks of the flattened tensor, blocks of zeros left out: float64."""
+    blocks = torch.nn.functional.pad(weight.float().flatten(), (0, -weight.numel() % size)).view(-1, size)
+    absmax = blocks.abs().amax(1, keepdim=True).half().float()
+    wanted = (absmax != 0).expand_as(blocks).flatten()[: weight.numel()]
+    return (blocks / absmax).flatten()[: weight.numel()][wanted].double().numpy()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(67, 130), (3, 8)])
+def test_lloyd_is_the_iteration_over_all_values(bits, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(bits)).half()
+    spec = QuantSpec(bits=bits, dtype="lloyd", blocksize=32)
+    ours = codebook(spec, weight)
+    assert ours.tolist() == pytest.approx(lloyd_in_numpy(scaled(weight, 32), bits), abs=1e-7)
+    assert bool((ours[1:] > ours[:-1]).all())
+    assert float(ours.abs().max()) <= 1
+
+
+def test_lloyd_has_less_error_than_the_types_that_no_data_decide():
+    """At few bits: with more, a hundred rounds from the quantiles end before the best fit."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).half()
+    for bits in range(2, 6):
+        errors = {}
+        for dtype in ("lloyd", "int", "float", "dynamic", "normal"):
+            q = quantize(weight, QuantSpec(bits=bits, dtype=dtype))
+            errors[dtype] = float((dequantize(q).double() - weight.double()).square().mean())
+        assert min(errors, key=errors.__getitem__) == "lloyd"
+
+
+def test_lloyd_leaves_out_kept_columns_and_blocks_of_zeros():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()
+    spec = QuantSpec(bits=3, dtype="lloyd", blocksize=64)
+    kept = weight.clone()
+    kept[:, 5] = 100.0
+    others = weight.clone()
+    others[:, 5] = 0
+    values = scaled(others, 64)
+    assert codebook(spec, kept, outlier_columns=[5]).tolist() == pytest.approx(
+        lloyd_in_numpy(values[values != 0], 3), abs=1e-6
+    )
+    zeros = torch.cat([weight, torch.zeros(64, 64).half()])
+    assert torch.equal(codebook(spec, zeros), codebook(spec, weight))
+
+
+def test_lloyd_of_nothing_and_of_one_value():
+    spec = QuantSpec(bits=4, dtype="lloyd")
+    assert codebook(spec, torch.zeros(8, 8)).tolist() == [0.0, 1.0]
+    assert codebook(spec, torch.full((8, 8), 0.5)).tolist() == [0.0, 1.0]
+
+
+def test_the_bits_of_a_fitted_codebook_count():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()
+    fixed = quantize(weight, QuantSpec(bits=4, dtype="int"))
+    assert quantize(weight, QuantSpec(bits=4, dtype="lloyd")).nbits == fixed.nbits + 16 * 16
+
+
+def test_each_data_type_has_its_own_values():
+    """No type is a default: a type without a function of its own would have another's values."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()
+    for bits in BITS[1:]:
+        books = {name: tuple(codebook(QuantSpec(bits=bits, dtype=name), weight).tolist()) for name in named_dtypes()}
+        assert len(set(books.values())) == len(books)
+    functions = {str(DTYPES[name].values) for name in DTYPES}
+    assert len(functions) == len(DTYPES)
+
+
+def test_a_codebook_from_a_file(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"name": "posit", "codebooks": {"2": [-1, 0, 0.5, 1], "3": [-1, -0.25, 0, 0.1, 1]}}))
+    spec = spec_of({"bits": 3, "dtype": {"file": str(path)}})
+    assert codebook(spec).tolist() == float32([-1, -0.25, 0, 0.1, 1])
+    assert spec.label.startswith("posit3 b64 codebook ")
+    assert spec_from_canonical(json.loads(json.dumps(spec.canonical()))) == spec
+    other = QuantSpec(bits=3, dtype="posit", codebook=(-1, -0.25, 0, 0.2, 1))
+    assert (other.label != spec.label, other.canonical() != spec.canonical()) == (True, True)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).half()
+    q = quantize(weight, spec)
+    assert set(q.codebook.tolist()) == set(codebook(spec).tolist())
+    with pytest.raises(SpecError, match="with bits=5 the file needs values for them; it has them for 2, 3"):
+        spec_of({"bits": 5, "dtype": {"file": str(path)}})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1, 2]", "2 to 4 distinct numbers from -1 to 1 in ascending order"),
+        ("[0.5, 0]", "in ascending order"),
+        ("[0, 0.1, 0.1]", "distinct"),
+        ('{"name": "int", "codebooks": {"2": [0, 1]}}', "another name than the data types int, float"),
+        ('{"name": "x y", "codebooks": {"2": [0, 1]}}', "a letter, then letters"),
+        ('{"codebooks": {"9": [0, 1]}}', "bits from 2 to 8"),
+        ('{"codebook": []}', "a list of values"),
+        ("nonsense", "a JSON file that can be read"),
+    ],
+)
+def test_a_file_that_is_no_codebook_is_refused(tmp_path, text, said):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=said):
+        spec_of({"bits": 2, "dtype": {"file": str(path)}})

@@ -53,11 +53,11 @@ class Barrier {
   int arrived_ = 0;
   unsigned phase_ = 0;
 };
-static Barrier whole, groups[WK], warps[WR * WK * SHARE];
+static Barrier whole, groups[K_TILES], warps[N_TILES * K_TILES * WARPS_PER_TILE];
 
-static void __syncthreads() { whole.wait(WR * WK * SHARE * 32); }
+static void __syncthreads() { whole.wait(N_TILES * K_TILES * WARPS_PER_TILE * 32); }
 static void __syncwarp() { warps[threadIdx.x / 32].wait(32); }
-static void group_barrier(int split) { groups[split].wait(WR * SHARE * 32); }
+static void group_barrier(int split) { groups[split].wait(N_TILES * WARPS_PER_TILE * 32); }
 static void __threadfence() {}
 static void prefetch(const void* p) { (void)*(const volatile char*)p; }
 static void let_next_begin() {}
@@ -143,7 +143,7 @@ static void wait_for_copies() {
 }
 
 // mma.sync m16n8k16, as the PTX manual spreads its operands over the lanes; each sum in float64, rounded once.
-static unsigned operand_a[WR * WK * SHARE][32][4], operand_b[WR * WK * SHARE][32][2];
+static unsigned operand_a[N_TILES * K_TILES * WARPS_PER_TILE][32][4], operand_b[N_TILES * K_TILES * WARPS_PER_TILE][32][2];
 static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   memcpy(operand_a[warp][lane], a, 16);
@@ -172,7 +172,7 @@ extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* sca
   for (int cta = 0; cta < ctas; cta++) {
     memset(shared, 0xff, sizeof shared);  // not a number, in any dtype
     std::vector<std::thread> threads;
-    for (int i = 0; i < WR * WK * SHARE * 32; i++)
+    for (int i = 0; i < N_TILES * K_TILES * WARPS_PER_TILE * 32; i++)
       threads.emplace_back([=] {
         threadIdx.x = i, blockIdx.x = cta;
         kbit_matmul(codes, scales, table, x, bias, addend, y, partial, arrived, unscale, rows, outputs, columns, stride);
