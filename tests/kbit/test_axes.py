@@ -68,6 +68,7 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "scheme": ({}, {"scheme": "group"}),
         "exponent_bits": ({"dtype": "float"}, e2),
         "subnormals": (e2, {**e2, "subnormals": "bnb"}),
+        "dynamic_interval": ({"dtype": "dynamic"}, {"dtype": "dynamic", "dynamic_interval": "paper"}),
         "absmax_dtype": ({}, {"absmax_dtype": "nested"}),
         "center": ({}, {"center": True}),
         "outlier_fraction": ({}, {"outlier_fraction": 0.02}),
