@@ -293,6 +293,7 @@ def test_running_out_of_memory_is_told_from_other_failures():
 HUB = """
 import sys
 from kbit.models.loading import load_model
+from kbit import SpecError
 model = load_model("someone/tiny", revision=sys.argv[1], device="cpu", compute_dtype="float16").model
 print(model.config.model_type)
 for name, revision in (("someone/tiny", "0" * 40), ("someone/else", None), ("no such id!", None)):
