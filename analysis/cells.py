@@ -102,6 +102,7 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     (float64, NaN where unknown), diverged (bool: on the metric's own eval, where the table says). A diverged cell
     without a finite value has the worst one, an infinity; a cell not evaluated on the metric is left out.
     """
+    # Of a metric that can't be ranked either infinity says "diverged".
     worst = -np.inf if metric.higher_is_better else np.inf
     value = numbers(df, metric.column).replace([np.inf, -np.inf], np.nan)
     diverged = _diverged(_status(df, metric))

@@ -136,8 +136,8 @@ def loss_cap(cells: pd.DataFrame, metric: Metric) -> float | None:
 def change_edge(cells: pd.DataFrame, drawing: Drawing) -> float:
     """A little beyond the worst change of the cells that neither diverged nor are cut."""
     change = cells.loc[~drawing.heights(cells)[1], "change"].dropna()
-    worst = change.min() if drawing.metric.higher_is_better else change.max()
-    sign = -1.0 if drawing.metric.higher_is_better else 1.0
+    sign = drawing.metric.sign
+    worst = change.min() if sign < 0 else change.max()
     return float(worst) * 1.15 if len(change) and worst * sign > 0 else 0.1 * sign
 
 

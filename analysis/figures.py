@@ -27,7 +27,7 @@ from analysis.cells import (
     with_baseline,
 )
 from analysis.drawing import Drawing, Look, canvas, cap_line, change_edge, legend, loss_cap
-from analysis.metrics import Metric, headline_metrics
+from analysis.metrics import Metric, ranked_metrics
 from analysis.scaling import scaling_points
 from analysis.significance import Samples
 from kbit.spec import BASELINE_BITS
@@ -67,9 +67,9 @@ def write_figures(
         The PNGs: bit_scaling, data_types_4bit, block_sizes_4bit of the first headline metric; and bit_scaling_zero_shot
         where the table has the zero-shot mean beside a loss.
     """
-    metrics = headline_metrics(df)
+    metrics = ranked_metrics(df)
     if not metrics:
-        log.warning("no figures: the table has no metric with a value")
+        log.warning("no figures: the table has no metric with a value and a known direction")
         return []
     first = metrics[0]
     drawn = {"bit_scaling": bit_scaling(df, first, sweep=sweep)}

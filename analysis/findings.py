@@ -21,7 +21,7 @@ from analysis.cells import (
     some_eval_diverged,
     with_baseline,
 )
-from analysis.metrics import Metric, headline_metrics
+from analysis.metrics import Metric, ranked_metrics
 from analysis.scaling import best_precision, budget_grid, common_range, scaling_points
 from analysis.significance import Comparison, Samples, can_pair, compare_mean_loss
 from kbit.spec import BASELINE_BITS
@@ -45,7 +45,7 @@ def findings(df: pd.DataFrame, samples: Mapping[SampleKey, Samples] | None = Non
         first headline metric, data types and block sizes at 4 bits, 6 to 8 bits against 16, outlier dimensions;
         divergence.
     """
-    metrics = headline_metrics(df)
+    metrics = ranked_metrics(df)
     if not metrics:
         return []
     metric, rows, samples = metrics[0], measured(df), samples or {}
@@ -66,7 +66,7 @@ def wanted_samples(df: pd.DataFrame, long_df: pd.DataFrame) -> dict[str, SampleK
     Those of the first headline metric at 3, 4 and 16 bits. Use: ``wanted = wanted_samples(df, long_df)``, then
     ``{wanted[m]: s for m, s in load_samples(out, list(wanted)).items()}``.
     """
-    metrics = headline_metrics(df)
+    metrics = ranked_metrics(df)
     if not metrics or not metrics[0].eval:
         return {}
     rows = measured(df)
@@ -111,7 +111,7 @@ def _data_types(cells: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey,
     if len(names) < 2:
         return []
     means, diverged = _means(at, "name")
-    ranked = sorted((n for n in names if n in means), key=lambda n: means[n], reverse=metric.higher_is_better)
+    ranked = sorted((n for n in names if n in means), key=lambda n: metric.sign * means[n])
     # What diverged anywhere has no mean over the same models: it stands last, the most often diverged at the end.
     last = sorted((n for n in names if n in diverged), key=lambda n: diverged[n])
     listed = _listed([*ranked, *last], means, diverged, at, metric)

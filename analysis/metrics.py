@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 import pandas as pd
 
+from kbit.evaluation.evaluators import MetricSpec, declared_metrics
+
 STDERR_SUFFIX: Final = "_stderr"
 STATUS_SUFFIX: Final = "_status"
-_NO_METRIC: Final = (STDERR_SUFFIX, STATUS_SUFFIX)
+DIRECTION_SUFFIX: Final = "_higher_is_better"
+_NO_METRIC: Final = (STDERR_SUFFIX, STATUS_SUFFIX, DIRECTION_SUFFIX)
 ZERO_SHOT_MEAN: Final = "zero_shot_mean"
 ZERO_SHOT_TASKS: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks (section 4); ``zero_shot_mean`` is the mean of their accuracies."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kind:
-    name: str
-    unit: str
-    higher_is_better: bool
-    decimals: int
-
-
-_KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
-    {
-        "loss": _Kind(name="Loss", unit="nats/token", higher_is_better=False, decimals=3),
-        "perplexity": _Kind(name="Perplexity", unit="", higher_is_better=False, decimals=2),
-        "word_perplexity": _Kind(name="Word perplexity", unit="", higher_is_better=False, decimals=2),
-        "byte_perplexity": _Kind(name="Byte perplexity", unit="", higher_is_better=False, decimals=3),
-        "bits_per_byte": _Kind(name="Compression", unit="bits/byte", higher_is_better=False, decimals=3),
-        "acc": _Kind(name="Accuracy", unit="", higher_is_better=True, decimals=3),
-        "acc_norm": _Kind(name="Length-normalised accuracy", unit="", higher_is_better=True, decimals=3),
-        "exact_match": _Kind(name="Exact match", unit="", higher_is_better=True, decimals=3),
-        "f1": _Kind(name="F1", unit="", higher_is_better=True, decimals=3),
-        "mcc": _Kind(name="Matthews correlation", unit="", higher_is_better=True, decimals=3),
-        "brier_score": _Kind(name="Brier score", unit="", higher_is_better=False, decimals=3),
-    }
-)
-_LONGEST_FIRST: Final = sorted(_KINDS, key=len, reverse=True)  # 'word_perplexity' before 'perplexity'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +29,7 @@ class Metric:
         metric: the metric's name, e.g. 'loss'.
         name: for people, e.g. 'Loss on jargon'.
         unit: e.g. 'nats/token'; empty for a fraction or a ratio.
-        higher_is_better: accuracies yes, losses no.
+        higher_is_better: accuracies yes, losses no; None where nobody declares it.
         decimals: how many a table shows.
     """
 
@@ -61,9 +37,9 @@ class Metric:
     eval: str
     metric: str
     name: str
-    unit: str
-    higher_is_better: bool
-    decimals: int
+    unit: str = ""
+    higher_is_better: bool | None = None
+    decimals: int = 3
 
     @property
     def label(self) -> str:
@@ -76,6 +52,21 @@ class Metric:
         return self.name[0].lower() + self.name[1:]
 
     @property
+    def sign(self) -> float:
+        """-1 where higher is better, else 1: times a value, less is better.
+
+        Raises:
+            ValueError: nobody declares which is better, so nothing can be ranked.
+        """
+        if self.higher_is_better is None:
+            raise ValueError(f"{self.column} can't be ranked: nobody declares whether higher is better")
+        return -1.0 if self.higher_is_better else 1.0
+
+    @property
+    def direction_column(self) -> str:
+        return self.column + DIRECTION_SUFFIX
+
+    @property
     def stderr_column(self) -> str:
         return self.column + STDERR_SUFFIX
 
@@ -84,31 +75,57 @@ class Metric:
         return self.eval + STATUS_SUFFIX
 
 
-def parse_metric(column: str) -> Metric:
+def parse_metric(column: str, df: pd.DataFrame | None = None) -> Metric:
     """The metric that a column ``{eval}_{metric}`` holds.
 
-    A metric unknown here is taken to be the last word, better when higher, as lm-eval's tasks mostly are.
+    Its direction is the one that the table has for it (a task's own), else the one that a kind of evaluation declares
+    for the metric's name, else unknown: nothing is guessed.
+
+    Args:
+        df: the wide table that has the column.
 
     Raises:
-        ValueError: the name has no eval, or is a standard error or a status.
+        ValueError: the name has no eval, or is a standard error, a status or a direction.
     """
+    declared = declared_metrics()
     if column == ZERO_SHOT_MEAN:
-        kind = _Kind(name="Mean zero-shot accuracy", unit="", higher_is_better=True, decimals=3)
-        return _metric(column, "", "acc", kind, kind.name)
-    eval_name, metric = _split(column)
-    if not eval_name or not metric or column.endswith(_NO_METRIC):
+        return _metric(column, "", replace(declared["acc"], title="Mean zero-shot accuracy"))
+    columns = [] if df is None else list(df.columns)
+    evals = {c.removesuffix(STATUS_SUFFIX) for c in columns if c.endswith(STATUS_SUFFIX)}
+    eval_name, name = _split(column, declared, evals)
+    if not eval_name or not name or column.endswith(_NO_METRIC):
         raise ValueError(f"column {column!r} is not a metric: metrics are named EVAL_METRIC, e.g. 'wikitext2_loss'")
-    kind = _KINDS.get(metric, _Kind(name=metric, unit="", higher_is_better=True, decimals=3))
-    return _metric(column, eval_name, metric, kind, f"{kind.name} on {eval_name}")
+    found = _metric(column, eval_name, declared.get(name, name))
+    if evals and eval_name not in evals:
+        # The end of another metric's name: 'f1' of 'macro_f1'.
+        found = replace(found, higher_is_better=None)
+    if df is not None and found.direction_column in columns:
+        said = set(df[found.direction_column].dropna().astype(bool))
+        found = replace(found, higher_is_better=said.pop() if len(said) == 1 else None)
+    return found
 
 
 def metric_columns(df: pd.DataFrame) -> list[Metric]:
-    """Metrics of a wide table, in its order: columns of a known metric's name, or with a standard error beside."""
-    names = set(df.columns)
+    """Metrics of a wide table, in its order: columns of a declared metric's name, or with a standard error or a
+    direction beside.
+    """
+    names, declared = set(df.columns), declared_metrics()
     return [
-        parse_metric(c)
+        parse_metric(c, df)
         for c in df.columns
-        if not c.endswith(_NO_METRIC) and (c == ZERO_SHOT_MEAN or _known(c) or c + STDERR_SUFFIX in names)
+        if not c.endswith(_NO_METRIC)
+        and (c == ZERO_SHOT_MEAN or _known(c, declared) or {c + STDERR_SUFFIX, c + DIRECTION_SUFFIX} & names)
+    ]
+
+
+def direction_warnings(df: pd.DataFrame) -> list[str]:
+    """One sentence that names the metrics whose direction nobody declares, where there are any."""
+    unknown = [m.column for m in metric_columns(df) if m.higher_is_better is None and df[m.column].notna().any()]
+    if not unknown:
+        return []
+    return [
+        f"{', '.join(unknown)}: shown, but not ranked or compared: nobody declares whether higher is better. A task "
+        "declares it in its metric_list (higher_is_better), a kind of evaluation in its metrics"
     ]
 
 
@@ -126,12 +143,20 @@ def zero_shot(df: pd.DataFrame) -> Metric | None:
 
 
 def headline_metrics(df: pd.DataFrame) -> list[Metric]:
-    """What to conclude from: the primary loss, then the zero-shot mean; without both, the metric with most values."""
+    """What to show first: the primary loss, then the zero-shot mean; without both, the metric with most values, if
+    possible one that can be ranked.
+    """
     found = [m for m in (primary_loss(df), zero_shot(df)) if m is not None]
     if found:
         return found
-    other = _fullest(df, metric_columns(df))
+    columns = metric_columns(df)
+    other = _fullest(df, [m for m in columns if m.higher_is_better is not None]) or _fullest(df, columns)
     return [other] if other is not None else []
+
+
+def ranked_metrics(df: pd.DataFrame) -> list[Metric]:
+    """What to conclude from: the headline metrics whose direction is known."""
+    return [m for m in headline_metrics(df) if m.higher_is_better is not None]
 
 
 def stderr(df: pd.DataFrame, metric: Metric) -> pd.Series[float]:
@@ -148,27 +173,37 @@ def stderr(df: pd.DataFrame, metric: Metric) -> pd.Series[float]:
     return pd.Series(float("nan"), index=df.index, dtype="float64")
 
 
-def _known(column: str) -> bool:
-    return any(column.endswith(f"_{metric}") and len(column) > len(metric) + 1 for metric in _LONGEST_FIRST)
+def _known(column: str, declared: Iterable[str]) -> bool:
+    return any(column.endswith(f"_{metric}") and len(column) > len(metric) + 1 for metric in declared)
 
 
-def _split(column: str) -> tuple[str, str]:
-    for metric in _LONGEST_FIRST:
+def _split(column: str, declared: Iterable[str], evals: Collection[str]) -> tuple[str, str]:
+    """(eval, metric): a declared metric ends the column's name; else one of ``evals`` begins it; else the last word is
+    the metric.
+    """
+    for metric in sorted(declared, key=len, reverse=True):  # 'word_perplexity' before 'perplexity'
         if column.endswith(f"_{metric}"):
             return column.removesuffix(f"_{metric}"), metric
+    for name in sorted(evals, key=len, reverse=True):
+        if column.startswith(f"{name}_"):
+            return name, column.removeprefix(f"{name}_")
     eval_name, _, metric = column.rpartition("_")
     return eval_name, metric
 
 
-def _metric(column: str, eval_name: str, metric: str, kind: _Kind, name: str) -> Metric:
+def _metric(column: str, eval_name: str, spec: MetricSpec | str) -> Metric:
+    """Of a declared metric, or of one known by its name only."""
+    on = f" on {eval_name}" if eval_name else ""
+    if isinstance(spec, str):
+        return Metric(column=column, eval=eval_name, metric=spec, name=spec + on)
     return Metric(
         column=column,
         eval=eval_name,
-        metric=metric,
-        name=name,
-        unit=kind.unit,
-        higher_is_better=kind.higher_is_better,
-        decimals=kind.decimals,
+        metric=spec.name,
+        name=spec.title + on,
+        unit=spec.unit,
+        higher_is_better=spec.higher_is_better,
+        decimals=spec.decimals,
     )
 
 

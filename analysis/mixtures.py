@@ -15,6 +15,7 @@ _OF_AN_EVAL: Final = {
     "window": "windows",
     "limit": "limits",
     "compute_dtype": "compute dtypes",
+    "eval_device": "measured devices",
 }
 _OF_A_MODEL: Final = {"revision": "revisions", "weights_hash": "weights"}
 _SHOWN: Final = 3

@@ -88,7 +88,7 @@ def best_precision(curves: pd.DataFrame, metric: Metric, budgets: ArrayLike) -> 
         many were compared).
     """
     at = np.atleast_1d(np.asarray(budgets, dtype=float))
-    sign = -1.0 if metric.higher_is_better else 1.0
+    sign = metric.sign
     by_bits = {int(str(b)): interpolate(g["total_bits"], sign * g["value"], at) for b, g in curves.groupby("bits")}
     rows = []
     for i, budget in enumerate(at):

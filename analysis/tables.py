@@ -43,7 +43,7 @@ def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | No
     Raises:
         ValueError: ``metric`` isn't a metric's name.
     """
-    metric = parse_metric(metric) if isinstance(metric, str) else metric
+    metric = parse_metric(metric, df) if isinstance(metric, str) else metric
     rows = measured(df)
     cells = plain(rows)
     cells = points(cells[cells["blocksize"] == (blocksize or WHOLE_TENSOR)], metric)
@@ -140,7 +140,8 @@ def _formatted(table: pd.DataFrame, metric: Metric) -> Iterator[tuple[tuple[str,
         model, bits = row[0]
         fields: list[tuple[float, float, bool]] = [row[1 + 3 * i : 4 + 3 * i] for i in range(len(dtypes))]
         finite = [v for v, _, diverged in fields if np.isfinite(v) and not diverged]
-        best = (max if metric.higher_is_better else min)(finite) if len(finite) > 1 and bits != BASELINE_BITS else None
+        ranked = metric.higher_is_better is not None and len(finite) > 1 and bits != BASELINE_BITS
+        best = min(finite, key=lambda value: metric.sign * value) if ranked else None
         yield (model, bits), [(_text(*f, decimals=metric.decimals), f[0] == best) for f in fields]
 
 
@@ -154,10 +155,10 @@ def _text(value: float, error: float, diverged: bool, *, decimals: int) -> str:
 
 
 def _caption(metric: Metric) -> str:
-    direction = "higher" if metric.higher_is_better else "lower"
-    return (
-        f"{metric.label}, {direction} is better; ± standard error; bold: best of its row; †: diverged; -: not measured."
-    )
+    better, bold = "not ranked", ""
+    if metric.higher_is_better is not None:
+        better, bold = f"{'higher' if metric.higher_is_better else 'lower'} is better", " bold: best of its row;"
+    return f"{metric.label}, {better}; ± standard error;{bold} †: diverged; -: not measured."
 
 
 def _pipe_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numeric_from: int | None = None) -> str:

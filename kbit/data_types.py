@@ -41,12 +41,14 @@ class DataType:
             CPU; a data-dependent one's takes a ``kbit.quantizer.source.Source`` and the spec, and returns the codebook
             of that tensor on the tensor's device. Either is float32 [2 to 2^bits], sorted, distinct, within [-1, 1].
         data_dependent: each tensor has a codebook of its own, whose bits count.
+        has_zero: every codebook of the type has an exact 0.
         axes: from the number of bits and the optional axes as they were given, the ones that apply to this type, with
             their resolved values.
     """
 
     values: str | Callable[..., Any]
     data_dependent: bool = False
+    has_zero: bool = True
     axes: Callable[[int, Mapping[str, Any]], dict[str, Any]] = _no_axes
 
 
@@ -75,8 +77,8 @@ DTYPES: Final = Door[DataType](
         "dynamic": DataType(values="kbit.quantizer.codebooks:dynamic_values", axes=_dynamic_axes),
         "quantile": DataType(values="kbit.quantizer.codebooks:quantile_values", data_dependent=True),
         "normal": DataType(values="kbit.quantizer.codebooks:normal_values"),
-        "lloyd": DataType(values="kbit.quantizer.lloyd:lloyd_values", data_dependent=True),
-        "file": DataType(values="kbit.quantizer.codebooks:file_values", axes=_file_axes),
+        "lloyd": DataType(values="kbit.quantizer.lloyd:lloyd_values", data_dependent=True, has_zero=False),
+        "file": DataType(values="kbit.quantizer.codebooks:file_values", axes=_file_axes, has_zero=False),
     },
 )
 

@@ -83,6 +83,7 @@ class TextSetConfig:
 class EvalConfig:
     perplexity: Any = field(default_factory=list)
     tasks: Any = field(default_factory=list)
+    kinds: Any = None
     sets: dict[str, TextSetConfig] = field(default_factory=dict)
     task_data: dict[str, str] = field(default_factory=dict)
     task_dirs: Any = field(default_factory=list)

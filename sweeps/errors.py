@@ -6,7 +6,8 @@
     │   ├── HubError                a model or dataset can't be identified, found or fetched
     │   ├── TaskError               a task can't be run
     │   ├── CodeChangedError        the code is not what was launched
-    │   └── DataChangedError        the data are not what was launched
+    │   ├── DataChangedError        the data are not what was launched
+    │   └── OtherDeviceError        a measurement of one device, on another
     ├── ClaimTakenError             another launch was faster
     ├── PoolError                   workers can't run at all
     │   └── LoadError               a first model can't be loaded on this node
@@ -70,6 +71,10 @@ class CodeChangedError(UserError):
 
 class DataChangedError(UserError):
     """A data file is gone, or not what it was when the study was launched."""
+
+
+class OtherDeviceError(UserError):
+    """A measurement of one device, on another."""
 
 
 class ClaimTakenError(SweepError):

@@ -9,17 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit.evaluation.evaluators import EVALUATORS, Evaluator, MetricSpec
     from kbit.evaluation.prepared import PreparedEval, prepare
     from kbit.evaluation.spec import EvalResult, EvalSpec
 
 _HOME = {
+    "EVALUATORS": "kbit.evaluation.evaluators",
+    "Evaluator": "kbit.evaluation.evaluators",
+    "MetricSpec": "kbit.evaluation.evaluators",
     "EvalSpec": "kbit.evaluation.spec",
     "EvalResult": "kbit.evaluation.spec",
     "PreparedEval": "kbit.evaluation.prepared",
     "prepare": "kbit.evaluation.prepared",
 }
 
-__all__ = ["EvalResult", "EvalSpec", "PreparedEval", "prepare"]
+__all__ = ["EVALUATORS", "EvalResult", "EvalSpec", "Evaluator", "MetricSpec", "PreparedEval", "prepare"]
 
 
 def __getattr__(name: str) -> Any:

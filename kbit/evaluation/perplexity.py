@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.errors import SpecError
+from kbit.evaluation.sources import place_of
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.evaluation.texts import encode_text, read_documents
 
@@ -84,7 +85,7 @@ def prepare_perplexity(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_si
     tokens = encoded.tokens
     count = len(tokens) // length
     if count == 0:
-        where = spec.source.get("path") or spec.source.get("hub")
+        where = place_of(spec.source)
         raise ValueError(
             f"{where}: the text set {spec.name!r} has {len(tokens)} tokens, less than one window of {length}"
         )

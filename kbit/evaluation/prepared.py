@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
+
+from kbit.evaluation.evaluators import EVALUATORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +24,12 @@ class PreparedEval(Protocol):
         """
 
 
+class Prepare(Protocol):
+    """What ``Evaluator.prepare`` names: reads and encodes what a spec evaluates."""
+
+    def __call__(self, spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PreparedEval: ...
+
+
 def prepare(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PreparedEval:
     """Read and encode what ``spec`` evaluates.
 
@@ -35,10 +44,6 @@ def prepare(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) ->
         SpecError: a limit below one window; few-shot examples that a task or local data can't give.
         ValueError: data that are missing, malformed or too short, naming file, line and field.
     """
-    if spec.kind == "perplexity":
-        from kbit.evaluation.perplexity import prepare_perplexity
-
-        return prepare_perplexity(spec, tokenizer, context=context, vocab_size=vocab_size)
-    from kbit.evaluation.zeroshot import prepare_task
-
-    return prepare_task(spec, tokenizer, context=context, vocab_size=vocab_size)
+    module, _, name = EVALUATORS[spec.kind].prepare.partition(":")
+    function: Prepare = getattr(import_module(module), name)
+    return function(spec, tokenizer, context=context, vocab_size=vocab_size)

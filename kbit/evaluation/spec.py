@@ -3,74 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
 
 from numpy.typing import NDArray
 
+from kbit.axes import Axis, axis, axis_of
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
+from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.sources import Source
 from kbit.spec import LARGEST_NUMBER
-
-EvalKind = Literal["perplexity", "task"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
     """One evaluation of a model: everything that decides its number, and where its data lie.
 
+    A field that came after version 1 of the keys (``since``) is left out of the identity at its neutral value, so that
+    adding one changes no key.
+
     Attributes:
-        kind: 'perplexity' of a text set, or a zero-shot 'task' of lm-eval.
-        name: the text set's or the task's name; results carry it.
-        version: the task's version in lm-eval, or of the text set's preparation.
-        dataset: identity of the data: 'hub:ID@COMMIT' or 'sha256:HASH' of the local file.
-        compute_dtype: dtype of activations and arithmetic; 'storage' is the checkpoint's own 16-bit dtype.
-        num_fewshot: examples in a task's prompt.
-        window: perplexity only: tokens in a window, cut to the model's context.
-        limit: a task's first documents, or a text set's first tokens; None is all.
-        source: where to read, which is not identity: {'path': FILE} or {'hub': ID, 'revision': COMMIT, ...}; a task
-            has {'task_file': YAML} too.
+        source: where to read, which is not identity; None for a kind that reads nothing.
 
     Raises:
         SpecError: a value that is not allowed, by the name of the setting that it comes from.
     """
 
-    kind: str
-    name: str
-    dataset: str
-    compute_dtype: str
-    version: str = "1"
-    num_fewshot: int = 0
-    window: int | None = None
-    limit: int | None = None
-    source: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    name: str = axis(type="string", doc="name of the evaluation")
+    kind: str = axis(type="string", doc="kind of the evaluation: perplexity, task or another")
+    version: str = axis("1", type="string", doc="version of the task or of the text's preparation")
+    num_fewshot: int = axis(0, type="int64", doc="examples in the prompt", unit="count")
+    window: int | None = axis(None, type="int64", doc="tokens of a window, cut to the model's context", unit="tokens")
+    limit: int | None = axis(
+        None,
+        type="int64",
+        doc="first documents of a task, or tokens of a text; null is all",
+        unit="documents or tokens",
+    )
+    dataset: str = axis(type="string", doc="hub:ID@COMMIT or sha256:HASH")
+    compute_dtype: str = axis(type="string", doc="dtype of the arithmetic; storage is the checkpoint's own 16 bits")
+    device: str | None = axis(
+        None,
+        type="string",
+        doc="device that is measured; null where the number does not depend on it",
+        neutral=None,
+        since=2,
+    )
+    source: Source | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(EvalKind):
-            raise SpecError("kind", self.kind, "one of " + ", ".join(get_args(EvalKind)))
+        evaluator = EVALUATORS[self.kind]
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise SpecError("eval.compute_dtype", self.compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
-        _whole_number(self.limit_key, self.limit, 1)
-        _whole_number("eval.window", self.window, 2)
-        _whole_number("eval.num_fewshot", self.num_fewshot, 0)
+        _whole_number(evaluator.key("limit"), self.limit, 1)
+        _whole_number(evaluator.key("window"), self.window, 2)
+        _whole_number(evaluator.key("num_fewshot"), self.num_fewshot, 0)
+        if evaluator.identity_of_device != (self.device is not None):
+            allowed = "the name of the device that is measured" if evaluator.identity_of_device else "null"
+            raise SpecError("device", self.device, f"{allowed}, for an evaluation of kind {self.kind}")
 
     @property
     def limit_key(self) -> str:
         """The setting that ``limit`` comes from, for messages: a text set's tokens, or a task's documents."""
-        return "eval.tokens" if self.kind == "perplexity" else "eval.limit"
+        return EVALUATORS[self.kind].key("limit")
 
     def canonical(self) -> dict[str, Any]:
         """What defines the measurement beside its cell, as plain JSON values."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "version": self.version,
-            "num_fewshot": self.num_fewshot,
-            "window": self.window,
-            "limit": self.limit,
-            "dataset": self.dataset,
-            "compute_dtype": self.compute_dtype,
-        }
+        values = {name: (declared, getattr(self, name)) for name, declared in eval_axes().items()}
+        return {name: value for name, (declared, value) in values.items() if declared.is_identity(value)}
+
+
+@cache
+def eval_axes() -> Mapping[str, Axis]:
+    """What defines an evaluation, by the name of its field; not where its data lie."""
+    return {f.name: axis_of(f) for f in fields(EvalSpec) if f.compare}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,8 @@ class EvalResult:
         n_samples: documents, or windows.
         n_tokens: tokens that went through the model (scored and context), for the cost model.
         dataset_hash: SHA-256 of what was evaluated (the tokens of a text set, the requests of a task): provenance.
+        higher_is_better: direction of metrics that the kind doesn't declare, or declares otherwise, where the data's
+            own definition gives it (a task's ``metric_list``).
     """
 
     metrics: Mapping[str, float]
@@ -96,6 +106,7 @@ class EvalResult:
     n_samples: int
     n_tokens: int
     dataset_hash: str
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
 
 
 def _whole_number(key: str, value: int | None, least: int) -> None:

@@ -16,6 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
 from kbit.errors import SpecError
+from kbit.evaluation.sources import HubData, LocalFile, TaskSource
 from kbit.evaluation.spec import EvalSpec
 from kbit.evaluation.texts import read_jsonl, require_commit
 
@@ -27,18 +28,20 @@ SPLITS: Final = ("training_split", "validation_split", "test_split", "fewshot_sp
 
 
 def build_task(spec: EvalSpec) -> Any:
-    """The lm_eval Task of ``spec.source['task_file']`` (a YAML file, with its ``include:`` and ``!function``), few-shot
+    """The lm_eval Task of ``spec.source.task_file`` (a YAML file, with its ``include:`` and ``!function``), few-shot
     examples set.
 
-    ``source`` may have 'path', a JSONL file that takes the place of the task's data set: its rows are the evaluated
-    split. Rows that already have the form which the task's process_docs gives are taken as they are (a preprocessed
-    HellaSwag). Without it the data come from the hub at 'revision', or from where the YAML says.
+    Its documents may be a JSONL file that takes the place of the task's data set: its rows are the evaluated split.
+    Rows that already have the form which the task's process_docs gives are taken as they are (a preprocessed
+    HellaSwag). Without it the data come from the hub at a commit, or from where the YAML says.
 
     Raises:
         SpecError: few-shot examples where the task or local data have none to give.
         ValueError: a file that is missing or malformed, or lacks a field that the task needs.
     """
-    task_file = Path(spec.source["task_file"])
+    if not isinstance(spec.source, TaskSource):
+        raise ValueError(f"the task {spec.name!r} needs its definition, a YAML file; its source is {spec.source!r}")
+    task_file, documents = Path(spec.source.task_file), spec.source.documents
     if not task_file.is_file():
         raise ValueError(f"{task_file}: no such file (the definition of the task {spec.name!r})")
     config = deepcopy(load_yaml(task_file))
@@ -49,12 +52,13 @@ def build_task(spec: EvalSpec) -> Any:
     if config.get("num_fewshot") == 0 and spec.num_fewshot:
         raise SpecError("eval.num_fewshot", spec.num_fewshot, f"0: the task {spec.name!r} is defined without examples")
     overrides: dict[str, Any] = {}
-    path = spec.source.get("path")
+    path = Path(documents.path) if isinstance(documents, LocalFile) else None
+    hub = documents if isinstance(documents, HubData) else None
     if path is not None:
-        data = _local_data(spec, config, Path(path))
+        data = _local_data(spec, config, path)
         overrides["download"] = lambda self, *_, **__: setattr(self, "dataset", data)
-    elif spec.source.get("revision"):
-        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": spec.source["revision"]}
+    elif hub is not None:
+        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": hub.revision}
     if not spec.num_fewshot:
         # Examples that nobody will draw from need not be read and processed.
         overrides["fewshot_docs"] = lambda self: None
@@ -65,8 +69,8 @@ def build_task(spec: EvalSpec) -> Any:
         if path is None:
             raise
         raise ValueError(f"{path}: the task {spec.name!r} needs the field {error.args[0]!r}") from error
-    if datasets.config.HF_HUB_OFFLINE and path is None and spec.source.get("revision"):
-        require_commit(task.dataset, spec.source["hub"], spec.source["revision"])
+    if datasets.config.HF_HUB_OFFLINE and hub is not None:
+        require_commit(task.dataset, hub.hub, hub.revision)
     task.set_config("num_fewshot", spec.num_fewshot)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task

@@ -11,6 +11,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.evaluation.sources import DEFAULT_FIELD, HubData, LocalFile, Source
+
+DEFAULT_SPLIT: Final = "test"
 SEPARATOR: Final = "\n\n"
 CUT_MARGIN: Final = 256
 """Tokens encoded beyond the limit, so that where the text was cut can't change a token within it (see
@@ -34,23 +37,21 @@ class EncodedText:
     ends: NDArray[np.int64] | None
 
 
-def read_documents(source: Mapping[str, Any]) -> Iterator[str]:
+def read_documents(source: Source | None) -> Iterator[str]:
     """The documents of a text set, in order, read as they are asked for.
 
     Args:
-        source: {'path': FILE}: JSONL with a field 'text' (another one by 'field'), or .txt, one document; or {'hub':
-            ID, 'revision': COMMIT, 'config', 'split', 'field'}: a dataset of the Hugging Face hub, streamed, so
-            that a limit does not download all of it (without a network it is read from the cache).
+        source: a local JSONL file, or .txt, which is one document; or a dataset of the hub, streamed, so that a limit
+            does not download all of it (without a network it is read from the cache).
 
     Raises:
         ValueError: a file that is missing, of another kind, or has a line without the field.
     """
-    field = str(source.get("field") or "text")
-    if "path" in source:
-        return _file_documents(Path(source["path"]), field)
-    if "hub" in source:
-        return _hub_documents(source, field)
-    raise ValueError(f"a text set's source needs 'path' or 'hub'; it has: {', '.join(source) or 'nothing'}")
+    if isinstance(source, LocalFile):
+        return _file_documents(Path(source.path), source.field or DEFAULT_FIELD)
+    if isinstance(source, HubData):
+        return _hub_documents(source, source.field or DEFAULT_FIELD)
+    raise ValueError(f"a text set is a local file or a dataset of the hub, not {source!r}")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -85,23 +86,23 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
         yield row[field]
 
 
-def _hub_documents(source: Mapping[str, Any], field: str) -> Iterator[str]:
+def _hub_documents(source: HubData, field: str) -> Iterator[str]:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    split = str(source.get("split") or "test")
+    split = source.split or DEFAULT_SPLIT
     rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-        source["hub"],
-        name=source.get("config"),
-        revision=source.get("revision"),
+        source.hub,
+        name=source.config,
+        revision=source.revision,
         split=split,
         streaming=not HF_HUB_OFFLINE,
     )
     if HF_HUB_OFFLINE:
-        require_commit(rows, source["hub"], source.get("revision"))
+        require_commit(rows, source.hub, source.revision)
     for number, row in enumerate(rows):
         if not isinstance(row.get(field), str):
-            where = f"{source['hub']}, split {split}, row {number}"
+            where = f"{source.hub}, split {split}, row {number}"
             raise ValueError(f"{where}: no text in field {field!r}; fields present: {', '.join(row)}")
         yield row[field]
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.evaluation.evaluators import TASK
 from kbit.evaluation.generation import generate
 from kbit.evaluation.requests import RequestEncoder, ScoringPlan, sum_windows
 from kbit.evaluation.scoring import TokenScorer
@@ -35,6 +36,7 @@ cell).
 RIGHT_OR_WRONG: Final = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"})
 REQUEST_TYPES: Final = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 ONE_FILTER: Final = "none"
+_DECLARED: Final = {metric.name: metric.higher_is_better for metric in TASK.metrics}
 
 
 @dataclass(kw_only=True)
@@ -83,15 +85,16 @@ class TaskEval:
                 if not defined:
                     undefined.add(instance.doc_id)
         self.task.apply_filters()
-        metrics, stderr, samples = _aggregate(self.task, undefined)
+        found = _aggregate(self.task, undefined)
         return EvalResult(
-            metrics=metrics,
-            stderr=stderr,
-            samples=samples,
+            metrics=found.metrics,
+            stderr=found.stderr,
+            samples=found.samples,
             diverged=not finite,
             n_samples=len({instance.doc_id for instance in self.task.instances}),
             n_tokens=tokens,
             dataset_hash=self.dataset_hash,
+            higher_is_better=found.higher_is_better,
         )
 
     def _answer(self, kind: str, instances: list[Any], model: PreTrainedModel, batch_tokens: int) -> Answers:
@@ -148,16 +151,24 @@ def prepare_task(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: in
     return TaskEval(task=task, requests=dict(requests), plans=plans, encoder=encoder, dataset_hash=digest.hexdigest())
 
 
-def _aggregate(task: Any, undefined: set[int]) -> tuple[dict[str, float], dict[str, float], dict[str, NDArray[Any]]]:
-    """Metrics, standard errors and samples of a task whose instances are filled. Documents in ``undefined`` have NaN
-    for every metric.
+@dataclass(frozen=True, kw_only=True)
+class Aggregated:
+    """What a task measured, by metric: values, standard errors, samples; and directions, where ``TASK`` declares none,
+    or another than the task's own definition.
     """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    stderr: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, NDArray[Any]] = field(default_factory=dict)
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+
+
+def _aggregate(task: Any, undefined: set[int]) -> Aggregated:
+    """Aggregate a task whose instances are filled. Documents in ``undefined`` have NaN for every metric."""
     by_document: dict[int, list[Any]] = defaultdict(list)
     for instance in task.instances:
         by_document[instance.doc_id].append(instance)
-    metrics: dict[str, float] = {}
-    stderr: dict[str, float] = {}
-    samples: dict[str, NDArray[Any]] = {}
+    found = Aggregated()
     filters = list(task.instances[0].filtered_resps)
     for name in filters:
         values: dict[str, list[Any]] = defaultdict(list)
@@ -169,12 +180,16 @@ def _aggregate(task: Any, undefined: set[int]) -> tuple[dict[str, float], dict[s
         for metric, items in values.items():
             key = metric if len(filters) == 1 or name == ONE_FILTER else f"{metric}_{name.replace('-', '_')}"
             aggregate = task.aggregation().get(metric) or _mean()
-            metrics[key] = _aggregated(aggregate, items)
-            error = _standard_error(aggregate, items, metrics[key])
+            found.metrics[key] = _aggregated(aggregate, items)
+            error = _standard_error(aggregate, items, found.metrics[key])
             if error is not None:
-                stderr[key] = error
-            samples.update(_samples(key, metric, items))
-    return metrics, stderr, samples
+                found.stderr[key] = error
+            found.samples.update(_samples(key, metric, items))
+            # lm-eval has it from the task's definition, or from its own list of metrics; None where nobody says.
+            higher = task.higher_is_better().get(metric)
+            if isinstance(higher, bool) and _DECLARED.get(key) != higher:
+                found.higher_is_better[key] = higher
+    return found
 
 
 def _mean() -> Callable[[Sequence[Any]], float]:

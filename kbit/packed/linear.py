@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from kbit.data_types import data_type
 from kbit.kernels.ops import by_row, matmul_rows, matmul_tiled
 from kbit.kernels.tiles import TILE, TiledWeight, lookup_table, why_no_layout
 from kbit.packed.layout import check_stored, lay_out, row_major, shapes
@@ -101,6 +102,8 @@ class KBitLinear(nn.Module):
         self.tiled = "scales" in self._stored
         if spec.center:
             self._stored["mean"] = ((), torch.float16)
+        # Where no code stands for 0, kept columns are left out of the product with the codes by zeros of x.
+        self._clears_kept = bool(kept) and not data_type(str(spec.dtype), spec.codebook).has_zero
         if kept:
             self._stored["kept_columns"] = ((kept,), torch.int32)
             self._stored["kept_values"] = ((out_features, kept), storage_dtype)
@@ -182,16 +185,19 @@ class KBitLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """Return y = x · W^T + bias, of an x [m, in_features].
 
-        The codes of kept columns stand for zero, and codes for W less its mean. Tiles are multiplied without the mean;
-        in row-major order it is added to all columns, the kept ones too.
+        The codes of kept columns stand for zero, or else x is zero there. Codes stand for W less its mean: tiles are
+        multiplied without it; in row-major order it is added to all columns, the kept ones too.
         """
         of = self._buffers  # attributes of a module take half a microsecond each
         bias = None if of["bias"] is None else of["bias"].to(x.dtype)
         addend = None if of["mean"] is None and of["kept_columns"] is None else self._addend(x)
+        coded = x
+        if self._clears_kept and self.kept_columns is not None:
+            coded = x.index_fill(1, self.kept_columns.long(), 0)
         y: Tensor
         if self.tiled:
             y = matmul_tiled(
-                x,
+                coded,
                 codes=of["codes"],
                 scales=of["scales"],
                 codebook=of["codebook"],
@@ -208,7 +214,7 @@ class KBitLinear(nn.Module):
             )
         else:
             y = matmul_rows(
-                x,
+                coded,
                 codes=of["codes"],
                 absmax=of["absmax"],
                 nested=[of["absmax_scale"], of["absmax_offset"], of["absmax_codebook"]] if self._is_nested else [],
@@ -235,10 +241,10 @@ class KBitLinear(nn.Module):
             addend = by_row(partial(_wide_product, values=self.kept_values), kept, apart=apart)
         if self.mean is None:
             return addend
-        # Tiles lack the mean, in all columns but the kept ones; rows have it there too, rounded.
+        # Tiles lack the mean, in all columns but the kept ones; rows have it there too, rounded, but where x is zero.
         if self.tiled:
             sums = by_row(total, x, apart=apart)
-        if kept is not None:
+        if kept is not None and (self.tiled or not self._clears_kept):
             of_kept = by_row(total, kept, apart=apart)
             sums = -of_kept if sums is None else sums - of_kept
         if sums is None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kbit.evaluation.sources import HubData, documents_of
 from sweeps.errors import UserError
 from sweeps.executors.local import check_executor, run
 from sweeps.executors.slurm.config import SlurmConfig, counted
@@ -23,9 +24,10 @@ from sweeps.results.table import load_results
 from sweeps.status import FAILURES, State
 from sweeps.store.parts import Store
 from sweeps.study.cell import axis_names
+from sweeps.study.evals import as_list
 from sweeps.study.grid import check_axes, excluded_counts, matches
 from sweeps.study.manifest import load_manifests
-from sweeps.study.resolve import as_list, build_study
+from sweeps.study.resolve import build_study
 from sweeps.tracking.tracker import TrackedPack, sync
 from sweeps.worker.devices import plan_workers, resolve_device
 from sweeps.worker.execution import run_config, run_name
@@ -151,6 +153,7 @@ def _explain_states(results: pd.DataFrame, console: Console) -> None:
 
 def table_mode(cfg: DictConfig, console: Console) -> int:
     """Write the results as CSV, parquet or Markdown."""
+    from analysis.metrics import direction_warnings
     from analysis.mixtures import mixture_warnings
     from analysis.tables import write_table
 
@@ -161,7 +164,8 @@ def table_mode(cfg: DictConfig, console: Console) -> int:
     except OSError as error:
         raise UserError(f"to={str(target)!r} can't be written: {error.strerror or error}") from error
     console.print(f"{len(results):,} rows, {len(results.columns)} columns: {path}", highlight=False, soft_wrap=True)
-    for warning in mixture_warnings(load_results(out_dir(cfg), long=True)):
+    unranked = [] if cfg.long else direction_warnings(results)
+    for warning in [*mixture_warnings(load_results(out_dir(cfg), long=True)), *unranked]:
         console.print(f"[yellow]{escape(warning)}[/]")
     return 0
 
@@ -247,11 +251,8 @@ def fetch_mode(cfg: DictConfig, console: Console) -> int:
     with console.status("resolving models and data") as status:
         study = build_study(cfg, device=device, strict=True, progress=status.update)
         models = {(c.model.hub_id, c.model.commit) for c in study.manifest.cells if c.model.hub_id}
-        sources = [e.source for e in study.manifest.evals if "hub" in e.source]
-        datasets = [
-            hub.HubDataset(id=s["hub"], revision=s["revision"], config=s.get("config"), kwargs=s.get("kwargs", {}))
-            for s in sources
-        ]
+        read = [documents_of(e.source) for e in study.manifest.evals]
+        datasets = [documents for documents in read if isinstance(documents, HubData)]
         status.update("downloading")
         hub.fetch(
             sorted((str(m), str(c)) for m, c in models),

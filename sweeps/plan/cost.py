@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
+from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.store.schema import Row
 from sweeps.study.cell import Measurement, ModelRef
 
@@ -22,33 +23,10 @@ LOAD_BYTES_PER_SECOND: Final = 5e8
 SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 1.0}
 """Whatever the size: scheduling, writing, small kernels."""
 
-TEXT_TOKENS: Final = 2_000_000
-"""Of a text set without a limit, where its size is not known before it is read."""
-TASK_TOKENS: Final = {
-    # documents x continuations x tokens of context and continuation, of the full sets
-    "lambada_openai": (5153, 90),
-    "piqa": (1838, 2 * 40),
-    "hellaswag": (10042, 4 * 110),
-    "winogrande": (1267, 2 * 30),
-}
-OTHER_TASK: Final = (5000, 300)
-BYTES_PER_TOKEN: Final = 3.5
-REPEATED: Final = 2.0
-"""A task's file goes through the model about twice: the context is repeated for each continuation."""
-
 
 def tokens_of(measurement: Measurement) -> int:
     """About how many tokens go through the model."""
-    spec = measurement.eval
-    size, documents = spec.source.get("bytes"), spec.source.get("documents")
-    if spec.kind == "perplexity":
-        whole = int(size / BYTES_PER_TOKEN) if size else TEXT_TOKENS
-        return min(spec.limit or whole, whole)
-    if size and documents:
-        each = size / documents / BYTES_PER_TOKEN * REPEATED
-    else:
-        documents, each = TASK_TOKENS.get(spec.name, OTHER_TASK)
-    return int((min(spec.limit, documents) if spec.limit else documents) * each)
+    return EVALUATORS[measurement.eval.kind].tokens(measurement.eval)
 
 
 def load_seconds(model: ModelRef) -> float:

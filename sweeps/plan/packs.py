@@ -16,7 +16,7 @@ from kbit.spec import spec_from_canonical
 from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.cost import CostModel, load_seconds
 from sweeps.status import RETRY, UNRECORDED, State
-from sweeps.study.cell import Cell, Measurement, ModelRef, eval_to_dict, model_to_dict
+from sweeps.study.cell import Cell, Measurement, ModelRef, eval_from_dict, eval_to_dict, model_to_dict
 from sweeps.study.manifest import Manifest
 
 PACK_SECONDS: Final = (20.0, 7200.0)
@@ -82,7 +82,7 @@ class Pack:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pack:
         model = ModelRef(**data["model"])
-        evals = [EvalSpec(**e) for e in data["evals"]]
+        evals = [eval_from_dict(e) for e in data["evals"]]
         items = tuple(
             (Cell(model=model, quant=spec_from_canonical(q)), tuple(evals[i] for i in indices))
             for q, indices in data["items"]

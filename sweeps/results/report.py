@@ -46,14 +46,14 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
     """Findings to the console; figures and the table to files."""
     from analysis.figures import write_figures
     from analysis.findings import findings, wanted_samples
-    from analysis.metrics import headline_metrics
+    from analysis.metrics import direction_warnings, headline_metrics
     from analysis.mixtures import mixture_warnings
     from analysis.tables import bits_by_dtype, to_markdown, write_table
 
     # Only what is compared: the samples of a large study don't fit into memory.
     wanted = wanted_samples(results, long)
     samples = {wanted[m]: outcome for m, outcome in load_samples(store.out, list(wanted)).items()}
-    for warning in mixture_warnings(long):
+    for warning in [*mixture_warnings(long), *direction_warnings(results)]:
         console.print(f"[yellow]{escape(warning)}[/]")
     for finding in findings(results, samples):
         console.print(f"• {escape(finding)}", highlight=False)

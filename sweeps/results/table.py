@@ -37,8 +37,9 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     Args:
         out: the results directory.
         long: one row a measurement; else one row a planned cell, with a column ``{eval}_{metric}`` and
-            ``{eval}_{metric}_stderr`` for each metric, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four
-            tasks are there. Where launches planned an evaluation with different settings, the newest launch's count.
+            ``{eval}_{metric}_stderr`` for each metric, ``{eval}_{metric}_higher_is_better`` where only the task's
+            definition says it, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four tasks are there. Where
+            launches planned an evaluation with different settings, the newest launch's count.
         sweep: only the cells that this study planned.
 
     Raises:
@@ -82,7 +83,10 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
         if row is None or state is State.RUNNING:
             row = _planned_row(measurement)
         metrics, stderr = dict(row["metrics"] or ()), dict(row["stderr"] or ())
-        rows.append({**row, "metrics": metrics, "stderr": stderr, "status": state.value, "sweep": study})
+        # Parquet can't hold a column of empty mappings.
+        directions = dict(row.get("higher_is_better") or ()) or None
+        about = {"metrics": metrics, "stderr": stderr, "higher_is_better": directions}
+        rows.append({**row, **about, "status": state.value, "sweep": study})
     return rows
 
 
@@ -164,6 +168,8 @@ def _metric_columns(group: Sequence[Row]) -> dict[str, float]:
             values[f"{row['eval']}_{metric}"] = value
             if metric in row["stderr"]:
                 values[f"{row['eval']}_{metric}_stderr"] = row["stderr"][metric]
+        for metric, higher in (row["higher_is_better"] or {}).items():
+            values[f"{row['eval']}_{metric}_higher_is_better"] = higher
     accuracies = [values.get(f"{task}_acc") for task in ZERO_SHOT]
     if all(a is not None for a in accuracies):
         errors = [values.get(f"{task}_acc_stderr", math.nan) for task in ZERO_SHOT]

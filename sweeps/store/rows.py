@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from kbit.evaluation.spec import EvalResult
 from sweeps.status import State
 from sweeps.store.schema import Row, Scalar
-from sweeps.study.cell import Cell, Measurement
+from sweeps.study.cell import Cell, Measurement, eval_columns
 
 if TYPE_CHECKING:
     from kbit.models.quantize import QuantHandle
@@ -58,18 +58,10 @@ def cell_row(cell: Cell) -> Row:
 
 def measurement_row(measurement: Measurement) -> Row:
     """Return what is known of a measurement before it runs, by column name."""
-    spec = measurement.eval
     return {
         **cell_row(measurement.cell),
         "measurement": measurement.key,
-        "eval": spec.name,
-        "eval_kind": spec.kind,
-        "eval_version": spec.version,
-        "num_fewshot": spec.num_fewshot,
-        "window": spec.window,
-        "limit": spec.limit,
-        "dataset": spec.dataset,
-        "compute_dtype": spec.compute_dtype,
+        **{column: getattr(measurement.eval, declared.name) for column, declared in eval_columns().items()},
     }
 
 
@@ -108,6 +100,7 @@ def result_columns(result: EvalResult) -> Row:
         "status": (State.DIVERGED if result.diverged else State.DONE).value,
         "metrics": dict(result.metrics),
         "stderr": dict(result.stderr),
+        "higher_is_better": dict(result.higher_is_better) or None,
         "samples": dict(result.samples),
         "n_samples": result.n_samples,
         "n_tokens": result.n_tokens,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from kbit.spec import axes
+from sweeps.study.cell import eval_columns
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,15 +66,8 @@ COLUMNS: Final[tuple[Column, ...]] = (
     _cell("total_bits_nominal", "float64", "whole model by the nominal count", "bit"),
     _cell("codebook_hash", "string", "SHA-256 of the codebooks used"),
     # The evaluation
-    _c("eval", "string", "name of the evaluation"),
-    _c("eval_kind", "string", "perplexity or task"),
-    _c("eval_version", "string", "version of the task or of the text's preparation"),
-    _c("num_fewshot", "int64", "examples in the prompt", "count"),
-    _c("window", "int64", "window of perplexity", "tokens"),
-    _c("limit", "int64", "first documents of a task, or tokens of a text; null is all", "documents or tokens"),
-    _c("dataset", "string", "hub:ID@COMMIT or sha256:HASH"),
+    *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 1),
     _c("dataset_hash", "string", "SHA-256 of what was evaluated"),
-    _c("compute_dtype", "string", "dtype of the arithmetic"),
     # The result
     _c("metrics", "map<string,float64>", "values by metric (loss: nats a token; acc: fraction); NaN and inf are kept"),
     _c("stderr", "map<string,float64>", "standard errors by metric"),
@@ -102,8 +96,10 @@ COLUMNS: Final[tuple[Column, ...]] = (
     _c("pack", "string", "pack it ran in"),
     _c("job", "string", "scheduler's job, or the worker"),
     _c("host", "string", "machine"),
-    # Axes that came later, at the end, so that columns stay where they were
+    # What came later, at the end, so that columns stay where they were
     *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
+    *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 1),
+    _c("higher_is_better", "map<string,bool>", "direction of metrics that no kind declares, as the task defines it"),
 )
 
 CELL_COLUMNS: Final = tuple(c.name for c in COLUMNS if c.of_cell)
@@ -120,6 +116,7 @@ def arrow_schema() -> pa.Schema:
         "bool": pa.bool_(),
         "timestamp": pa.timestamp("us", tz="UTC"),
         "map<string,float64>": pa.map_(pa.string(), pa.float64()),
+        "map<string,bool>": pa.map_(pa.string(), pa.bool_()),
         "samples": pa.list_(
             pa.struct([("name", pa.string()), ("dtype", pa.string()), ("count", pa.int64()), ("data", pa.binary())])
         ),

@@ -11,15 +11,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Final
+from typing import Any, Final
 
-from kbit.evaluation.spec import EvalSpec
+from kbit.axes import Axis
+from kbit.evaluation.sources import source_from_dict, source_to_dict
+from kbit.evaluation.spec import EvalSpec, eval_axes
 from kbit.spec import Spec, axes
 
 KEY_VERSION: Final = 1
 """Part of every key. A change to what a key is made of raises it and migrates the store."""
 
 UNRESOLVED: Final = "unresolved:"
+_EVAL_COLUMNS: Final = {"name": "eval", "kind": "eval_kind", "version": "eval_version", "device": "eval_device"}
+"""Columns with another name than the field of the evaluation."""
 
 
 def canonical_json(value: Mapping[str, object]) -> str:
@@ -107,9 +111,20 @@ def axis_names() -> tuple[str, ...]:
     return ("family", "model", "method", *axes())
 
 
+@cache
+def eval_columns() -> Mapping[str, Axis]:
+    """What defines an evaluation, by the column of results that has it."""
+    return {_EVAL_COLUMNS.get(name, name): declared for name, declared in eval_axes().items()}
+
+
 def model_to_dict(model: ModelRef) -> dict[str, object]:
     return dict(vars(model))
 
 
 def eval_to_dict(spec: EvalSpec) -> dict[str, object]:
-    return {**spec.canonical(), "source": dict(spec.source)}
+    return {**spec.canonical(), "source": source_to_dict(spec.source)}
+
+
+def eval_from_dict(data: Mapping[str, Any]) -> EvalSpec:
+    """The inverse of ``eval_to_dict``."""
+    return EvalSpec(**{**data, "source": source_from_dict(data["source"])})

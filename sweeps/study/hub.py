@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
+from kbit.evaluation.sources import HubData
 from kbit.models.checkpoint import count_parameters, extra_files, model_files, read_config, weight_files
 from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash
 
 __all__ = [
-    "HubDataset",
     "LocalModel",
     "cached_snapshot",
     "check_jsonl",
@@ -59,22 +59,6 @@ class LocalModel:
     family: str
     params: int | None
     content_hash: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubDataset:
-    """A dataset to fetch, as ``datasets.load_dataset`` takes it.
-
-    Attributes:
-        id, revision: of the repository.
-        config: its configuration (``name`` of load_dataset).
-        kwargs: further arguments of load_dataset, as a task's ``dataset_kwargs`` has them.
-    """
-
-    id: str
-    revision: str = "main"
-    config: str | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve_commit(repo_id: str, revision: str = "main", repo_type: str = "model") -> str:
@@ -180,7 +164,7 @@ def check_jsonl(path: Path, fields: Iterable[str]) -> None:
 
 
 def fetch(
-    models: Iterable[tuple[str, str]], datasets: Iterable[HubDataset] = (), *, report: Callable[[str], None] = print
+    models: Iterable[tuple[str, str]], datasets: Iterable[HubData] = (), *, report: Callable[[str], None] = print
 ) -> None:
     """Download models (pairs of hub id and revision) and datasets into the local caches, so that jobs can run offline.
 
@@ -198,7 +182,7 @@ def fetch(
     failures: list[str] = []
     jobs: list[tuple[str, Callable[[], Path]]] = []
     jobs += [(repo_id, partial(_fetch_model, repo_id, revision)) for repo_id, revision in models]
-    jobs += [(dataset.id, partial(_fetch_dataset, dataset)) for dataset in datasets]
+    jobs += [(dataset.hub, partial(_fetch_dataset, dataset)) for dataset in datasets]
     for name, job in jobs:
         try:
             report(f"{name}: {job()}")
@@ -224,14 +208,14 @@ def _fetch_model(repo_id: str, revision: str) -> Path:
     return path
 
 
-def _fetch_dataset(dataset: HubDataset) -> Path:
-    commit = resolve_commit(dataset.id, dataset.revision, repo_type="dataset")
+def _fetch_dataset(dataset: HubData) -> Path:
+    commit = resolve_commit(dataset.hub, dataset.revision, repo_type="dataset")
     import datasets
 
-    kwargs = {k: v for k, v in dataset.kwargs.items() if k != "revision"}
-    loaded = datasets.load_dataset(dataset.id, dataset.config, revision=commit, **kwargs)
+    kwargs = {k: v for k, v in (dataset.kwargs or {}).items() if k != "revision"}
+    loaded = datasets.load_dataset(dataset.hub, dataset.config, revision=commit, **kwargs)
     path = Path(next(iter(loaded.cache_files.values()))[0]["filename"]).parent
-    _remember_ref(dataset.id, dataset.revision, "dataset", commit)
+    _remember_ref(dataset.hub, dataset.revision, "dataset", commit)
     return path
 
 

@@ -21,6 +21,7 @@ from sweeps.study.cell import (
     Measurement,
     ModelRef,
     canonical_json,
+    eval_from_dict,
     eval_to_dict,
     model_to_dict,
 )
@@ -82,7 +83,7 @@ def load_manifest(path: Path) -> Manifest:
     return Manifest(
         sweep=data["sweep"],
         cells=tuple(Cell(model=models[i], quant=spec_from_canonical(q)) for i, q in data["cells"]),
-        evals=tuple(EvalSpec(**e) for e in data["evals"]),
+        evals=tuple(eval_from_dict(e) for e in data["evals"]),
         excluded=tuple(Excluded(**e) for e in data["excluded"]),
         config=data["config"],
     )

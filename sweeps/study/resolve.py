@@ -5,7 +5,6 @@ Commits are resolved here, once, and never invented; a plan made without a netwo
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,22 +14,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kbit.compute_dtypes import COMPUTE_DTYPES
-from kbit.errors import SpecError
-from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import HubError, UserError, did_you_mean
-from sweeps.study import hub, task_index
+from sweeps.study import hub
 from sweeps.study.cell import UNRESOLVED, ModelRef
+from sweeps.study.devices import launch_device
+from sweeps.study.evals import as_list, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
-
-AUTO_COMPUTE_DTYPE = {"cpu": "float32", "cuda": "storage"}
-"""16-bit arithmetic is slow, or missing, on a CPU."""
-TEXT_SUFFIXES = (".jsonl", ".txt")
-PACKAGED_LOADERS = ("json", "csv", "parquet", "text", "arrow")
-"""Names that `datasets` reads local files with, not of the hub."""
-PERPLEXITY_VERSION = "1"
-"""Of the preparation of a text set: joining, windows, scoring. Raised when a number would change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +72,8 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
         raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
     models = _models(cfg, resolver, progress)
     grid = expand(plain["quant"], models, plain["exclude"])
-    evals = _evals(cfg.eval, resolver, device)
+    executor = _plain(cfg.executor)
+    evals = resolve_evals(_plain(cfg.eval), resolver, device, lambda: launch_device(executor, device))
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
@@ -90,17 +81,6 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
     frozen = {k: v for k, v in _plain(cfg).items() if k in ("sweep", "models", "path", "eval")}
     manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=frozen)
     return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
-
-
-def as_list(value: object, key: str) -> list[Any]:
-    """A list, or one value standing for a list of one; null is none."""
-    if value is None:
-        return []
-    if isinstance(value, str | int):
-        return [value]
-    if isinstance(value, list | tuple):
-        return list(value)
-    raise UserError(f"{key}={value!r} is not valid: a name or a list, e.g. '{key}=[a,b]'")
 
 
 def _plain(cfg: Any) -> Any:
@@ -167,136 +147,3 @@ def _local(path: Path, family: str | None, name: str | None, progress: Callable[
         path=str(local.path),
         weights_hash=local.content_hash,
     )
-
-
-def _evals(cfg: DictConfig, resolver: Resolver, device: str) -> list[EvalSpec]:
-    plain = _plain(cfg)
-    dtype = plain["compute_dtype"]
-    if dtype == "auto":
-        dtype = AUTO_COMPUTE_DTYPE[device]
-    elif dtype not in COMPUTE_DTYPES:
-        raise SpecError("eval.compute_dtype", dtype, "auto, or one of " + ", ".join(COMPUTE_DTYPES))
-    data_dir = _data_dir(plain["data_dir"])
-    evals = [
-        _text_set(str(name), plain, data_dir, dtype, resolver)
-        for name in as_list(plain["perplexity"], "eval.perplexity")
-    ]
-    evals += [_task(str(name), plain, data_dir, dtype, resolver) for name in as_list(plain["tasks"], "eval.tasks")]
-    if not evals:
-        raise UserError("eval: nothing to measure. Name text sets (eval.perplexity) or tasks (eval.tasks)")
-    names = [e.name for e in evals]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise UserError(f"eval: {', '.join(twice)} is named more than once; each evaluation needs a name of its own")
-    return evals
-
-
-def _data_dir(value: str | None) -> Path | None:
-    if value is None:
-        return None
-    directory = Path(value).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"eval.data_dir={value!r} is not a directory")
-    return directory.absolute()
-
-
-def _text_set(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype: str, resolver: Resolver) -> EvalSpec:
-    source: dict[str, Any]
-    known = plain["sets"].get(name)
-    if known is None:
-        path = Path(name).expanduser()
-        if path.suffix not in TEXT_SUFFIXES and not path.is_file():
-            hint = did_you_mean(name, plain["sets"])
-            raise UserError(
-                f"eval.perplexity={name!r} is neither a known text set nor a .jsonl or .txt file.{hint} "
-                f"Known: {', '.join(sorted(plain['sets']))}"
-            )
-        name, source = path.stem, _file(path, "eval.perplexity")
-    elif known["path"]:
-        source = _file(Path(known["path"]), f"eval.sets.{name}.path")
-    elif data_dir and known["local"]:
-        source = _file(data_dir / known["local"], f"eval.data_dir (for {name})")
-    elif known["hub"]:
-        commit = resolver.commit(known["hub"], known["revision"], "dataset")
-        chosen = {k: known[k] for k in ("config", "split", "field") if known[k] is not None}
-        source = {"hub": known["hub"], "revision": commit, **chosen}
-    else:
-        raise UserError(f"eval.sets.{name} is only to be had locally: give eval.data_dir=DIR with {known['local']}")
-    if "path" in source:
-        source["field"] = known["field"] if known else "text"
-        hub.check_jsonl(Path(source["path"]), (source["field"],))
-    return EvalSpec(
-        kind="perplexity",
-        name=name,
-        version=PERPLEXITY_VERSION,
-        window=plain["window"],
-        limit=plain["tokens"],
-        dataset=_dataset_identity(source),
-        compute_dtype=dtype,
-        source=source,
-    )
-
-
-def _task(name: str, plain: Mapping[str, Any], data_dir: Path | None, dtype: str, resolver: Resolver) -> EvalSpec:
-    dirs = [Path(str(d)).expanduser() for d in as_list(plain["task_dirs"], "eval.task_dirs")]
-    entry = task_index.find_task(name, extra_dirs=dirs)
-    source: dict[str, Any] = {"task_file": str(entry.file)}
-    file = plain["task_data"].get(name)
-    if file and (data_dir or Path(file).is_absolute()):
-        source |= _file((data_dir or Path()) / file, f"eval.data_dir (for {name})")
-    elif data_dir and (data_dir / f"{name}.jsonl").is_file():
-        source |= _file(data_dir / f"{name}.jsonl", f"eval.data_dir (for {name})")
-    elif entry.dataset_path in PACKAGED_LOADERS:
-        source |= {"sha256": _data_files_hash(entry)}
-    elif entry.dataset_path:
-        kwargs = dict(entry.dataset_kwargs)
-        commit = resolver.commit(entry.dataset_path, str(kwargs.pop("revision", "main")), "dataset")
-        source |= {"hub": entry.dataset_path, "config": entry.dataset_name, "revision": commit, "kwargs": kwargs}
-    else:
-        raise UserError(f"eval.tasks={name!r}: {entry.file} names no dataset; put {name}.jsonl into eval.data_dir")
-    return EvalSpec(
-        kind="task",
-        name=name,
-        version=str(entry.version),
-        num_fewshot=plain["num_fewshot"],
-        limit=plain["limit"],
-        dataset=_dataset_identity(source),
-        compute_dtype=dtype,
-        source=source,
-    )
-
-
-def _data_files_hash(entry: task_index.TaskEntry) -> str:
-    """One hash of the local files that a task of the user's own reads by itself (dataset_path: json and the like)."""
-    named = entry.dataset_kwargs.get("data_files")
-    values = named.values() if isinstance(named, Mapping) else [named]
-    files = [str(f) for value in values for f in (value if isinstance(value, list) else [value]) if f is not None]
-    if not files:
-        raise UserError(f"{entry.file}: dataset_path={entry.dataset_path} needs dataset_kwargs.data_files")
-    hashes = [_file(Path(f), f"{entry.file}: data_files")["sha256"] for f in files]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _file(path: Path, key: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{key}: {str(path)!r} is not a file")
-    path = path.absolute()
-    with path.open("rb") as file:
-        documents = sum(1 for line in file if line.strip())
-    # Size and documents are for predicting the cost.
-    return {
-        "path": str(path),
-        "sha256": hub.file_hash(path),
-        "bytes": path.stat().st_size,
-        "documents": documents,
-    }
-
-
-def _dataset_identity(source: Mapping[str, Any]) -> str:
-    if "sha256" in source:
-        field = source.get("field") or "text"
-        return f"sha256:{source['sha256']}" + (f"/field={field}" if field != "text" else "")
-    field = source.get("field") or "text"
-    parts = [source.get("config"), source.get("split"), f"field={field}" if field != "text" else None]
-    detail = "".join(f"/{p}" for p in parts if p)
-    return f"hub:{source['hub']}{detail}@{source['revision']}"

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import yaml
 
+from kbit.evaluation.sources import LocalFile, NamedFiles, TaskSource, documents_of
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import CodeChangedError, DataChangedError, TaskError
 from sweeps.provenance import ROOT
@@ -102,11 +103,13 @@ def check_data(spec: EvalSpec) -> None:
     Raises:
         DataChangedError: a file can't be read, or its contents are others.
     """
-    expected = spec.source.get("sha256")
-    if expected is None:
+    documents = documents_of(spec.source)
+    if isinstance(documents, LocalFile) and documents.sha256 is not None:
+        files = [Path(documents.path)]
+    elif isinstance(documents, NamedFiles) and isinstance(spec.source, TaskSource):
+        files = task_data_files(load_task_yaml(Path(spec.source.task_file)))
+    else:
         return
-    path = spec.source.get("path")
-    files = [Path(path)] if path else task_data_files(load_task_yaml(Path(spec.source["task_file"])))
     hashes = []
     for file in files:
         try:
@@ -116,8 +119,9 @@ def check_data(spec: EvalSpec) -> None:
                 f"eval {spec.name}: {file} can't be read on {socket.gethostname()} ({error.strerror}): put it where "
                 "every node sees it, and launch the study again"
             ) from error
-    actual = hashes[0] if path else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-    if actual != expected:
+    one = isinstance(documents, LocalFile)
+    actual = hashes[0] if one else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    if actual != documents.sha256:
         raise DataChangedError(
             f"eval {spec.name}: {', '.join(map(str, files))} changed since the study was launched: restore what was "
             "there, or launch the study again to measure on what is there now"
@@ -198,9 +202,9 @@ def _sync(directory: Path) -> None:
 
 
 def _freeze(spec: EvalSpec, out: Path) -> EvalSpec:
-    if "task_file" not in spec.source:
+    if not isinstance(spec.source, TaskSource):
         return spec
-    file = Path(spec.source["task_file"]).resolve()
+    file = Path(spec.source.task_file).resolve()
     if _is_of_lm_eval(file):
         return spec
     found: dict[Path, bytes] = {}
@@ -209,7 +213,7 @@ def _freeze(spec: EvalSpec, out: Path) -> EvalSpec:
     base = Path(os.path.commonpath([p.parent for p in found]))
     files = {p.relative_to(base).as_posix(): data for p, data in found.items()}
     target = _place(out / "code" / f"tasks-{_hash(files)[:_NAME_DIGITS]}", files)
-    return replace(spec, source={**spec.source, "task_file": str(target / file.relative_to(base))})
+    return replace(spec, source=replace(spec.source, task_file=str(target / file.relative_to(base))))
 
 
 def _is_of_lm_eval(file: Path) -> bool:

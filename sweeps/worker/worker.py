@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from sweeps.errors import EXIT_IO, EXIT_LOAD, StoreError
 from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped
@@ -31,6 +32,7 @@ from sweeps.store.rows import (
 )
 from sweeps.store.schema import Row, Scalar
 from sweeps.study.cell import Cell, Measurement, ModelRef
+from sweeps.study.devices import check_device, cpu_name
 from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.time_budget import Pace
@@ -110,16 +112,17 @@ class Worker:
         """Why it ended before the last item, or None."""
         pace = Pace(until=until, predicted=pack.item_seconds)
         for number, (cell, evals) in enumerate(pack.items):
-            # One arithmetic a model load: cells whose evaluations ask for another dtype load the model anew.
-            dtypes = list(dict.fromkeys(e.compute_dtype for e in evals))
-            to_load = load_seconds(cell.model) if self._warm.holds != (cell.model, dtypes[0]) else 0.0
+            # One arithmetic a model load: cells whose evaluations ask for another dtype load the model again. And one
+            # form of the quantized layers: packed ones are put in place apart.
+            forms = list(dict.fromkeys(_form(e) for e in evals))
+            to_load = load_seconds(cell.model) if self._warm.holds != (cell.model, forms[0][0]) else 0.0
             now = time.time()
             # The first is begun when there is any time: else a cell that is predicted to take too long would never be.
             if (number or pace.over(now)) and not pace.fits(number, now=now, load_seconds=to_load):
                 return "walltime"
             began, loading = time.monotonic(), self._warm.total_seconds
-            for dtype in dtypes:
-                if not self._run_cell(pack, cell, [e for e in evals if e.compute_dtype == dtype], dtype):
+            for form in forms:
+                if not self._run_cell(pack, cell, [e for e in evals if _form(e) == form], form):
                     return "asked"
             # Predictions are without loading.
             pace.took(number, time.monotonic() - began - (self._warm.total_seconds - loading))
@@ -131,7 +134,7 @@ class Worker:
         held = self._warm.holds
         return self.batch_tokens if held is None else self._smaller_batches.get(held, self.batch_tokens)
 
-    def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], dtype: str) -> bool:
+    def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], form: tuple[str, bool]) -> bool:
         """Whether all of it was measured; if not, the worker was asked to stop."""
         if self.stop.asked():
             return False
@@ -141,9 +144,10 @@ class Worker:
         self.emit(Started(pack=pack.id, cell=cell.key, label=cell.label, measurement=first))
         started = datetime.now(UTC)
         try:
+            dtype, packed = form
             loaded = self._load(cell.model, dtype)
             began = time.perf_counter()
-            handle = _quantize(loaded, cell)
+            handle = _quantize(loaded, cell, packed=packed)
         except Exception as error:
             self._record_failure(pack, measurements, error, started)
             return True
@@ -163,6 +167,7 @@ class Worker:
         started = datetime.now(UTC)
         self.emit(Measuring(pack=pack.id, measurement=measurement.key))
         try:
+            check_device(measurement.eval, cpu_name() if self.device == "cpu" else device_name(self.device))
             prepared = self._warm.prepare(measurement.eval, loaded)
             result, seconds = self._evaluate(pack, prepared, loaded)
         except Exception as error:
@@ -278,10 +283,15 @@ class Worker:
             sys.exit(EXIT_IO)
 
 
-def _quantize(loaded: LoadedModel, cell: Cell) -> QuantHandle:
+def _form(spec: EvalSpec) -> tuple[str, bool]:
+    """What an evaluation needs of the model: its compute dtype, and whether its layers are packed."""
+    return spec.compute_dtype, EVALUATORS[spec.kind].packed
+
+
+def _quantize(loaded: LoadedModel, cell: Cell, *, packed: bool) -> QuantHandle:
     from kbit.models.quantize import quantize_model
 
-    return quantize_model(loaded.model, cell.quant, storage_dtype=loaded.storage_dtype)
+    return quantize_model(loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed)
 
 
 def _is_the_models(error: Exception, model: ModelRef) -> bool:

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbit.evaluation import EvalSpec, prepare
+from kbit.evaluation.sources import LocalFile, TaskSource
 from sweeps.demo.build_text import Entry, build, choice, clean, entries, jsonl, lastword, read_package, sentences
 from tests import ROOT
 
@@ -138,7 +139,8 @@ def test_tasks_are_ordinary_lm_eval_tasks(name: str, monkeypatch: pytest.MonkeyP
     task = manager.load([name])["tasks"][name]
     task.set_config("num_fewshot", 0)
     task.build_all_requests(limit=5)
-    source = {"task_file": DEMO / "tasks" / f"{name}.yaml", "path": DEMO / "text" / f"{name}.jsonl"}
+    documents = LocalFile(path=str(DEMO / "text" / f"{name}.jsonl"))
+    source = TaskSource(task_file=str(DEMO / "tasks" / f"{name}.yaml"), documents=documents)
     spec = EvalSpec(kind="task", name=name, dataset="x", compute_dtype="float32", limit=5, source=source)
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "models" / "neox-xs")
     ours = prepare(spec, tokenizer, context=512, vocab_size=2048).task
@@ -153,7 +155,7 @@ def test_embedded_models_know_the_text_better_with_size() -> None:
         dataset="x",
         compute_dtype="float32",
         limit=2048,
-        source={"path": DEMO / "text" / "jargon.jsonl"},
+        source=LocalFile(path=str(DEMO / "text" / "jargon.jsonl")),
     )
     losses = []
     for name in ("neox-xs", "neox-s", "neox-m"):

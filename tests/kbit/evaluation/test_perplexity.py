@@ -26,6 +26,7 @@ from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare, scoring
 from kbit.evaluation.perplexity import summarize
 from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.sources import LocalFile
 from kbit.evaluation.texts import encode_text, read_documents
 from tests import ROOT
 from tests.kbit.tiny_models import tiny
@@ -46,7 +47,7 @@ def model() -> Any:
 
 
 def text_spec(path: Path, **changes: Any) -> EvalSpec:
-    fields: dict[str, Any] = {"dataset": "sha256:test", "compute_dtype": "float32", "source": {"path": path}}
+    fields: dict[str, Any] = {"dataset": "sha256:test", "compute_dtype": "float32", "source": LocalFile(path=path)}
     return EvalSpec(kind="perplexity", name="jargon", **{**fields, **changes})
 
 
@@ -56,7 +57,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def documents() -> list[str]:
-    return list(read_documents({"path": JARGON}))
+    return list(read_documents(LocalFile(path=JARGON)))
 
 
 def test_perplexity_is_that_of_disjoint_windows_without_their_first_token(model: Any, tokenizer: Any) -> None:
@@ -147,12 +148,12 @@ def test_tokenizer_without_offsets_counts_the_bytes_of_decoded_tokens(model: Any
 def test_text_file_is_one_document(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\n\ntwo\n", encoding="utf-8")
-    assert list(read_documents({"path": path})) == ["one\n\ntwo\n"]
+    assert list(read_documents(LocalFile(path=path))) == ["one\n\ntwo\n"]
 
 
 def test_another_field_can_be_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"content": "x"}, {"content": "y"}])
-    assert list(read_documents({"path": path, "field": "content"})) == ["x", "y"]
+    assert list(read_documents(LocalFile(path=path, field="content"))) == ["x", "y"]
 
 
 def test_what_the_model_does_not_know_diverges_and_keeps_its_number(model: Any, tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare
 from kbit.evaluation.lm import KbitLM
+from kbit.evaluation.sources import source_from_dict
 from kbit.evaluation.tasks import build_task
 from tests import ROOT
 
@@ -55,7 +56,7 @@ def broken(model: Any) -> Iterator[Any]:
 
 def task_spec(name: str, task_file: Path, data: Path | None, **changes: Any) -> EvalSpec:
     source = {"task_file": task_file, **({"path": data} if data else {})}
-    fields = {"dataset": "sha256:test", "compute_dtype": "float32", "source": source, **changes}
+    fields = {"dataset": "sha256:test", "compute_dtype": "float32", "source": source_from_dict(source), **changes}
     return EvalSpec(kind="task", name=name, **fields)
 
 

@@ -19,6 +19,7 @@ from kbit.kernels.tiles import lookup_table, tile, untile, untile_codes
 from kbit.quantizer.absmax import NESTED_SPEC, load_absmax
 from kbit.quantizer.blocks import Piece
 from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.codebooks import is_data_dependent
 from kbit.quantizer.packed import Packed
 from kbit.quantizer.packing import unpack
 
@@ -27,6 +28,8 @@ TILED = QuantSpec(bits=3, dtype="quantile", center=True)
 SPECS = {
     "tiled": QuantSpec(bits=4, dtype="int"),
     "tiled, mean": TILED,
+    "tiled, no zero": QuantSpec(bits=3, dtype="lloyd", center=True),
+    "rows, no zero": QuantSpec(bits=4, dtype="lloyd", blocksize=48, center=True),
     "rows": QuantSpec(bits=5, dtype="float", blocksize=48),
     "rows, nested": QuantSpec(bits=6, dtype="dynamic", absmax_dtype="nested"),
     "rows, whole": QuantSpec(bits=7, dtype="normal", blocksize=None, absmax_dtype="float32"),
@@ -95,7 +98,7 @@ def test_what_was_quantized_comes_back_bit_for_bit(name: str, kept: int) -> None
     assert same(layer.quantized(), q)
     assert torch.equal(layer.dequantize(), dequantize(q))
     # Beside what is counted: rows up to a multiple of 64, codebooks for both paths, their scale, a counter a row block.
-    counted = q.nbits - (16 * q.codebook.numel() if q.spec.dtype == "quantile" else 0)
+    counted = q.nbits - (16 * q.codebook.numel() if is_data_dependent(q.spec) else 0)
     codebooks = (32 + 16) * 2**q.spec.bits + 32 + (32 * 256 if q.spec.absmax_dtype == "nested" else 0)
     tiles = 28 * 192 * (q.spec.bits + 16 / 64) + 32 * 2 if layer.tiled else 0
     assert 8 * layer.nbytes == counted + codebooks + tiles

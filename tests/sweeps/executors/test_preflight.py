@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, file_download
 
+from kbit.evaluation.sources import HubData, LocalFile, TaskSource, documents_of
 from kbit.evaluation.spec import EvalSpec
 from sweeps.config import DEMO_DIR
 from sweeps.executors.slurm.node import preflight
@@ -41,13 +42,12 @@ def sound(tmp_path: Path) -> Preflight:
     marker.write_bytes(b"")
     shutil.copytree(DEMO_DIR / "models" / "neox-xs", model)
     shutil.copy(DEMO_DIR / "text" / "jargon.jsonl", text)
-    source = {"path": str(text), "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+    source = LocalFile(path=str(text), sha256=hashlib.sha256(text.read_bytes()).hexdigest())
+    task = TaskSource(task_file=str(TASK), documents=source)
     local = hub.local_model(model)
     evals = (
         EvalSpec(kind="perplexity", name="text", dataset="x", compute_dtype="float32", window=512, source=source),
-        EvalSpec(
-            kind="task", name="choice", dataset="x", compute_dtype="float32", source={**source, "task_file": str(TASK)}
-        ),
+        EvalSpec(kind="task", name="choice", dataset="x", compute_dtype="float32", source=task),
     )
     return Preflight(
         out=out,
@@ -88,7 +88,7 @@ def test_a_sound_setup_has_no_problems_and_says_what_it_checked(
 
 
 def test_every_problem_is_told_not_only_the_first(sound: Preflight, capsys: pytest.CaptureFixture[str]) -> None:
-    Path(sound.evals[0].source["path"]).unlink()
+    Path(documents_of(sound.evals[0].source).path).unlink()
     gone = replace(sound.models[0], path=str(sound.out / "gone"))
     case = replace(sound, models=(gone, *sound.models), launched=time.time() + 86400, out=sound.out / "launched" / "x")
     problems = case.problems()
@@ -108,9 +108,10 @@ class Missing(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == {module!r}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
+from kbit.evaluation.sources import TaskSource
 from kbit.evaluation.spec import EvalSpec
 from sweeps.executors.slurm.node.preflight import Preflight
-task = EvalSpec(kind="task", name="t", dataset="x", compute_dtype="float32", source={{"task_file": {str(TASK)!r}}})
+task = EvalSpec(kind="task", name="t", dataset="x", compute_dtype="float32", source=TaskSource(task_file={str(TASK)!r}))
 now = time.time()
 case = Preflight(out=Path({str(tmp_path)!r}), device="cuda", gpus=1, models=(), evals=(task,), launched=now,
                  store_launched=now)
@@ -146,12 +147,12 @@ def test_a_model_that_is_missing_or_changed(sound: Preflight) -> None:
 def test_data_that_are_missing_or_changed(sound: Preflight) -> None:
     text, choice = sound.evals
     case = replace(sound, evals=(text,))
-    data = Path(text.source["path"])
+    data = Path(documents_of(text.source).path)
     data.write_text(data.read_text() + '{"text": "more"}\n')
     assert "text.jsonl changed since the study was launched" in only_problem(case)
     data.unlink()
     assert "text.jsonl can't be read" in only_problem(case)
-    gone = replace(choice, source={"task_file": str(sound.out / "gone.yaml")})
+    gone = replace(choice, source=TaskSource(task_file=str(sound.out / "gone.yaml")))
     assert "gone.yaml can't be read" in only_problem(replace(sound, evals=(gone,)))
 
 
@@ -242,7 +243,7 @@ def test_a_hub_model_outside_the_cache_must_be_to_be_had(sound: Preflight, serve
 
 
 def test_hub_data_outside_the_cache_must_be_to_be_had(sound: Preflight, server: HubServer) -> None:
-    source = {"hub": "owner/name", "revision": COMMIT}
+    source = HubData(hub="owner/name", revision=COMMIT)
     spec = EvalSpec(kind="perplexity", name="far", dataset="x", compute_dtype="float32", window=512, source=source)
     case = replace(sound, evals=(spec,))
     problem = only_problem(case)  # the server has no data set of that commit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kbit.evaluation.sources import LocalFile
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec, spec_from_canonical
 from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json
@@ -71,7 +72,7 @@ def test_what_decides_a_number_is_in_the_measurement(change: dict[str, object]) 
 
 def test_where_the_data_lie_is_not_in_the_measurement() -> None:
     cell = Cell(model=HUB, quant=QuantSpec(bits=16))
-    moved = EvalSpec(**EVAL.canonical(), source={"path": "/elsewhere.jsonl"})
+    moved = EvalSpec(**EVAL.canonical(), source=LocalFile(path="/elsewhere.jsonl"))
     assert Measurement(cell=cell, eval=moved).key == Measurement(cell=cell, eval=EVAL).key
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from kbit.evaluation.sources import source_from_dict
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import CodeChangedError, DataChangedError, UserError
 from sweeps.study.cell import Cell, Measurement, ModelRef
-from sweeps.study.resolve import _data_files_hash
+from sweeps.study.evals import _data_files_hash
 from sweeps.study.snapshot import check_code, check_data, code_hash, freeze_evals, job_setup, snapshot_code
 from sweeps.study.task_index import find_task
 from tests.conftest import ROOT
@@ -151,7 +152,7 @@ def task(file: Path, **source: object) -> EvalSpec:
         dataset="sha256:0",
         compute_dtype="float32",
         limit=2,
-        source={"task_file": str(file), **source},
+        source=source_from_dict({"task_file": str(file), **source}),
     )
 
 
@@ -185,7 +186,7 @@ def requests(spec: EvalSpec) -> list[tuple[str, str]]:
 
 def test_a_frozen_task_is_what_it_was_whatever_is_edited_after_the_launch(own: EvalSpec, tmp_path: Path) -> None:
     (frozen,) = freeze_evals([own], tmp_path / "out")
-    file = Path(frozen.source["task_file"])
+    file = Path(frozen.source.task_file)
     assert file.is_relative_to(tmp_path / "out" / "code")
     assert file.parts[len(tmp_path.parts) + 2].startswith("tasks-")
     expected = [("before ONE", " 1"), ("before TWO", " 2")]
@@ -203,7 +204,7 @@ def test_freezing_changes_no_measurement_key(own: EvalSpec, tmp_path: Path) -> N
     keys = {Measurement(cell=Cell(model=model, quant=QuantSpec(bits=16)), eval=e).key for e in (own, frozen)}
     assert len(keys) == 1
     assert frozen == own
-    assert {**frozen.source, "task_file": ""} == {**own.source, "task_file": ""}
+    assert frozen.source.documents == own.source.documents
 
 
 def test_an_edited_task_gets_a_copy_of_its_own_and_an_edited_copy_is_refused(own: EvalSpec, tmp_path: Path) -> None:
@@ -213,8 +214,8 @@ def test_an_edited_task_gets_a_copy_of_its_own_and_an_edited_copy_is_refused(own
     utils = tmp_path / "tasks" / "common" / "utils.py"
     utils.write_text(utils.read_text() + "# edited\n")
     (second,) = freeze_evals([own], out)
-    assert second.source["task_file"] != first.source["task_file"]
-    Path(second.source["task_file"]).write_text("task: other\n")
+    assert second.source.task_file != first.source.task_file
+    Path(second.source.task_file).write_text("task: other\n")
     with pytest.raises(CodeChangedError, match=r"own\.yaml was edited"):
         freeze_evals([own], out)
 
@@ -226,22 +227,22 @@ def test_what_is_lm_evals_own_stays_and_the_demos_tasks_are_copied(tmp_path: Pat
     kept, same, copied = freeze_evals([theirs, text, demo], tmp_path)
     assert kept is theirs
     assert same is text
-    assert Path(copied.source["task_file"]).is_relative_to(tmp_path / "code")
-    assert Path(copied.source["task_file"]).read_bytes() == Path(demo.source["task_file"]).read_bytes()
+    assert Path(copied.source.task_file).is_relative_to(tmp_path / "code")
+    assert Path(copied.source.task_file).read_bytes() == Path(demo.source.task_file).read_bytes()
 
 
 def test_an_include_that_can_not_be_frozen_is_refused(own: EvalSpec, tmp_path: Path) -> None:
-    file = Path(own.source["task_file"])
+    file = Path(own.source.task_file)
     file.write_text(f"task: own\ninclude: {tmp_path / 'tasks' / 'common' / 'most.yaml'}\n")
     with pytest.raises(UserError, match="absolute path"):
         freeze_evals([own], tmp_path / "out")
     # lm-eval's own files change with the package only.
     file.write_text(f"task: own\ninclude: {find_task('piqa').file}\n")
-    assert freeze_evals([own], tmp_path / "out")[0].source["task_file"] != str(file)
+    assert freeze_evals([own], tmp_path / "out")[0].source.task_file != str(file)
 
 
 def test_links_to_task_files_are_followed_unless_two_files_would_take_one_place(own: EvalSpec, tmp_path: Path) -> None:
-    file, common = Path(own.source["task_file"]), tmp_path / "tasks" / "common"
+    file, common = Path(own.source.task_file), tmp_path / "tasks" / "common"
     (file.parent / "linked.yaml").symlink_to(common / "most.yaml")
     file.write_text(file.read_text().replace("../common/most.yaml", "linked.yaml"))
     (frozen,) = freeze_evals([own], tmp_path / "out")
@@ -252,7 +253,7 @@ def test_links_to_task_files_are_followed_unless_two_files_would_take_one_place(
 
 
 def test_data_that_changed_or_went_since_the_launch_are_refused(own: EvalSpec) -> None:
-    data = Path(own.source["path"])
+    data = Path(own.source.documents.path)
     check_data(own)
     before = data.stat()
     data.write_text(data.read_text().replace("one", "uno"))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from kbit.evaluation.sources import LocalFile
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
@@ -45,7 +46,7 @@ def evaluation(name: str = "jargon", **changes: Any) -> EvalSpec:
         "compute_dtype": "float32",
         "window": 512,
         "limit": 1024,
-        "source": {"path": str(DEMO_DIR / "text" / "jargon.jsonl")},
+        "source": LocalFile(path=str(DEMO_DIR / "text" / "jargon.jsonl")),
     }
     return EvalSpec(**values | changes)
 
@@ -206,7 +207,7 @@ def test_without_predictions_cells_are_expected_to_take_the_mean_of_those_before
 
 
 def test_unreadable_data_fail_the_measurement_and_not_the_run(tmp_path: Path) -> None:
-    bad = evaluation("bad", source={"path": str(tmp_path / "nowhere.jsonl")})
+    bad = evaluation("bad", source=LocalFile(path=str(tmp_path / "nowhere.jsonl")))
     bench = Bench(tmp_path / "r")
     bench.worker.run_pack(pack_of(BASELINE, evals=(bad, evaluation())))
     assert {r["eval"]: r["status"] for r in bench.rows()} == {"bad": "failed", "jargon": "done"}
@@ -218,7 +219,7 @@ def test_unreadable_data_fail_the_measurement_and_not_the_run(tmp_path: Path) ->
 def test_data_that_changed_since_the_launch_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("word " * 3000)
-    changed = evaluation(source={"path": str(text), "sha256": "0" * 64})
+    changed = evaluation(source=LocalFile(path=str(text), sha256="0" * 64))
     bench = Bench(tmp_path / "r")
     bench.worker.run_pack(pack_of(BASELINE, evals=(changed,)))
     (row,) = bench.rows()

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from kbit.errors import CheckpointError
+from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.sources import HubData, TaskSource, documents_of, place_of
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import model_files, safetensors_header
 from sweeps.errors import UserError
@@ -32,7 +34,7 @@ from sweeps.study.snapshot import check_data
 from sweeps.study.task_index import load_task_yaml
 
 ALWAYS: Final = ("torch", "transformers", "pyarrow")
-FOR_TASKS: Final = ("datasets", "lm_eval.api.task")
+FOR_HUB_DATA: Final = ("datasets",)
 OWN: Final = ("sweeps.worker.worker", "kbit.models.loading", "kbit.models.quantize")
 CLOCK_SECONDS: Final = 300.0
 """Clocks further apart put results in the wrong order and make claims look abandoned."""
@@ -97,9 +99,12 @@ class Preflight:
         yield self._check_clock
 
     def _packages(self) -> tuple[str, ...]:
-        tasks = any(spec.kind == "task" for spec in self.evals)
-        from_hub = any("hub" in spec.source for spec in self.evals)
-        return ALWAYS + (FOR_TASKS if tasks else FOR_TASKS[:1] if from_hub else ())
+        wanted = list(ALWAYS)
+        for spec in self.evals:
+            wanted += EVALUATORS[spec.kind].modules
+            if isinstance(documents_of(spec.source), HubData):
+                wanted += FOR_HUB_DATA
+        return tuple(dict.fromkeys(wanted))
 
     def _check_gpus(self) -> str:
         import torch
@@ -233,34 +238,31 @@ def _check_hub_model(model: ModelRef) -> str:
 
 
 def _check_eval(spec: EvalSpec) -> str:
-    task_file = spec.source.get("task_file")
-    if task_file:
-        load_task_yaml(Path(task_file))
-    if "sha256" in spec.source:
-        check_data(spec)
-        return f"eval {spec.name}: {spec.source.get('path') or task_file}"
-    if "hub" not in spec.source:
-        return f"eval {spec.name}: {task_file}"
-    return _check_hub_data(spec)
+    if isinstance(spec.source, TaskSource):
+        load_task_yaml(Path(spec.source.task_file))
+    check_data(spec)
+    documents = documents_of(spec.source)
+    if isinstance(documents, HubData):
+        return _check_hub_data(spec, documents)
+    return f"eval {spec.name}: {place_of(spec.source)}"
 
 
-def _check_hub_data(spec: EvalSpec) -> str:
+def _check_hub_data(spec: EvalSpec, documents: HubData) -> str:
     from huggingface_hub import HfApi, constants
 
-    source = spec.source
-    repo, commit = str(source["hub"]), str(source["revision"])
+    repo, commit = documents.hub, documents.revision
     what = f"eval {spec.name} ({repo}@{commit[:12]})"
     if not constants.HF_HUB_OFFLINE:
         return _reach(what, lambda: HfApi().dataset_info(repo, revision=commit, timeout=HUB_SECONDS))
     import datasets
 
-    from kbit.evaluation.texts import require_commit
+    from kbit.evaluation.texts import DEFAULT_SPLIT, require_commit
 
-    split = (source.get("split") or "test") if spec.kind == "perplexity" else None
+    # All splits of a task's data: its examples may be of another than its questions.
+    split = None if isinstance(spec.source, TaskSource) else documents.split or DEFAULT_SPLIT
+    kwargs = documents.kwargs or {}
     try:
-        data = datasets.load_dataset(
-            repo, source.get("config"), revision=commit, split=split, **dict(source.get("kwargs") or {})
-        )
+        data = datasets.load_dataset(repo, documents.config, revision=commit, split=split, **kwargs)
         require_commit(data, repo, commit)
     except Exception as error:
         raise UserError(f"{what} is not in the cache ({_brief(error)}). {_fetch_advice()}") from error

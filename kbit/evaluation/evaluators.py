@@ -1,0 +1,130 @@
+"""The kinds of evaluations: what each needs, costs and measures. Imports no torch, so planning and analysis stay light.
+
+A kind is one ``Evaluator`` in ``EVALUATORS``; what computes it is a file of its own, imported when it runs. Another
+package adds a kind by an entry point of the group ``kbit_sweep.evaluations``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+
+from kbit.doors import Door
+from kbit.errors import SpecError
+from kbit.evaluation.predicted import task_tokens, text_tokens
+
+if TYPE_CHECKING:
+    from kbit.evaluation.spec import EvalSpec
+
+Data = Literal["text", "task", "none"]
+"""What an evaluation reads: a text set, the documents of an lm-eval task, or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """A metric, declared where it is made.
+
+    Attributes:
+        name: as results carry it: the columns ``{eval}_{name}``.
+        title: for people, e.g. 'Loss'.
+        unit: e.g. 'nats/token'; empty for a fraction or a ratio.
+        higher_is_better: accuracies yes, losses no.
+        decimals: how many a table shows.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    higher_is_better: bool
+    decimals: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A kind of evaluation.
+
+    Attributes:
+        data: what it reads. Users name text sets, or tasks; with 'none', the evaluation itself.
+        prepare: "module:function", as ``kbit.evaluation.prepared.Prepare``; imported when it runs.
+        tokens: about how many tokens go through the model, for predicting the cost.
+        metrics: what it measures. A name means the same in every kind.
+        settings: the fields of ``EvalSpec`` that the kind uses, each with the key under ``eval`` that it comes from.
+        version: of what it computes, raised when a number would change; None where the data have a version.
+        suffix: follows the data's name in the evaluation's, so that several kinds can read one text set.
+        modules: what must be importable where it runs, beside torch and transformers.
+        packed: it measures the model with its layers held in k bits, not with their dequantized weights.
+        identity_of_device: the device belongs to the measurement's identity, since the number is one of the device.
+    """
+
+    data: Data
+    prepare: str
+    tokens: Callable[[EvalSpec], int]
+    metrics: tuple[MetricSpec, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    version: str | None = "1"
+    suffix: str = ""
+    modules: tuple[str, ...] = ()
+    packed: bool = False
+    identity_of_device: bool = False
+
+    def key(self, name: str) -> str:
+        """The setting that a field of the spec comes from, for messages."""
+        return f"eval.{self.settings.get(name, name)}"
+
+
+_PERPLEXITY: Final = MetricSpec(name="perplexity", title="Perplexity", higher_is_better=False, decimals=2)
+_BITS_PER_BYTE: Final = MetricSpec(name="bits_per_byte", title="Compression", unit="bits/byte", higher_is_better=False)
+
+PERPLEXITY: Final = Evaluator(
+    data="text",
+    prepare="kbit.evaluation.perplexity:prepare_perplexity",
+    tokens=text_tokens,
+    metrics=(
+        MetricSpec(name="loss", title="Loss", unit="nats/token", higher_is_better=False),
+        _PERPLEXITY,
+        _BITS_PER_BYTE,
+    ),
+    settings={"window": "window", "limit": "tokens"},
+)
+
+TASK: Final = Evaluator(
+    data="task",
+    prepare="kbit.evaluation.zeroshot:prepare_task",
+    tokens=task_tokens,
+    # Of lm-eval's metrics those that its tasks use most. Others have the direction that the task's definition gives.
+    metrics=(
+        _PERPLEXITY,
+        MetricSpec(name="word_perplexity", title="Word perplexity", higher_is_better=False, decimals=2),
+        MetricSpec(name="byte_perplexity", title="Byte perplexity", higher_is_better=False),
+        _BITS_PER_BYTE,
+        MetricSpec(name="acc", title="Accuracy", higher_is_better=True),
+        MetricSpec(name="acc_norm", title="Length-normalised accuracy", higher_is_better=True),
+        MetricSpec(name="exact_match", title="Exact match", higher_is_better=True),
+        MetricSpec(name="f1", title="F1", higher_is_better=True),
+        MetricSpec(name="mcc", title="Matthews correlation", higher_is_better=True),
+        MetricSpec(name="brier_score", title="Brier score", higher_is_better=False),
+    ),
+    settings={"num_fewshot": "num_fewshot", "limit": "limit"},
+    version=None,
+    modules=("datasets", "lm_eval.api.task"),
+)
+
+EVALUATORS: Final[Door[Evaluator]] = Door(
+    "kbit_sweep.evaluations", "eval.kinds", {"perplexity": PERPLEXITY, "task": TASK}
+)
+
+
+def declared_metrics() -> Mapping[str, MetricSpec]:
+    """Every metric that some kind declares, by name.
+
+    Raises:
+        SpecError: two kinds declare a metric of one name differently.
+    """
+    found: dict[str, MetricSpec] = {}
+    for kind, evaluator in EVALUATORS.items():
+        for metric in evaluator.metrics:
+            known = found.setdefault(metric.name, metric)
+            if known != metric:
+                raise SpecError(f"eval.kinds.{kind}: the metric {metric.name}", metric, f"another kind has {known}")
+    return found

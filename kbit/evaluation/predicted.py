@@ -1,0 +1,42 @@
+"""About how many tokens an evaluation puts through the model: what a launch predicts its cost from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from kbit.evaluation.sources import LocalFile, documents_of
+
+if TYPE_CHECKING:
+    from kbit.evaluation.spec import EvalSpec
+
+TEXT_TOKENS: Final = 2_000_000
+"""Of a text set without a limit, where its size is not known before it is read."""
+TASK_TOKENS: Final = {
+    # documents x continuations x tokens of context and continuation, of the full sets
+    "lambada_openai": (5153, 90),
+    "piqa": (1838, 2 * 40),
+    "hellaswag": (10042, 4 * 110),
+    "winogrande": (1267, 2 * 30),
+}
+OTHER_TASK: Final = (5000, 300)
+BYTES_PER_TOKEN: Final = 3.5
+REPEATED: Final = 2.0
+"""A task's file goes through the model about twice: the context is repeated for each continuation."""
+
+
+def text_tokens(spec: EvalSpec) -> int:
+    """Tokens of a text set, each once."""
+    text = documents_of(spec.source)
+    size = text.bytes if isinstance(text, LocalFile) else None
+    whole = int(size / BYTES_PER_TOKEN) if size else TEXT_TOKENS
+    return min(spec.limit or whole, whole)
+
+
+def task_tokens(spec: EvalSpec) -> int:
+    """Tokens of a task's requests."""
+    file = documents_of(spec.source)
+    if isinstance(file, LocalFile) and file.bytes and file.documents:
+        documents, each = file.documents, file.bytes / file.documents / BYTES_PER_TOKEN * REPEATED
+    else:
+        documents, each = TASK_TOKENS.get(spec.name, OTHER_TASK)
+    return int((min(spec.limit, documents) if spec.limit else documents) * each)

@@ -1,0 +1,83 @@
+"""The device as part of a measurement's identity: its name at launch, for evaluations whose number it decides."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kbit.evaluation.spec import EvalSpec
+from sweeps.errors import OtherDeviceError, UserError
+
+
+def launch_device(executor: Mapping[str, Any], device: str) -> str:
+    """The name of the device that a launch will measure on; torch isn't loaded.
+
+    Args:
+        executor: the configuration of the executor.
+        device: 'cpu' or 'cuda'.
+
+    Raises:
+        UserError: it can't be known before the jobs run.
+    """
+    if executor["name"] == "local":
+        return cpu_name() if device == "cpu" else _gpu_name()
+    gpu_type = executor.get("gpu_type")
+    if device == "cuda" and gpu_type:
+        return str(gpu_type)
+    raise UserError(
+        f"executor.gpu_type={gpu_type!r} is not valid with executor={executor['name']}, "
+        f"executor.device={device} and an evaluation whose number depends on the device: it must be known before jobs "
+        "run. Give executor.gpu_type=TYPE with executor.device=cuda, or run with executor=local"
+    )
+
+
+def check_device(spec: EvalSpec, actual: str) -> None:
+    """Refuse to measure on another device than the one that the measurement names.
+
+    A type such as 'a100' or 'a100_80gb' stands for every device whose name has all of its words.
+
+    Raises:
+        OtherDeviceError: the device is another.
+    """
+    if spec.device is not None and not _words(spec.device) <= _words(actual):
+        raise OtherDeviceError(
+            f"eval {spec.name} is a measurement of the device {spec.device!r}, and this is {actual!r}: run it there, "
+            "or launch the study again to measure this device"
+        )
+
+
+def cpu_name() -> str:
+    """'cpu (AMD EPYC 7B13)', or with its architecture where the kernel doesn't say more."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return f"cpu ({model.group(1).strip() if model else platform.machine()})"
+
+
+def _gpu_name() -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = ["-i", visible.replace(" ", "")] if visible else []
+    output = ""
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", *chosen, "--query-gpu=name", "--format=csv,noheader"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    names = sorted({line.strip() for line in output.splitlines() if line.strip()})
+    if len(names) == 1:
+        return names[0]
+    found = f"{len(names)} kinds of GPUs ({', '.join(names)})" if names else "no GPU that nvidia-smi can name"
+    raise UserError(
+        f"CUDA_VISIBLE_DEVICES={visible!r} is not valid with an evaluation whose number depends on the device: it "
+        f"leaves {found}. Set it to GPUs of one kind"
+    )
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9.]+", name.lower()))
