@@ -1,10 +1,20 @@
-"""What is wrong with a request, in one kind of error: the key, its value, what is allowed."""
+"""Every exception of kbit.
+
+ValueError
+├── SpecError           a specification can't exist
+├── WeightError         a tensor can't be quantized
+└── ArchitectureError   the layers to quantize can't be told
+Exception
+└── CheckpointError     weights are missing, of an unknown format, or damaged
+RuntimeError
+└── CudaError           a kernel can't be compiled, loaded or launched
+"""
 
 from __future__ import annotations
 
 
 class SpecError(ValueError):
-    """A specification that can't exist.
+    """A specification that can't exist: the key, its value, what is allowed.
 
     Attributes:
         key: the key whose value is wrong, as a user writes it.
@@ -15,3 +25,19 @@ class SpecError(ValueError):
     def __init__(self, key: str, value: object, allowed: str) -> None:
         super().__init__(f"{key}={value!r} is not valid: {allowed}")
         self.key, self.value, self.allowed = key, value, allowed
+
+
+class WeightError(ValueError):
+    """A tensor that can't be quantized. Says what it is and what is needed."""
+
+
+class ArchitectureError(ValueError):
+    """A model in which the layers to quantize, or their order, can't be told."""
+
+
+class CheckpointError(Exception):
+    """Weights that are missing, of an unknown format, or damaged."""
+
+
+class CudaError(RuntimeError):
+    """A kernel can't be compiled, loaded or launched; says what NVRTC or the driver said."""

@@ -11,13 +11,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kbit.errors import CudaError
+
 _MOST_STATIC_SHARED: Final = 48 * 1024
 _FUNCTION_MAX_DYNAMIC_SHARED: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_LAUNCH: Final = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-
-
-class CudaError(RuntimeError):
-    """A kernel can't be compiled, loaded or launched; says what NVRTC or the driver said."""
 
 
 class _Attribute(ctypes.Structure):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kbit.errors import ArchitectureError
+
 QKV, QUERY, KEY, VALUE = "qkv", "query", "key", "value"
 ATTENTION_OUT, FFN_1, FFN_GATE, FFN_2 = "attention output", "FFN 1", "FFN gate", "FFN 2"
 
@@ -31,10 +33,6 @@ _ROLES: Mapping[str, str] = {
 }
 _ALWAYS_PARALLEL = frozenset({"codegen", "cohere", "cohere2", "gptj", "phi"})
 """Architectures with parallel residual branches and no flag for it in their configuration."""
-
-
-class ArchitectureError(ValueError):
-    """A model in which the layers to quantize, or their order, can't be told."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from kbit.errors import CheckpointError
+
 FORMATS: Final = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -34,10 +36,6 @@ _HEADS: Final = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING: Final = re.compile(r"emb|wte")
 _MASK: Final = re.compile(r"(^|\.)(attn|attention)\.bias$")
 _BUFFER: Final = re.compile(r"(^|\.)(masked_bias|inv_freq)$")
-
-
-class CheckpointError(Exception):
-    """Weights that are missing, of an unknown format, or damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)

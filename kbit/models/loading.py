@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kbit.compute_dtypes import COMPUTE_DTYPES
-from kbit.errors import SpecError
+from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
-from kbit.models.checkpoint import CheckpointError, safetensors_header
+from kbit.models.checkpoint import safetensors_header
 from kbit.models.placement import place
 from kbit.quantizer.storage import STORAGE_DTYPES
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kbit.errors import ArchitectureError
 from kbit.models.architectures import (
     ATTENTION_OUT,
     FFN_1,
@@ -17,7 +18,6 @@ from kbit.models.architectures import (
     QKV,
     QUERY,
     VALUE,
-    ArchitectureError,
     Layer,
     block_layers,
     has_parallel_residual,

@@ -10,9 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from kbit.errors import SpecError
+from kbit.errors import ArchitectureError, SpecError
 from kbit.methods.protocol import method_of
-from kbit.models.architectures import ArchitectureError, block_layers, key_of
+from kbit.models.architectures import block_layers, key_of
 from kbit.models.overwriting import restore
 from kbit.models.whole import WholeModel
 from kbit.packed.linear import KBitLinear

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.models.checkpoint import CheckpointError, safetensors_header
+from kbit.errors import CheckpointError
+from kbit.models.checkpoint import safetensors_header
 from kbit.packed.linear import KBitLinear
 from kbit.packed.metadata import FORMAT, METADATA, VERSION, arguments_of, layer_of, read_metadata
 from kbit.packed.replacing import replace

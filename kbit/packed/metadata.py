@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from kbit.models.checkpoint import CheckpointError
+from kbit.errors import CheckpointError
 from kbit.packed.linear import KBitLinear
 from kbit.spec import QuantSpec
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.models.architectures import ArchitectureError, Layer, key_of
+from kbit.errors import ArchitectureError
+from kbit.models.architectures import Layer, key_of
 from kbit.packed.linear import LAYER_DTYPES, KBitLinear
 from kbit.quantizer.blockwise import QuantizedTensor
 

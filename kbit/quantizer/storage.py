@@ -7,14 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kbit.errors import SpecError
+from kbit.errors import SpecError, WeightError
 
 STORAGE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 FLOAT16_MAX = torch.finfo(torch.float16).max
-
-
-class WeightError(ValueError):
-    """A tensor that can't be quantized. Says what it is and what is needed."""
 
 
 def storage_dtype_of(weight: Tensor, storage_dtype: torch.dtype | None = None) -> torch.dtype:

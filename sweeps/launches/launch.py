@@ -31,6 +31,7 @@ from sweeps.executors.slurm.query.command import user_name
 from sweeps.files import read_json, write_atomically
 from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
+from sweeps.store.schema import Scalar
 
 JOB_PREFIX: Final = "kbit"
 _SLURM_CONFS: Final = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
@@ -223,7 +224,7 @@ class Attempt:
         """Say that it is alive, and what it is measuring."""
         return replace(self, measuring=measuring)._write()
 
-    def ended(self, reason: str, **more: Any) -> Attempt:
+    def ended(self, reason: str, **more: Scalar) -> Attempt:
         """Say how it ended."""
         return replace(self, end={"reason": reason, "at": time.time(), **more})._write()
 

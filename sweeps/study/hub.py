@@ -15,14 +15,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-from kbit.models.checkpoint import (
-    CheckpointError,
-    count_parameters,
-    extra_files,
-    model_files,
-    read_config,
-    weight_files,
-)
+from kbit.errors import CheckpointError
+from kbit.models.checkpoint import count_parameters, extra_files, model_files, read_config, weight_files
 from kbit.sources import HubData
 from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash

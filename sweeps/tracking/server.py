@@ -8,11 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from sweeps.errors import RefusedError
 from sweeps.status import RECORDED
+
+if TYPE_CHECKING:
+    import wandb
 
 STATUSES: Final = tuple(s.value for s in RECORDED)
 HTTP_TIMEOUT: Final = 10.0
@@ -41,7 +44,7 @@ class Server:
         RefusedError: no API key is found.
     """
 
-    def __init__(self, settings: Any, config: Mapping[str, str | None]) -> None:
+    def __init__(self, settings: wandb.Settings, config: Mapping[str, str | None]) -> None:
         import requests
 
         self._config = config

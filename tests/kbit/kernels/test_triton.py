@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from kbit import QuantSpec, SpecError, dequantize, quantize
-from kbit.quantizer.storage import WeightError
+from kbit import QuantSpec, dequantize, quantize
+from kbit.errors import SpecError, WeightError
 from tests import ROOT
 from tests.kbit.kernels.triton_cases import WEIGHTS, same
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from kbit import QuantizedTensor, QuantSpec, codebook, dequantize, quantize
 from kbit.data_types import named_dtypes
+from kbit.errors import WeightError
 from kbit.quantizer.absmax import NestedAbsmax
 from kbit.quantizer.encode import codes_by_definition, midpoints
 from kbit.quantizer.packing import unpack
-from kbit.quantizer.storage import WeightError
 
 WEIGHTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SPECS: Mapping[str, Sequence[Any]] = {

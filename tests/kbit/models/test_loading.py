@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kbit import QuantSpec, SpecError, quantize_model
+from kbit import QuantSpec, quantize_model
+from kbit.errors import SpecError
 from kbit.memory import is_out_of_memory
 from kbit.models.architectures import decoder_blocks
 from kbit.models.loading import load_model

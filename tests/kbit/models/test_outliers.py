@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, GPTNeoXConfig, PhiConfig
 
 from kbit import QuantSpec, quantize_model
-from kbit.models.architectures import ArchitectureError
+from kbit.errors import ArchitectureError
 from kbit.models.outliers import outlier_columns
 from tests.kbit.tiny_models import CONFIGS, HIDDEN, LAYERS, NAMES, bits_of, identical, tiny
 

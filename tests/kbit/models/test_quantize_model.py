@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kbit import QuantSpec, codebook, dequantize, quantize, quantize_model
-from kbit.models.architectures import ArchitectureError
-from kbit.quantizer.storage import WeightError
+from kbit.errors import ArchitectureError, WeightError
 from tests.kbit.tiny_models import FFN, HIDDEN, LAYERS, NAMES, bits_of, identical, tiny
 
 ATTENTION = 4 * HIDDEN * HIDDEN

@@ -12,10 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from kbit import KBitLinear, QuantSpec, load_packed, quantize_model, save_packed
-from kbit.models.architectures import ArchitectureError
-from kbit.models.checkpoint import CheckpointError
+from kbit.errors import ArchitectureError, CheckpointError, WeightError
 from kbit.models.placement import place
-from kbit.quantizer.storage import WeightError
 from tests.kbit.models.test_quantize_model import Unknown
 from tests.kbit.tiny_models import CONFIGS, NAMES, VOCABULARY, bits_of, identical, tiny
 

@@ -15,12 +15,12 @@ from bitsandbytes import functional as bnb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbit import QuantSpec, SpecError, codebook, dequantize, quantize
+from kbit import QuantSpec, codebook, dequantize, quantize
 from kbit.data_types import named_dtypes
+from kbit.errors import SpecError, WeightError
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax
 from kbit.quantizer.encode import Encoder, codes_by_definition
 from kbit.quantizer.packing import unpack
-from kbit.quantizer.storage import WeightError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 STORAGE = {torch.float16: torch.float16, torch.bfloat16: torch.bfloat16, torch.float32: torch.float16}

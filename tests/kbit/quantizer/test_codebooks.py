@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from kbit import QuantSpec, SpecError, codebook, dequantize, quantize
+from kbit import QuantSpec, codebook, dequantize, quantize
 from kbit.data_types import DTYPES, named_dtypes
-from kbit.quantizer.storage import WeightError
+from kbit.errors import SpecError, WeightError
 from kbit.spec import spec_from_canonical, spec_of
 
 BITS = range(2, 9)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from sweeps.errors import CodeChangedError, JobError, LoadError
 from sweeps.events import Crashed, Event, Measured, SmallerBatch, Stopped, event_to_dict
@@ -22,6 +22,7 @@ from sweeps.launches.claims import Claims
 from sweeps.launches.launch import Attempt, Chunk, Launch
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
+from sweeps.store.schema import Scalar
 from sweeps.tracking.tracker import TrackingConfig
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import Execution
@@ -248,7 +249,7 @@ class PackRun:
         references = settings.references.get(model, {})
         return gate_problem(rows, references, settings.baseline_tolerance, missing=missing)
 
-    def _end(self, reason: str, **more: Any) -> None:
+    def _end(self, reason: str, **more: Scalar) -> None:
         try:
             self._attempt = self._attempt.ended(reason, **more)
         except OSError as error:

@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from kbit.errors import CheckpointError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
-from kbit.models.checkpoint import CheckpointError, model_files, safetensors_header
+from kbit.models.checkpoint import model_files, safetensors_header
 from kbit.sources import HubData, TaskSource, documents_of, place_of
 from sweeps.errors import UserError
 from sweeps.files import store_time, write_atomically
