@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
@@ -31,6 +28,16 @@ PACKAGED_LOADERS = ("json", "csv", "parquet", "text", "arrow")
 """Names that `datasets` reads local files with, not of the hub."""
 PERPLEXITY_VERSION = "1"
 """Of the preparation of a text set: joining, windows, scoring. Raised when a number would change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What a configuration says of its study, in plain values: where it runs is no part of it."""
+
+    sweep: Mapping[str, Any]
+    models: Mapping[str, Any]
+    path: Any
+    eval: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ class Resolver:
             return f"{UNRESOLVED}{revision}"
 
 
-def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callable[[str], None]) -> Study:
+def build_study(config: StudyConfig, *, device: str, strict: bool, progress: Callable[[str], None]) -> Study:
     """Resolve and expand.
 
     Args:
@@ -74,21 +81,19 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
         UserError, SpecError, HubError: something in the configuration is wrong; nothing has been run.
     """
     resolver = Resolver(strict=strict)
-    plain = _plain(cfg.sweep)
-    name = str(plain["name"])
+    sweep = config.sweep
+    name = str(sweep["name"])
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise UserError(f"sweep.name={name!r} is not valid: letters, digits, '.', '_' and '-', not a '.' or '-' first")
-    if not plain["quant"]:
+    if not sweep["quant"]:
         raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
-    models = _models(cfg, resolver, progress)
-    grid = expand(plain["quant"], models, plain["exclude"])
-    evals = _evals(cfg.eval, resolver, device)
+    models = _models(config, resolver, progress)
+    grid = expand(sweep["quant"], models, sweep["exclude"])
+    evals = _evals(config.eval, resolver, device)
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
-    # Where it runs and what is done with it is not part of the study.
-    frozen = {k: v for k, v in _plain(cfg).items() if k in ("sweep", "models", "path", "eval")}
-    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=frozen)
+    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=vars(config))
     return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
 
 
@@ -103,34 +108,17 @@ def as_list(value: object, key: str) -> list[Any]:
     raise UserError(f"{key}={value!r} is not valid: a name or a list, e.g. '{key}=[a,b]'")
 
 
-def _plain(cfg: Any) -> Any:
-    """Plain values; axes that a block of the grid doesn't name (MISSING) are left out."""
-    try:
-        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        raise UserError(f"the configuration can't be resolved: {error}") from error
-    return _without_missing(container)
-
-
-def _without_missing(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_missing(v) for k, v in value.items() if v != "???"}
-    if isinstance(value, list):
-        return [_without_missing(v) for v in value]
-    return value
-
-
-def _models(cfg: DictConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
-    sizes = as_list(_plain(cfg.sweep).get("sizes"), "sweep.sizes")
-    if cfg.path is not None:
-        paths = [Path(str(p)).expanduser() for p in as_list(_plain(cfg)["path"], "path")]
+def _models(config: StudyConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
+    sizes = as_list(config.sweep.get("sizes"), "sweep.sizes")
+    if config.path is not None:
+        paths = [Path(str(p)).expanduser() for p in as_list(config.path, "path")]
         if not paths:
             raise UserError("path=[] is not valid: name at least one model directory, or leave it null")
         _check_sizes(sizes, [p.name for p in paths])
         return [_local(p, None, None, progress) for p in paths if not sizes or p.name in map(str, sizes)]
     members = {
         (str(family.get("family") or group), str(name)): member
-        for group, family in _plain(cfg.models).items()
+        for group, family in config.models.items()
         for name, member in family["members"].items()
     }
     _check_sizes(sizes, [name for _, name in members])
@@ -169,8 +157,7 @@ def _local(path: Path, family: str | None, name: str | None, progress: Callable[
     )
 
 
-def _evals(cfg: DictConfig, resolver: Resolver, device: str) -> list[EvalSpec]:
-    plain = _plain(cfg)
+def _evals(plain: Mapping[str, Any], resolver: Resolver, device: str) -> list[EvalSpec]:
     dtype = plain["compute_dtype"]
     if dtype == "auto":
         dtype = AUTO_COMPUTE_DTYPE[device]
