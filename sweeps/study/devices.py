@@ -7,34 +7,22 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import OtherDeviceError, UserError
 
 
-def launch_device(executor: Mapping[str, Any], device: str) -> str:
-    """The name of the device that a launch will measure on; torch isn't loaded.
+def local_device_name(device: str) -> str:
+    """The name of this machine's device; torch isn't loaded.
 
     Args:
-        executor: the configuration of the executor.
         device: 'cpu' or 'cuda'.
 
     Raises:
-        UserError: it can't be known before the jobs run.
+        UserError: the GPUs that may be used are of several kinds, or can't be named.
     """
-    if executor["name"] == "local":
-        return cpu_name() if device == "cpu" else _gpu_name()
-    gpu_type = executor.get("gpu_type")
-    if device == "cuda" and gpu_type:
-        return str(gpu_type)
-    raise UserError(
-        f"executor.gpu_type={gpu_type!r} is not valid with executor={executor['name']}, "
-        f"executor.device={device} and an evaluation whose number depends on the device: it must be known before jobs "
-        "run. Give executor.gpu_type=TYPE with executor.device=cuda, or run with executor=local"
-    )
+    return cpu_name() if device == "cpu" else _gpu_name()
 
 
 def check_device(spec: EvalSpec, actual: str) -> None:

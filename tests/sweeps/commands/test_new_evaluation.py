@@ -17,10 +17,11 @@ from kbit.spec import QuantSpec
 from sweeps import load_results
 from sweeps.config import DEMO_DIR
 from sweeps.errors import UserError
+from sweeps.executors.base import chosen
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
-from sweeps.study.devices import check_device, cpu_name, launch_device
+from sweeps.study.devices import check_device, cpu_name
 from sweeps.study.hub import local_model
 from sweeps.worker.worker import Worker
 from tests.conftest import ROOT
@@ -210,14 +211,11 @@ def test_a_measurement_of_another_device_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_the_device_of_jobs_must_be_named_at_launch() -> None:
-    assert launch_device({"name": "slurm", "gpu_type": "a100"}, "cuda") == "a100"
-    assert launch_device({"name": "local", "gpu_type": None}, "cpu") == cpu_name()
-    for executor, device in (
-        ({"name": "slurm", "gpu_type": None}, "cuda"),
-        ({"name": "slurm", "gpu_type": "a"}, "cpu"),
-    ):
+    assert chosen({"name": "slurm", "gpu_type": "a100", "device": "cuda"}).device_name() == "a100"
+    assert chosen({"name": "local", "device": "cpu", "batch_tokens": "auto"}).device_name() == cpu_name()
+    for unnamed in ({"gpu_type": None, "device": "cuda"}, {"gpu_type": "a", "device": "cpu"}):
         with pytest.raises(UserError, match=r"executor\.gpu_type=.*Give executor\.gpu_type=TYPE"):
-            launch_device(executor, device)
+            chosen({"name": "slurm", **unnamed}).device_name()
 
 
 @pytest.mark.usefixtures("installed")
