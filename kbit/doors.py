@@ -14,11 +14,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from kbit.errors import SpecError
 
 T = TypeVar("T")
+
+
+def load(reference: Any) -> Any:
+    """Import what "module:attribute" names; anything else is the thing itself.
+
+    Raises:
+        ImportError, AttributeError: the module can't be imported, or lacks the attribute.
+    """
+    if not isinstance(reference, str):
+        return reference
+    module, _, attribute = reference.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 class Door(Mapping[str, T], Generic[T]):
@@ -49,8 +61,7 @@ class Door(Mapping[str, T], Generic[T]):
                 raise self.unknown(name)
             entry = self._entries[name] = cast(T, other.load())  # the door's reader knows what a T is
         elif isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = cast(T, getattr(import_module(module), attribute))
+            entry = self._entries[name] = cast(T, load(entry))
         return entry
 
     def __contains__(self, name: object) -> bool:

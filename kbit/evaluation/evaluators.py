@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Any, Final, Literal
 
 from kbit.doors import Door
 from kbit.errors import SpecError
-from kbit.evaluation.predicted import task_tokens, text_tokens
-
-if TYPE_CHECKING:
-    from kbit.evaluation.spec import EvalSpec
 
 Data = Literal["text", "task", "none"]
 """What an evaluation reads: a text set, the documents of an lm-eval task, or nothing."""
@@ -47,7 +43,8 @@ class Evaluator:
     Attributes:
         data: what it reads. Users name text sets, or tasks; with 'none', the evaluation itself.
         prepare: "module:function", as ``kbit.evaluation.prepared.Prepare``; imported when it runs.
-        tokens: about how many tokens go through the model, for predicting the cost.
+        tokens: "module:function", or the function, from a spec to about how many tokens go through the model, for
+            predicting the cost.
         metrics: what it measures. A name means the same in every kind.
         settings: the fields of ``EvalSpec`` that the kind uses, each with the key under ``eval`` that it comes from.
         version: of what it computes, raised when a number would change; None where the data have a version.
@@ -59,7 +56,7 @@ class Evaluator:
 
     data: Data
     prepare: str
-    tokens: Callable[[EvalSpec], int]
+    tokens: str | Callable[[Any], int]
     metrics: tuple[MetricSpec, ...]
     settings: Mapping[str, str] = field(default_factory=dict)
     version: str | None = "1"
@@ -79,7 +76,7 @@ _BITS_PER_BYTE: Final = MetricSpec(name="bits_per_byte", title="Compression", un
 PERPLEXITY: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.perplexity:prepare_perplexity",
-    tokens=text_tokens,
+    tokens="kbit.evaluation.predicted:text_tokens",
     metrics=(
         MetricSpec(name="loss", title="Loss", unit="nats/token", higher_is_better=False),
         _PERPLEXITY,
@@ -91,7 +88,7 @@ PERPLEXITY: Final = Evaluator(
 TASK: Final = Evaluator(
     data="task",
     prepare="kbit.evaluation.zeroshot:prepare_task",
-    tokens=task_tokens,
+    tokens="kbit.evaluation.predicted:task_tokens",
     # Of lm-eval's metrics those that its tasks use most. Others have the direction that the task's definition gives.
     metrics=(
         _PERPLEXITY,

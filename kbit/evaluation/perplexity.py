@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.errors import SpecError
-from kbit.evaluation.sources import place_of
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.evaluation.texts import encode_text, read_documents
+from kbit.sources import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from kbit.evaluation.sources import LocalFile, documents_of
+from kbit.sources import LocalFile, documents_of
 
 if TYPE_CHECKING:
     from kbit.evaluation.spec import EvalSpec

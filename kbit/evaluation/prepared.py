@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 
 if TYPE_CHECKING:
@@ -44,6 +44,5 @@ def prepare(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) ->
         SpecError: a limit below one window; few-shot examples that a task or local data can't give.
         ValueError: data that are missing, malformed or too short, naming file, line and field.
     """
-    module, _, name = EVALUATORS[spec.kind].prepare.partition(":")
-    function: Prepare = getattr(import_module(module), name)
+    function: Prepare = load(EVALUATORS[spec.kind].prepare)
     return function(spec, tokenizer, context=context, vocab_size=vocab_size)

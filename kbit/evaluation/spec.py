@@ -13,7 +13,7 @@ from kbit.axes import Axis, axis, axis_of
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.evaluation.evaluators import EVALUATORS
-from kbit.evaluation.sources import Source
+from kbit.sources import Source
 from kbit.spec import LARGEST_NUMBER
 
 

@@ -16,9 +16,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
 from kbit.errors import SpecError
-from kbit.evaluation.sources import HubData, LocalFile, TaskSource
 from kbit.evaluation.spec import EvalSpec
 from kbit.evaluation.texts import read_jsonl, require_commit
+from kbit.sources import HubData, LocalFile, TaskSource
 
 FEWSHOT_SEED: Final = 1234
 """lm-eval's default."""

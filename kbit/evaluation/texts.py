@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.evaluation.sources import DEFAULT_FIELD, HubData, LocalFile, Source
+from kbit.sources import DEFAULT_FIELD, HubData, LocalFile, Source
 
 DEFAULT_SPLIT: Final = "test"
 SEPARATOR: Final = "\n\n"

@@ -9,12 +9,12 @@ block's inputs are those of the quantized model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kbit.doors import load
 from kbit.models.activations import Activations
 from kbit.models.architectures import Layer
 from kbit.spec import Spec
@@ -107,6 +107,5 @@ class Method(Protocol):
 
 def method_of(spec: Spec) -> Method:
     """Import what runs a spec's method."""
-    module, _, name = spec.runs.partition(":")
-    method: Method = getattr(import_module(module), name)
+    method: Method = load(spec.runs)
     return method

@@ -7,15 +7,13 @@ entries of ``kbit.data_types.DTYPES``; nothing here knows them by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbit.data_types import DataType, data_type
+from kbit.doors import load
 from kbit.errors import SpecError
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import check_weight, chunks, columns_of, flattened, mean16, non_finite, storage_dtype_of
@@ -81,7 +79,7 @@ def fitted_codebook(spec: QuantSpec, source: Source) -> Tensor:
     Raises:
         WeightError: a value is NaN or infinite.
     """
-    values: Tensor = _values(_type_of(spec))(source, spec)
+    values: Tensor = load(_type_of(spec).values)(source, spec)
     return values
 
 
@@ -91,16 +89,8 @@ def _type_of(spec: QuantSpec) -> DataType:
 
 @lru_cache(maxsize=256)
 def _on_cpu(spec: QuantSpec) -> Tensor:
-    values: Tensor = _values(_type_of(spec))(spec)
+    values: Tensor = load(_type_of(spec).values)(spec)
     return values
-
-
-def _values(of: DataType) -> Callable[..., Any]:
-    if not isinstance(of.values, str):
-        return of.values
-    module, _, name = of.values.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
 
 
 def int_values(spec: QuantSpec) -> Tensor:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kbit.evaluation.sources import HubData, documents_of
+from kbit.sources import HubData, documents_of
 from sweeps.errors import UserError
 from sweeps.executors.local import check_executor, run
 from sweeps.executors.slurm.config import SlurmConfig, counted

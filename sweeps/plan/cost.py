@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
+from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.store.schema import Row
 from sweeps.study.cell import Measurement, ModelRef
@@ -26,7 +27,8 @@ SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 1.0}
 
 def tokens_of(measurement: Measurement) -> int:
     """About how many tokens go through the model."""
-    return EVALUATORS[measurement.eval.kind].tokens(measurement.eval)
+    tokens: int = load(EVALUATORS[measurement.eval.kind].tokens)(measurement.eval)
+    return tokens
 
 
 def load_seconds(model: ModelRef) -> float:

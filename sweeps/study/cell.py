@@ -14,8 +14,8 @@ from functools import cache, cached_property
 from typing import Any, Final
 
 from kbit.axes import Axis
-from kbit.evaluation.sources import source_from_dict, source_to_dict
 from kbit.evaluation.spec import EvalSpec, eval_axes
+from kbit.sources import source_from_dict, source_to_dict
 from kbit.spec import Spec, axes
 
 KEY_VERSION: Final = 1

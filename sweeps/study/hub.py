@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
-from kbit.evaluation.sources import HubData
 from kbit.models.checkpoint import count_parameters, extra_files, model_files, read_config, weight_files
+from kbit.sources import HubData
 from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash
 

@@ -83,7 +83,7 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
     return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
 
 
-def _plain(cfg: Any) -> Any:
+def _plain(cfg: object) -> Any:
     """Plain values; axes that a block of the grid doesn't name (MISSING) are left out."""
     try:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
@@ -92,7 +92,7 @@ def _plain(cfg: Any) -> Any:
     return _without_missing(container)
 
 
-def _without_missing(value: Any) -> Any:
+def _without_missing(value: object) -> object:
     if isinstance(value, dict):
         return {k: _without_missing(v) for k, v in value.items() if v != "???"}
     if isinstance(value, list):
@@ -118,7 +118,7 @@ def _models(cfg: DictConfig, resolver: Resolver, progress: Callable[[str], None]
     return [_member(family, name, member, resolver, progress) for (family, name), member in chosen.items()]
 
 
-def _check_sizes(sizes: list[Any], known: list[str]) -> None:
+def _check_sizes(sizes: list[object], known: list[str]) -> None:
     for size in sizes:
         if str(size) not in known:
             hint = did_you_mean(str(size), known)

@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import yaml
 
-from kbit.evaluation.sources import LocalFile, NamedFiles, TaskSource, documents_of
 from kbit.evaluation.spec import EvalSpec
+from kbit.sources import LocalFile, NamedFiles, TaskSource, documents_of
 from sweeps.errors import CodeChangedError, DataChangedError, TaskError
 from sweeps.provenance import ROOT
 from sweeps.study.hashes import file_hash

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kbit.evaluation import EvalSpec, prepare
-from kbit.evaluation.sources import LocalFile, TaskSource
+from kbit.sources import LocalFile, TaskSource
 from sweeps.demo.build_text import Entry, build, choice, clean, entries, jsonl, lastword, read_package, sentences
 from tests import ROOT
 

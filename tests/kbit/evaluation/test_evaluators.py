@@ -8,10 +8,11 @@ from inspect import signature
 
 import pytest
 
+from kbit.doors import load
 from kbit.errors import SpecError
 from kbit.evaluation import EVALUATORS, EvalSpec
 from kbit.evaluation.evaluators import Evaluator, MetricSpec, declared_metrics
-from kbit.evaluation.sources import HubData, LocalFile, NamedFiles, Source, TaskSource, source_from_dict, source_to_dict
+from kbit.sources import HubData, LocalFile, NamedFiles, Source, TaskSource, source_from_dict, source_to_dict
 from sweeps.config import EvalConfig
 from sweeps.study.evals import FIND, LISTS
 
@@ -35,7 +36,7 @@ def test_each_kind_is_declared_whole(kind: str) -> None:
         "vocab_size",
     ]
     assert evaluator.data in FIND
-    assert evaluator.tokens(spec(kind, source=FILE, limit=5)) > 0
+    assert load(evaluator.tokens)(spec(kind, source=FILE, limit=5)) > 0
     assert set(evaluator.settings) <= {f.name for f in fields(EvalSpec)}
     assert set(evaluator.settings.values()) <= {f.name for f in fields(EvalConfig)}
     for dependency in evaluator.modules:

@@ -26,8 +26,8 @@ from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare, scoring
 from kbit.evaluation.perplexity import summarize
 from kbit.evaluation.scoring import TokenScorer
-from kbit.evaluation.sources import LocalFile
 from kbit.evaluation.texts import encode_text, read_documents
+from kbit.sources import LocalFile
 from tests import ROOT
 from tests.kbit.tiny_models import tiny
 

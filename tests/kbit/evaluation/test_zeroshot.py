@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare
 from kbit.evaluation.lm import KbitLM
-from kbit.evaluation.sources import source_from_dict
 from kbit.evaluation.tasks import build_task
+from kbit.sources import source_from_dict
 from tests import ROOT
 
 DEMO = ROOT / "sweeps" / "demo"

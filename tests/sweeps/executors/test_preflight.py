@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, file_download
 
-from kbit.evaluation.sources import HubData, LocalFile, TaskSource, documents_of
 from kbit.evaluation.spec import EvalSpec
+from kbit.sources import HubData, LocalFile, TaskSource, documents_of
 from sweeps.config import DEMO_DIR
 from sweeps.executors.slurm.node import preflight
 from sweeps.executors.slurm.node.preflight import Preflight
@@ -108,7 +108,7 @@ class Missing(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == {module!r}: raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
-from kbit.evaluation.sources import TaskSource
+from kbit.sources import TaskSource
 from kbit.evaluation.spec import EvalSpec
 from sweeps.executors.slurm.node.preflight import Preflight
 task = EvalSpec(kind="task", name="t", dataset="x", compute_dtype="float32", source=TaskSource(task_file={str(TASK)!r}))

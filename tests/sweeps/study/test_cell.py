@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kbit.evaluation.sources import LocalFile
 from kbit.evaluation.spec import EvalSpec
+from kbit.sources import LocalFile
 from kbit.spec import QuantSpec, spec_from_canonical
 from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kbit.evaluation.sources import source_from_dict
 from kbit.evaluation.spec import EvalSpec
+from kbit.sources import source_from_dict
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import CodeChangedError, DataChangedError, UserError

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from kbit.evaluation.sources import LocalFile
 from kbit.evaluation.spec import EvalSpec
+from kbit.sources import LocalFile
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import EXIT_IO, EXIT_LOAD

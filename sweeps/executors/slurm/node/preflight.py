@@ -22,9 +22,9 @@ from typing import Final
 
 from kbit.errors import CheckpointError
 from kbit.evaluation.evaluators import EVALUATORS
-from kbit.evaluation.sources import HubData, TaskSource, documents_of, place_of
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import model_files, safetensors_header
+from kbit.sources import HubData, TaskSource, documents_of, place_of
 from sweeps.errors import UserError
 from sweeps.files import store_time, write_atomically
 from sweeps.store.parts import Store
