@@ -177,7 +177,6 @@ def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:
         table = quantizers.measure(
             args.values or (2**28 if gpu else 2**24),
             [QuantSpec(bits=b, dtype=dtype, blocksize=args.blocksize) for dtype in dtypes for b in bits],
-            blocksize=args.blocksize,
             impls=args.impl,
             device=args.device,
             repeats=args.repeats,
@@ -214,11 +213,11 @@ def _roofline(args: argparse.Namespace, say: Say) -> list[Table]:
 def _decode(args: argparse.Namespace, say: Say) -> list[Table]:
     say("ceilings")
     ceilings, model = measure_ceilings(), PRESETS[args.model]
-    how = {"blocksize": args.blocksize, "batch": args.batch, "context": args.context}
-    steps = latency.measure(model, args.bits or latency.BITS, **how, compile_mode=args.compile_mode, say=say)
+    setting = latency.Setting(model=model, blocksize=args.blocksize, batch=args.batch, context=args.context)
+    steps = latency.measure(setting, args.bits or latency.BITS, compile_mode=args.compile_mode, say=say)
     if not steps:
         raise SystemExit(f"{args.model}: no precision fits this GPU's free memory")
-    return [latency.table(steps, model, ceilings, **how, device=device_name("cuda"))]
+    return [latency.table(steps, setting, ceilings, device=device_name("cuda"))]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,21 @@ _SPARE_BYTES: Final = 3e9
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is decoded, at every precision.
+
+    Attributes:
+        batch: sequences.
+        context: tokens in the cache, the step's own included.
+    """
+
+    model: Architecture
+    blocksize: int
+    batch: int
+    context: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One precision's decode step.
 
@@ -46,22 +61,13 @@ class Step:
     error: float
 
 
-def measure(
-    a: Architecture,
-    bits: Sequence[int],
-    *,
-    blocksize: int,
-    batch: int,
-    context: int,
-    compile_mode: str,
-    say: Callable[[str], None],
-) -> list[Step]:
+def measure(setting: Setting, bits: Sequence[int], *, compile_mode: str, say: Callable[[str], None]) -> list[Step]:
     """Time 16 bits and ``bits`` on the current GPU; what would not fit its memory is left out, and said."""
-    steps = []
+    steps, a = [], setting.model
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     for b in (BASELINE_BITS, *bits):
-        needed = needed_bytes(a, b, blocksize=blocksize, batch=batch, context=context)
+        needed = needed_bytes(setting, b)
         if needed > free:
             say(
                 f"{b} bits left out: about {needed / 1e9:.0f} GB of GPU memory are needed, {free / 1e9:.0f} GB are free"
@@ -71,13 +77,13 @@ def measure(
         model = Decoder(
             a,
             random_source("cuda", torch.float16),
-            _linear(b, blocksize),
-            batch=batch,
-            context=context,
+            _linear(b, setting.blocksize),
+            batch=setting.batch,
+            context=setting.context,
             compiler=compiler(compile_mode),
         )
         say(f"{a.name}, {b} bits: compiling and measuring")
-        steps.append(measure_step(model, b, batch=batch, context=context))
+        steps.append(measure_step(model, b, batch=setting.batch, context=setting.context))
         del model
         torch.compiler.reset()
         gc.collect()
@@ -115,10 +121,11 @@ def sizes(model: Decoder) -> tuple[int, int]:
     return everything - model.positions.nbytes, everything - cache
 
 
-def needed_bytes(a: Architecture, bits: int, *, blocksize: int, batch: int, context: int) -> float:
-    """Bytes of GPU memory for a precision, estimated before anything is made."""
-    stored = bits if bits == BASELINE_BITS else bits + 16 / blocksize
-    cache = 4.0 * a.layers * batch * context * a.hidden
+def needed_bytes(setting: Setting, bits: int) -> float:
+    """Return bytes of GPU memory for a precision, estimated before anything is made."""
+    a = setting.model
+    stored = bits if bits == BASELINE_BITS else bits + 16 / setting.blocksize
+    cache = 4.0 * a.layers * setting.batch * setting.context * a.hidden
     return a.linear_weights * stored / 8 + 2 * a.other_parameters + cache + _SPARE_BYTES
 
 
@@ -145,10 +152,8 @@ def compiler(mode: str) -> Compiler | None:
     return partial(torch.compile, fullgraph=True, dynamic=False, options=options)
 
 
-def table(
-    steps: Sequence[Step], a: Architecture, ceilings: Ceilings, *, blocksize: int, batch: int, context: int, device: str
-) -> Table:
-    """A row a precision."""
+def table(steps: Sequence[Step], setting: Setting, ceilings: Ceilings, *, device: str) -> Table:
+    """Return a table of a row per precision."""
     base = next((s for s in steps if s.bits == BASELINE_BITS), None)
     body, records = [], []
     for s in steps:
@@ -168,11 +173,11 @@ def table(
                 f"{s.error:.1e}",
             ]
         )
-        records.append(_record(s, a, ratio, least, of_bytes, blocksize=blocksize, batch=batch, context=context))
+        records.append(_record(s, setting, ratio, least, of_bytes))
     return Table(
         name="decode",
-        title=f"A decode step of an {a.name}-shaped model: batch {batch}, {context} tokens cached, block {blocksize}; "
-        f"on {device}",
+        title=f"A decode step of an {setting.model.name}-shaped model: batch {setting.batch}, {setting.context} tokens "
+        f"cached, block {setting.blocksize}; on {device}",
         header=("bits", "ms", "speedup", "limit ms", "limit", "of limit", "size GB", "peak GB", "error"),
         body=body,
         notes=[
@@ -185,20 +190,11 @@ def table(
     )
 
 
-def _record(
-    s: Step,
-    a: Architecture,
-    ratio: float | None,
-    least: float,
-    of_bytes: float | None,
-    *,
-    blocksize: int,
-    batch: int,
-    context: int,
-) -> Record:
+def _record(s: Step, setting: Setting, ratio: float | None, least: float, of_bytes: float | None) -> Record:
+    blocksize = None if s.bits == BASELINE_BITS else setting.blocksize
     return {
-        **{"model": a.name, "bits": s.bits, "blocksize": None if s.bits == BASELINE_BITS else blocksize},
-        **{"batch": batch, "context": context, "seconds": s.seconds, "speedup": ratio},
+        **{"model": setting.model.name, "bits": s.bits, "blocksize": blocksize},
+        **{"batch": setting.batch, "context": setting.context, "seconds": s.seconds, "speedup": ratio},
         **{"limit_seconds": least, "limit": of_bytes, "read_bytes": s.read_bytes, "model_bytes": s.model_bytes},
         **{"peak_bytes": s.peak_bytes, "logits_error": s.error},
     }

@@ -48,7 +48,6 @@ def measure(
     values: int,
     specs: Sequence[QuantSpec],
     *,
-    blocksize: int,
     impls: Sequence[str],
     device: str,
     repeats: int,
@@ -56,10 +55,15 @@ def measure(
 ) -> Table:
     """Time ours and bitsandbytes' on one float16 weight of normally distributed values.
 
+    Args:
+        specs: of one block size, which bitsandbytes' take too.
+
     Raises:
         ValueError: an impl that can't run here.
     """
     weight = torch.randn(values, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float16)
+    blocksize = specs[0].blocksize
+    assert blocksize is not None
     limit = copy_rate(values, device=device, repeats=repeats)
     found = []
     for impl in impls:
@@ -82,10 +86,12 @@ def _ours(weight: Tensor, spec: QuantSpec, impl: str, repeats: int) -> Rates:
         spec.bits,
         weight,
         packed.nbits / 8,
-        partial(quantize_async, weight, spec, impl=impl),
-        partial(dequantize, packed, impl=impl),
+        _Calls(
+            there=partial(quantize_async, weight, spec, impl=impl),
+            back=partial(dequantize, packed, impl=impl),
+            waited=None if bad is None else partial(quantize, weight, spec, impl=impl),
+        ),
         repeats,
-        waited=None if bad is None else partial(quantize, weight, spec, impl=impl),
     )
 
 
@@ -103,28 +109,29 @@ def _peer(weight: Tensor, kind: str, blocksize: int, repeats: int) -> Iterator[R
         back = bnb.dequantize_4bit
     packed, state = there()
     bits, nbytes = 8 if kind == "8 bits" else 4, packed.nbytes + state.absmax.nbytes
-    yield _rates(f"bitsandbytes, {kind}", bits, weight, nbytes, there, partial(back, packed, state), repeats)
+    calls = _Calls(there=there, back=partial(back, packed, state))
+    yield _rates(f"bitsandbytes, {kind}", bits, weight, nbytes, calls, repeats)
 
 
-def _rates(
-    name: str,
-    bits: int,
-    weight: Tensor,
-    stored: float,
-    there: Callable[[], object],
-    back: Callable[[], object],
-    repeats: int,
-    waited: Callable[[], object] | None = None,
-) -> Rates:
+@dataclass(frozen=True, kw_only=True)
+class _Calls:
+    """Quantize, dequantize; and quantize with a wait, where that differs."""
+
+    there: Callable[[], object]
+    back: Callable[[], object]
+    waited: Callable[[], object] | None = None
+
+
+def _rates(name: str, bits: int, weight: Tensor, stored: float, calls: _Calls, repeats: int) -> Rates:
     seconds = partial(call_seconds, device=weight.device.type, repeats=repeats)
     return Rates(
         name=name,
         bits=bits,
         values=weight.numel(),
         nbytes=weight.nbytes + stored,
-        quantize_seconds=seconds(there),
-        dequantize_seconds=seconds(back),
-        waited_seconds=None if waited is None else seconds(waited),
+        quantize_seconds=seconds(calls.there),
+        dequantize_seconds=seconds(calls.back),
+        waited_seconds=None if calls.waited is None else seconds(calls.waited),
     )
 
 

@@ -2,9 +2,36 @@
 
 Launch them with ``enable_fp_fusion=False``: a product contracted with the sum behind it would be rounded once instead
 of twice.
+
+Layout. Quantizing gives each thread a group of 32 consecutive values, whose codes are whole 32-bit words at any width,
+so that none crosses threads. A CTA has GROUPS groups; a group's values are held as four runs of eight, x[0] to x[3]:
+
+    value     0 .. 7   8 .. 15  16 .. 23  24 .. 31 | 32 ..
+    run        x[0]      x[1]      x[2]      x[3]  | x[0] ..
+    codes     two fields of 4 BITS bits for each   |            (``codes_jit.pack_fours``)
+    words     0 .. BITS - 1                        | BITS ..    (``codes_jit.store_words``)
+    thread    0                                    | 1
+
+Dequantizing gives a thread eights of values (octets): their codes are BITS bytes, in up to three words, and their
+values are written together.
+
+Arguments that several kernels have, flat and contiguous:
+    weight_ptr: the weight's values [count], float16, bfloat16 or float32.
+    words_ptr: int32 [words], the packed codes (``kbit.quantizer.packing``); `words` is ceil(count BITS / 32).
+    absmax_ptr: float16 or float32 [blocks].
+    tree_ptr: float32 [2^BITS], the midpoints as a search tree (``codes_jit.plant_tree``).
+    mean_ptr: float16 [1], read with CENTER alone; else any pointer.
+    kept_ptr: int8 [columns], 1 for kept columns, read with KEPT alone; else any pointer.
+    entry: 4 (``codes_jit.look_up``).
+    size, length, per_row: values of a block, values of a row, blocks of a row (``kbit.quantizer.blocks.Blocks``).
+    STORAGE: float16 or bfloat16, to which values are rounded first, or last.
+    FLAT: the tensor is cut as one row.
+    INDEX: int32, or int64 where offsets need it.
+    MASKED: the last CTA has less than its share.
 """
 
-# ruff: noqa: N803
+# A launch has as many arguments as its kernel.
+# ruff: noqa: N803, PLR0913
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 
 import triton
@@ -113,8 +140,13 @@ def quantize_blocks(
 ):
     """Absmax and codes in one pass over a flat weight, its block size a power of two from 32 to 32 GROUPS.
 
-    A CTA takes 32 GROUPS values, a thread 32 consecutive ones, whose codes fill BITS words of 32 bits whatever BITS is:
-    codes never cross threads.
+    A CTA takes 32 GROUPS values; above is what a thread does with 32 of them.
+
+    Args:
+        absmax_ptr: [count / SIZE], rounded up; written.
+        bad_ptr: int32 [1], zero at first; becomes 1 if a value is NaN or infinite.
+        SIZE: of a block.
+        RECIPROCAL: divide by way of 1 / absmax (``scaled``).
     """
     first = tl.program_id(0).to(tl.int64) * GROUPS
     left = tl.minimum(count - first * 32, GROUPS * 32).to(tl.int32)
@@ -172,6 +204,12 @@ def measure_blocks(
 
     A CTA takes BLOCKS blocks, or one of `parts` parts of each, STEPS times CHUNK values long. The largest doesn't
     depend on the order.
+
+    Args:
+        bits_ptr: int32 [blocks].
+        blocks: of the whole weight.
+        parts: CTAs that share a block; with more than one, BLOCKS is 1.
+        BLOCKS, CHUNK: values are held as [BLOCKS, CHUNK], powers of two.
     """
     block = (tl.program_id(0) // parts).to(INDEX) * BLOCKS + tl.arange(0, BLOCKS)
     some = tl.minimum(block, blocks - 1)
@@ -217,7 +255,12 @@ def encode_values(
     WHOLE: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Codes of values whose absmax are known. WHOLE: 32 values from a multiple of 32 on lie in one block."""
+    """Codes of values whose absmax are known, as ``quantize_blocks`` lays them out.
+
+    Args:
+        absmax_ptr: read.
+        WHOLE: 32 values from a multiple of 32 on lie in one block.
+    """
     first = tl.program_id(0).to(INDEX) * GROUPS
     group = first + tl.arange(0, GROUPS)
     mean = tl.load(mean_ptr).to(tl.float32) if CENTER else 0.0
@@ -260,9 +303,13 @@ def dequantize_values(
     INDEX: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """codebook[code] · absmax (+ mean), rounded to STORAGE: a thread's 8 consecutive values are written together.
+    """codebook[code] · absmax (+ mean), rounded to STORAGE; a CTA takes OCTETS eights of values.
 
-    WHOLE: 8 values from a multiple of 8 on lie in one block.
+    Args:
+        codebook_ptr: float32 [at most 2^BITS].
+        out_ptr: [count], float16, bfloat16 or float32; written.
+        limit: the largest value of STORAGE, at which others are cut off with LIMITED.
+        WHOLE: 8 values from a multiple of 8 on lie in one block.
     """
     octet = tl.program_id(0).to(INDEX) * OCTETS + tl.arange(0, OCTETS)
     codes = load_codes(words_ptr, octet, words, BITS, MASKED)

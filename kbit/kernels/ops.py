@@ -95,7 +95,7 @@ def _by_dequantizing(
     return y.to(x.dtype)
 
 
-def _matmul_tiled(  # the operator's schema
+def _matmul_tiled(  # noqa: PLR0913  # the operator's schema
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -138,7 +138,7 @@ def _matmul_tiled(  # the operator's schema
     return _by_dequantizing(x, weights, bias, addend, n, batch_invariant)
 
 
-def _matmul_rows(  # the operator's schema
+def _matmul_rows(  # noqa: PLR0913  # the operator's schema
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,

@@ -71,7 +71,7 @@ class KBitLinear(nn.Module):
     kept_values: Tensor | None
     bias: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # as torch's own layers take them
         self,
         in_features: int,
         out_features: int,

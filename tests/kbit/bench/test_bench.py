@@ -24,7 +24,7 @@ from kbit import QuantSpec, quantize
 from kbit.bench import figure
 from kbit.bench.__main__ import main
 from kbit.bench.decode import PRESETS, Architecture, Compiler, Decoder, plain_linear, random_source
-from kbit.bench.latency import Step, dequantized, kbit_linear, measure_step, sizes
+from kbit.bench.latency import Setting, Step, dequantized, kbit_linear, measure_step, sizes
 from kbit.bench.latency import table as decode_table
 from kbit.bench.matmul import CUBLAS, OURS, Product, limit, measure, repeated
 from kbit.bench.matmul import table as matmul_table
@@ -239,10 +239,11 @@ def test_a_context_beyond_the_positions_is_refused() -> None:
 def test_the_table_of_decode_steps_has_ratios_to_16_bits_and_to_the_limit_of_bytes() -> None:
     sizes_ = {"read_bytes": 2900, "model_bytes": 10**9, "peak_bytes": 2 * 10**9, "error": 1e-4}
     steps = [Step(bits=16, seconds=4e-9, **sizes_), Step(bits=4, seconds=2e-9, **sizes_ | {"read_bytes": 1450})]
-    found = decode_table(steps, TINY, CEILINGS, blocksize=64, batch=1, context=8, device="a GPU")
+    setting = Setting(model=TINY, blocksize=64, batch=1, context=8)
+    found = decode_table(steps, setting, CEILINGS, device="a GPU")
     assert found.body[1] == ["4", "0.000", "2.00x", "0.000", "2.00x", "25%", "1.00", "2.00", "1.0e-04"]
     assert found.records[1]["limit_seconds"] == pytest.approx(1450 / CEILINGS.read)
-    alone = decode_table(steps[1:], TINY, CEILINGS, blocksize=64, batch=1, context=8, device="a GPU")
+    alone = decode_table(steps[1:], setting, CEILINGS, device="a GPU")
     assert alone.records[0]["speedup"] is None
 
 
