@@ -156,7 +156,7 @@ def resolve_evals(
     return evals
 
 
-def _kinds(value: object) -> Mapping[str, Any]:
+def _kinds(value: object) -> Mapping[str, object]:
     if value is not None and not isinstance(value, Mapping):
         raise UserError(f"eval.kinds={value!r} is not valid: names by kind, e.g. 'eval.kinds={{KIND: [jargon]}}'")
     return value or {}
@@ -171,7 +171,7 @@ def _check_names(evals: list[EvalSpec]) -> None:
         raise UserError(f"eval: {', '.join(twice)} is named more than once; each evaluation needs a name of its own")
 
 
-def as_list(value: object, key: str) -> list[Any]:
+def as_list(value: object, key: str) -> list[object]:
     """A list, or one value standing for a list of one; null is none."""
     if value is None:
         return []

@@ -107,7 +107,7 @@ def _models(config: StudyConfig, resolver: Resolver, progress: Callable[[str], N
     return [_member(family, name, member, resolver, progress) for (family, name), member in chosen.items()]
 
 
-def _check_sizes(sizes: list[Any], known: list[str]) -> None:
+def _check_sizes(sizes: list[object], known: list[str]) -> None:
     for size in sizes:
         if str(size) not in known:
             hint = did_you_mean(str(size), known)
