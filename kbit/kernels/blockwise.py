@@ -116,7 +116,7 @@ class _Taken(NamedTuple):
 
 
 def midpoint_tree(values: Tensor, bits: int) -> Tensor:
-    """A codebook's midpoints as a search tree: float32 [2^bits] (``codes_jit.plant_tree``)."""
+    """Return a codebook's midpoints as a search tree: float32 [2^bits] (``codes_jit.plant_tree``)."""
     with _on(values.device):
         tree = values.new_empty(1 << bits)
         plant_tree[(1,)](values, tree, values.numel(), BITS=bits, num_warps=1, enable_fp_fusion=False)
@@ -198,7 +198,7 @@ def _quantize_in_one_pass(
 
 
 def _divides_by_reciprocal(spec: QuantSpec, dtype: torch.dtype, values: Tensor | None) -> bool:
-    """Whether the kernel's short division gives the codes of an IEEE division.
+    """Return whether the kernel's short division gives the codes of an IEEE division.
 
     It is exact for operands of 11 bits whose quotient and remainder are normal numbers. In bfloat16 they may not be:
     quotients below 2^-100 may be off, though not in sign, which changes no code where no midpoint but 0 is as small.
@@ -301,7 +301,7 @@ def _as_bytes(words: Tensor, count: int, bits: int) -> Tensor:
 
 
 def _as_words(codes: Tensor) -> Tensor:
-    """Packed codes as int32; a view where their memory has whole words, as that of ``quantize_values`` has."""
+    """Return packed codes as int32; a view where their memory has whole words, as that of ``quantize_values`` has."""
     padded = codes.numel() + -codes.numel() % 4
     offset = codes.storage_offset()
     if codes.is_contiguous() and offset % 4 == 0 and offset + padded <= codes.untyped_storage().nbytes():

@@ -32,7 +32,7 @@ class _Config(ctypes.Structure):
 
 
 def compile_cubin(source: str, options: Sequence[str], capability: tuple[int, int]) -> bytes:
-    """Machine code of CUDA C++ for a compute capability.
+    """Return machine code of CUDA C++ for a compute capability.
 
     Raises:
         CudaError: NVRTC isn't there, or refuses the source; with its log.

@@ -237,7 +237,7 @@ def _tiling(p: _Product, processors: int) -> _Tiling:
 
 
 def _tiling_for_few_row_blocks(bits: int, m_tiles: int, k: int) -> _Tiling:
-    """Several CTAs share each row block of W, with a part of the columns."""
+    """Return what lets several CTAs share each row block of W, with a part of the columns."""
     if bits == 5 and k > 8192:
         return _Tiling(2, 4 if m_tiles == 4 else 8, staged=False)
     if m_tiles == 4:

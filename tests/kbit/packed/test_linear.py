@@ -232,6 +232,12 @@ def test_the_operators_pass_torch_s_own_check(name: str) -> None:
     torch.library.opcheck(kernel, *calls[0])
 
 
+def test_settings_of_the_operators_go_by_name_alone() -> None:
+    for operator in (ops.matmul_tiled, ops.matmul_rows):
+        by_name = {a.name for a in operator._schema.arguments if a.kwarg_only}
+        assert {"n", "bits", "blocksize", "storage", "batch_invariant"} <= by_name
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_a_compiled_layer_is_one_graph_and_gives_the_same(name: str) -> None:
     layer = KBitLinear.from_quantized(quantized(SPECS[name], kept=2), bias=inputs(100))
