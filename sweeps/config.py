@@ -10,10 +10,10 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -96,46 +96,6 @@ class EvalConfig:
 
 
 @dataclass
-class ExecutorConfig:
-    """Keys of both executors; those of SLURM are None where conf/executor/slurm.yaml does not give them."""
-
-    name: str = "local"
-    device: str = "auto"
-    batch_tokens: Any = "auto"
-    workers: Any = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    gpus: Any = None
-    gpu_type: str | None = None
-    gpu_memory_gb: float | None = None
-    cpus: int | None = None
-    mem_gb: Any = None
-    time: Any = None
-    constraint: str | None = None
-    exclude: str | None = None
-    max_parallel: int | None = None
-    cells_per_job: Any = None
-    setup: Any = None
-    extra: Any = None
-    requeues: int | None = None
-    signal_seconds: int | None = None
-    preflight: bool | None = None
-    code: str | None = None
-    baseline_gate: bool | None = None
-    baseline_tolerance: float | None = None
-
-
-@dataclass
-class TrackingConfig:
-    mode: str = "disabled"
-    project: str = "kbit-sweep"
-    entity: str | None = None
-    base_url: str | None = None
-    dir: str | None = None
-
-
-@dataclass
 class Config:
     mode: str = "run"
     out: str = "results"
@@ -147,12 +107,48 @@ class Config:
     to: str | None = None
     long: bool = False
     watch: bool = False
+    script: bool = False
     trust_remote_code: bool = False
     models: dict[str, FamilyConfig] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    # ``schema`` puts the keys of executors and tracking in place of these.
+    executor: Any = None
+    tracking: Any = None
+
+
+@cache
+def schema() -> type:
+    """Return what Hydra checks keys against: ``Config``, with the keys of every executor that is installed."""
+    from sweeps.executors.base import EXECUTORS
+    from sweeps.tracking.config import TrackingConfig
+
+    settings = [EXECUTORS[name].Settings for name in EXECUTORS]
+    executor = _keys_of("ExecutorKeys", *settings, name="local", device="auto", batch_tokens="auto")
+    tracking = _keys_of("TrackingKeys", TrackingConfig, mode="disabled", project="kbit-sweep")
+    groups = {"executor": executor, "tracking": tracking}
+    return make_dataclass("Config", [(n, t, field(default_factory=t)) for n, t in groups.items()], bases=(Config,))
+
+
+def _keys_of(title: str, /, *classes: type, **defaults: str) -> type:
+    """Make a schema with the fields of some frozen dataclasses, each None by default.
+
+    Hydra checks types that are one of str, int, float and bool, or None. A field's metadata may say how users write its
+    key (``key``), and that its class checks the type (``unchecked``).
+
+    Args:
+        defaults: of keys that are not None; the text of one that no class has is a key too.
+    """
+    types: dict[str, Any] = dict.fromkeys(defaults, str)
+    for of in classes:
+        hints = get_type_hints(of)
+        for f in fields(of):
+            key = f.metadata.get("key") or f.name
+            kinds = set(get_args(hints[f.name]) or (hints[f.name],)) - {type(None)}
+            simple = len(kinds) == 1 and kinds <= {str, int, float, bool} and not f.metadata.get("unchecked")
+            kind = Optional[kinds.pop()] if simple else Any  # noqa: UP045  # made of a value
+            types[key] = kind if types.get(key, kind) in (kind, str) else Any
+    return make_dataclass(title, [(key, kind, field(default=defaults.get(key))) for key, kind in types.items()])
 
 
 @cache
@@ -165,6 +161,6 @@ def _scratch_dir() -> str:
 
 def register() -> None:
     """Make the schema and the resolvers known to Hydra. Safe to call twice."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=schema())
     OmegaConf.register_new_resolver("demo", lambda name: str(DEMO_DIR / str(name)), replace=True)
     OmegaConf.register_new_resolver("scratch", _scratch_dir, replace=True)

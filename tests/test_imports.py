@@ -50,7 +50,7 @@ def test_analysis_never_imports_torch(path: Path) -> None:
     assert not [m for m in imports(path, everywhere=True) if m.split(".")[0] in COMPUTES]
 
 
-@pytest.mark.parametrize("module", ["kbit.spec", "sweeps.commands.modes", "sweeps.results.table", "analysis.findings"])
+@pytest.mark.parametrize("module", ["kbit.spec", "sweeps.options", "sweeps.results.table", "analysis.findings"])
 def test_importing_does_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,1 +1,64 @@
-"""Commands: a mode of launch.py a file."""
+"""A MODE PER FILE: each is a function of a launch's options and the console, and returns the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+MODES: Final[Mapping[str, str]] = {
+    "run": "sweeps.commands.run:run",
+    "plan": "sweeps.commands.plan:plan",
+    "status": "sweeps.commands.status:status",
+    "table": "sweeps.commands.table:table",
+    "logs": "sweeps.commands.logs:logs",
+    "cancel": "sweeps.commands.cancel:cancel",
+    "fetch": "sweeps.commands.fetch:fetch",
+    "drop": "sweeps.commands.drop:drop",
+    "sync": "sweeps.commands.sync:sync",
+}
+"""Mode to what it runs, imported when it is asked for."""
+
+
+def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
+    """Run the mode that a configuration names; says what is wrong with it.
+
+    Args:
+        overrides: the command line's arguments, without those about Hydra itself.
+    """
+    import logging
+    from importlib import import_module
+
+    from rich.console import Console
+
+    from kbit.errors import SpecError
+    from sweeps.options import Options
+
+    # Hydra's own logging is off; warnings (a damaged file) go to the user.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
+    try:
+        if cfg.mode not in MODES:
+            hint = did_you_mean(str(cfg.mode), MODES)
+            raise UserError(f"mode={cfg.mode!r} is not valid: one of {', '.join(MODES)}.{hint}")
+        module, _, function = MODES[cfg.mode].partition(":")
+        code: int = getattr(import_module(module), function)(Options.from_config(cfg, overrides), Console())
+    except (UserError, SpecError) as error:
+        say_error(str(error))
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        say_error(f"{error}: nothing that was stored is lost; the same command goes on from there")
+        return EXIT_FAILED
+    return code
+
+
+def say_error(message: str) -> None:
+    """Print one message in red on standard error."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from sweeps.errors import ClaimTakenError, UserError
+from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import Flight, read_flight
 from sweeps.plan.cost import CostModel
@@ -21,7 +17,6 @@ from sweeps.store.parts import Store
 from sweeps.store.rows import recorded_state
 from sweeps.store.schema import Scalar
 from sweeps.study.manifest import Manifest
-from sweeps.tracking.tracker import TrackingConfig
 
 _PLAN_COLUMNS = (
     "measurement",
@@ -35,28 +30,6 @@ _PLAN_COLUMNS = (
     "device",
     "oom_rung",
 )
-
-
-def out_dir(cfg: DictConfig) -> Path:
-    if not str(cfg.out).strip():
-        raise UserError("out='' is not valid: name a directory for the results, e.g. out=results")
-    return Path(cfg.out).expanduser().absolute()
-
-
-def tracking_config(cfg: DictConfig) -> TrackingConfig:
-    t = cfg.tracking
-    return TrackingConfig(
-        mode=t.mode,
-        project=t.project,
-        entity=t.entity,
-        base_url=t.base_url,
-        dir=Path(t.dir).expanduser().absolute() if t.dir else out_dir(cfg) / "wandb",
-    )
-
-
-def plain(value: Any) -> Any:
-    """A configuration's value without OmegaConf."""
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def new_launch() -> str:

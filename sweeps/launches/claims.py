@@ -6,7 +6,7 @@ else was faster it reads again and plans anew (compare and swap). Nothing is loc
 
 A claim of workers on this machine ends when its launch releases it, or is void when its owner is known to be gone: on
 the same machine by its process, from another machine only after its heartbeat has been silent for long. A claim of
-SLURM jobs ends pack by pack, by what the scheduler says of their jobs (sweeps.launches.in_flight).
+jobs that outlive their launch ends pack by pack, by what is written down of them (sweeps.launches.in_flight).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Claim:
     """One launch's hold on measurements.
 
     Attributes:
-        executor: 'local' or 'slurm'.
+        executor: 'local' where the work ends with the process that launched it; else whose jobs outlive it.
         host, pid, pid_started: the process that launched it.
         packs: measurement keys by pack.
     """
@@ -46,6 +46,11 @@ class Claim:
     pid: int
     pid_started: str
     packs: Mapping[str, tuple[str, ...]]
+
+    @property
+    def detached(self) -> bool:
+        """Whether its work outlives the process that launched it: its launch's directory then says how that does."""
+        return self.executor != "local"
 
     @cached_property
     def measurements(self) -> frozenset[str]:

@@ -17,24 +17,19 @@ job is, so a launcher that dies after sbatch loses nothing.
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.executors.slurm.query.command import user_name
 from sweeps.files import read_json, write_atomically
 from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
 from sweeps.store.schema import Scalar
 
 JOB_PREFIX: Final = "kbit"
-_SLURM_CONFS: Final = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +62,11 @@ class Chunk:
     packs: tuple[str, ...]
     after: int | None = None
 
+    def share(self, chunks: int, most: int) -> int:
+        """Return how many of its jobs may run at once, where ``most`` of all ``chunks`` may; never more than it has."""
+        share = max(1, most // chunks + (self.number < most % chunks))
+        return min(share, len(self.packs))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -75,7 +75,7 @@ class Launch:
     Attributes:
         settings: what every job needs to know.
         offsets: byte offset of each pack's line in packs.jsonl.
-        user, cluster: whose jobs they are, and where (``here``); '' is unknown.
+        user, cluster: whose jobs they are, and where; '' is unknown.
     """
 
     out: Path
@@ -107,11 +107,6 @@ class Launch:
     def places(self) -> dict[str, tuple[str, int]]:
         """(job name, array index) of each pack."""
         return {pack: (self.chunk_name(c.number), i) for c in self.chunks for i, pack in enumerate(c.packs)}
-
-    def in_sight(self) -> bool:
-        """Whether a look from here must show its jobs: clusters may hide other users', and don't know each other's."""
-        user, cluster = here()
-        return self.user in ("", user) and (self.cluster in ("", cluster) or not cluster)
 
     def chunk_of(self, pack: str) -> Chunk:
         return next(c for c in self.chunks if pack in c.packs)
@@ -206,14 +201,14 @@ class Attempt:
     end: Mapping[str, Any] | None = None
 
     @classmethod
-    def begin(cls, launch: Launch, pack: str, *, job: str, restart: int, log: Path) -> Attempt:
+    def begin(cls, launch: Launch, pack: str, *, job: str, restart: int, host: str, log: Path) -> Attempt:
         """Write down that an attempt begins."""
         attempt = cls(
             launch=launch,
             pack=pack,
             job=job,
             restart=restart,
-            host=socket.gethostname() if "SLURMD_NODENAME" not in os.environ else os.environ["SLURMD_NODENAME"],
+            host=host,
             started=time.time(),
             log=str(log),
         )
@@ -233,27 +228,6 @@ class Attempt:
         path = self.launch.directory / "attempts" / f"{self.pack}-{self.job}-{self.restart}.json"
         write_atomically(path, json.dumps(data).encode())
         return self
-
-
-@cache
-def here() -> tuple[str, str]:
-    """(user, cluster) as SLURM has them on this machine, without asking it; '' for what can't be told.
-
-    The cluster is ClusterName of the file that SLURM_CONF names, else of the first usual one that can be read.
-    """
-    try:
-        user = user_name()
-    except KeyError:
-        user = ""
-    for path in [os.environ["SLURM_CONF"]] if os.environ.get("SLURM_CONF") else _SLURM_CONFS:
-        try:
-            text = Path(path).read_text(errors="replace")
-        except OSError:
-            continue
-        named = re.search(r"^\s*ClusterName\s*=\s*([^\s#]+)", text, re.IGNORECASE | re.MULTILINE)
-        # SLURM itself keeps clusters' names in lower case.
-        return user, named[1].strip('"').lower() if named else ""
-    return user, ""
 
 
 def launch_dir(out: Path, launch: str) -> Path:

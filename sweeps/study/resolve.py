@@ -11,16 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from sweeps.errors import HubError, UserError, did_you_mean
 from sweeps.study import hub
 from sweeps.study.cell import UNRESOLVED, ModelRef
-from sweeps.study.devices import launch_device
 from sweeps.study.evals import as_list, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What a configuration says of its study, in plain values: where it runs is no part of it."""
+
+    sweep: Mapping[str, Any]
+    models: Mapping[str, Any]
+    path: Any
+    eval: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +58,19 @@ class Resolver:
             return f"{UNRESOLVED}{revision}"
 
 
-def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callable[[str], None]) -> Study:
+def build_study(
+    config: StudyConfig,
+    *,
+    device: str,
+    device_name: Callable[[], str],
+    strict: bool,
+    progress: Callable[[str], None],
+) -> Study:
     """Resolve and expand.
 
     Args:
         device: 'cpu' or 'cuda': what compute_dtype=auto stands for.
+        device_name: called for the name of the device where an evaluation is of it (``launch_device``).
         strict: refuse models and data whose commit is unknown (a run); else note them (a plan).
         progress: called with what is being read, where that takes time.
 
@@ -64,53 +78,33 @@ def build_study(cfg: DictConfig, *, device: str, strict: bool, progress: Callabl
         UserError, SpecError, HubError: something in the configuration is wrong; nothing has been run.
     """
     resolver = Resolver(strict=strict)
-    plain = _plain(cfg.sweep)
-    name = str(plain["name"])
+    sweep = config.sweep
+    name = str(sweep["name"])
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise UserError(f"sweep.name={name!r} is not valid: letters, digits, '.', '_' and '-', not a '.' or '-' first")
-    if not plain["quant"]:
+    if not sweep["quant"]:
         raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
-    models = _models(cfg, resolver, progress)
-    grid = expand(plain["quant"], models, plain["exclude"])
-    executor = _plain(cfg.executor)
-    evals = resolve_evals(_plain(cfg.eval), resolver, device, lambda: launch_device(executor, device))
+    models = _models(config, resolver, progress)
+    grid = expand(sweep["quant"], models, sweep["exclude"])
+    evals = resolve_evals(config.eval, resolver, device, device_name)
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
-    # Where it runs and what is done with it is not part of the study.
-    frozen = {k: v for k, v in _plain(cfg).items() if k in ("sweep", "models", "path", "eval")}
-    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=frozen)
+    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=vars(config))
     return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
 
 
-def _plain(cfg: Any) -> Any:
-    """Plain values; axes that a block of the grid doesn't name (MISSING) are left out."""
-    try:
-        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        raise UserError(f"the configuration can't be resolved: {error}") from error
-    return _without_missing(container)
-
-
-def _without_missing(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_missing(v) for k, v in value.items() if v != "???"}
-    if isinstance(value, list):
-        return [_without_missing(v) for v in value]
-    return value
-
-
-def _models(cfg: DictConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
-    sizes = as_list(_plain(cfg.sweep).get("sizes"), "sweep.sizes")
-    if cfg.path is not None:
-        paths = [Path(str(p)).expanduser() for p in as_list(_plain(cfg)["path"], "path")]
+def _models(config: StudyConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
+    sizes = as_list(config.sweep.get("sizes"), "sweep.sizes")
+    if config.path is not None:
+        paths = [Path(str(p)).expanduser() for p in as_list(config.path, "path")]
         if not paths:
             raise UserError("path=[] is not valid: name at least one model directory, or leave it null")
         _check_sizes(sizes, [p.name for p in paths])
         return [_local(p, None, None, progress) for p in paths if not sizes or p.name in map(str, sizes)]
     members = {
         (str(family.get("family") or group), str(name)): member
-        for group, family in _plain(cfg.models).items()
+        for group, family in config.models.items()
         for name, member in family["members"].items()
     }
     _check_sizes(sizes, [name for _, name in members])

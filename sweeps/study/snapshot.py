@@ -56,6 +56,11 @@ def snapshot_code(out: Path) -> Path:
     return _place(out / "code" / _hash(sources)[:_NAME_DIGITS], sources)
 
 
+def snapshot_path(out: Path) -> Path:
+    """Return where ``snapshot_code`` would put this code, without writing anything."""
+    return out / "code" / code_hash()[:_NAME_DIGITS]
+
+
 def job_setup(code: Path) -> list[str]:
     """Shell lines after which Python imports this project from ``code``, wherever it is started."""
     # `python -m` looks into the working directory first, which for a job is the checkout that it was submitted from.

@@ -9,57 +9,20 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
-from kbit.errors import SpecError
 from sweeps.store.schema import Row, Scalar
+from sweeps.tracking.config import TrackingConfig
 from sweeps.tracking.messages import Answer, Fatal, Finish, Finished, Log, Start, Trouble
 from sweeps.tracking.mirror import AXES, IDENTITY
 from sweeps.tracking.process import MirrorProcess
 
-Mode = Literal["online", "offline", "disabled"]
 CLOSE_SECONDS: Final = 15.0
 STALL_SECONDS: Final = 180.0
 """A sync that hears nothing for so long gives up: the server went away in the middle."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where and how a study is mirrored (conf/tracking).
-
-    Attributes:
-        mode: 'online'; 'offline' writes runs under ``dir``, for `wandb sync` or mode=sync; 'disabled'.
-        project: W&B's project.
-        entity: W&B's user or team; None is the key's default.
-        base_url: the server; None is wandb's own default (WANDB_BASE_URL, its settings file, the public server).
-        dir: for wandb's files and the mirror's log; None is ./wandb.
-
-    Raises:
-        SpecError: the mode doesn't exist, or the project has no name.
-    """
-
-    mode: str = "disabled"
-    project: str = "kbit-sweep"
-    entity: str | None = None
-    base_url: str | None = None
-    dir: Path | str | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise SpecError("tracking.mode", self.mode, "one of " + ", ".join(get_args(Mode)))
-        if not self.project:
-            raise SpecError("tracking.project", self.project, "the name of a W&B project")
-
-    def _message(self) -> dict[str, str | None]:
-        return {**asdict(self), "dir": str(Path(self.dir or "wandb").absolute())}
-
-    def _how_to_log_in(self) -> str:
-        host = f" --host {self.base_url}" if self.base_url else ""
-        return f"set WANDB_API_KEY or run `wandb login{host}`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +75,7 @@ class Tracker:
         self._mirrored: dict[str, int] = {}
         self._reason: str | None = None
         enabled = config.mode != "disabled"
-        self._process = MirrorProcess(config._message(), self._on_answer) if enabled else None
+        self._process = MirrorProcess(config.message(), self._on_answer) if enabled else None
 
     def start_pack(self, pack_id: str, *, sweep: str, name: str, config: Mapping[str, Scalar]) -> None:
         """Open the W&B run with the pack's id, resuming it if it exists."""
@@ -151,7 +114,7 @@ class Tracker:
             return
         first, self._reason = self._reason is None, said.reason
         if isinstance(said, Fatal):
-            what = f"the study goes on untracked; {self._config._how_to_log_in()}, later mode=sync"
+            what = f"the study goes on untracked; {self._config.how_to_log_in()}, later mode=sync"
             self._warn(f"W&B: {said.reason}: {what}")
         elif first:
             self._warn(f"W&B: {said.reason}: the study goes on; mode=sync adds what W&B misses")
@@ -172,7 +135,7 @@ def sync(
     """
     todo = list(packs)
     answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-    process = MirrorProcess(replace(config, mode="online")._message(), answers.put)
+    process = MirrorProcess(replace(config, mode="online").message(), answers.put)
     whole = added = 0
     error: str | None = None
     for done, pack in enumerate(todo, 1):
@@ -183,7 +146,7 @@ def sync(
         process.send(Finish(pack=pack.id))
         said = _next(answers)
         if not isinstance(said, Finished):
-            remedy = config._how_to_log_in() if isinstance(said, Fatal) else "when the server is back"
+            remedy = config.how_to_log_in() if isinstance(said, Fatal) else "when the server is back"
             error = f"{said.reason}: {remedy}, run mode=sync again"
             break
         whole += said.mirrored

@@ -13,7 +13,8 @@ from sweeps.events import Event, Measured, OnEvent, PackDone, Started, Stopped
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.store.schema import Row, Scalar
-from sweeps.tracking.tracker import CLOSE_SECONDS, Tracker, TrackingConfig
+from sweeps.tracking.config import TrackingConfig
+from sweeps.tracking.tracker import CLOSE_SECONDS, Tracker
 from sweeps.worker.devices import Workers
 from sweeps.worker.pool import WorkerPool
 from sweeps.worker.settings import WorkerSettings

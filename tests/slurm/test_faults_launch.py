@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from sweeps import load_results
-from sweeps.launches.in_flight import ABSENT_SECONDS
+from sweeps.executors.slurm.query.reconcile import ABSENT_SECONDS
 from tests.slurm.faults import (
     TINY,
     TINY_CELLS,

@@ -9,7 +9,7 @@ import pytest
 from analysis.cells import MEASURED
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
-from sweeps.launches.in_flight import _ENDED_AS
+from sweeps.executors.slurm.query.reconcile import _ENDED_AS
 from sweeps.plan.cost import CostModel
 from sweeps.plan.packs import Packing, make_plan, parse_retry
 from sweeps.status import FAILURES, FINAL, RECORDED, RETRY, UNRECORDED, Runs, State

@@ -5,31 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
+from sweeps.executors.slurm.context import LaunchContext
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.query import Limits, check_request
+from sweeps.executors.slurm.query.where import here
 from sweeps.files import store_time
-from sweeps.launches.launch import Chunk, Launch, Shape, here, line_offsets
+from sweeps.launches.claimer import launch_provenance
+from sweeps.launches.launch import Chunk, Launch, Shape, line_offsets
 from sweeps.plan.packs import Pack, Plan
 from sweeps.store.schema import Row
 from sweeps.study.manifest import Manifest
 from sweeps.study.snapshot import freeze_evals
-
-if TYPE_CHECKING:
-    from sweeps.executors.slurm.submit import Submitter
 
 MOST_PER_CHUNK: Final = 500
 """Jobs of an array, where the cluster takes more: so many logs share a directory."""
 
 
 @dataclass(kw_only=True)
-class Draft:
+class LaunchPlan:
     """A launch before it is claimed: what is left, cut down to what may and can run now, written to its directory."""
 
-    submitter: Submitter
+    context: LaunchContext
     limits: Limits
     launch_id: str
     code_hash: str
@@ -41,39 +41,39 @@ class Draft:
 
     def prepare(self, plan: Plan) -> Plan:
         """The part of a plan that is to be claimed; its launch is on disk when this returns."""
-        submitter = self.submitter
+        context = self.context
         packs, gates = self._through_the_gate(self._that_fit(plan.packs))
-        shapes = list(dict.fromkeys(submitter.shape(p.model, p.rung) for p in packs))
+        shapes = list(dict.fromkeys(context.shape(p.model, p.rung) for p in packs))
         packs = self._within_limits(packs, len(shapes))
         self.launch = None
         if not packs or self.parallel == 0:
             self.left = max(self.left, len(packs))
             return replace(plan, packs=())
-        shapes = list(dict.fromkeys(submitter.shape(p.model, p.rung) for p in packs))
-        of_shape = {p.id: shapes.index(submitter.shape(p.model, p.rung)) for p in packs}
+        shapes = list(dict.fromkeys(context.shape(p.model, p.rung) for p in packs))
+        of_shape = {p.id: shapes.index(context.shape(p.model, p.rung)) for p in packs}
         chunks = self._chunks(packs, of_shape, gates)
         kept = {p for c in chunks for p in c.packs}
         self.left += len(packs) - len(kept)
-        evals = submitter.manifest.evals
-        frozen = dict(zip(evals, freeze_evals(evals, submitter.store.out), strict=True))
+        evals = context.manifest.evals
+        frozen = dict(zip(evals, freeze_evals(evals, context.store.out), strict=True))
         packs = [_frozen(p, frozen) for p in packs if p.id in kept]
         user, cluster = here()
         self.launch = Launch(
             user=user,
             cluster=cluster,
-            out=submitter.store.out,
+            out=context.store.out,
             id=self.launch_id,
-            sweep=submitter.manifest.sweep,
+            sweep=context.manifest.sweep,
             shapes=tuple(shapes),
             chunks=tuple(chunks),
             settings=replace(
-                submitter.settings,
+                context.job_settings,
                 code_hash=self.code_hash,
                 kill_wait=self.limits.kill_wait,
-                parallel=self.parallel and sum(share(c, chunks, self.parallel) for c in chunks),
-                baselines=_baselines(submitter.manifest),
-                provenance=submitter.provenance(self.launch_id),
-                store_launched=store_time(submitter.store.out),
+                parallel=self.parallel and sum(c.share(len(chunks), self.parallel) for c in chunks),
+                baselines=_baselines(context.manifest),
+                provenance=launch_provenance(self.launch_id, context.manifest.name),
+                store_launched=store_time(context.store.out),
             ),
             offsets=line_offsets(packs),
             launched=time.time(),
@@ -83,13 +83,13 @@ class Draft:
 
     def _that_fit(self, packs: Sequence[Pack]) -> list[Pack]:
         """Without packs whose step of the ladder asks for more than the cluster has."""
-        submitter, fit = self.submitter, []
+        context, fit = self.context, []
         said: dict[Shape, str | None] = {}
         for pack in packs:
-            shape = submitter.shape(pack.model, pack.rung)
+            shape = context.shape(pack.model, pack.rung)
             if pack.rung and shape not in said:
                 try:
-                    check_request(submitter.slurm.request(shape))
+                    check_request(context.slurm.request(shape))
                     said[shape] = None
                 except UserError as error:
                     said[shape] = str(error)
@@ -105,18 +105,18 @@ class Draft:
         if room is None:
             self.left = 0
             return list(packs)
-        free = max(0, room - (shapes if self.submitter.slurm.preflight else 0))
+        free = max(0, room - (shapes if self.context.slurm.preflight else 0))
         self.left = max(0, len(packs) - free)
         return list(packs[:free])
 
     def _through_the_gate(self, packs: Sequence[Pack]) -> tuple[list[Pack], dict[str, str]]:
         """(packs that may be submitted; for each model whose baseline is among them, that pack's id)."""
         self.held = {}
-        if not self.submitter.slurm.baseline_gate:
+        if not self.context.slurm.baseline_gate:
             return list(packs), {}
-        submitter = self.submitter
+        context = self.context
         baselines = {p.model.label: p.id for p in packs if all(c.quant.is_baseline for c, _ in p.items)}
-        problems = _baseline_problems(submitter, {p.model.label for p in packs} - set(baselines))
+        problems = _baseline_problems(context, {p.model.label for p in packs} - set(baselines))
         self.held = {model: why for model, why in problems.items() if why}
         # A baseline comes before the cells that wait for it, also where limits let only some in.
         ordered = sorted(packs, key=lambda p: p.id not in baselines.values())
@@ -145,12 +145,6 @@ class Draft:
         return chunks if self.parallel is None else chunks[: self.parallel]
 
 
-def share(chunk: Chunk, chunks: Sequence[Chunk], most: int) -> int:
-    """How many of an array's jobs may run at once, where so many of all may; never more than it has."""
-    share = max(1, most // len(chunks) + (chunk.number < most % len(chunks)))
-    return min(share, len(chunk.packs))
-
-
 def _baselines(manifest: Manifest) -> dict[str, list[str]]:
     """Baseline measurements by model: what the gate looks at."""
     found: dict[str, list[str]] = {}
@@ -165,17 +159,17 @@ def _frozen(pack: Pack, frozen: Mapping[EvalSpec, EvalSpec]) -> Pack:
     return replace(pack, items=tuple((cell, tuple(frozen[e] for e in specs)) for cell, specs in pack.items))
 
 
-def _baseline_problems(submitter: Submitter, models: Iterable[str]) -> dict[str, str | None]:
+def _baseline_problems(context: LaunchContext, models: Iterable[str]) -> dict[str, str | None]:
     """For models whose baseline is not to be run now: why their quantized cells must wait, or None."""
     wanted = {
         m.key: m.cell.model.label
-        for m in submitter.manifest.measurements()
+        for m in context.manifest.measurements()
         if m.cell.quant.is_baseline and m.cell.model.label in set(models)
     }
     rows: dict[str, list[Row]] = {}
-    for row in submitter.store.read(["measurement", "eval", "status", "metrics"], measurements=set(wanted)).to_pylist():
+    for row in context.store.read(["measurement", "eval", "status", "metrics"], measurements=set(wanted)).to_pylist():
         rows.setdefault(wanted[row["measurement"]], []).append(row)
-    references = submitter.settings.references
+    references = context.job_settings.references
     problems: dict[str, str | None] = {}
     for model in models:
         count = sum(1 for label in wanted.values() if label == model)
@@ -184,6 +178,6 @@ def _baseline_problems(submitter: Submitter, models: Iterable[str]) -> dict[str,
         elif len(rows.get(model, [])) < count:
             problems[model] = "its baseline is not measured yet, and not to be run by this launch"
         else:
-            tolerance = submitter.slurm.baseline_tolerance
+            tolerance = context.slurm.baseline_tolerance
             problems[model] = gate_problem(rows[model], references.get(model, {}), tolerance)
     return problems

@@ -1,4 +1,4 @@
-"""A claimed launch on its way into the queue: preflights and job arrays, through submitit."""
+"""What is given to sbatch, and giving it: preflights and job arrays of a claimed launch, through submitit."""
 
 from __future__ import annotations
 
@@ -9,32 +9,186 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from sweeps.errors import SubmitError
-from sweeps.executors.slurm.launch_plan import share
+from sweeps.executors.slurm.context import LaunchContext
+from sweeps.executors.slurm.launch_plan import MOST_PER_CHUNK
 from sweeps.executors.slurm.node.job import PackJob, PreflightJob
 from sweeps.executors.slurm.query import look
-from sweeps.launches.claims import Claim
+from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.launch import Chunk, Launch
-from sweeps.study.snapshot import job_setup
-
-if TYPE_CHECKING:
-    from sweeps.executors.slurm.submit import Submitter
+from sweeps.plan.packs import Plan
+from sweeps.provenance import ROOT
+from sweeps.study.snapshot import job_setup, snapshot_path
 
 TRIES: Final = 3
 PREFLIGHT_MINUTES: Final = 15
 PREFLIGHT_WARNING_SECONDS: Final = 20
+"""A preflight is short, and has nothing to finish."""
 HASH_BYTES_PER_SECOND: Final = 2e8
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobArray:
+    """One call of sbatch: a chunk of a launch, or the preflight of a shape.
+
+    Attributes:
+        shape: index of the launch's shapes.
+        arguments: what the job's process is told besides its launch (sweeps.executors.slurm.node.job).
+        folder: for logs and submitit's files.
+        depends: jobs that must succeed first.
+    """
+
+    name: str
+    shape: int
+    arguments: tuple[str, ...]
+    folder: Path
+    jobs: Sequence[PackJob | PreflightJob]
+    minutes: int
+    signal_seconds: int
+    parallel: int
+    depends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripts:
+    """What sbatch is given for a launch, with or without a cluster.
+
+    Attributes:
+        claim: number of the launch's claim.
+        exclude: nodes that jobs must not run on.
+        code: the directory that jobs import this project from.
+    """
+
+    context: LaunchContext
+    launch: Launch
+    claim: int
+    exclude: str | None
+    code: Path
+
+    def preflight(self, shape: int) -> JobArray:
+        """Return the preflight of a shape."""
+        launch, slurm = self.launch, self.context.slurm
+        # Long enough to read local models once: their hashes may not be remembered on a node.
+        models = {c.model for c in self.context.manifest.cells if c.model.path}
+        minutes = PREFLIGHT_MINUTES + math.ceil(sum(2 * (m.params or 0) for m in models) / HASH_BYTES_PER_SECOND / 60)
+        return JobArray(
+            name=launch.preflight_name(shape),
+            shape=shape,
+            arguments=("--preflight", str(shape)),
+            folder=launch.out / "logs" / launch.id / f"preflight-{shape}",
+            jobs=[PreflightJob(out=str(launch.out), launch=launch.id, shape=shape)],
+            minutes=min(launch.shapes[shape].minutes, minutes),
+            signal_seconds=min(slurm.signal_seconds, PREFLIGHT_WARNING_SECONDS),
+            parallel=1,
+        )
+
+    def chunk(self, chunk: Chunk, depends: Sequence[str]) -> JobArray:
+        """Return a chunk's array."""
+        launch, out = self.launch, str(self.launch.out)
+        count, most = len(chunk.packs), launch.settings.parallel
+        return JobArray(
+            name=launch.chunk_name(chunk.number),
+            shape=chunk.shape,
+            arguments=("--chunk", str(chunk.number)),
+            folder=launch.logs(chunk.number),
+            jobs=[
+                PackJob(out=out, launch=launch.id, claim=self.claim, chunk=chunk.number, index=i) for i in range(count)
+            ],
+            minutes=launch.shapes[chunk.shape].minutes,
+            signal_seconds=self.context.slurm.signal_seconds,
+            parallel=chunk.share(len(launch.chunks), most) if most else max(1, count),
+            depends=tuple(depends),
+        )
+
+    def executor(self, array: JobArray, *, kind: Any = None) -> Any:
+        """Return submitit's executor for an array.
+
+        Args:
+            kind: a class in place of submitit's SlurmExecutor.
+        """
+        import submitit
+
+        launch, slurm = self.launch, self.context.slurm
+        shape = launch.shapes[array.shape]
+        command = [sys.executable, "-P", "-m", "sweeps.executors.slurm.node.job", "--out", str(launch.out)]
+        command += ["--launch", launch.id, "--claim", str(self.claim), *array.arguments, "--"]
+        parameters = {**slurm.request(shape, self.exclude).parameters(), "time": array.minutes}
+        additional = {**parameters.pop("additional_parameters", {}), "kill-on-invalid-dep": "yes"}
+        additional["requeue" if slurm.requeues else "no-requeue"] = True
+        if array.depends:
+            parameters["dependency"] = "afterok:" + ":".join(array.depends)
+        executor = (kind or submitit.SlurmExecutor)(
+            folder=array.folder, python=shlex.join(command), max_num_timeout=slurm.requeues + 1
+        )
+        executor.update_parameters(
+            **parameters,
+            job_name=array.name,
+            setup=[*slurm.setup, *job_setup(self.code)],
+            signal_delay_s=array.signal_seconds,
+            stderr_to_stdout=True,
+            # What srun is not told it does not know since SLURM 22.05: all threads would share one core.
+            srun_args=[f"--cpus-per-task={shape.cpus}"],
+            array_parallelism=array.parallel,
+            additional_parameters=additional,
+        )
+        return executor
+
+    def text(self, array: JobArray) -> str:
+        """Return the script that submitit gives to sbatch for an array, without SLURM on this machine."""
+        import submitit
+
+        class WithoutSlurm(submitit.SlurmExecutor):
+            @classmethod
+            def affinity(cls) -> int:
+                return 1
+
+        executor = self.executor(array, kind=WithoutSlurm)
+        if len(array.jobs) > 1:
+            executor.parameters["map_count"] = len(array.jobs)
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+def planned_scripts(context: LaunchContext, plan: Plan) -> list[str]:
+    """Return the script of the first array of each shape that a launch would send now, cluster's limits aside.
+
+    LAUNCH and PREFLIGHT stand for ids that are known when it is sent.
+    """
+    by_shape: dict[Any, list[str]] = {}
+    for pack in plan.packs:
+        by_shape.setdefault(context.shape(pack.model, pack.rung), []).append(pack.id)
+    slurm, out = context.slurm, context.store.out
+    launch = Launch(
+        out=out,
+        id="LAUNCH",
+        sweep=context.manifest.sweep,
+        shapes=tuple(by_shape),
+        chunks=tuple(
+            Chunk(number=i, shape=i, packs=tuple(packs[:MOST_PER_CHUNK])) for i, packs in enumerate(by_shape.values())
+        ),
+        settings=replace(context.job_settings, parallel=slurm.max_parallel),
+        offsets={},
+        launched=0.0,
+    )
+    scripts = Scripts(
+        context=context,
+        launch=launch,
+        claim=Claims(out=out).last_number() + 1,
+        exclude=slurm.exclude,
+        code=snapshot_path(out) if slurm.code == "snapshot" else ROOT,
+    )
+    depends = ["PREFLIGHT"] if slurm.preflight else []
+    return [scripts.text(scripts.chunk(chunk, depends)) for chunk in launch.chunks]
 
 
 @dataclass(kw_only=True)
 class Submission:
     """One claimed launch on its way into the queue."""
 
-    submitter: Submitter
+    context: LaunchContext
     launch: Launch
     claim: Claim
     exclude: str | None
@@ -44,78 +198,47 @@ class Submission:
 
     def submit_all(self) -> str | None:
         """Preflights, then arrays that depend on them; the words of sbatch when it stopped half-way."""
-        slurm, launch = self.submitter.slurm, self.launch
-        code = self.code
+        slurm, launch = self.context.slurm, self.launch
+        scripts = Scripts(
+            context=self.context, launch=launch, claim=self.claim.number, exclude=self.exclude, code=self.code
+        )
         try:
             for shape in sorted({c.shape for c in launch.chunks}) if slurm.preflight else ():
-                self._submit(
-                    launch.preflight_name(shape), shape, self._preflight(shape), ["--preflight", str(shape)], code
-                )
+                self._submit(scripts, scripts.preflight(shape))
             for chunk in launch.chunks:
-                jobs = [self._pack_job(chunk, i) for i in range(len(chunk.packs))]
-                self.submitter.progress(f"submitting {chunk.number + 1} of {len(launch.chunks)} job arrays")
-                self._submit(
-                    launch.chunk_name(chunk.number), chunk.shape, jobs, ["--chunk", str(chunk.number)], code, chunk
-                )
-                self.count += len(jobs)
+                depends = [self._jobs[launch.preflight_name(chunk.shape)]] if slurm.preflight else []
+                depends += [self._jobs[launch.chunk_name(chunk.after)]] if chunk.after is not None else []
+                self.context.progress(f"submitting {chunk.number + 1} of {len(launch.chunks)} job arrays")
+                self._submit(scripts, scripts.chunk(chunk, depends))
+                self.count += len(chunk.packs)
         except SubmitError as error:
             return str(error)
         finally:
             launch.record_submitted(self._jobs)
         return None
 
-    def _preflight(self, shape: int) -> list[PreflightJob]:
-        return [PreflightJob(out=str(self.launch.out), launch=self.launch.id, shape=shape)]
-
-    def _preflight_minutes(self) -> int:
-        """Long enough to read local models once: their hashes may not be remembered on a node."""
-        models = {c.model for c in self.submitter.manifest.cells if c.model.path}
-        return PREFLIGHT_MINUTES + math.ceil(sum(2 * (m.params or 0) for m in models) / HASH_BYTES_PER_SECOND / 60)
-
-    def _pack_job(self, chunk: Chunk, index: int) -> PackJob:
-        return PackJob(
-            out=str(self.launch.out),
-            launch=self.launch.id,
-            claim=self.claim.number,
-            chunk=chunk.number,
-            index=index,
-        )
-
-    def _submit(
-        self,
-        name: str,
-        shape: int,
-        jobs: Sequence[PackJob | PreflightJob],
-        which: Sequence[str],
-        code: Path,
-        chunk: Chunk | None = None,
-    ) -> None:
+    def _submit(self, scripts: Scripts, array: JobArray) -> None:
         """One array. Where sbatch fails, the queue is asked before it is tried again: it may have been taken.
 
         Raises:
             SubmitError: it was not, or nobody knows.
         """
-        folder = (
-            self.launch.logs(chunk.number)
-            if chunk
-            else self.launch.out / "logs" / self.launch.id / f"preflight-{shape}"
-        )
-        folder.mkdir(parents=True, exist_ok=True)
+        array.folder.mkdir(parents=True, exist_ok=True)
         for attempt in range(TRIES):
             if self.launch.cancelled():
                 raise SubmitError("the launch was cancelled meanwhile")
-            executor = self._executor(folder, name, shape, which, code, chunk, len(jobs))
+            executor = scripts.executor(array)
             try:
                 with _own_environment():
-                    first = executor.submit_array(jobs)[0]
-                self._jobs[name] = first.job_id.partition("_")[0]
+                    first = executor.submit_array(array.jobs)[0]
+                self._jobs[array.name] = first.job_id.partition("_")[0]
                 return
             except Exception as error:
                 said = _words(error)
-            self.submitter.progress(f"sbatch failed ({said}): asking the queue")
-            taken = self._taken(name)
+            self.context.progress(f"sbatch failed ({said}): asking the queue")
+            taken = self._taken(array.name)
             if taken is not None:
-                self._jobs[name] = taken
+                self._jobs[array.name] = taken
                 return
             if not _is_transient(said):
                 break
@@ -131,54 +254,6 @@ class Submission:
         # What SLURM refuses has a record too: it ended without ever having a node.
         found = [job.job for (known, _), job in jobs.items() if known == name and (job.nodes or not job.terminal)]
         return found[0].partition("_")[0] if found else None
-
-    def _executor(
-        self, folder: Path, name: str, shape: int, which: Sequence[str], code: Path, chunk: Chunk | None, count: int
-    ) -> Any:
-        import submitit
-
-        launch, slurm = self.launch, self.submitter.slurm
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "sweeps.executors.slurm.node.job",
-            "--out",
-            str(launch.out),
-            "--launch",
-            launch.id,
-        ]
-        command += ["--claim", str(self.claim.number), *which, "--"]
-        executor = submitit.SlurmExecutor(folder=folder, python=shlex.join(command), max_num_timeout=slurm.requeues + 1)
-        parameters = slurm.request(launch.shapes[shape], self.exclude).parameters()
-        additional = {**parameters.pop("additional_parameters", {}), "kill-on-invalid-dep": "yes"}
-        additional["requeue" if slurm.requeues else "no-requeue"] = True
-        if chunk is None:
-            parameters["time"] = min(parameters["time"], self._preflight_minutes())
-        else:
-            depends = [self._jobs[launch.preflight_name(shape)]] if slurm.preflight else []
-            depends += [self._jobs[launch.chunk_name(chunk.after)]] if chunk.after is not None else []
-            if depends:
-                parameters["dependency"] = "afterok:" + ":".join(depends)
-        environment = job_setup(code)
-        executor.update_parameters(
-            **parameters,
-            job_name=name,
-            setup=[*slurm.setup, *environment],
-            # A preflight is short, and has nothing to finish.
-            signal_delay_s=slurm.signal_seconds if chunk else min(slurm.signal_seconds, PREFLIGHT_WARNING_SECONDS),
-            stderr_to_stdout=True,
-            # What srun is not told it does not know since SLURM 22.05: all threads would share one core.
-            srun_args=[f"--cpus-per-task={launch.shapes[shape].cpus}"],
-            array_parallelism=self._parallel(chunk, count),
-            additional_parameters=additional,
-        )
-        return executor
-
-    def _parallel(self, chunk: Chunk | None, count: int) -> int:
-        """This array's share of max_parallel."""
-        most = self.launch.settings.parallel
-        return max(1, count) if chunk is None or not most else share(chunk, self.launch.chunks, most)
 
 
 @contextmanager

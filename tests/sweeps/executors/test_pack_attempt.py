@@ -44,7 +44,7 @@ def pack_run(out: Path, pack: Pack, **settings: Any) -> PackRun:
     )
     launch.save([pack])
     run = PackRun(launch=launch, chunk=launch.chunks[0], pack=pack, claim=1)
-    run._attempt = Attempt.begin(launch, pack.id, job="7_0", restart=0, log=out / "log")
+    run._attempt = Attempt.begin(launch, pack.id, job="7_0", restart=0, host="n1", log=out / "log")
     return run
 
 
@@ -138,7 +138,9 @@ def test_earlier_jobs_that_could_not_load_the_model_are_counted(tmp_path: Path) 
     run = pack_run(tmp_path, pack_of(BASELINE))
     assert run._load_errors() == 0
     run._attempt.ended("error", error="no", measured=0, load=True)
-    Attempt.begin(run.launch, run.pack.id, job="8_0", restart=0, log=tmp_path / "log").ended("error", error="full disk")
+    Attempt.begin(run.launch, run.pack.id, job="8_0", restart=0, host="n1", log=tmp_path / "log").ended(
+        "error", error="full disk"
+    )
     assert run._load_errors() == 1
 
 

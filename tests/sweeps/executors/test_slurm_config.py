@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sweeps.errors import UserError
-from sweeps.executors.slurm.config import SlurmConfig, parse_time
+from sweeps.executors.slurm.settings import SlurmSettings, parse_time
 from sweeps.study.cell import ModelRef
 
 
@@ -58,21 +58,21 @@ def test_days_hours_minutes_and_seconds_add_up(days: int, hours: int, minutes: i
 )
 def test_a_bad_key_is_named_with_what_is_allowed(key: str, value: Any, allowed: str) -> None:
     with pytest.raises(UserError) as error:
-        SlurmConfig.from_config({key: value})
+        SlurmSettings.from_config({key: value})
     assert str(error.value) == f"executor.{key}={value!r} is not valid: {allowed}"
 
 
 def test_gpus_follow_from_the_weights_and_one_may_say_otherwise() -> None:
-    config = SlurmConfig()
+    config = SlurmSettings()
     needed = {p: config.shape(model(p), "cuda", 0, {}).gpus for p in (70_000_000, 13 * 10**9, 66 * 10**9, 176 * 10**9)}
     assert list(needed.values()) == [1, 1, 2, 5]
     assert config.shape(model(176 * 10**9), "cuda", 0, {"gpus": 8}).gpus == 8
-    assert SlurmConfig(gpus=2).shape(model(70_000_000), "cuda", 0, {}).gpus == 2
+    assert SlurmSettings(gpus=2).shape(model(70_000_000), "cuda", 0, {}).gpus == 2
     assert config.shape(model(70_000_000), "cpu", 0, {}).gpus == 0
 
 
 def test_memory_follows_from_the_weights_and_one_may_say_otherwise() -> None:
-    config = SlurmConfig()
+    config = SlurmSettings()
     small, large = (config.shape(model(p), "cuda", 0, {}).mem_gb for p in (10**9, 13 * 10**9))
     # Loading and the originals that are kept: four bytes a parameter beside what any job needs.
     assert large - small == pytest.approx(4 * 12e9 / 2**30, abs=1)
@@ -80,7 +80,7 @@ def test_memory_follows_from_the_weights_and_one_may_say_otherwise() -> None:
 
 
 def test_each_rung_of_the_ladder_doubles_memory_and_gpus() -> None:
-    config = SlurmConfig()
+    config = SlurmSettings()
     shapes = [config.shape(model(13 * 10**9), "cuda", rung, {}) for rung in range(4)]
     assert [s.mem_gb / shapes[0].mem_gb for s in shapes] == [1, 2, 4, 8]
     assert [s.gpus for s in shapes] == [1, 2, 4, 8]
@@ -93,7 +93,7 @@ def test_each_rung_of_the_ladder_doubles_memory_and_gpus() -> None:
 @pytest.mark.parametrize("name", ["job-name", "job_name", "dependency", "array", "no-requeue", "time"])
 def test_extra_options_can_not_undo_what_makes_a_launch(name: str) -> None:
     with pytest.raises(UserError, match=r"executor\.extra="):
-        SlurmConfig.from_config({"extra": {name: 1}})
+        SlurmSettings.from_config({"extra": {name: 1}})
 
 
 def test_an_unquoted_time_of_yaml_is_seen_through() -> None:

@@ -13,15 +13,17 @@ import pytest
 from rich.console import Console
 
 from sweeps.errors import StoreError
-from sweeps.executors.slurm.query import JobState, Sighting
-from sweeps.executors.slurm.show import manage
+from sweeps.executors.slurm.query import JobState, Sighting, where
+from sweeps.executors.slurm.query import reconcile as reconciling
+from sweeps.executors.slurm.query.reconcile import ABSENT_SECONDS, reconcile
+from sweeps.executors.slurm.query.where import here
+from sweeps.executors.slurm.show import cancel, logs, status
 from sweeps.launches import in_flight as inflight
-from sweeps.launches import launch as launches_module
 from sweeps.launches import ledger
 from sweeps.launches.claims import Claims
-from sweeps.launches.in_flight import ABSENT_SECONDS, SETTLE_SECONDS, job_counts, read_flight, reconcile
+from sweeps.launches.in_flight import SETTLE_SECONDS, job_counts, read_flight
 from sweeps.launches.job_settings import JobSettings
-from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, here
+from sweeps.launches.launch import Attempt, Chunk, Launch, Shape
 from sweeps.launches.ledger import Ledger
 
 SETTINGS = JobSettings(
@@ -70,7 +72,7 @@ class Scheduler:
         self.queue: Mapping[tuple[str, int], JobState] | None = {}
         self.accounting: Mapping[tuple[str, int], JobState] | None = {}
         self.now = time.time()
-        monkeypatch.setattr(inflight, "look", self.look)
+        monkeypatch.setattr(reconciling, "look", self.look)
 
     def look(self, names: object, since: float) -> Sighting:
         return Sighting(at=self.now, queue=self.queue, accounting=self.accounting, problems=())
@@ -189,7 +191,7 @@ def test_settled_launches_are_not_asked_about_again(launch: Launch, scheduler: S
 
 
 def test_a_job_says_itself_what_it_is_measuring(launch: Launch, scheduler: Scheduler) -> None:
-    attempt = Attempt.begin(launch, "p2", job="7_1", restart=0, log=launch.out / "log")
+    attempt = Attempt.begin(launch, "p2", job="7_1", restart=0, host="n1", log=launch.out / "log")
     attempt.at("m3")
     flight = read_flight(launch.out)
     assert flight.running == {"m3"}
@@ -199,7 +201,9 @@ def test_a_job_says_itself_what_it_is_measuring(launch: Launch, scheduler: Sched
 def test_a_job_that_stopped_for_its_walltime_timed_out_whatever_its_exit_code(
     launch: Launch, scheduler: Scheduler
 ) -> None:
-    Attempt.begin(launch, "p2", job="7_1", restart=0, log=launch.out / "log").ended("walltime", requeued=False)
+    Attempt.begin(launch, "p2", job="7_1", restart=0, host="n1", log=launch.out / "log").ended(
+        "walltime", requeued=False
+    )
     scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "COMPLETED")])
     reconcile(launch.out)
     assert read_flight(launch.out).ended == {"m1": "lost", "m2": "timeout", "m3": "timeout"}
@@ -211,7 +215,7 @@ def test_a_job_that_stopped_for_its_walltime_timed_out_whatever_its_exit_code(
 def test_a_death_without_a_word_counts_against_what_was_in_flight_unless_others_caused_it(
     launch: Launch, scheduler: Scheduler, state: str, counts: bool
 ) -> None:
-    Attempt.begin(launch, "p2", job="7_1", restart=0, log=launch.out / "log").at("m2")
+    Attempt.begin(launch, "p2", job="7_1", restart=0, host="n1", log=launch.out / "log").at("m2")
     scheduler.accounting = dict([job(0, "COMPLETED"), job(1, state)])
     reconcile(launch.out)
     assert set(read_flight(launch.out).suspects) == ({"m2"} if counts else set())
@@ -243,7 +247,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_cluster_is_known_without_asking_it(conf: Path) -> None:
-    assert here() == (launches_module.user_name(), "ours")
+    assert here() == (where.user_name(), "ours")
     conf.unlink()
     here.cache_clear()
     assert here()[1] == ""
@@ -260,19 +264,19 @@ def test_absence_counts_only_where_the_job_would_be_seen(
     launch.save([])
     scheduler.queue = dict([job(0, "RUNNING"), job(1, "PENDING")])
     reconcile(launch.out)
-    assert not read_flight(launch.out).unseen()
+    assert not status.unseen(read_flight(launch.out))
     scheduler.queue = {}
     for _ in range(2):
         scheduler.now += ABSENT_SECONDS
         reconcile(launch.out)
     flight = read_flight(launch.out)
     assert set(flight.ended.values()) == ({"lost"} if gone else set())
-    assert flight.unseen() == ({} if gone else {(launch.user, cluster): 2})
+    assert status.unseen(flight) == ({} if gone else {(launch.user, cluster): 2})
     assert not flight.absent()
     if not gone:
         assert job_counts(flight) == {"RUNNING": 1, "PENDING": 1}
         console = Console(record=True, width=200)
-        manage.show_jobs(flight, console)
+        status.show_jobs(flight, console)
         assert f"2 jobs of {launch.user} on {cluster} can't be seen from here" in console.export_text()
 
 
@@ -280,7 +284,7 @@ def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(
     launch: Launch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for pack, word in (("p1", "finished"), ("p2", "error")):
-        Attempt.begin(launch, pack, job="7", restart=0, log=launch.out / "log").ended(word)
+        Attempt.begin(launch, pack, job="7", restart=0, host="n1", log=launch.out / "log").ended(word)
     scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "FAILED")])
     reconcile(launch.out)
     flight = read_flight(launch.out)
@@ -344,7 +348,7 @@ def test_who_can_not_write_the_ledger_sees_what_the_scheduler_said(
 def test_a_job_that_is_back_in_the_queue_measures_nothing(
     launch: Launch, scheduler: Scheduler, state: str, restarts: int, running: bool
 ) -> None:
-    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").at("m1")
+    Attempt.begin(launch, "p1", job="7_0", restart=0, host="n1", log=launch.out / "log").at("m1")
     scheduler.now = time.time()
     scheduler.queue = dict([job(0, state, restarts), job(1, "PENDING")])
     reconcile(launch.out)
@@ -354,7 +358,7 @@ def test_a_job_that_is_back_in_the_queue_measures_nothing(
 def test_a_job_that_began_after_the_last_look_is_running(launch: Launch, scheduler: Scheduler) -> None:
     scheduler.queue = dict([job(0, "PENDING"), job(1, "PENDING")])
     reconcile(launch.out)
-    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").at("m1")
+    Attempt.begin(launch, "p1", job="7_0", restart=0, host="n1", log=launch.out / "log").at("m1")
     assert read_flight(launch.out).running == {"m1"}
 
 
@@ -364,7 +368,7 @@ def test_a_job_that_began_after_the_last_look_is_running(launch: Launch, schedul
 def test_the_jobs_own_word_counts_more_than_that_a_process_of_it_ran_out_of_memory(
     launch: Launch, scheduler: Scheduler, word: str, ended: str
 ) -> None:
-    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").ended(word)
+    Attempt.begin(launch, "p1", job="7_0", restart=0, host="n1", log=launch.out / "log").ended(word)
     scheduler.accounting = dict([job(0, "OUT_OF_MEMORY"), job(1, "COMPLETED")])
     reconcile(launch.out)
     flight = read_flight(launch.out)
@@ -375,7 +379,7 @@ def test_the_jobs_own_word_counts_more_than_that_a_process_of_it_ran_out_of_memo
 def test_a_requeued_job_that_ran_out_of_memory_before_it_said_anything_did_so(
     launch: Launch, scheduler: Scheduler
 ) -> None:
-    attempt = Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log")
+    attempt = Attempt.begin(launch, "p1", job="7_0", restart=0, host="n1", log=launch.out / "log")
     attempt.ended("walltime", requeued=True, measured=1)
     scheduler.accounting = dict([job(0, "OUT_OF_MEMORY"), job(1, "COMPLETED")])
     reconcile(launch.out)
@@ -389,7 +393,9 @@ def test_a_requeued_job_that_ran_out_of_memory_before_it_said_anything_did_so(
 def test_an_error_counts_against_what_was_in_flight_where_nothing_could_be_measured(
     launch: Launch, scheduler: Scheduler, state: str, measured: dict[str, int], counts: bool
 ) -> None:
-    Attempt.begin(launch, "p1", job="7_0", restart=0, log=launch.out / "log").at("m1").ended("error", **measured)
+    Attempt.begin(launch, "p1", job="7_0", restart=0, host="n1", log=launch.out / "log").at("m1").ended(
+        "error", **measured
+    )
     scheduler.accounting = dict([job(0, state), job(1, "COMPLETED")])
     reconcile(launch.out)
     assert set(read_flight(launch.out).suspects) == ({"m1"} if counts else set())
@@ -402,7 +408,7 @@ def test_a_launch_whose_directory_was_deleted_is_lost_and_said_so_once(
     for _ in range(2):
         assert reconcile(launch.out) is None
         assert read_flight(launch.out).ended == dict.fromkeys(["m1", "m2", "m3"], "lost")
-        assert manage.why_never_run(launch.out, ["m1"]) == {}
+        assert logs.why_never_run(launch.out, ["m1"]) == {}
     assert [r.message for r in caplog.records] == [
         f"{launch.directory} is gone: what its jobs did not store counts as lost"
     ]
@@ -417,10 +423,10 @@ def test_cancelling_a_launch_that_is_still_being_submitted_stops_it(
         assert launch.cancelled()
         launch.record_submitted({})
 
-    monkeypatch.setattr(manage, "look", scheduler.look)
-    monkeypatch.setattr(manage, "sleep", submitter_stops)
+    monkeypatch.setattr(cancel, "look", scheduler.look)
+    monkeypatch.setattr(cancel, "sleep", submitter_stops)
     console = Console(record=True, width=200)
-    assert manage.cancel_mode(launch.out, None, console) == 0
+    assert cancel.cancel_launches(launch.out, [launch], console) == 0
     assert "it is still being submitted: what is not submitted yet won't be" in console.export_text()
     assert set(read_flight(launch.out).ended.values()) == {"cancelled"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from sweeps.launches.launch import Attempt, Chunk, Launch
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.store.schema import Scalar
-from sweeps.tracking.tracker import TrackingConfig
+from sweeps.tracking.config import TrackingConfig
 from sweeps.worker.devices import Workers
 from sweeps.worker.execution import Execution
 from sweeps.worker.settings import WorkerSettings
@@ -69,7 +70,8 @@ class PackRun:
         # Before anything else: what SLURM says from now on is heard.
         requeue = self._listen()
         self._own()
-        self._attempt = Attempt.begin(self.launch, self.pack.id, job=job, restart=restart, log=log)
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._attempt = Attempt.begin(self.launch, self.pack.id, job=job, restart=restart, host=host, log=log)
         try:
             problems = code_problems(self.launch)
             if problems:

@@ -6,13 +6,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from sweeps.errors import UserError
-from sweeps.executors.slurm.query import Request
-from sweeps.launches.launch import Shape
-from sweeps.study.cell import ModelRef
+from sweeps.executors.settings import ExecutorSettings, setting
+from sweeps.text import counted
 from sweeps.worker.devices import MODEL_BYTES_PER_PARAM, WORKER_BYTES
+
+if TYPE_CHECKING:
+    from sweeps.executors.slurm.query import Request
+    from sweeps.launches.launch import Shape
+    from sweeps.study.cell import ModelRef
 
 GIB: Final = 2**30
 GPU_WORK_BYTES: Final = 6e9
@@ -24,6 +28,7 @@ HOST_BYTES_PER_PARAM: Final = 4
 HOST_WORK_BYTES: Final = 8e9
 JOB_BYTES: Final = 0.4e9
 """Of the process that watches over the worker."""
+MINUTES: Final = 240
 CODE: Final = ("snapshot", "checkout")
 OURS: Final = (
     *(
@@ -48,22 +53,22 @@ MOST_GPUS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmConfig:
+class SlurmSettings(ExecutorSettings):
     """The executor's keys, checked. See conf/executor/slurm.yaml for what each means."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    gpus: int | None = None
+    gpus: int | None = setting()
     gpu_type: str | None = None
     gpu_memory_gb: float = 80.0
     cpus: int = 4
-    mem_gb: float | None = None
-    minutes: int = 240
+    mem_gb: float | None = setting()
+    minutes: int = setting(MINUTES, key="time")
     constraint: str | None = None
     exclude: str | None = None
     max_parallel: int | None = None
-    cells_per_job: int | None = None
+    cells_per_job: int | None = setting()
     setup: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     requeues: int = 3
@@ -74,7 +79,7 @@ class SlurmConfig:
     baseline_tolerance: float = 0.02
 
     @classmethod
-    def from_config(cls, executor: Mapping[str, Any]) -> SlurmConfig:
+    def from_config(cls, executor: Mapping[str, Any]) -> Self:
         """Check and convert.
 
         Raises:
@@ -98,7 +103,7 @@ class SlurmConfig:
                 raise UserError(
                     f"executor.extra={{{name}: ...}} is not for {name}: a key of its own or the launch sets that"
                 )
-        minutes = parse_time(executor.get("time") or cls.minutes)
+        minutes = parse_time(executor.get("time") or MINUTES)
         warned = given.get("signal_seconds", cls.signal_seconds)
         if warned >= 60 * minutes:
             raise UserError(
@@ -115,6 +120,8 @@ class SlurmConfig:
             rung: step of the out-of-memory ladder: each doubles the memory, and on GPUs their number.
             overrides: the model's own gpus and mem_gb, where its configuration gives them.
         """
+        from sweeps.launches.launch import Shape
+
         params = model.params or 1_000_000_000
         gpus = overrides.get("gpus") or self.gpus
         if gpus is None:
@@ -135,6 +142,8 @@ class SlurmConfig:
 
     def request(self, shape: Shape, exclude: str | None = None) -> Request:
         """What a shape means to SLURM."""
+        from sweeps.executors.slurm.query import Request
+
         return Request(
             partition=self.partition,
             account=self.account,
@@ -185,11 +194,6 @@ def _setup_lines(value: object) -> tuple[str, ...]:
             "e.g. 'executor.setup=[module load cuda]'"
         )
     return tuple(lines)
-
-
-def counted(count: int, what: str) -> str:
-    """'1 GPU', '2 GPUs', '1,000 jobs'."""
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def shape_text(shape: Shape) -> str:

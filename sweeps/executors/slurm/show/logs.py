@@ -1,4 +1,4 @@
-"""SLURM jobs as a user asks about them: how they do, what their logs end with, and how to end them."""
+"""How jobs on SLURM ended, the ends of their logs, and what keeps jobs from ever running."""
 
 from __future__ import annotations
 
@@ -6,66 +6,17 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
 from typing import Final
 
 from rich.console import Console
-from rich.markup import escape
 
-from sweeps.errors import SchedulerError, UserError
-from sweeps.executors.slurm.query import cancel, look
 from sweeps.launches.claims import Claim, Claims
-from sweeps.launches.in_flight import Flight, job_counts, load_launch, read_flight, reconcile
+from sweeps.launches.in_flight import load_launch
 from sweeps.launches.launch import Attempt, Chunk, Launch
 from sweeps.launches.ledger import Entry, Ledger
 
 LINES_SHOWN: Final = 30
 MOST_LOGS_SHOWN: Final = 10
-SUBMIT_SECONDS: Final = 20.0
-"""How long mode=cancel waits for a launch to end its last sbatch."""
-_ORDINARY: Final = ("", "None", "Priority", "Resources")
-_IN_WORDS: Final = {
-    "Dependency": "the preflight, or for their model's baseline",
-    "JobArrayTaskLimit": "others of their array (executor.max_parallel)",
-}
-"""What SLURM's reasons for waiting mean here."""
-
-
-def reconciled_flight(out: Path, console: Console) -> Flight:
-    """Ask the scheduler once, say what it couldn't tell, and bring everything together."""
-    with console.status("asking SLURM") as status:
-        status.update("asking SLURM about jobs")
-        sighting = reconcile(out)
-    for problem in sighting.problems if sighting else ():
-        console.print(f"[yellow]{escape(problem)}[/]", highlight=False)
-    if sighting is not None and sighting.queue is None:
-        console.print("[yellow]Jobs are shown as they were when SLURM last answered; none is given up for that.[/]")
-    return read_flight(out)
-
-
-def show_jobs(flight: Flight, console: Console) -> None:
-    """Jobs of unsettled launches by state, and what keeps some from ever running."""
-    counts = job_counts(flight)
-    if counts:
-        words = ", ".join(f"{n} {state.lower()}" for state, n in sorted(counts.items()))
-        console.print(f"SLURM jobs: {words}", highlight=False)
-    reasons = Counter(
-        e.reason for _, ledger in flight.launches for e in ledger.entries.values() if e.state == "PENDING"
-    )
-    for reason, count in reasons.most_common():
-        if reason not in _ORDINARY:
-            console.print(f"  {count} pending for {_IN_WORDS.get(reason, reason)}", highlight=False)
-    if any(e.state == "ABSENT" and not e.ended for _, ledger in flight.launches for e in ledger.entries.values()):
-        console.print(
-            "  absent: SLURM doesn't know them just now; when it still doesn't half a minute later, they are lost"
-        )
-    for (user, cluster), count in flight.unseen().items():
-        where = f" on {cluster}" if cluster else ""
-        console.print(
-            f"  {count} jobs of {user}{where} can't be seen from here: none is given up for that",
-            markup=False,
-            highlight=False,
-        )
 
 
 def why_never_run(out: Path, measurements: Collection[str]) -> dict[str, set[str]]:
@@ -196,80 +147,3 @@ def _last(log: Path) -> str:
 
 def _print(text: str, console: Console) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def cancel_mode(out: Path, sweep: str | None, console: Console) -> int:
-    """Cancel the SLURM jobs of a study, and no others.
-
-    Raises:
-        UserError: several studies have jobs and none was named, or SLURM can't be asked.
-    """
-    flight = read_flight(out)
-    chosen = [la for la, _ in flight.launches if sweep in (None, la.sweep)]
-    studies = sorted({la.sweep for la in chosen})
-    if len(studies) > 1:
-        raise UserError(f"mode=cancel: {', '.join(studies)} have jobs: name one, e.g. sweep={studies[0]}")
-    if not chosen:
-        named = f" of {sweep}" if sweep else ""
-        console.print(f"No jobs{named} in {out} are known to be queued or running.", highlight=False)
-        return 0
-    stopped = _stop_submitting(out, chosen, console)
-    names = [n for la in chosen for n in _job_names(la)]
-    sighting = look(names, min(la.launched for la in chosen))
-    if sighting.queue is None:
-        rest = "No job was cancelled" if stopped else "Nothing was cancelled"
-        raise UserError(f"mode=cancel: {'; '.join(sighting.problems)}. {rest}")
-    live = [job for job in sighting.queue.values() if not job.terminal]
-    if not live:
-        reconcile(out)
-        console.print(f"No jobs of {studies[0]} are queued or running any more.", highlight=False)
-        return 0
-    running = sum(1 for job in live if job.state in ("RUNNING", "COMPLETING"))
-    console.print(
-        f"Cancelling {len(live)} jobs of {studies[0]}: {running} running, {len(live) - running} queued.",
-        highlight=False,
-    )
-    for launch in chosen:
-        # A job that is gone from now on was cancelled, not lost.
-        _write_cancelled(launch)
-    try:
-        cancel([job.job for job in live])
-    except SchedulerError as error:
-        raise UserError(f"mode=cancel: {error}. Some jobs may go on; run it again") from error
-    # Reading results asks no scheduler: what waited is known to be cancelled from now on.
-    reconcile(out)
-    console.print("What they had finished is stored; the same study's command runs the rest.")
-    return 0
-
-
-def _stop_submitting(out: Path, launches: Sequence[Launch], console: Console) -> bool:
-    """Tell launches that are still being submitted to stop, and wait for their last sbatch; whether there were any."""
-    claims = Claims(out=out)
-    alive = {c.launch for c in claims.open() if c.executor == "slurm" and claims.is_alive(c)}
-    submitting = [la for la in launches if la.id in alive and la.submitted() is None]
-    for launch in submitting:
-        _write_cancelled(launch)
-        console.print(
-            f"Launch {launch.id}: it is still being submitted: what is not submitted yet won't be.", highlight=False
-        )
-    waited = 0.0
-    while any(la.submitted() is None for la in submitting):
-        if waited >= SUBMIT_SECONDS:
-            console.print("[yellow]It has not stopped yet: mode=cancel once more makes sure.[/]", highlight=False)
-            break
-        sleep(0.5)
-        waited += 0.5
-    return bool(submitting)
-
-
-def _write_cancelled(launch: Launch) -> None:
-    try:
-        launch.cancel()
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"mode=cancel: {launch.directory} can't be written: {why}. No job was cancelled") from error
-
-
-def _job_names(launch: Launch) -> list[str]:
-    preflights = [launch.preflight_name(s) for s in range(len(launch.shapes))]
-    return [launch.chunk_name(c.number) for c in launch.chunks] + preflights

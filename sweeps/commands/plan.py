@@ -1,0 +1,80 @@
+"""``mode=plan``: say what a run would do, without doing it and without torch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sweeps.executors.base import Order, chosen
+from sweeps.launches.claimer import plan_study
+from sweeps.launches.in_flight import read_flight
+from sweeps.options import Options
+from sweeps.plan.packs import ROW_BYTES, Packing
+from sweeps.store.parts import Store
+from sweeps.study.devices import launch_device
+from sweeps.study.grid import excluded_counts
+from sweeps.study.resolve import build_study
+from sweeps.text import size
+
+MOST_UNRESOLVED_SHOWN: Final = 5
+
+
+def plan(options: Options, console: Console) -> int:
+    """Say what a run would do, without doing it and without torch."""
+    executor = chosen(options.executor)
+    device = executor.device()
+    store = Store(out=options.out)
+    with console.status("resolving models and data") as status:
+        study = build_study(
+            options.study,
+            device=device,
+            device_name=partial(launch_device, options.executor, device),
+            strict=False,
+            progress=status.update,
+        )
+    manifest = study.manifest
+    flight = read_flight(store.out)
+    order = Order(options=options, device=device, store=store, manifest=manifest, console=console)
+    if options.script:
+        for script in executor.scripts(order, flight):
+            console.print(script, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    gpu = plan_study(store, manifest, options.retry, Packing(workers=1), "cuda", flight)
+    planned, where = executor.describe(order, flight)
+    models = {c.model for c in manifest.cells}
+    hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
+    rows = [
+        ("models", f"{len(models)}"),
+        ("cells", f"{len(manifest.cells):,}"),
+        (
+            "measurements",
+            f"{len(manifest.cells) * len(manifest.evals):,} ({', '.join(e.name for e in manifest.evals)})",
+        ),
+        *((state, f"{n:,}") for state, n in planned.counts.items()),
+        ("excluded", f"{len(manifest.excluded):,}"),
+        *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
+        ("merged", f"{study.duplicates:,} named more than once"),
+        *where,
+        ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),
+        ("disk", f"{size(planned.todo * ROW_BYTES)} of results, {size(hub_bytes)} of models from the hub"),
+    ]
+    table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
+    table.add_column(style="bold", justify="right")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table)
+    if study.unresolved:
+        shown = ", ".join(study.unresolved[:MOST_UNRESOLVED_SHOWN])
+        more = len(study.unresolved) - MOST_UNRESOLVED_SHOWN
+        console.print(
+            f"[yellow]The commit of {len(study.unresolved)} hub name(s) is unknown here[/] ({shown}"
+            f"{f' and {more} more' if more > 0 else ''}): what is done of them can't be told. "
+            "mode=fetch, where there is a network, resolves and downloads them.",
+            highlight=False,
+        )
+    return 0

@@ -1,0 +1,58 @@
+"""``mode=run``: freeze the study, then have the executor run what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from rich.console import Console
+from rich.markup import escape
+
+from sweeps.executors.base import Order, chosen, with_jobs
+from sweeps.options import Options
+from sweeps.store.parts import Store
+from sweeps.study.devices import launch_device
+from sweeps.study.resolve import build_study
+from sweeps.worker.execution import batch_tokens
+
+
+def run(options: Options, console: Console) -> int:
+    """Run what is left of a study.
+
+    Raises:
+        UserError, SpecError: the request is wrong; nothing was run.
+    """
+    executor = chosen(options.executor)
+    device = executor.device()
+    batch_tokens(executor.settings.batch_tokens, device)
+    executor.check_out(options.out)
+    store = Store(out=options.out)
+    store.check_writable()
+    with console.status("resolving models and data") as status:
+        study = build_study(
+            options.study,
+            device=device,
+            device_name=partial(launch_device, options.executor, device),
+            strict=True,
+            progress=status.update,
+        )
+        order = Order(
+            options=options,
+            device=device,
+            store=store,
+            manifest=study.manifest,
+            console=console,
+            progress=status.update,
+        )
+        executor.check(order)
+        # What dead jobs held is free only once that is known.
+        for other in with_jobs(store.out):
+            status.update(f"asking {other.title} about earlier jobs")
+            for problem in other.observe(store.out, partial(_waiting, other.title, status.update)).problems:
+                console.print(f"[yellow]{escape(problem)}[/]", highlight=False)
+    study.manifest.save(store.out)
+    return executor.run(order)
+
+
+def _waiting(title: str, say: Callable[[str], None], jobs: int) -> None:
+    say(f"waiting to be sure: {title} does not know {jobs} job(s)")

@@ -1,0 +1,176 @@
+"""Where packs run: what an executor does, and the door through which those of other packages come in.
+
+An executor is a class with settings of its own. Another package adds one by an entry point and a YAML file, in a
+directory that ``--config-dir`` names, as executor/NAME.yaml (with ``# @package executor`` and ``name: NAME``):
+
+    [project.entry-points."kbit_sweep.executors"]
+    kubernetes = "my_package.kubernetes:Kubernetes"
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
+
+from kbit.doors import Door
+from sweeps.errors import UserError, did_you_mean
+from sweeps.executors.settings import ExecutorSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sweeps.launches.in_flight import Flight
+    from sweeps.launches.launch import Launch
+    from sweeps.options import Options
+    from sweeps.plan.packs import Plan
+    from sweeps.store.parts import Store
+    from sweeps.study.manifest import Manifest
+
+S = TypeVar("S", bound=ExecutorSettings)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What an executor is asked to run, or to describe.
+
+    Attributes:
+        device: 'cpu' or 'cuda': what ``Executor.device`` said.
+        progress: told what is being done, where that takes time.
+    """
+
+    options: Options
+    device: str
+    store: Store
+    manifest: Manifest
+    console: Console
+    progress: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What came of asking about an executor's jobs.
+
+    Attributes:
+        problems: what could not be asked, and why, for the user.
+        answered: whether what is on disk is now as the scheduler has it.
+    """
+
+    problems: tuple[str, ...] = ()
+    answered: bool = True
+
+
+@dataclass(frozen=True)
+class Executor(ABC, Generic[S]):
+    """Runs packs somewhere.
+
+    Attributes:
+        name: its name in the door, which claims carry.
+        title: what users call it.
+        Settings: its keys.
+        detached: whether its jobs outlive the process that launched them. Their claims end by what ``observe`` writes
+            into the launch's directory (sweeps.launches.launch), those of others with the launching process.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    Settings: ClassVar[type[ExecutorSettings]]
+    detached: ClassVar[bool] = False
+
+    settings: S
+
+    @abstractmethod
+    def device(self) -> str:
+        """Return 'cpu' or 'cuda'. Raises UserError where the settings are wrong by themselves."""
+
+    def check_out(self, out: Path) -> None:  # most take any directory
+        """Refuse a results directory that it can't use, with a UserError."""
+
+    def check(self, order: Order) -> None:  # most have nothing to ask
+        """Refuse what can't run, with a UserError, before anything is written."""
+
+    @abstractmethod
+    def describe(self, order: Order, flight: Flight) -> tuple[Plan, list[tuple[str, str]]]:
+        """Return what would run, and rows of (what, words) for mode=plan."""
+
+    def scripts(self, order: Order, flight: Flight) -> Sequence[str]:
+        """Return the scripts of the jobs that would be sent, for mode=plan script=true."""
+        raise UserError(f"script=true: executor={self.name} sends no scripts; executor=slurm does")
+
+    @abstractmethod
+    def run(self, order: Order) -> int:
+        """Claim what is left and run it, or hand it over; returns the exit code."""
+
+    # What follows is asked about whatever a results directory holds, so it needs no settings.
+
+    @classmethod
+    def observe(cls, out: Path, waiting: Callable[[int], None] | None = None) -> Observation:
+        """Write down how its unsettled jobs do, and how they ended.
+
+        Args:
+            waiting: where given, jobs that are absent are looked for until it is sure that they are lost; it is told
+                how many are, before each wait.
+        """
+        return Observation()
+
+    @classmethod
+    def show(cls, flight: Flight, console: Console) -> None:
+        """Say how its jobs do, for mode=status."""
+
+    @classmethod
+    def blocked(cls, out: Path, measurements: Collection[str]) -> Mapping[str, set[str]]:
+        """Return which of some measurements can't run, by why."""
+        return {}
+
+    @classmethod
+    def logs(cls, out: Path, measurements: Collection[str], console: Console) -> int:
+        """Print how the jobs that held some measurements ended, and the ends of their logs; returns how many."""
+        return 0
+
+    @classmethod
+    def cancel(cls, out: Path, launches: Sequence[Launch], console: Console) -> int:
+        """End the jobs of launches; returns the exit code."""
+        raise UserError(f"mode=cancel: jobs of {cls.title} can't be cancelled from here")
+
+
+EXECUTORS: Final[Door[type[Executor[Any]]]] = Door(
+    "kbit_sweep.executors",
+    "executor.name",
+    {"local": "sweeps.executors.local:Local", "slurm": "sweeps.executors.slurm.executor:Slurm"},
+)
+
+
+def chosen(keys: Mapping[str, Any]) -> Executor[Any]:
+    """Return the executor that a configuration names, with its settings.
+
+    Raises:
+        UserError, SpecError: there is no such executor, a key is another's, or a value is not valid.
+    """
+    name = str(keys["name"])
+    if name not in EXECUTORS:
+        raise UserError(f"{EXECUTORS.unknown(name)}.{did_you_mean(name, EXECUTORS)}")
+    executor = EXECUTORS[name]
+    own = ("name", *executor.Settings.names())
+    foreign = [key for key, value in keys.items() if value is not None and key not in own]
+    if foreign:
+        other = next((n for n in EXECUTORS if foreign[0] in EXECUTORS[n].Settings.names()), "?")
+        raise UserError(f"executor.{foreign[0]} is a key of executor={other}: add executor={other}, or leave it out")
+    return executor(executor.Settings.from_config(keys))
+
+
+def with_jobs(out: Path) -> list[type[Executor[Any]]]:
+    """Return the executors whose jobs outlive their launch and that the claims of a results directory name."""
+    from sweeps.launches.claims import Claims
+
+    found = []
+    for name in dict.fromkeys(claim.executor for claim in Claims(out=out).open() if claim.detached):
+        if name in EXECUTORS:
+            found.append(EXECUTORS[name])
+        else:
+            log.warning("executor=%s is not installed here: what became of its jobs can't be asked", name)
+    return found

@@ -1,0 +1,141 @@
+"""Packs through worker processes on this machine: claim, run, show what came of it."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+
+from rich.console import Console
+from rich.markup import escape
+
+from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, PoolError
+from sweeps.executors.base import EXECUTORS, Order
+from sweeps.executors.settings import LocalSettings
+from sweeps.launches.claimer import Claimer, counts_text, launch_provenance, new_launch
+from sweeps.launches.claims import Claim, Claims
+from sweeps.launches.in_flight import read_flight
+from sweeps.plan.packs import Packing, Plan
+from sweeps.results.progress import RunView
+from sweeps.results.report import show_results
+from sweeps.store.parts import Store
+from sweeps.study.manifest import Manifest
+from sweeps.tracking.config import TrackingConfig
+from sweeps.worker.devices import Workers, plan_workers
+from sweeps.worker.execution import Execution, batch_tokens, worker_log
+from sweeps.worker.settings import WorkerSettings
+
+
+def run_here(order: Order, settings: LocalSettings) -> int:
+    """Run what is left of a study on this machine; returns the exit code."""
+    store, manifest, console = order.store, order.manifest, order.console
+    workers = workers_for(order, settings)
+    launch = new_launch()
+    plan, claim = Claimer(
+        store=store,
+        manifest=manifest,
+        retry=order.options.retry,
+        packing=Packing(workers=workers.count),
+        device=order.device,
+        executor="local",
+        launch=launch,
+    ).claim()
+    if claim is None:
+        console.print(f"[bold]{manifest.sweep}[/]: nothing to do. {counts_text(plan)}")
+        for line in who_holds(store) if plan.counts["in flight"] else ():
+            console.print(line, highlight=False)
+        return _ending(store, manifest, console, figures=False)
+    console.print(
+        f"[bold]{manifest.sweep}[/]: {sum(len(p.items) for p in plan.packs)} cells, {plan.todo} measurements "
+        f"in {len(plan.packs)} packs on {workers.count} {order.device} worker(s) with {workers.threads} thread(s). "
+        f"{counts_text(plan)}\nResults stream to {store.out}; Ctrl-C is safe: the same command goes on from there."
+    )
+    job = WorkerSettings(
+        batch_tokens=batch_tokens(settings.batch_tokens, order.device),
+        trust_remote_code=order.options.trust_remote_code,
+        provenance=launch_provenance(launch, manifest.name),
+    )
+    try:
+        _execute(plan, store, claim, workers, job, order.options.tracking, console)
+    except KeyboardInterrupt:
+        console.print("\n[yellow]interrupted[/]: finished measurements are stored; the same command runs the rest.")
+        return EXIT_INTERRUPTED
+    except PoolError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return EXIT_FAILED
+    except OSError as error:
+        console.print(f"[red]{escape(f'results can not be written any more: {error}')}[/]\nWhat is stored is safe.")
+        return EXIT_FAILED
+    finally:
+        _close(store, claim, plan, console)
+    return _ending(store, manifest, console, figures=True)
+
+
+def who_holds(store: Store) -> list[str]:
+    """A sentence for each launch that may be at work."""
+    flight = read_flight(store.out)
+    here = [f"{c.sweep} is being run by launch {c.launch}, process {c.pid} on {c.host}." for c in flight.local]
+    for launch, _ in flight.launches:
+        name = flight.executors[launch.id]
+        title = EXECUTORS[name].title if name in EXECUTORS else name
+        here.append(f"{launch.sweep} is being run by {title} jobs {launch.chunk_name(0)[:-1]}*.")
+    return here
+
+
+def _execute(
+    plan: Plan,
+    store: Store,
+    claim: Claim,
+    workers: Workers,
+    settings: WorkerSettings,
+    tracking: TrackingConfig,
+    console: Console,
+) -> None:
+    claims = Claims(out=store.out)
+    view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
+    execution = Execution(
+        packs=plan.packs,
+        store=store,
+        workers=workers,
+        settings=settings,
+        tracking=tracking,
+        on_event=view.on_event,
+        warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"),
+        log=worker_log(store.out / "logs" / claim.launch),
+        beat=lambda running: claims.heartbeat(claim, running),
+    )
+    previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with view:
+            execution.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _close(store: Store, claim: Claim, plan: Plan, console: Console) -> None:
+    """Compact what interrupted packs left as parts, and give back what was claimed."""
+    try:
+        for pack in plan.packs:
+            store.compact(pack.id)
+        Claims(out=store.out).release(claim)
+    except OSError as error:
+        console.print(f"[yellow]{escape(f'{store.out} can not be tidied up: {error}')}[/]")
+
+
+def _ending(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
+    """Table, figures, findings, where everything lies; which cells failed."""
+    failed = show_results(store, manifest, console, figures=figures)
+    return EXIT_FAILED if failed else 0
+
+
+def workers_for(order: Order, settings: LocalSettings) -> Workers:
+    """Return how this machine is used for a study.
+
+    Raises:
+        UserError: executor.workers is not valid.
+    """
+    return plan_workers(order.device, settings.workers, max(c.model.params or 0 for c in order.manifest.cells))

@@ -1,0 +1,145 @@
+"""SLURM's word on the jobs of launches, written into each launch's ledger.
+
+Absence is not death: the jobs of a pack are over only on a terminal state from the scheduler, or when two successful
+looks, ``ABSENT_SECONDS`` apart, don't know them. A cluster without accounting forgets nothing, since what was seen is
+kept. Where a look need not show a job at all (another user's, another cluster's), its absence says nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from sweeps.executors.slurm.query.jobs import JobState, Sighting, look
+from sweeps.executors.slurm.query.where import in_sight
+from sweeps.launches.claims import Claims
+from sweeps.launches.in_flight import load_launch, read_flight
+from sweeps.launches.launch import Attempt, Launch
+from sweeps.launches.ledger import ABSENT, SUBMITTING, Entry, Ledger
+from sweeps.status import State
+
+ABSENT_SECONDS: Final = 30.0
+LOOK_SECONDS: Final = 5.0
+_ENDED_AS: Final = {
+    "TIMEOUT": State.TIMEOUT,
+    "DEADLINE": State.TIMEOUT,
+    "OUT_OF_MEMORY": State.OOM,
+    "NODE_FAIL": State.NODE_FAIL,
+    "BOOT_FAIL": State.NODE_FAIL,
+    "LAUNCH_FAILED": State.NODE_FAIL,
+    "PREEMPTED": State.PREEMPTED,
+    "CANCELLED": State.CANCELLED,
+    "REVOKED": State.CANCELLED,
+}
+_DIED_AS: Final = ("FAILED", "TIMEOUT", "COMPLETED", ABSENT)
+"""Ends that count against the measurement that was in flight, where the job did not say a word of its own."""
+
+
+def reconcile(out: Path) -> Sighting | None:
+    """Ask the scheduler about every launch that isn't settled, in at most two calls, and write down what it says.
+
+    Returns what was seen; None where there was nothing to ask about.
+    """
+    claims = Claims(out=out)
+    asked = [
+        (launch, ledger, claim)
+        for claim in claims.open()
+        if claim.executor == "slurm"
+        for launch in [load_launch(out, claim)]
+        if launch is not None
+        for ledger in [Ledger.load(launch)]
+        if not ledger.settled(launch)
+    ]
+    if not asked:
+        return None
+    names = [launch.chunk_name(c.number) for launch, _, _ in asked for c in launch.chunks]
+    sighting = look(names, min(launch.launched for launch, _, _ in asked))
+    if sighting.queue is not None:
+        for launch, ledger, claim in asked:
+            submitting = launch.submitted() is None and claims.is_alive(claim)
+            _update(launch, ledger, sighting, submitting)
+            ledger.save(launch)
+    return sighting
+
+
+def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> Sighting | None:
+    """``reconcile``; where jobs are unknown to the scheduler, again until it says more or enough time has passed.
+
+    Args:
+        waiting: told how many jobs are unknown, before each wait.
+    """
+    sighting = reconcile(out)
+    while sighting is not None and sighting.queue is not None:
+        absent = len(read_flight(out).absent())
+        if not absent:
+            break
+        waiting(absent)
+        time.sleep(LOOK_SECONDS)
+        sighting = reconcile(out)
+    return sighting
+
+
+def _update(launch: Launch, ledger: Ledger, sighting: Sighting, submitting: bool) -> None:
+    """One launch's ledger after a look at the queue that succeeded."""
+    ledger.looked = sighting.at
+    open_packs = [p for p in launch.places if not ledger.entries.get(p, Entry(state="")).ended]
+    attempts = launch.attempts(open_packs)
+    for pack in open_packs:
+        before = ledger.entries.get(pack)
+        entry = _entry(launch.places[pack], before, sighting, submitting, cancelled=ledger.cancelled)
+        if entry.state == ABSENT and not in_sight(launch):
+            continue
+        if entry.ended is not None:
+            entry = _with_last_words(entry, attempts.get(pack, []))
+        ledger.entries[pack] = entry
+
+
+def _entry(
+    place: tuple[str, int], before: Entry | None, sighting: Sighting, submitting: bool, *, cancelled: bool
+) -> Entry:
+    assert sighting.queue is not None
+    queued = sighting.queue.get(place)
+    accounted = (sighting.accounting or {}).get(place)
+    if queued is not None and not queued.terminal:
+        # A state that nobody knows is neither success nor failure.
+        return _from_job(queued, sighting.at, ended=None)
+    over = queued or accounted
+    if over is not None and over.terminal:
+        return _from_job(over, sighting.at, ended=_ENDED_AS.get(over.state, "lost"))
+    if submitting:
+        return Entry(state=SUBMITTING)
+    known = before or Entry(state=ABSENT)
+    since = known.absent_since or sighting.at
+    ended = "cancelled" if cancelled else "lost" if sighting.at - since >= ABSENT_SECONDS else None
+    return replace(known, state=ABSENT, reason="", absent_since=since, ended=ended)
+
+
+def _from_job(job: JobState, at: float, *, ended: str | None) -> Entry:
+    return Entry(
+        state=job.state, job=job.job, reason=job.reason, nodes=job.nodes, restarts=job.restarts, ended=ended, seen=at
+    )
+
+
+def _with_last_words(entry: Entry, attempts: list[Attempt]) -> Entry:
+    """What the job itself wrote down counts more than its exit code."""
+    if not attempts:
+        return entry
+    last = attempts[-1]
+    said = last.end or {}
+    reason = said.get("reason")
+    # SLURM says so also where one process of the job was killed and the job went on.
+    own_end = reason in ("walltime", "finished", "terminated") and not said.get("requeued")
+    if entry.ended == "oom" and own_end:
+        entry = replace(entry, ended="lost")
+    if reason == "walltime" and entry.ended == "lost":
+        entry = replace(entry, ended="timeout")
+    if reason == "finished":
+        entry = replace(entry, finished_at=float(said["at"]))
+    # A whole walltime without a measurement is as good as a death.
+    died = entry.state in _DIED_AS and (last.end is None or said.get("measured") == 0)
+    if died and last.measuring is not None:
+        entry = replace(entry, suspect=last.measuring, suspect_log=last.log, suspect_began=last.started)
+    return entry

@@ -1,0 +1,55 @@
+"""How jobs on SLURM do, for mode=status."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+from rich.console import Console
+
+from sweeps.executors.slurm.query.where import in_sight
+from sweeps.launches.in_flight import Flight, job_counts
+from sweeps.launches.ledger import Entry
+
+_ORDINARY: Final = ("", "None", "Priority", "Resources")
+_IN_WORDS: Final = {
+    "Dependency": "the preflight, or for their model's baseline",
+    "JobArrayTaskLimit": "others of their array (executor.max_parallel)",
+}
+"""What SLURM's reasons for waiting mean here."""
+
+
+def show_jobs(flight: Flight, console: Console) -> None:
+    """Jobs of unsettled launches by state, and what keeps some from ever running."""
+    counts = job_counts(flight)
+    if counts:
+        words = ", ".join(f"{n} {state.lower()}" for state, n in sorted(counts.items()))
+        console.print(f"SLURM jobs: {words}", highlight=False)
+    reasons = Counter(
+        e.reason for _, ledger in flight.launches for e in ledger.entries.values() if e.state == "PENDING"
+    )
+    for reason, count in reasons.most_common():
+        if reason not in _ORDINARY:
+            console.print(f"  {count} pending for {_IN_WORDS.get(reason, reason)}", highlight=False)
+    if any(e.state == "ABSENT" and not e.ended for _, ledger in flight.launches for e in ledger.entries.values()):
+        console.print(
+            "  absent: SLURM doesn't know them just now; when it still doesn't half a minute later, they are lost"
+        )
+    for (user, cluster), count in unseen(flight).items():
+        where = f" on {cluster}" if cluster else ""
+        console.print(
+            f"  {count} jobs of {user}{where} can't be seen from here: none is given up for that",
+            markup=False,
+            highlight=False,
+        )
+
+
+def unseen(flight: Flight) -> Counter[tuple[str, str]]:
+    """Return jobs by (user, cluster) that the last look did not show, and need not have shown."""
+    entries = (
+        (la, ledger.looked, ledger.entries.get(pack, Entry(state="")))
+        for la, ledger in flight.launches
+        if not in_sight(la)
+        for pack in la.places
+    )
+    return Counter((la.user, la.cluster) for la, looked, e in entries if not e.ended and e.seen < looked)
