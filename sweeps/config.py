@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Optional, TypeAlias, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -24,6 +24,8 @@ from kbit.evaluation.spec import eval_axes
 from sweeps.study.grid import block_axes
 
 DEMO_DIR = Path(__file__).parent / "demo"
+Raw: TypeAlias = Any
+"""A value as it was written: Hydra has no type for it, and what reads it checks it."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ class MemberConfig:
     compute_dtype: str | None = None
     gpus: int | None = None
     mem_gb: float | None = None
-    reference: Any = None
+    reference: Raw = None
 
 
 @dataclass
@@ -52,12 +54,12 @@ if TYPE_CHECKING:
         """One product of the grid: a list is an axis, a scalar a constant; ``linked`` zips axes together."""
 
 else:
-    BlockConfig = make_dataclass("BlockConfig", [(n, Any, field(default=MISSING)) for n in (*block_axes(), "linked")])
+    BlockConfig = make_dataclass("BlockConfig", [(n, Raw, field(default=MISSING)) for n in (*block_axes(), "linked")])
 
 
 @dataclass
 class ExcludeConfig:
-    when: dict[str, Any] = MISSING
+    when: dict[str, Raw] = MISSING
     reason: str = MISSING
 
 
@@ -66,7 +68,7 @@ class SweepConfig:
     name: str = MISSING
     quant: list[BlockConfig] = MISSING
     exclude: list[ExcludeConfig] = field(default_factory=list)
-    sizes: Any = None
+    sizes: Raw = None
 
 
 @dataclass
@@ -86,12 +88,12 @@ class TextSetConfig:
 class EvalSettings:
     """What is measured: names by kind, where their data lie, and the fields of evaluations that came first."""
 
-    perplexity: Any = field(default_factory=list)
-    tasks: Any = field(default_factory=list)
-    kinds: Any = None
+    perplexity: Raw = field(default_factory=list)
+    tasks: Raw = field(default_factory=list)
+    kinds: Raw = None
     sets: dict[str, TextSetConfig] = field(default_factory=dict)
     task_data: dict[str, str] = field(default_factory=dict)
-    task_dirs: Any = field(default_factory=list)
+    task_dirs: Raw = field(default_factory=list)
     data_dir: str | None = None
     window: int = 2048
     tokens: int | None = None
@@ -102,7 +104,7 @@ class EvalSettings:
 
 def eval_config(declared: Mapping[str, Axis]) -> type:
     """Add a key for each field of evaluations that came later, under its own name. A device is found, not given."""
-    later = [(n, Any, field(default=a.neutral)) for n, a in declared.items() if a.since > 1 and n != "device"]
+    later = [(n, Raw, field(default=a.neutral)) for n, a in declared.items() if a.since > 1 and n != "device"]
     return make_dataclass("EvalConfig", later, bases=(EvalSettings,))
 
 
@@ -116,14 +118,25 @@ else:
 
 
 @dataclass
+class CalibrationConfig:
+    """What methods that calibrate read; the others know nothing of it."""
+
+    set: str | None = None
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    compute_dtype: str = "storage"
+
+
+@dataclass
 class Config:
     mode: str = "run"
     out: str = "results"
-    path: Any = None
-    retry: Any = "lost"
-    by: Any = None
-    cell: Any = None
-    where: Any = None
+    path: Raw = None
+    retry: Raw = "lost"
+    by: Raw = None
+    cell: Raw = None
+    where: Raw = None
     to: str | None = None
     long: bool = False
     watch: bool = False
@@ -132,9 +145,10 @@ class Config:
     models: dict[str, FamilyConfig] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     # ``schema`` puts the keys of executors and tracking in place of these.
-    executor: Any = None
-    tracking: Any = None
+    executor: Raw = None
+    tracking: Raw = None
 
 
 @cache
@@ -159,15 +173,15 @@ def _keys_of(title: str, /, *classes: type, **defaults: str) -> type:
     Args:
         defaults: of keys that are not None; the text of one that no class has is a key too.
     """
-    types: dict[str, Any] = dict.fromkeys(defaults, str)
+    types: dict[str, Raw] = dict.fromkeys(defaults, str)
     for of in classes:
         hints = get_type_hints(of)
         for f in fields(of):
             key = f.metadata.get("key") or f.name
             kinds = set(get_args(hints[f.name]) or (hints[f.name],)) - {type(None)}
             simple = len(kinds) == 1 and kinds <= {str, int, float, bool} and not f.metadata.get("unchecked")
-            kind = Optional[kinds.pop()] if simple else Any  # noqa: UP045  # made of a value
-            types[key] = kind if types.get(key, kind) in (kind, str) else Any
+            kind = Optional[kinds.pop()] if simple else Raw  # noqa: UP045  # made of a value
+            types[key] = kind if types.get(key, kind) in (kind, str) else Raw
     return make_dataclass(title, [(key, kind, field(default=defaults.get(key))) for key, kind in types.items()])
 
 

@@ -70,7 +70,7 @@ class Options:
             script=given["script"],
             trust_remote_code=given["trust_remote_code"],
             asked_sweep=_asked_sweep(given["sweep"], overrides),
-            study=StudyConfig(**{name: given[name] for name in ("sweep", "models", "path", "eval")}),
+            study=StudyConfig(**{name: given[name] for name in ("sweep", "models", "path", "eval", "calibration")}),
             executor=given["executor"],
             tracking=_tracking(given["tracking"], out),
         )

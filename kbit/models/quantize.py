@@ -63,6 +63,19 @@ class QuantHandle:
         self.restore()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibrated:
+    """What a method calibrates on.
+
+    Attributes:
+        tokens: windows, int64 [samples, length].
+        dtype: what they run in; None is the model's dtype.
+    """
+
+    tokens: Tensor
+    dtype: torch.dtype | None = None
+
+
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -70,8 +83,7 @@ def quantize_model(
     *,
     storage_dtype: torch.dtype | None = None,
     packed: bool = False,
-    calibration: Tensor | None = None,
-    calibration_dtype: torch.dtype | None = None,
+    calibration: Calibrated | None = None,
 ) -> QuantHandle:
     """Quantize a model's attention and FFN layers: those that ``kbit.models.architectures.block_layers`` lists.
 
@@ -87,8 +99,7 @@ def quantize_model(
             weights' own, or float16.
         packed: hold the layers in k bits. Such a model is for inference: call it under torch.no_grad(), without which
             torch.compile traces a backward that these layers don't have.
-        calibration: token windows, int64 [samples, length], for a method that calibrates.
-        calibration_dtype: what they run in; None is the model's dtype.
+        calibration: for a method that calibrates.
 
     Raises:
         ArchitectureError: no layers to quantize, or they are quantized already; spec.outlier_fraction > 0 and the
@@ -100,18 +111,19 @@ def quantize_model(
     if any(isinstance(module, KBitLinear) for module in model.modules()):
         raise ArchitectureError(f"{type(model).__name__} is packed in k bits already: restore or load the 16-bit model")
     if spec.calibrates and calibration is None:
-        raise SpecError("method", spec.method, "one without calibration, or give calibration=TOKENS")
+        raise SpecError("method", spec.method, "one that does not calibrate, or give calibration=Calibrated(...)")
     if packed and not spec.is_baseline:
         if not spec.packs:
             raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
         check_replaceable(model, block_layers(model))
-    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=calibration_dtype)
+    tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
+    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
     shapes: dict[str, tuple[int, int]] = {}
     hashed = hashlib.sha256()
     undo: list[Callable[[], None]] = []
     parameters, stored_bits, quantized = _parameters(model), 0, 0
     try:
-        for layer, stored in () if spec.is_baseline else method_of(spec)(model_pass, spec, calibration):
+        for layer, stored in () if spec.is_baseline else method_of(spec)(model_pass, spec, tokens):
             shapes[layer.name] = (layer.weight.shape[0], layer.weight.shape[1])
             quantized += layer.weight.numel()
             stored_bits += stored.nbits

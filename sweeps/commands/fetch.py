@@ -20,7 +20,7 @@ def fetch(options: Options, console: Console) -> int:
             options.study, device=device, device_name=executor.device_name, strict=True, progress=status.update
         )
         models = {(c.model.hub_id, c.model.commit) for c in study.manifest.cells if c.model.hub_id}
-        read = [documents_of(e.source) for e in study.manifest.evals]
+        read = [documents_of(source) for source in study.manifest.sources()]
         datasets = [documents for documents in read if isinstance(documents, HubData)]
         status.update("downloading")
         hub.fetch(

@@ -12,11 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import spec_from_canonical
 from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.cost import CostModel, load_seconds
 from sweeps.status import RETRY, UNRECORDED, State
-from sweeps.study.cell import Cell, Measurement, ModelRef, eval_from_dict, eval_to_dict, model_to_dict
+from sweeps.study.cell import (
+    Cell,
+    Measurement,
+    ModelRef,
+    cell_from_dict,
+    eval_from_dict,
+    eval_to_dict,
+    model_to_dict,
+    quant_to_dict,
+)
 from sweeps.study.manifest import Manifest
 
 PACK_SECONDS: Final = (20.0, 7200.0)
@@ -73,7 +81,7 @@ class Pack:
             "sweep": self.sweep,
             "model": model_to_dict(self.model),
             "evals": [eval_to_dict(e) for e in evals],
-            "items": [[cell.quant.canonical(), [evals.index(e) for e in specs]] for cell, specs in self.items],
+            "items": [[quant_to_dict(cell), [evals.index(e) for e in specs]] for cell, specs in self.items],
             "seconds": self.seconds,
             "item_seconds": list(self.item_seconds),
             "rung": self.rung,
@@ -83,10 +91,7 @@ class Pack:
     def from_dict(cls, data: Mapping[str, Any]) -> Pack:
         model = ModelRef(**data["model"])
         evals = [eval_from_dict(e) for e in data["evals"]]
-        items = tuple(
-            (Cell(model=model, quant=spec_from_canonical(q)), tuple(evals[i] for i in indices))
-            for q, indices in data["items"]
-        )
+        items = tuple((cell_from_dict(model, q), tuple(evals[i] for i in indices)) for q, indices in data["items"])
         return cls(
             id=data["id"],
             sweep=data["sweep"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from kbit.evaluation.spec import EvalResult
 from sweeps.status import State
 from sweeps.store.schema import Row, Scalar
-from sweeps.study.cell import Cell, Measurement, eval_columns
+from sweeps.study.cell import Cell, Measurement, canonical_json, eval_columns
 
 if TYPE_CHECKING:
     from kbit.models.quantize import QuantHandle
@@ -51,7 +51,8 @@ def cell_row(cell: Cell) -> Row:
         "revision": model.commit,
         "weights_hash": model.weights_hash,
         "params": model.params,
-        "label": cell.quant.label,
+        "label": cell.quant_label,
+        "calibration": None if cell.calibration is None else canonical_json(cell.calibration.canonical()),
         "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
     }
 

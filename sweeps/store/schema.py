@@ -97,6 +97,7 @@ COLUMNS: Final[tuple[Column, ...]] = (
     _c("job", "string", "scheduler's job, or the worker"),
     _c("host", "string", "machine"),
     # What came later, at the end, so that columns stay where they were
+    _cell("calibration", "string", "JSON of the data that a method calibrated on; null for other methods"),
     *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
     *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 1),
     _c("higher_is_better", "map<string,bool>", "direction of metrics that no kind declares, as the task defines it"),

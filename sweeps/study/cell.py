@@ -14,9 +14,10 @@ from functools import cache, cached_property
 from typing import Any, Final
 
 from kbit.axes import Axis
+from kbit.calibration import Calibration
 from kbit.evaluation.spec import EvalSpec, eval_axes
 from kbit.sources import source_from_dict, source_to_dict
-from kbit.spec import Spec, axes
+from kbit.spec import Spec, axes, spec_from_canonical
 
 KEY_VERSION: Final = 1
 """Part of every key. A change to what a key is made of raises it and migrates the store."""
@@ -74,18 +75,29 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model under one quantization."""
+    """One model under one quantization.
+
+    Attributes:
+        calibration: what a method that calibrates reads; None for the others, whose keys know nothing of it.
+    """
 
     model: ModelRef
     quant: Spec
+    calibration: Calibration | None = None
 
     @cached_property
     def key(self) -> str:
-        return content_key({"model": self.model.identity, "quant": self.quant.canonical()})
+        of_data = {} if self.calibration is None else {"calibration": self.calibration.canonical()}
+        return content_key({"model": self.model.identity, "quant": self.quant.canonical(), **of_data})
+
+    @property
+    def quant_label(self) -> str:
+        """The quantization in short, with what it was calibrated on."""
+        return self.quant.label + ("" if self.calibration is None else f", {self.calibration.label}")
 
     @property
     def label(self) -> str:
-        return f"{self.model.label} {self.quant.label}"
+        return f"{self.model.label} {self.quant_label}"
 
     def axes(self) -> dict[str, object]:
         """Every axis by name, for tables and filters (None where it does not apply)."""
@@ -115,6 +127,22 @@ def axis_names() -> tuple[str, ...]:
 def eval_columns() -> Mapping[str, Axis]:
     """What defines an evaluation, by the column of results that has it."""
     return {_EVAL_COLUMNS.get(name, name): declared for name, declared in eval_axes().items()}
+
+
+def quant_to_dict(cell: Cell) -> dict[str, object]:
+    """A cell without its model, as manifests and packs carry it."""
+    if cell.calibration is None:
+        return cell.quant.canonical()
+    about = {"name": cell.calibration.name, "source": source_to_dict(cell.calibration.source)}
+    return {**cell.quant.canonical(), "calibration": {**cell.calibration.canonical(), **about}}
+
+
+def cell_from_dict(model: ModelRef, data: Mapping[str, Any]) -> Cell:
+    """The inverse of ``quant_to_dict``."""
+    quant, about = dict(data), data.get("calibration")
+    quant.pop("calibration", None)
+    calibration = about and Calibration(**{**about, "source": source_from_dict(about["source"])})
+    return Cell(model=model, quant=spec_from_canonical(quant), calibration=calibration)
 
 
 def model_to_dict(model: ModelRef) -> dict[str, object]:

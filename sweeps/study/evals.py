@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from kbit.calibration import Calibration
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.evaluation.evaluators import EVALUATORS, Data
@@ -154,6 +155,35 @@ def resolve_evals(
             )
     _check_names(evals)
     return evals
+
+
+def resolve_calibration(
+    calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, method: str
+) -> Calibration:
+    """What a method that calibrates reads.
+
+    Args:
+        calibration: the configuration's ``calibration``, as plain values.
+        settings: its ``eval``: the text sets that have names.
+        commits: of the hub.
+        method: that asks for it.
+
+    Raises:
+        UserError, SpecError, HubError: no data are named, or something else in the configuration is wrong.
+    """
+    given = dict(calibration)
+    name = given.pop("set")
+    if name is None:
+        known = ", ".join(sorted(settings["sets"]))
+        raise UserError(
+            f"calibration.set=null is not valid with method={method}, which calibrates: name a text set ({known}) or a "
+            ".jsonl or .txt file"
+        )
+    finder = Finder(settings=settings, data_dir=_data_dir(settings["data_dir"]), commits=commits)
+    found = finder.text_set(str(name), "calibration.set")
+    documents = documents_of(found.source)
+    assert documents is not None  # a text set is somewhere
+    return Calibration(name=found.name, dataset=documents.identity, source=found.source, **given)
 
 
 def _kinds(value: object) -> Mapping[str, object]:

@@ -8,11 +8,12 @@ that do (exponent_bits=3 at bits=3) is excluded, with the reason.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
 
+from kbit.calibration import Calibration
 from kbit.data_types import EXPONENT_RULES
 from kbit.errors import SpecError
 from kbit.spec import METHODS, Spec, axes, spec_of
@@ -57,13 +58,23 @@ class Grid:
         return excluded_counts(self.excluded)
 
 
+def _no_calibration(method: str) -> Calibration:
+    raise UserError(f"method={method} calibrates: name a text set or a file, e.g. calibration.set=wikitext2")
+
+
 def expand(
-    blocks: Sequence[Mapping[str, object]], models: Sequence[ModelRef], exclude: Sequence[Mapping[str, object]] = ()
+    blocks: Sequence[Mapping[str, object]],
+    models: Sequence[ModelRef],
+    exclude: Sequence[Mapping[str, object]] = (),
+    calibration: Callable[[str], Calibration] = _no_calibration,
 ) -> Grid:
     """All cells of ``models`` x the union of ``blocks``, minus ``exclude``.
 
+    Args:
+        calibration: asked, with a method's name, for what a method that calibrates reads.
+
     Raises:
-        UserError: an unknown axis, or a rule that can't be read.
+        UserError: an unknown axis, a rule that can't be read, or a method that calibrates without data.
         SpecError: a value that is not allowed.
     """
     rules = [_rule(rule, number) for number, rule in enumerate(exclude)]
@@ -82,7 +93,7 @@ def expand(
     ]
     for model in models:
         for spec in unique:
-            cell = Cell(model=model, quant=spec)
+            cell = Cell(model=model, quant=spec, calibration=calibration(spec.method) if spec.calibrates else None)
             reason = next((why for when, why in rules if matches(cell.axes(), when)), None)
             if reason is None:
                 cells.append(cell)

@@ -14,16 +14,18 @@ from functools import cached_property
 from pathlib import Path
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import spec_from_canonical
+from kbit.sources import Source
 from sweeps.files import read_json, write_atomically
 from sweeps.study.cell import (
     Cell,
     Measurement,
     ModelRef,
     canonical_json,
+    cell_from_dict,
     eval_from_dict,
     eval_to_dict,
     model_to_dict,
+    quant_to_dict,
 )
 from sweeps.study.grid import Excluded
 
@@ -43,6 +45,11 @@ class Manifest:
         for cell in self.cells:
             for spec in self.evals:
                 yield Measurement(cell=cell, eval=spec)
+
+    def sources(self) -> list[Source | None]:
+        """Where the data of its evaluations and calibrations lie."""
+        calibrations = dict.fromkeys(c.calibration for c in self.cells if c.calibration is not None)
+        return [e.source for e in self.evals] + [c.source for c in calibrations]
 
     @cached_property
     def _data(self) -> bytes:
@@ -69,7 +76,7 @@ class Manifest:
         return {
             "sweep": self.sweep,
             "models": [model_to_dict(m) for m in models],
-            "cells": [[index[c.model], c.quant.canonical()] for c in self.cells],
+            "cells": [[index[c.model], quant_to_dict(c)] for c in self.cells],
             "evals": [eval_to_dict(e) for e in self.evals],
             "excluded": [{"axes": dict(e.axes), "reason": e.reason} for e in self.excluded],
             "config": dict(self.config),
@@ -82,7 +89,7 @@ def load_manifest(path: Path) -> Manifest:
     models = [ModelRef(**m) for m in data["models"]]
     return Manifest(
         sweep=data["sweep"],
-        cells=tuple(Cell(model=models[i], quant=spec_from_canonical(q)) for i, q in data["cells"]),
+        cells=tuple(cell_from_dict(models[i], q) for i, q in data["cells"]),
         evals=tuple(eval_from_dict(e) for e in data["evals"]),
         excluded=tuple(Excluded(**e) for e in data["excluded"]),
         config=data["config"],

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from sweeps.errors import HubError, UserError, did_you_mean
 from sweeps.study import hub
 from sweeps.study.cell import UNRESOLVED, ModelRef
-from sweeps.study.evals import as_list, resolve_evals
+from sweeps.study.evals import as_list, resolve_calibration, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
 
@@ -27,6 +28,7 @@ class StudyConfig:
     models: Mapping[str, Any]
     path: Any
     eval: Mapping[str, Any]
+    calibration: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +82,15 @@ def build_study(
     if not sweep["quant"]:
         raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
     models = _models(config, resolver, progress)
-    grid = expand(sweep["quant"], models, sweep["exclude"])
+    found = partial(resolve_calibration, config.calibration, config.eval, resolver)
+    grid = expand(sweep["quant"], models, sweep["exclude"], cache(found))
     evals = resolve_evals(config.eval, resolver, device, device_name)
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
-    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=vars(config))
+    calibrates = any(cell.calibration is not None for cell in grid.cells)
+    settings = {key: value for key, value in vars(config).items() if key != "calibration" or calibrates}
+    manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=settings)
     return Study(manifest=manifest, duplicates=grid.duplicates, unresolved=tuple(dict.fromkeys(resolver.unresolved)))
 
 

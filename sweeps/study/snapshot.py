@@ -24,7 +24,7 @@ from typing import Any, Final
 import yaml
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.sources import LocalFile, NamedFiles, TaskSource, documents_of
+from kbit.sources import LocalFile, NamedFiles, Source, TaskSource, documents_of
 from sweeps.errors import CodeChangedError, DataChangedError, TaskError
 from sweeps.provenance import ROOT
 from sweeps.study.hashes import file_hash
@@ -100,19 +100,23 @@ def freeze_evals(evals: Sequence[EvalSpec], out: Path) -> tuple[EvalSpec, ...]:
     return tuple(_freeze(spec, out) for spec in evals)
 
 
-def check_data(spec: EvalSpec) -> None:
+def check_data(what: str, source: Source | None) -> None:
     """Refuse local data that changed since the launch: their numbers would go by another's name.
 
     Data of the hub are of a commit, which reading them checks. Hashes of large files are remembered.
 
+    Args:
+        what: that reads them, for messages: 'eval piqa'.
+        source: where they are.
+
     Raises:
         DataChangedError: a file can't be read, or its contents are others.
     """
-    documents = documents_of(spec.source)
+    documents = documents_of(source)
     if isinstance(documents, LocalFile) and documents.sha256 is not None:
         files = [Path(documents.path)]
-    elif isinstance(documents, NamedFiles) and isinstance(spec.source, TaskSource):
-        files = task_data_files(load_task_yaml(Path(spec.source.task_file)))
+    elif isinstance(documents, NamedFiles) and isinstance(source, TaskSource):
+        files = task_data_files(load_task_yaml(Path(source.task_file)))
     else:
         return
     hashes = []
@@ -121,14 +125,14 @@ def check_data(spec: EvalSpec) -> None:
             hashes.append(file_hash(file))
         except OSError as error:
             raise DataChangedError(
-                f"eval {spec.name}: {file} can't be read on {socket.gethostname()} ({error.strerror}): put it where "
+                f"{what}: {file} can't be read on {socket.gethostname()} ({error.strerror}): put it where "
                 "every node sees it, and launch the study again"
             ) from error
     one = isinstance(documents, LocalFile)
     actual = hashes[0] if one else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     if actual != documents.sha256:
         raise DataChangedError(
-            f"eval {spec.name}: {', '.join(map(str, files))} changed since the study was launched: restore what was "
+            f"{what}: {', '.join(map(str, files))} changed since the study was launched: restore what was "
             "there, or launch the study again to measure on what is there now"
         )
 

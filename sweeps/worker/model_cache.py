@@ -13,6 +13,9 @@ from kbit.evaluation.spec import EvalSpec
 from sweeps.study.cell import ModelRef
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kbit.calibration import Calibration
     from kbit.evaluation.prepared import PreparedEval
     from kbit.models.loading import LoadedModel
 
@@ -37,6 +40,7 @@ class Warm:
     _loaded: LoadedModel | None = None
     _failed: tuple[tuple[ModelRef, str], Exception] | None = None
     _prepared: dict[tuple[EvalSpec, str], PreparedEval] = field(default_factory=dict)
+    _windows: dict[tuple[Calibration, str], Tensor] = field(default_factory=dict)
 
     def load(self, model: ModelRef, dtype: str) -> LoadedModel:
         """The model with this compute dtype.
@@ -86,9 +90,22 @@ class Warm:
         context, vocab_size = loaded.context, loaded.vocab_size
         key = (spec, f"{loaded.tokenizer_hash}/{context}/{vocab_size}")
         if key not in self._prepared:
-            check_data(spec)
+            check_data(f"eval {spec.name}", spec.source)
             self._prepared[key] = prepare(spec, loaded.tokenizer, context=context, vocab_size=vocab_size)
         return self._prepared[key]
+
+    def calibration(self, calibration: Calibration, loaded: LoadedModel) -> Tensor:
+        """Token windows, drawn once for all cells of models that share a tokenizer: int64 [samples, length]."""
+        from kbit.evaluation.calibration import calibration_windows
+        from sweeps.study.snapshot import check_data
+
+        context, vocab_size = loaded.context, loaded.vocab_size
+        key = (calibration, f"{loaded.tokenizer_hash}/{context}/{vocab_size}")
+        if key not in self._windows:
+            check_data(f"calibration {calibration.name}", calibration.source)
+            tokenizer = loaded.tokenizer
+            self._windows[key] = calibration_windows(calibration, tokenizer, context=context, vocab_size=vocab_size)
+        return self._windows[key]
 
 
 def is_lost(error: Exception) -> bool:

@@ -147,7 +147,7 @@ class Worker:
             dtype, packed = form
             loaded = self._load(cell.model, dtype)
             began = time.perf_counter()
-            handle = _quantize(loaded, cell, packed=packed)
+            handle = self._quantize(loaded, cell, packed=packed)
         except Exception as error:
             self._record_failure(pack, measurements, error, started)
             return True
@@ -269,6 +269,22 @@ class Worker:
         self._storing(lambda: self.store.write(row))
         self.emit(Measured(row=told_part(row)))
 
+    def _quantize(self, loaded: LoadedModel, cell: Cell, *, packed: bool) -> QuantHandle:
+        import torch
+
+        from kbit.models.quantize import Calibrated, quantize_model
+
+        calibrated = None
+        if cell.calibration is not None:
+            dtype = cell.calibration.compute_dtype
+            calibrated = Calibrated(
+                tokens=self._warm.calibration(cell.calibration, loaded),
+                dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
+            )
+        return quantize_model(
+            loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed, calibration=calibrated
+        )
+
     def _storing(self, write: Callable[[], None]) -> None:
         """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""
         try:
@@ -286,12 +302,6 @@ class Worker:
 def _form(spec: EvalSpec) -> tuple[str, bool]:
     """What an evaluation needs of the model: its compute dtype, and whether its layers are packed."""
     return spec.compute_dtype, EVALUATORS[spec.kind].packed
-
-
-def _quantize(loaded: LoadedModel, cell: Cell, *, packed: bool) -> QuantHandle:
-    from kbit.models.quantize import quantize_model
-
-    return quantize_model(loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed)
 
 
 def _is_the_models(error: Exception, model: ModelRef) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit import QuantSpec, codebook, dequantize, quantize
-from kbit.data_types import named_dtypes
+from kbit.data_types import DTYPES, named_dtypes
 from kbit.errors import SpecError, WeightError
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax
 from kbit.quantizer.encode import Encoder, codes_by_definition
@@ -240,7 +240,8 @@ def test_absmax_is_rounded_before_use_and_saturates():
 
 def test_a_block_of_zeros_comes_back_as_zeros():
     for dtype in named_dtypes():
-        for absmax_dtype in ("float16", "float32", "nested"):
+        # The nested absmax of zeros is only nearly 0, and so is what a codebook without a 0 gives back.
+        for absmax_dtype in ("float16", "float32", "nested") if DTYPES[dtype].has_zero else ("float16", "float32"):
             weight = torch.randn(4, 64).half()
             weight[1] = 0
             out = dequantize(quantize(weight, QuantSpec(bits=3, dtype=dtype, absmax_dtype=absmax_dtype)))

@@ -254,16 +254,16 @@ def test_links_to_task_files_are_followed_unless_two_files_would_take_one_place(
 
 def test_data_that_changed_or_went_since_the_launch_are_refused(own: EvalSpec) -> None:
     data = Path(own.source.documents.path)
-    check_data(own)
+    check_data(f"eval {own.name}", own.source)
     before = data.stat()
     data.write_text(data.read_text().replace("one", "uno"))
     # Equal size and time: only the contents tell.
     os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(DataChangedError, match=r"own: .*own\.jsonl changed since.*launch the study again"):
-        check_data(own)
+        check_data(f"eval {own.name}", own.source)
     data.unlink()
     with pytest.raises(DataChangedError, match=r"own\.jsonl can't be read on .*No such file"):
-        check_data(own)
+        check_data(f"eval {own.name}", own.source)
 
 
 def test_data_files_that_a_task_names_itself_are_checked_as_the_launch_hashed_them(tmp_path: Path) -> None:
@@ -276,12 +276,12 @@ def test_data_files_that_a_task_names_itself_are_checked_as_the_launch_hashed_th
         f"dataset_kwargs: {{data_files: {{test: [{names[0]}], train: {names[1]}}}}}\n"
     )
     spec = task(file, sha256=_data_files_hash(find_task("own", [tmp_path])))
-    check_data(spec)
-    check_data(*freeze_evals([spec], tmp_path / "out"))
+    check_data(f"eval {spec.name}", spec.source)
+    check_data("eval", freeze_evals([spec], tmp_path / "out")[0].source)
     names[1].write_text('{"q": "two"}\n')
     with pytest.raises(DataChangedError, match=r"b\.jsonl changed"):
-        check_data(spec)
+        check_data(f"eval {spec.name}", spec.source)
 
 
 def test_data_of_the_hub_have_nothing_to_check_here() -> None:
-    check_data(task(Path("none.yaml"), hub="owner/name", revision="0" * 40))
+    check_data("eval", task(Path("none.yaml"), hub="owner/name", revision="0" * 40).source)

@@ -67,6 +67,7 @@ class PreflightJob:
             gpus=launch.shapes[self.shape].gpus,
             models=tuple(dict.fromkeys(p.model for p in packs)),
             evals=tuple(dict.fromkeys(e for p in packs for _, evals in p.items for e in evals)),
+            calibrations=tuple(dict.fromkeys(c.calibration for p in packs for c, _ in p.items if c.calibration)),
             launched=launch.launched,
             store_launched=launch.settings.store_launched,
         )

@@ -20,11 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from kbit.calibration import Calibration
 from kbit.errors import CheckpointError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import model_files, safetensors_header
-from kbit.sources import HubData, TaskSource, documents_of, place_of
+from kbit.sources import HubData, Source, TaskSource, documents_of, place_of
 from sweeps.errors import UserError
 from sweeps.files import store_time, write_atomically
 from sweeps.store.parts import Store
@@ -53,7 +54,7 @@ class Preflight:
         out: the results directory.
         device: 'cpu' or 'cuda'.
         gpus: GPUs of a job; 0 with 'cpu'.
-        models, evals: what will be loaded and read.
+        models, evals, calibrations: what will be loaded and read.
         launched: the login node's clock at launch, in seconds since 1970.
         store_launched: the store's clock then: the modification time of a file written at launch.
     """
@@ -63,6 +64,7 @@ class Preflight:
     gpus: int
     models: tuple[ModelRef, ...]
     evals: tuple[EvalSpec, ...]
+    calibrations: tuple[Calibration, ...] = ()
     launched: float
     store_launched: float
 
@@ -94,8 +96,9 @@ class Preflight:
                 yield self._check_gpus
         for model in dict.fromkeys(self.models):
             yield partial(_check_model, model)
+        for what, source in self._read():
+            yield partial(_check_source, what, source)
         for spec in self.evals:
-            yield partial(_check_eval, spec)
             if spec.device is not None:
                 yield partial(self._check_measured, spec)
         yield self._check_store
@@ -105,9 +108,14 @@ class Preflight:
         wanted = list(ALWAYS)
         for spec in self.evals:
             wanted += EVALUATORS[spec.kind].modules
-            if isinstance(documents_of(spec.source), HubData):
-                wanted += FOR_HUB_DATA
+        if any(isinstance(documents_of(source), HubData) for _, source in self._read()):
+            wanted += FOR_HUB_DATA
         return tuple(dict.fromkeys(wanted))
+
+    def _read(self) -> list[tuple[str, Source | None]]:
+        """What reads data, in words, and where they are."""
+        read = [(f"eval {spec.name}", spec.source) for spec in self.evals]
+        return read + [(f"calibration {c.name}", c.source) for c in self.calibrations]
 
     def _check_gpus(self) -> str:
         import torch
@@ -244,21 +252,21 @@ def _check_hub_model(model: ModelRef) -> str:
     return _reach(f"model {model.label} ({repo}@{commit[:12]})", ask)
 
 
-def _check_eval(spec: EvalSpec) -> str:
-    if isinstance(spec.source, TaskSource):
-        load_task_yaml(Path(spec.source.task_file))
-    check_data(spec)
-    documents = documents_of(spec.source)
+def _check_source(what: str, source: Source | None) -> str:
+    if isinstance(source, TaskSource):
+        load_task_yaml(Path(source.task_file))
+    check_data(what, source)
+    documents = documents_of(source)
     if isinstance(documents, HubData):
-        return _check_hub_data(spec, documents)
-    return f"eval {spec.name}: {place_of(spec.source)}"
+        return _check_hub_data(what, documents, of_task=isinstance(source, TaskSource))
+    return f"{what}: {place_of(source)}"
 
 
-def _check_hub_data(spec: EvalSpec, documents: HubData) -> str:
+def _check_hub_data(reader: str, documents: HubData, *, of_task: bool) -> str:
     from huggingface_hub import HfApi, constants
 
     repo, commit = documents.hub, documents.revision
-    what = f"eval {spec.name} ({repo}@{commit[:12]})"
+    what = f"{reader} ({repo}@{commit[:12]})"
     if not constants.HF_HUB_OFFLINE:
         return _reach(what, lambda: HfApi().dataset_info(repo, revision=commit, timeout=HUB_SECONDS))
     import datasets
@@ -266,7 +274,7 @@ def _check_hub_data(spec: EvalSpec, documents: HubData) -> str:
     from kbit.evaluation.texts import DEFAULT_SPLIT, require_commit
 
     # All splits of a task's data: its examples may be of another than its questions.
-    split = None if isinstance(spec.source, TaskSource) else documents.split or DEFAULT_SPLIT
+    split = None if of_task else documents.split or DEFAULT_SPLIT
     kwargs = documents.kwargs or {}
     try:
         data = datasets.load_dataset(repo, documents.config, revision=commit, split=split, **kwargs)
