@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Optional, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from kbit.axes import Axis
+from kbit.evaluation.spec import eval_axes
 from sweeps.study.grid import block_axes
 
 DEMO_DIR = Path(__file__).parent / "demo"
@@ -80,7 +83,9 @@ class TextSetConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalSettings:
+    """What is measured: names by kind, where their data lie, and the fields of evaluations that came first."""
+
     perplexity: Any = field(default_factory=list)
     tasks: Any = field(default_factory=list)
     kinds: Any = None
@@ -93,6 +98,21 @@ class EvalConfig:
     limit: int | None = None
     num_fewshot: int = 0
     compute_dtype: str = "auto"
+
+
+def eval_config(declared: Mapping[str, Axis]) -> type:
+    """Add a key for each field of evaluations that came later, under its own name. A device is found, not given."""
+    later = [(n, Any, field(default=a.neutral)) for n, a in declared.items() if a.since > 1 and n != "device"]
+    return make_dataclass("EvalConfig", later, bases=(EvalSettings,))
+
+
+if TYPE_CHECKING:
+
+    class EvalConfig(EvalSettings):
+        """``EvalSettings`` and the later fields of evaluations."""
+
+else:
+    EvalConfig = eval_config(eval_axes())
 
 
 @dataclass

@@ -14,7 +14,7 @@ from sweeps.errors import OtherDeviceError, UserError
 
 
 def local_device_name(device: str) -> str:
-    """The name of this machine's device; torch isn't loaded.
+    """Return the name of this machine's device; torch isn't loaded.
 
     Args:
         device: 'cpu' or 'cuda'.
@@ -25,23 +25,41 @@ def local_device_name(device: str) -> str:
     return cpu_name() if device == "cpu" else _gpu_name()
 
 
-def check_device(spec: EvalSpec, actual: str) -> None:
+def check_device(spec: EvalSpec, device: str) -> None:
     """Refuse to measure on another device than the one that the measurement names.
 
-    A type such as 'a100' or 'a100_80gb' stands for every device whose name has all of its words.
+    Args:
+        device: 'cpu' or 'cuda': what this process computes on.
 
     Raises:
         OtherDeviceError: the device is another.
     """
-    if spec.device is not None and not _words(spec.device) <= _words(actual):
+    if spec.device is None:
+        return
+    actual = measured_device(device)
+    if not is_device(spec.device, actual):
         raise OtherDeviceError(
             f"eval {spec.name} is a measurement of the device {spec.device!r}, and this is {actual!r}: run it there, "
             "or launch the study again to measure this device"
         )
 
 
+def is_device(named: str, actual: str) -> bool:
+    """Whether a device goes by a name: its own, or a type such as 'a100_80gb', all of whose words its own name has."""
+    return _words(named) <= _words(actual)
+
+
+def measured_device(device: str) -> str:
+    """Return the name of the device that this process computes on."""
+    if device == "cpu":
+        return cpu_name()
+    import torch
+
+    return str(torch.cuda.get_device_name())
+
+
 def cpu_name() -> str:
-    """'cpu (AMD EPYC 7B13)', or with its architecture where the kernel doesn't say more."""
+    """Return 'cpu (AMD EPYC 7B13)', or its architecture where the kernel says no more."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

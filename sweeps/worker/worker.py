@@ -32,7 +32,7 @@ from sweeps.store.rows import (
 )
 from sweeps.store.schema import Row, Scalar
 from sweeps.study.cell import Cell, Measurement, ModelRef
-from sweeps.study.devices import check_device, cpu_name
+from sweeps.study.devices import check_device
 from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.time_budget import Pace
@@ -167,7 +167,7 @@ class Worker:
         started = datetime.now(UTC)
         self.emit(Measuring(pack=pack.id, measurement=measurement.key))
         try:
-            check_device(measurement.eval, cpu_name() if self.device == "cpu" else device_name(self.device))
+            check_device(measurement.eval, self.device)
             prepared = self._warm.prepare(measurement.eval, loaded)
             result, seconds = self._evaluate(pack, prepared, loaded)
         except Exception as error:

@@ -7,13 +7,16 @@ from importlib import import_module
 from inspect import signature
 
 import pytest
+from omegaconf import OmegaConf
 
+from kbit.axes import Axis
 from kbit.doors import load
 from kbit.errors import SpecError
 from kbit.evaluation import EVALUATORS, EvalSpec
 from kbit.evaluation.evaluators import Evaluator, MetricSpec, declared_metrics
+from kbit.evaluation.spec import eval_axes
 from kbit.sources import HubData, LocalFile, NamedFiles, Source, TaskSource, source_from_dict, source_to_dict
-from sweeps.config import EvalConfig
+from sweeps.config import EvalConfig, eval_config
 from sweeps.study.evals import FIND, LISTS
 
 FILE = LocalFile(path="/x.jsonl", sha256="0" * 64, bytes=3_500, documents=10)
@@ -79,6 +82,14 @@ def test_a_later_field_is_in_no_key_at_its_neutral_value(monkeypatch: pytest.Mon
         spec("timed", device=None)
     with pytest.raises(SpecError, match="device='NVIDIA H100' is not valid: null"):
         spec("perplexity", device="NVIDIA H100")
+
+
+def test_a_later_field_is_a_key_of_the_configuration() -> None:
+    later = Axis(name="batch", type="int64", doc="sequences at once", neutral=1, since=2)
+    composed = OmegaConf.structured(eval_config({**eval_axes(), "batch": later}))
+    assert composed.batch == 1
+    assert "device" not in composed
+    assert set(OmegaConf.structured(EvalConfig)) == set(composed) - {"batch"}
 
 
 @pytest.mark.parametrize(

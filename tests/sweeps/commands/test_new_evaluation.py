@@ -21,7 +21,7 @@ from sweeps.executors.base import chosen
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
-from sweeps.study.devices import check_device, cpu_name
+from sweeps.study.devices import cpu_name, is_device, local_device_name
 from sweeps.study.hub import local_model
 from sweeps.worker.worker import Worker
 from tests.conftest import ROOT
@@ -218,9 +218,37 @@ def test_the_device_of_jobs_must_be_named_at_launch() -> None:
             chosen({"name": "slurm", **unnamed}).device_name()
 
 
-@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("asked", "actual", "same"),
+    ("visible", "names", "found"),
+    [
+        (None, ["NVIDIA H100 PCIe", "NVIDIA H100 PCIe"], "NVIDIA H100 PCIe"),
+        ("1, 2", ["NVIDIA A10"], "NVIDIA A10"),
+        (None, ["NVIDIA A10", "NVIDIA T4"], None),
+        (None, [], None),
+    ],
+)
+def test_the_gpu_here_is_named_without_torch_where_all_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str], found: str | None
+) -> None:
+    said = tmp_path / "nvidia-smi"
+    lines = "".join(f"echo '{name}'\n" for name in names)
+    said.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{lines}')
+    said.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if found is None:
+        with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=None is not valid.*Set it to GPUs of one kind"):
+            local_device_name("cuda")
+        return
+    assert local_device_name("cuda") == found
+    assert ("-i 1,2 " in (tmp_path / "asked").read_text()) == (visible is not None)
+
+
+@pytest.mark.parametrize(
+    ("named", "actual", "same"),
     [
         ("a100", "NVIDIA A100-SXM4-80GB", True),
         ("a100_80gb", "NVIDIA A100-SXM4-80GB", True),
@@ -229,13 +257,8 @@ def test_the_device_of_jobs_must_be_named_at_launch() -> None:
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", False),
     ],
 )
-def test_a_type_of_gpus_stands_for_the_devices_that_have_its_words(asked: str, actual: str, same: bool) -> None:
-    spec = EvalSpec(kind="forward", name="x", dataset="none", compute_dtype="float32", device=asked)
-    if same:
-        check_device(spec, actual)
-    else:
-        with pytest.raises(UserError, match="is a measurement of the device"):
-            check_device(spec, actual)
+def test_a_type_of_gpus_stands_for_the_devices_that_have_its_words(named: str, actual: str, same: bool) -> None:
+    assert is_device(named, actual) == same
 
 
 def test_without_the_package_the_kind_is_refused_and_the_metric_never_ranked(

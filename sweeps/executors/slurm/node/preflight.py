@@ -29,6 +29,7 @@ from sweeps.errors import UserError
 from sweeps.files import store_time, write_atomically
 from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef
+from sweeps.study.devices import check_device
 from sweeps.study.hub import cached_snapshot, local_model
 from sweeps.study.snapshot import check_data
 from sweeps.study.task_index import load_task_yaml
@@ -95,6 +96,8 @@ class Preflight:
             yield partial(_check_model, model)
         for spec in self.evals:
             yield partial(_check_eval, spec)
+            if spec.device is not None:
+                yield partial(self._check_measured, spec)
         yield self._check_store
         yield self._check_clock
 
@@ -130,6 +133,10 @@ class Preflight:
             if computed != 2048:
                 raise UserError(f"GPU {index} of {socket.gethostname()} computes wrong numbers: exclude the node")
         return f"device {self.gpus} x {torch.cuda.get_device_name()}"
+
+    def _check_measured(self, spec: EvalSpec) -> str:
+        check_device(spec, self.device)
+        return f"eval {spec.name}: measures {spec.device}"
 
     def _check_store(self) -> str:
         # The launch has written there, so a directory that is missing is another file system; making it would hide it.
