@@ -122,17 +122,16 @@ class WholeModel:
 def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Have a module's parameters in another dtype for a while; buffers, such as rotary frequencies, stay as they are.
 
-    Parameters that were cast up from the dtype come back bit for bit. So do quantized ones: their values are rounded to
-    it.
+    The parameters themselves are kept, and come back as they were: the model then takes half as much memory again.
     """
-    before = {p: p.dtype for p in module.parameters() if dtype is not None and p.dtype != dtype}
+    before = {p: p.data for p in module.parameters() if dtype is not None and p.dtype != dtype}
     for parameter in before:
         parameter.data = parameter.data.to(dtype)
     try:
         yield
     finally:
         for parameter, own in before.items():
-            parameter.data = parameter.data.to(own)
+            parameter.data = own
 
 
 @contextmanager
