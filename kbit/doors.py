@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from kbit.errors import SpecError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -81,6 +83,8 @@ class Door(Mapping[str, T], Generic[T]):
     def _from_others(self) -> dict[str, EntryPoint]:
         """Entry points of installed packages, looked up once."""
         if self._others is None:
+            from importlib.metadata import entry_points  # late: workers and --help open few doors
+
             found = {point.name: point for point in entry_points(group=self.group)}
             taken = sorted(found.keys() & self._entries.keys())
             if taken:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from kbit.axes import Axis, axis, axis_of
 from kbit.compute_dtypes import COMPUTE_DTYPES
@@ -15,6 +13,9 @@ from kbit.errors import SpecError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.sources import Source
 from kbit.spec import LARGEST_NUMBER
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.executors.base import with_jobs
-from sweeps.launches.in_flight import Flight, read_flight
+from sweeps.launches.in_flight import InFlight, read_flight
 
 
-def observed_flight(out: Path, console: Console) -> Flight:
+def observed_flight(out: Path, console: Console) -> InFlight:
     """Ask once, say what could not be asked, and bring everything together."""
     for executor in with_jobs(out):
         with console.status(f"asking {executor.title} about jobs"):

@@ -23,7 +23,7 @@ from sweeps.executors.settings import ExecutorSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sweeps.launches.in_flight import Flight
+    from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.options import Options
     from sweeps.plan.packs import Plan
@@ -102,10 +102,10 @@ class Executor(ABC, Generic[S]):
         """Refuse what can't run, with a UserError, before anything is written."""
 
     @abstractmethod
-    def describe(self, order: Order, flight: Flight) -> tuple[Plan, list[tuple[str, str]]]:
+    def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:
         """Return what would run, and rows of (what, words) for mode=plan."""
 
-    def scripts(self, order: Order, flight: Flight) -> Sequence[str]:
+    def scripts(self, order: Order, flight: InFlight) -> Sequence[str]:
         """Return the scripts of the jobs that would be sent, for mode=plan script=true."""
         raise UserError(f"script=true: executor={self.name} sends no scripts; executor=slurm does")
 
@@ -126,7 +126,7 @@ class Executor(ABC, Generic[S]):
         return Observation()
 
     @classmethod
-    def show(cls, flight: Flight, console: Console) -> None:
+    def show(cls, flight: InFlight, console: Console) -> None:
         """Say how its jobs do, for mode=status."""
 
     @classmethod

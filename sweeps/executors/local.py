@@ -10,7 +10,7 @@ from sweeps.executors.settings import ExecutorSettings, LocalSettings
 from sweeps.worker.devices import resolve_device
 
 if TYPE_CHECKING:
-    from sweeps.launches.in_flight import Flight
+    from sweeps.launches.in_flight import InFlight
     from sweeps.plan.packs import Plan
 
 
@@ -35,7 +35,7 @@ class Local(Executor[LocalSettings]):
 
         workers_for(order, self.settings)
 
-    def describe(self, order: Order, flight: Flight) -> tuple[Plan, list[tuple[str, str]]]:
+    def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:
         from sweeps.executors.local_run import workers_for
         from sweeps.launches.claimer import plan_study
         from sweeps.plan.packs import Packing

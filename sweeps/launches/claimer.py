@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
-from sweeps.launches.in_flight import Flight, read_flight
+from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.plan.cost import CostModel
 from sweeps.plan.packs import Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
@@ -42,7 +42,12 @@ def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
 
 
 def plan_study(
-    store: Store, manifest: Manifest, retry: frozenset[str], packing: Packing, device: str, flight: Flight | None = None
+    store: Store,
+    manifest: Manifest,
+    retry: frozenset[str],
+    packing: Packing,
+    device: str,
+    flight: InFlight | None = None,
 ) -> Plan:
     """What is left of a study, given the store and the claims on it."""
     # Claims first: a launch that ends in between has then already stored what it did.

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.launches.claims import Claim, Claims
+from sweeps.launches.job_log import JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launch_dir
-from sweeps.launches.ledger import Entry, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _REPORTED: Final[set[Path]] = set()
 
 
 @dataclass(kw_only=True)
-class Flight:
+class InFlight:
     """Measurements that claims hold, by what became of them.
 
     Attributes:
@@ -45,7 +45,7 @@ class Flight:
     ended: dict[str, str] = field(default_factory=dict)
     rungs: dict[str, int] = field(default_factory=dict)
     suspects: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
-    launches: list[tuple[Launch, Ledger]] = field(default_factory=list)
+    launches: list[tuple[Launch, JobLog]] = field(default_factory=list)
     executors: dict[str, str] = field(default_factory=dict)
     local: list[Claim] = field(default_factory=list)
     failed_on: dict[str, str] = field(default_factory=dict)
@@ -58,17 +58,17 @@ class Flight:
     def held(self) -> set[str]:
         return self.running | self.queued
 
-    def absent(self) -> list[tuple[Launch, Entry]]:
+    def absent(self) -> list[tuple[Launch, JobRecord]]:
         """Jobs that the last look didn't know, and that are not given up yet."""
         return [
-            (la, e) for la, ledger in self.launches for e in ledger.entries.values() if e.absent_since and not e.ended
+            (la, e) for la, job_log in self.launches for e in job_log.entries.values() if e.absent_since and not e.ended
         ]
 
 
-def read_flight(out: Path) -> Flight:
+def read_flight(out: Path) -> InFlight:
     """Bring claims, attempts and ledgers together, without asking anybody."""
     claims = Claims(out=out)
-    flight = Flight()
+    flight = InFlight()
     # In their order: what a later claim holds is that claim's.
     for claim in claims.open():
         if claim.detached:
@@ -98,16 +98,16 @@ def load_launch(out: Path, claim: Claim) -> Launch | None:
         return None
 
 
-def _add_jobs(flight: Flight, launch: Launch, claim: Claim) -> None:
-    ledger = Ledger.load(launch)
-    if not ledger.settled(launch):
-        flight.launches.append((launch, ledger))
+def _add_jobs(flight: InFlight, launch: Launch, claim: Claim) -> None:
+    job_log = JobLog.load(launch)
+    if not job_log.settled(launch):
+        flight.launches.append((launch, job_log))
         flight.executors[launch.id] = claim.executor
-    open_packs = [p for p in claim.packs if not ledger.entries.get(p, Entry(state="")).ended]
+    open_packs = [p for p in claim.packs if not job_log.entries.get(p, JobRecord(state="")).ended]
     attempts = launch.attempts(open_packs) if open_packs else {}
     rungs = {p: launch.shapes[c.shape].rung for c in launch.chunks for p in c.packs}
     for pack, keys in claim.packs.items():
-        entry = ledger.entries.get(pack)
+        entry = job_log.entries.get(pack)
         if entry is None or entry.ended is None:
             running = _measuring(entry, attempts.get(pack, []))
             _hold(flight, set(keys) - running, running)
@@ -124,7 +124,7 @@ def _add_jobs(flight: Flight, launch: Launch, claim: Claim) -> None:
             flight.failed_on |= dict.fromkeys(keys, entry.nodes)
 
 
-def _measuring(entry: Entry | None, attempts: list[Attempt]) -> set[str]:
+def _measuring(entry: JobRecord | None, attempts: list[Attempt]) -> set[str]:
     """What a pack's job is measuring; nothing where it is back in the queue since its last attempt."""
     last = attempts[-1] if attempts else None
     if last is None or last.measuring is None or last.end is not None:
@@ -137,30 +137,30 @@ def _measuring(entry: Entry | None, attempts: list[Attempt]) -> set[str]:
     return {last.measuring}
 
 
-def _settling(launch: Launch, pack: str, entry: Entry) -> bool:
+def _settling(launch: Launch, pack: str, entry: JobRecord) -> bool:
     """Whether a pack that finished just now has not come into sight in the store yet."""
     if entry.ended != "lost" or abs(time.time() - entry.finished_at) >= SETTLE_SECONDS:
         return False
     return next((launch.out / "packs").glob(f"{pack}-*.parquet"), None) is None
 
 
-def _hold(flight: Flight, queued: Collection[str], running: Collection[str]) -> None:
+def _hold(flight: InFlight, queued: Collection[str], running: Collection[str]) -> None:
     flight.queued |= set(queued)
     flight.running |= set(running)
     for m in (*queued, *running):
         flight.ended.pop(m, None)
 
 
-def _end(flight: Flight, keys: Collection[str], how: str) -> None:
+def _end(flight: InFlight, keys: Collection[str], how: str) -> None:
     flight.ended |= dict.fromkeys(keys, how)
 
 
-def job_counts(flight: Flight) -> Mapping[str, int]:
+def job_counts(flight: InFlight) -> Mapping[str, int]:
     """Jobs of unsettled launches by the scheduler's last word."""
     counts: dict[str, int] = {}
-    for launch, ledger in flight.launches:
+    for launch, job_log in flight.launches:
         for pack in launch.places:
-            entry = ledger.entries.get(pack)
+            entry = job_log.entries.get(pack)
             if entry is None or entry.ended is None:
                 state = entry.state if entry else "UNKNOWN"
                 counts[state] = counts.get(state, 0) + 1

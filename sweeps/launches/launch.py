@@ -5,7 +5,7 @@
     OUT/launches/LAUNCH/submitted.json    job ids; written when the launcher has finished submitting
     OUT/launches/LAUNCH/attempts/*.json   one a pack, job and restart: where it ran, what it is measuring, how it ended
     OUT/launches/LAUNCH/owners/PACK       the job that runs a pack: one submission that was served twice runs it once
-    OUT/launches/LAUNCH/ledger.json       the last word of the scheduler on each pack (sweeps.launches.in_flight)
+    OUT/launches/LAUNCH/ledger.json       the scheduler's last word on each pack (sweeps.launches.job_log)
     OUT/launches/LAUNCH/cancelled.json    when its user cancelled it
     OUT/launches/LAUNCH/preflight-N.json  problems that the preflight of shape N found
     OUT/logs/LAUNCH/CHUNK/                at most two logs a job: its own and its worker's

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sweeps.errors import UserError
-from sweeps.launches.in_flight import Flight, read_flight
+from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.status import State
 from sweeps.store.parts import Samples, Store, decode_samples
 from sweeps.store.rows import measurement_row, recorded_state
@@ -90,14 +90,14 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
     return rows
 
 
-def measurement_states(out: Path, manifest: Manifest, flight: Flight) -> dict[str, State]:
+def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[str, State]:
     """The state of each measurement that a study planned."""
     rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
     stored = {row["measurement"]: row for row in rows}
     return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
 
 
-def _state(row: Row | None, key: str, flight: Flight) -> State:
+def _state(row: Row | None, key: str, flight: InFlight) -> State:
     """A stored result counts; then who is at it; then a stored failure; then how work that left no record ended."""
     stored = None if row is None else recorded_state(row)
     if stored is not None and stored.is_final:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sweeps.errors import UserError
-from sweeps.executors.slurm.query import JobState, Request, Sighting, cancel, check_request, look, read_limits
+from sweeps.executors.slurm.query import JobSnapshot, JobState, Request, cancel, check_request, query_jobs, read_limits
 from tests.slurm.cluster import Cluster
 
 
@@ -69,14 +69,14 @@ def request(**changes: Any) -> Request:
     return Request(**{**vars(shape), **changes})
 
 
-def look_until(name: str, wanted: Callable[[Sighting], bool], seconds: float = 40.0) -> Sighting:
+def look_until(name: str, wanted: Callable[[JobSnapshot], bool], seconds: float = 40.0) -> JobSnapshot:
     end = time.monotonic() + seconds
     while True:
-        sighting = look([name, "nobody-has-this-name"], time.time())
-        assert sighting.problems == ()
-        if wanted(sighting):
-            return sighting
-        assert time.monotonic() < end, sighting
+        snapshot = query_jobs([name, "nobody-has-this-name"], time.time())
+        assert snapshot.problems == ()
+        if wanted(snapshot):
+            return snapshot
+        assert time.monotonic() < end, snapshot
         time.sleep(0.2)
 
 
@@ -86,10 +86,10 @@ def states(jobs: Any) -> dict[int, str]:
 
 def test_held_elements_are_seen_one_by_one_and_cancelled_by_their_ids(name: str) -> None:
     array = submit(name, "--hold", "--array=0-98:2%3")
-    sighting = look([name], time.time())
-    assert sighting.queue is not None
-    assert states(sighting.queue) == dict.fromkeys(range(0, 100, 2), "PENDING")
-    assert sighting.queue[name, 4] == JobState(
+    snapshot = query_jobs([name], time.time())
+    assert snapshot.queue is not None
+    assert states(snapshot.queue) == dict.fromkeys(range(0, 100, 2), "PENDING")
+    assert snapshot.queue[name, 4] == JobState(
         name=name, index=4, job=f"{array}_4", state="PENDING", reason="JobHeldUser", nodes="", restarts=0
     )
     cancel([f"{array}_{i}" for i in range(0, 50, 2)])
@@ -103,16 +103,16 @@ def test_jobs_that_ended_are_no_error_to_cancel(name: str) -> None:
     job = submit(name)
     look_until(name, lambda s: states(s.queue) == {0: "COMPLETED"})
     cancel([job, "99999", "99999_3"])
-    assert states(look([name], time.time()).queue) == {0: "COMPLETED"}
+    assert states(query_jobs([name], time.time()).queue) == {0: "COMPLETED"}
 
 
 def test_ends_are_told_by_queue_and_accounting(name: str) -> None:
     submit(name, "--array=0-2", script="exit $SLURM_ARRAY_TASK_ID")
     ends = {0: "COMPLETED", 1: "FAILED", 2: "FAILED"}
-    sighting = look_until(name, lambda s: states(s.accounting) == ends)
-    assert states(sighting.queue) == ends
-    assert sighting.queue is not None
-    assert all(j.terminal and j.nodes in ("n1", "n2", "n3", "n4") for j in sighting.queue.values())
+    snapshot = look_until(name, lambda s: states(s.accounting) == ends)
+    assert states(snapshot.queue) == ends
+    assert snapshot.queue is not None
+    assert all(j.terminal and j.nodes in ("n1", "n2", "n3", "n4") for j in snapshot.queue.values())
 
 
 def test_jobs_killed_before_they_could_ever_start_are_in_accounting(name: str) -> None:
@@ -137,19 +137,19 @@ def test_a_requeue_counts_as_a_restart(name: str) -> None:
     assert [over.queue[name, i].restarts for i in (0, 1)] == [0, 1]
 
 
-def restarts(sighting: Sighting, name: str) -> list[int]:
-    assert sighting.accounting is not None
-    return [sighting.accounting[name, i].restarts for i in (0, 1)]
+def restarts(snapshot: JobSnapshot, name: str) -> list[int]:
+    assert snapshot.accounting is not None
+    return [snapshot.accounting[name, i].restarts for i in (0, 1)]
 
 
 def test_more_names_than_a_command_line_takes(name: str) -> None:
     job = submit(name, "--hold")
     names = [f"{uuid.uuid4().hex * 3}-{i}" for i in range(1500)]
     assert len(",".join(names)) > 128 * 1024
-    sighting = look([*names, name], time.time())
-    assert sighting.problems == ()
-    assert sighting.queue is not None
-    assert [j.job for j in sighting.queue.values()] == [job]
+    snapshot = query_jobs([*names, name], time.time())
+    assert snapshot.problems == ()
+    assert snapshot.queue is not None
+    assert [j.job for j in snapshot.queue.values()] == [job]
     cancel([job])
 
 
@@ -206,10 +206,10 @@ def test_without_accounting_the_queue_and_the_controllers_limits_are_told(
 ) -> None:
     job = submit(name, "--hold", "--qos=tiny")
     cut_off("AccountingStoragePort=")
-    sighting = look([name], time.time())
-    assert states(sighting.queue) == {0: "PENDING"}
-    assert sighting.accounting is None
-    assert [p.split()[0] for p in sighting.problems] == ["sacct"]
+    snapshot = query_jobs([name], time.time())
+    assert states(snapshot.queue) == {0: "PENDING"}
+    assert snapshot.accounting is None
+    assert [p.split()[0] for p in snapshot.problems] == ["sacct"]
     assert read_limits(partition="main", account=None, qos="tiny").why.startswith("MaxJobCount of the cluster")
     cancel([job])
 
@@ -256,9 +256,9 @@ def test_a_partition_that_is_down_is_told(cluster: Cluster) -> None:
 
 def test_a_scheduler_that_does_not_answer_is_a_problem_not_an_empty_queue(cut_off: Callable[..., None]) -> None:
     cut_off("SlurmctldPort=", "AccountingStoragePort=")
-    sighting = look(["a"], time.time())
-    assert sighting.queue is None
-    assert sighting.accounting is None
-    assert [p.split()[0] for p in sighting.problems] == ["squeue", "sacct"]
+    snapshot = query_jobs(["a"], time.time())
+    assert snapshot.queue is None
+    assert snapshot.accounting is None
+    assert [p.split()[0] for p in snapshot.problems] == ["squeue", "sacct"]
     with pytest.raises(UserError, match=r"the scheduler can't be asked .*Unable to contact slurm controller"):
         check_request(request())

@@ -17,7 +17,7 @@ from sweeps.worker.devices import DEVICES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sweeps.launches.in_flight import Flight
+    from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.plan.packs import Plan
 
@@ -70,7 +70,7 @@ class Slurm(Executor[SlurmSettings]):
         for shape in dict.fromkeys(context.shape(model, 0) for model in models):
             check_request(self.settings.request(shape))
 
-    def describe(self, order: Order, flight: Flight) -> tuple[Plan, list[tuple[str, str]]]:
+    def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:
         """Say what would be submitted, without asking the cluster."""
         from sweeps.executors.slurm.context import launch_context
         from sweeps.launches.claimer import plan_study
@@ -85,7 +85,7 @@ class Slurm(Executor[SlurmSettings]):
         ]
         return plan, rows
 
-    def scripts(self, order: Order, flight: Flight) -> Sequence[str]:
+    def scripts(self, order: Order, flight: InFlight) -> Sequence[str]:
         """Return what sbatch would be given for the first job array of each shape, without asking the cluster."""
         from sweeps.executors.slurm.context import launch_context
         from sweeps.executors.slurm.sbatch import planned_scripts
@@ -105,13 +105,13 @@ class Slurm(Executor[SlurmSettings]):
     def observe(cls, out: Path, waiting: Callable[[int], None] | None = None) -> Observation:
         from sweeps.executors.slurm.query.reconcile import reconcile, reconcile_twice
 
-        sighting = reconcile(out) if waiting is None else reconcile_twice(out, waiting)
-        if sighting is None:
+        snapshot = reconcile(out) if waiting is None else reconcile_twice(out, waiting)
+        if snapshot is None:
             return Observation()
-        return Observation(problems=sighting.problems, answered=sighting.queue is not None)
+        return Observation(problems=snapshot.problems, answered=snapshot.queue is not None)
 
     @classmethod
-    def show(cls, flight: Flight, console: Console) -> None:
+    def show(cls, flight: InFlight, console: Console) -> None:
         from sweeps.executors.slurm.show.status import show_jobs
 
         show_jobs(flight, console)

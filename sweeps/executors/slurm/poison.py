@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from sweeps.launches.in_flight import Flight
+from sweeps.launches.in_flight import InFlight
 from sweeps.status import FINAL
 from sweeps.store.parts import Store
 from sweeps.store.rows import Origin, failed_row
@@ -16,7 +16,7 @@ MOST_DEATHS: Final = 3
 """Jobs that may die while they measure the same thing."""
 
 
-def record_poison(store: Store, manifest: Manifest, flight: Flight) -> list[str]:
+def record_poison(store: Store, manifest: Manifest, flight: InFlight) -> list[str]:
     """Record measurements that too many jobs died of as failed; returns a sentence for each.
 
     'retry=[failed]' gives such a measurement as many lives again: only deaths after its last record count.

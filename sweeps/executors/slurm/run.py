@@ -131,11 +131,11 @@ def _follow(submitter: Submitter, view: WatchView) -> None:
     store, manifest = submitter.context.store, submitter.context.manifest
     tries: Counter[str] = Counter()
     while True:
-        sighting = reconcile(store.out)
+        snapshot = reconcile(store.out)
         for text in record_poison(store, manifest, read_flight(store.out)):
             view.note(text)
         flight = read_flight(store.out)
-        view.show(flight, sighting)
+        view.show(flight, snapshot)
         plan = plan_study(store, manifest, submitter.retry, submitter.context.packing, submitter.context.device, flight)
         worn_out = plan.todo and all(tries[m] >= MOST_TRIES for m in plan.measurement_keys())
         if worn_out and not plan.counts["in flight"]:

@@ -17,7 +17,7 @@ from sweeps.errors import SubmitError
 from sweeps.executors.slurm.context import LaunchContext
 from sweeps.executors.slurm.launch_plan import MOST_PER_CHUNK
 from sweeps.executors.slurm.node.job import PackJob, PreflightJob
-from sweeps.executors.slurm.query import look
+from sweeps.executors.slurm.query import query_jobs
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.launch import Chunk, Launch
 from sweeps.plan.packs import Plan
@@ -247,10 +247,10 @@ class Submission:
 
     def _taken(self, name: str) -> str | None:
         """The id of a job that sbatch said it failed to submit, but the queue has."""
-        sighting = look([name], self.launch.launched)
-        if sighting.queue is None:
-            raise SubmitError("; ".join(sighting.problems) or "the queue can't be asked")
-        jobs = {**(sighting.accounting or {}), **sighting.queue}
+        snapshot = query_jobs([name], self.launch.launched)
+        if snapshot.queue is None:
+            raise SubmitError("; ".join(snapshot.problems) or "the queue can't be asked")
+        jobs = {**(snapshot.accounting or {}), **snapshot.queue}
         # What SLURM refuses has a record too: it ended without ever having a node.
         found = [job.job for (known, _), job in jobs.items() if known == name and (job.nodes or not job.terminal)]
         return found[0].partition("_")[0] if found else None

@@ -11,7 +11,7 @@ from sweeps.executors.slurm.launch_plan import LaunchPlan
 from sweeps.executors.slurm.query import check_request, read_limits
 from sweeps.executors.slurm.sbatch import Submission
 from sweeps.launches.claimer import Claimer
-from sweeps.launches.in_flight import Flight
+from sweeps.launches.in_flight import InFlight
 from sweeps.launches.launch import Launch
 from sweeps.plan.packs import Plan
 from sweeps.provenance import ROOT
@@ -46,7 +46,7 @@ class Submitter:
     context: LaunchContext
     retry: frozenset[str]
 
-    def submit(self, launch_id: str, flight: Flight) -> Submitted:
+    def submit(self, launch_id: str, flight: InFlight) -> Submitted:
         """Claim and submit as much as the cluster's limits let in.
 
         Raises:
@@ -81,7 +81,7 @@ class Submitter:
         error = run.submit_all()
         return replace(submitted, launch=draft.launch, jobs=run.count, error=error)
 
-    def _parallel_left(self, flight: Flight) -> int | None:
+    def _parallel_left(self, flight: InFlight) -> int | None:
         """How many more jobs may run at once: earlier launches of the study that are not over have their share."""
         if self.context.slurm.max_parallel is None:
             return None

@@ -13,8 +13,8 @@ import pytest
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import JobError, LoadError
 from sweeps.executors.slurm.node import pack_attempt as packrun
-from sweeps.executors.slurm.node.owners import own_pack
-from sweeps.executors.slurm.node.pack_attempt import PackRun
+from sweeps.executors.slurm.node.owners import lease_pack
+from sweeps.executors.slurm.node.pack_attempt import PackAttempt
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, line_offsets
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
@@ -30,7 +30,7 @@ from tests.sweeps.worker.test_worker import BASELINE, evaluation, pack_of, pack_
 EVALS = (evaluation("first"), evaluation("second"))
 
 
-def pack_run(out: Path, pack: Pack, **settings: Any) -> PackRun:
+def pack_run(out: Path, pack: Pack, **settings: Any) -> PackAttempt:
     """A job of a baseline's pack that another chunk waits for."""
     launch = Launch(
         out=out,
@@ -43,7 +43,7 @@ def pack_run(out: Path, pack: Pack, **settings: Any) -> PackRun:
         launched=time.time(),
     )
     launch.save([pack])
-    run = PackRun(launch=launch, chunk=launch.chunks[0], pack=pack, claim=1)
+    run = PackAttempt(launch=launch, chunk=launch.chunks[0], pack=pack, claim=1)
     run._attempt = Attempt.begin(launch, pack.id, job="7_0", restart=0, host="n1", log=out / "log")
     return run
 
@@ -160,7 +160,7 @@ def test_a_pack_belongs_to_the_first_array_that_takes_it(tmp_path: Path, monkeyp
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
     with pytest.raises(JobError, match="is job 7's: sbatch was served twice for kbit-abc-0, and job 9 has nothing"):
         run._own()
-    assert own_pack(run.launch, "other", "9") == "9"
+    assert lease_pack(run.launch, "other", "9") == "9"
     assert sorted(p.name for p in (run.launch.directory / "owners").iterdir()) == ["other", run.pack.id]
 
 

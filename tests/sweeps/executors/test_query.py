@@ -18,7 +18,7 @@ from sweeps.executors.slurm.query import (
     cancel,
     check_request,
     command,
-    look,
+    query_jobs,
     read_limits,
 )
 from sweeps.executors.slurm.query.command import one_line
@@ -191,16 +191,16 @@ def test_a_request_asks_only_for_what_it_names() -> None:
 
 def test_no_names_ask_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    sighting = look([], time.time())
-    assert (sighting.queue, sighting.accounting, sighting.problems) == ({}, {}, ())
+    snapshot = query_jobs([], time.time())
+    assert (snapshot.queue, snapshot.accounting, snapshot.problems) == ({}, {}, ())
 
 
 def test_without_slurm_each_call_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    sighting = look(["a"], time.time())
-    assert sighting.queue is None
-    assert sighting.accounting is None
-    assert sighting.problems == ("squeue is not on this machine", "sacct is not on this machine")
+    snapshot = query_jobs(["a"], time.time())
+    assert snapshot.queue is None
+    assert snapshot.accounting is None
+    assert snapshot.problems == ("squeue is not on this machine", "sacct is not on this machine")
     with pytest.raises(UserError, match="no sbatch on this machine"):
         check_request(request())
     with pytest.raises(SchedulerError, match="scontrol is not on this machine"):

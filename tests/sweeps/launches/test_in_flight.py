@@ -13,18 +13,18 @@ import pytest
 from rich.console import Console
 
 from sweeps.errors import StoreError
-from sweeps.executors.slurm.query import JobState, Sighting, where
+from sweeps.executors.slurm.query import JobSnapshot, JobState, where
 from sweeps.executors.slurm.query import reconcile as reconciling
 from sweeps.executors.slurm.query.reconcile import ABSENT_SECONDS, reconcile
 from sweeps.executors.slurm.query.where import here
 from sweeps.executors.slurm.show import cancel, logs, status
 from sweeps.launches import in_flight as inflight
-from sweeps.launches import ledger
+from sweeps.launches import job_log
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import SETTLE_SECONDS, job_counts, read_flight
+from sweeps.launches.job_log import JobLog
 from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape
-from sweeps.launches.ledger import Ledger
 
 SETTINGS = JobSettings(
     device="cpu",
@@ -72,10 +72,10 @@ class Scheduler:
         self.queue: Mapping[tuple[str, int], JobState] | None = {}
         self.accounting: Mapping[tuple[str, int], JobState] | None = {}
         self.now = time.time()
-        monkeypatch.setattr(reconciling, "look", self.look)
+        monkeypatch.setattr(reconciling, "query_jobs", self.query_jobs)
 
-    def look(self, names: object, since: float) -> Sighting:
-        return Sighting(at=self.now, queue=self.queue, accounting=self.accounting, problems=())
+    def query_jobs(self, names: object, since: float) -> JobSnapshot:
+        return JobSnapshot(at=self.now, queue=self.queue, accounting=self.accounting, problems=())
 
 
 @pytest.fixture
@@ -305,20 +305,20 @@ def test_a_look_that_runs_beside_another_forgets_neither_an_end_nor_a_cancellati
 ) -> None:
     scheduler.queue = dict([job(0, "RUNNING"), job(1, "PENDING")])
     reconcile(launch.out)
-    older = Ledger.load(launch)
+    older = JobLog.load(launch)
     launch.cancel()
     scheduler.now += 10
     scheduler.queue = dict([job(0, "CANCELLED"), job(1, "RUNNING")])
     reconcile(launch.out)
     older.save(launch)
-    ledger = Ledger.load(launch)
-    assert ledger.cancelled
-    assert ledger.looked == scheduler.now
-    assert ledger.entries["p1"].ended == "cancelled"
-    assert ledger.entries["p2"].state == "RUNNING"
+    job_log = JobLog.load(launch)
+    assert job_log.cancelled
+    assert job_log.looked == scheduler.now
+    assert job_log.entries["p1"].ended == "cancelled"
+    assert job_log.entries["p2"].state == "RUNNING"
     older.looked = scheduler.now + 1
     older.save(launch)
-    assert {p: (e.state, e.ended) for p, e in Ledger.load(launch).entries.items()} == {
+    assert {p: (e.state, e.ended) for p, e in JobLog.load(launch).entries.items()} == {
         "p1": ("CANCELLED", "cancelled"),
         "p2": ("PENDING", None),
     }
@@ -331,13 +331,13 @@ def test_who_can_not_write_the_ledger_sees_what_the_scheduler_said(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "write_atomically", refuse)
+        patch.setattr(job_log, "write_atomically", refuse)
         scheduler.accounting = dict([job(0, "TIMEOUT"), job(1, "COMPLETED")])
         reconcile(launch.out)
         assert read_flight(launch.out).ended == {"m1": "timeout", "m2": "lost", "m3": "lost"}
     assert not (launch.directory / "ledger.json").exists()
-    Ledger.load(launch).save(launch)
-    assert launch.directory not in ledger._UNWRITTEN
+    JobLog.load(launch).save(launch)
+    assert launch.directory not in job_log._UNWRITTEN
     assert read_flight(launch.out).ended["m1"] == "timeout"
 
 
@@ -423,7 +423,7 @@ def test_cancelling_a_launch_that_is_still_being_submitted_stops_it(
         assert launch.cancelled()
         launch.record_submitted({})
 
-    monkeypatch.setattr(cancel, "look", scheduler.look)
+    monkeypatch.setattr(cancel, "query_jobs", scheduler.query_jobs)
     monkeypatch.setattr(cancel, "sleep", submitter_stops)
     console = Console(record=True, width=200)
     assert cancel.cancel_launches(launch.out, [launch], console) == 0

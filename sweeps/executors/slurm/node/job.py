@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import JobError
-from sweeps.executors.slurm.node.pack_attempt import PackRun, code_problems, job_id
+from sweeps.executors.slurm.node.pack_attempt import PackAttempt, code_problems, job_id
 from sweeps.files import write_atomically
 from sweeps.launches.launch import Launch
 
@@ -39,7 +39,9 @@ class PackJob:
     def __call__(self) -> str:
         launch = Launch.load(Path(self.out), self.launch)
         chunk = launch.chunks[self.chunk]
-        return PackRun(launch=launch, chunk=chunk, pack=launch.pack(chunk.packs[self.index]), claim=self.claim).run()
+        return PackAttempt(
+            launch=launch, chunk=chunk, pack=launch.pack(chunk.packs[self.index]), claim=self.claim
+        ).run()
 
     def checkpoint(self) -> object:
         """For submitit, on a requeue: progress is in the store, so the same call goes on where this one stopped."""
@@ -79,7 +81,7 @@ class PreflightJob:
         return "ok"
 
 
-def _mend(folder: Path, job: PackJob | PreflightJob, timeout_min: int, requeues: int) -> None:
+def _restore_pickle(folder: Path, job: PackJob | PreflightJob, timeout_min: int, requeues: int) -> None:
     """Make sure that submitit finds its pickle, and nothing else."""
     from submitit.core.utils import DelayedSubmission, JobPaths
 
@@ -119,7 +121,7 @@ def main() -> None:
         index = int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
         shape = launch.chunks[args.chunk].shape
         job = PackJob(out=args.out, launch=args.launch, claim=args.claim, chunk=args.chunk, index=index)
-    _mend(folder, job, launch.shapes[shape].minutes, launch.settings.requeues)
+    _restore_pickle(folder, job, launch.shapes[shape].minutes, launch.settings.requeues)
     process_job(folder)
 
 

@@ -10,7 +10,7 @@ from sweeps.launches.launch import Launch
 _DIRECTORY: Final = "owners"
 
 
-def own_pack(launch: Launch, pack: str, job: str) -> str:
+def lease_pack(launch: Launch, pack: str, job: str) -> str:
     """Take a pack for a job, once and for all; returns the job that has it.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Final
 from sweeps.errors import CodeChangedError, JobError, LoadError
 from sweeps.events import Crashed, Event, Measured, SmallerBatch, Stopped, event_to_dict
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
-from sweeps.executors.slurm.node.owners import own_pack
+from sweeps.executors.slurm.node.owners import lease_pack
 from sweeps.files import read_json
 from sweeps.launches.claims import Claims
 from sweeps.launches.launch import Attempt, Chunk, Launch
@@ -42,7 +42,7 @@ _ASK_SECONDS: Final = 10.0
 
 
 @dataclass(kw_only=True)
-class PackRun:
+class PackAttempt:
     """One attempt at a pack.
 
     Attributes:
@@ -144,7 +144,7 @@ class PackRun:
     def _own(self) -> None:
         """Leave the pack to another job that has it."""
         mine = job_id().partition("_")[0]
-        owner = own_pack(self.launch, self.pack.id, mine)
+        owner = lease_pack(self.launch, self.pack.id, mine)
         if owner != mine:
             raise JobError(
                 f"pack {self.pack.id} is job {owner}'s: sbatch was served twice for "

@@ -1,18 +1,18 @@
 """What is said to SLURM's command-line tools, all but submission. None of it needs SLURM at import."""
 
-from sweeps.executors.slurm.query.jobs import LIVE, TERMINAL, JobState, Sighting, cancel, look
+from sweeps.executors.slurm.query.jobs import LIVE, TERMINAL, JobSnapshot, JobState, cancel, query_jobs
 from sweeps.executors.slurm.query.limits import Limits, read_limits
 from sweeps.executors.slurm.query.request import Request, check_request
 
 __all__ = [
     "LIVE",
     "TERMINAL",
+    "JobSnapshot",
     "JobState",
     "Limits",
     "Request",
-    "Sighting",
     "cancel",
     "check_request",
-    "look",
+    "query_jobs",
     "read_limits",
 ]

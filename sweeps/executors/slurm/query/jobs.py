@@ -74,7 +74,7 @@ Jobs = Mapping[tuple[str, int], JobState]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sighting:
+class JobSnapshot:
     """What one look at the scheduler showed.
 
     Attributes:
@@ -91,7 +91,7 @@ class Sighting:
     problems: tuple[str, ...]
 
 
-def look(names: Collection[str], since: float) -> Sighting:
+def query_jobs(names: Collection[str], since: float) -> JobSnapshot:
     """Ask squeue and sacct about jobs by name: at most two calls whatever the number.
 
     Never raises for a scheduler that is down: what could not be asked is None.
@@ -102,7 +102,7 @@ def look(names: Collection[str], since: float) -> Sighting:
     """
     at = time.time()
     if not names:
-        return Sighting(at=at, queue={}, accounting={}, problems=())
+        return JobSnapshot(at=at, queue={}, accounting={}, problems=())
     wanted = frozenset(names)
     squeue, sacct = _commands(wanted, math.ceil(max(0.0, at - since) + MARGIN_SECONDS))
     queue: Jobs | None = None
@@ -117,7 +117,7 @@ def look(names: Collection[str], since: float) -> Sighting:
     except SchedulerError as error:
         problems.append(str(error))
     seen = [*(queue or {}).values(), *(accounting or {}).values()]
-    return Sighting(
+    return JobSnapshot(
         at=at,
         queue=None if queue is None else without_parents(queue, seen),
         accounting=None if accounting is None else without_parents(accounting, seen),

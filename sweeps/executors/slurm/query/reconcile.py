@@ -1,4 +1,4 @@
-"""SLURM's word on the jobs of launches, written into each launch's ledger.
+"""SLURM's word on the jobs of launches, written into each launch's job log.
 
 Absence is not death: the jobs of a pack are over only on a terminal state from the scheduler, or when two successful
 looks, ``ABSENT_SECONDS`` apart, don't know them. A cluster without accounting forgets nothing, since what was seen is
@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from sweeps.executors.slurm.query.jobs import JobState, Sighting, look
+from sweeps.executors.slurm.query.jobs import JobSnapshot, JobState, query_jobs
 from sweeps.executors.slurm.query.where import in_sight
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import load_launch, read_flight
+from sweeps.launches.job_log import ABSENT, SUBMITTING, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch
-from sweeps.launches.ledger import ABSENT, SUBMITTING, Entry, Ledger
 from sweeps.status import State
 
 ABSENT_SECONDS: Final = 30.0
@@ -38,92 +38,92 @@ _DIED_AS: Final = ("FAILED", "TIMEOUT", "COMPLETED", ABSENT)
 """Ends that count against the measurement that was in flight, where the job did not say a word of its own."""
 
 
-def reconcile(out: Path) -> Sighting | None:
+def reconcile(out: Path) -> JobSnapshot | None:
     """Ask the scheduler about every launch that isn't settled, in at most two calls, and write down what it says.
 
     Returns what was seen; None where there was nothing to ask about.
     """
     claims = Claims(out=out)
     asked = [
-        (launch, ledger, claim)
+        (launch, job_log, claim)
         for claim in claims.open()
         if claim.executor == "slurm"
         for launch in [load_launch(out, claim)]
         if launch is not None
-        for ledger in [Ledger.load(launch)]
-        if not ledger.settled(launch)
+        for job_log in [JobLog.load(launch)]
+        if not job_log.settled(launch)
     ]
     if not asked:
         return None
     names = [launch.chunk_name(c.number) for launch, _, _ in asked for c in launch.chunks]
-    sighting = look(names, min(launch.launched for launch, _, _ in asked))
-    if sighting.queue is not None:
-        for launch, ledger, claim in asked:
+    snapshot = query_jobs(names, min(launch.launched for launch, _, _ in asked))
+    if snapshot.queue is not None:
+        for launch, job_log, claim in asked:
             submitting = launch.submitted() is None and claims.is_alive(claim)
-            _update(launch, ledger, sighting, submitting)
-            ledger.save(launch)
-    return sighting
+            _update(launch, job_log, snapshot, submitting)
+            job_log.save(launch)
+    return snapshot
 
 
-def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> Sighting | None:
+def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | None:
     """``reconcile``; where jobs are unknown to the scheduler, again until it says more or enough time has passed.
 
     Args:
         waiting: told how many jobs are unknown, before each wait.
     """
-    sighting = reconcile(out)
-    while sighting is not None and sighting.queue is not None:
+    snapshot = reconcile(out)
+    while snapshot is not None and snapshot.queue is not None:
         absent = len(read_flight(out).absent())
         if not absent:
             break
         waiting(absent)
         time.sleep(LOOK_SECONDS)
-        sighting = reconcile(out)
-    return sighting
+        snapshot = reconcile(out)
+    return snapshot
 
 
-def _update(launch: Launch, ledger: Ledger, sighting: Sighting, submitting: bool) -> None:
-    """One launch's ledger after a look at the queue that succeeded."""
-    ledger.looked = sighting.at
-    open_packs = [p for p in launch.places if not ledger.entries.get(p, Entry(state="")).ended]
+def _update(launch: Launch, job_log: JobLog, snapshot: JobSnapshot, submitting: bool) -> None:
+    """One launch's job log after a look at the queue that succeeded."""
+    job_log.looked = snapshot.at
+    open_packs = [p for p in launch.places if not job_log.entries.get(p, JobRecord(state="")).ended]
     attempts = launch.attempts(open_packs)
     for pack in open_packs:
-        before = ledger.entries.get(pack)
-        entry = _entry(launch.places[pack], before, sighting, submitting, cancelled=ledger.cancelled)
+        before = job_log.entries.get(pack)
+        entry = _entry(launch.places[pack], before, snapshot, submitting, cancelled=job_log.cancelled)
         if entry.state == ABSENT and not in_sight(launch):
             continue
         if entry.ended is not None:
             entry = _with_last_words(entry, attempts.get(pack, []))
-        ledger.entries[pack] = entry
+        job_log.entries[pack] = entry
 
 
 def _entry(
-    place: tuple[str, int], before: Entry | None, sighting: Sighting, submitting: bool, *, cancelled: bool
-) -> Entry:
-    assert sighting.queue is not None
-    queued = sighting.queue.get(place)
-    accounted = (sighting.accounting or {}).get(place)
+    place: tuple[str, int], before: JobRecord | None, snapshot: JobSnapshot, submitting: bool, *, cancelled: bool
+) -> JobRecord:
+    assert snapshot.queue is not None
+    queued = snapshot.queue.get(place)
+    accounted = (snapshot.accounting or {}).get(place)
     if queued is not None and not queued.terminal:
         # A state that nobody knows is neither success nor failure.
-        return _from_job(queued, sighting.at, ended=None)
+        return _from_job(queued, snapshot.at, ended=None)
     over = queued or accounted
     if over is not None and over.terminal:
-        return _from_job(over, sighting.at, ended=_ENDED_AS.get(over.state, "lost"))
+        return _from_job(over, snapshot.at, ended=_ENDED_AS.get(over.state, "lost"))
     if submitting:
-        return Entry(state=SUBMITTING)
-    known = before or Entry(state=ABSENT)
-    since = known.absent_since or sighting.at
-    ended = "cancelled" if cancelled else "lost" if sighting.at - since >= ABSENT_SECONDS else None
+        return JobRecord(state=SUBMITTING)
+    known = before or JobRecord(state=ABSENT)
+    since = known.absent_since or snapshot.at
+    ended = "cancelled" if cancelled else "lost" if snapshot.at - since >= ABSENT_SECONDS else None
     return replace(known, state=ABSENT, reason="", absent_since=since, ended=ended)
 
 
-def _from_job(job: JobState, at: float, *, ended: str | None) -> Entry:
-    return Entry(
+def _from_job(job: JobState, at: float, *, ended: str | None) -> JobRecord:
+    return JobRecord(
         state=job.state, job=job.job, reason=job.reason, nodes=job.nodes, restarts=job.restarts, ended=ended, seen=at
     )
 
 
-def _with_last_words(entry: Entry, attempts: list[Attempt]) -> Entry:
+def _with_last_words(entry: JobRecord, attempts: list[Attempt]) -> JobRecord:
     """What the job itself wrote down counts more than its exit code."""
     if not attempts:
         return entry

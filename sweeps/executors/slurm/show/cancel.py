@@ -10,7 +10,7 @@ from typing import Final
 from rich.console import Console
 
 from sweeps.errors import SchedulerError, UserError
-from sweeps.executors.slurm.query import cancel, look
+from sweeps.executors.slurm.query import cancel, query_jobs
 from sweeps.executors.slurm.query.reconcile import reconcile
 from sweeps.launches.claims import Claims
 from sweeps.launches.launch import Launch
@@ -27,11 +27,11 @@ def cancel_launches(out: Path, chosen: Sequence[Launch], console: Console) -> in
     """
     stopped = _stop_submitting(out, chosen, console)
     names = [n for la in chosen for n in _job_names(la)]
-    sighting = look(names, min(la.launched for la in chosen))
-    if sighting.queue is None:
+    snapshot = query_jobs(names, min(la.launched for la in chosen))
+    if snapshot.queue is None:
         rest = "No job was cancelled" if stopped else "Nothing was cancelled"
-        raise UserError(f"mode=cancel: {'; '.join(sighting.problems)}. {rest}")
-    live = [job for job in sighting.queue.values() if not job.terminal]
+        raise UserError(f"mode=cancel: {'; '.join(snapshot.problems)}. {rest}")
+    live = [job for job in snapshot.queue.values() if not job.terminal]
     if not live:
         reconcile(out)
         console.print(f"No jobs of {chosen[0].sweep} are queued or running any more.", highlight=False)

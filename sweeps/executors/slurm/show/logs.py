@@ -12,8 +12,8 @@ from rich.console import Console
 
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import load_launch
+from sweeps.launches.job_log import JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Chunk, Launch
-from sweeps.launches.ledger import Entry, Ledger
 
 LINES_SHOWN: Final = 30
 MOST_LOGS_SHOWN: Final = 10
@@ -23,9 +23,9 @@ def why_never_run(out: Path, measurements: Collection[str]) -> dict[str, set[str
     """Which of some queued or cancelled measurements can't run, by what the job that theirs wait for failed of."""
     found: dict[str, set[str]] = {}
     wanted = set(measurements)
-    for claim, launch, ledger in _launches(out):
+    for claim, launch, job_log in _launches(out):
         for chunk in launch.chunks:
-            block = _block(launch, ledger, chunk)
+            block = _block(launch, job_log, chunk)
             if block is None:
                 continue
             attempts = launch.attempts(chunk.packs)
@@ -41,32 +41,32 @@ def failed_logs(out: Path, measurements: Collection[str], console: Console) -> i
     """Print how the jobs that held some measurements ended, and the ends of their logs; returns how many."""
     shown = 0
     wanted = set(measurements)
-    for claim, launch, ledger in _launches(out):
+    for claim, launch, job_log in _launches(out):
         packs = [p for p, keys in claim.packs.items() if wanted & set(keys)]
         wanted -= claim.measurements
         attempts = launch.attempts(packs) if packs else {}
-        unstarted = {p for p in packs if p not in attempts and not _logs(launch, ledger, p)}
+        unstarted = {p for p in packs if p not in attempts and not _logs(launch, job_log, p)}
         for chunk in launch.chunks:
-            shown += _show_unstarted(launch, ledger, chunk, unstarted, console)
+            shown += _show_unstarted(launch, job_log, chunk, unstarted, console)
         for pack in packs:
-            entry = ledger.entries.get(pack)
+            entry = job_log.entries.get(pack)
             if pack in unstarted or entry is None or entry.ended is None:
                 continue
             shown += 1
             if shown <= MOST_LOGS_SHOWN:
-                _show_job(entry, attempts.get(pack, []), _logs(launch, ledger, pack), console)
+                _show_job(entry, attempts.get(pack, []), _logs(launch, job_log, pack), console)
     if shown > MOST_LOGS_SHOWN:
         console.print(f"… and {shown - MOST_LOGS_SHOWN} more jobs: cell= or where= chooses")
     return shown
 
 
-def _launches(out: Path) -> Iterator[tuple[Claim, Launch, Ledger]]:
+def _launches(out: Path) -> Iterator[tuple[Claim, Launch, JobLog]]:
     """Every launch on SLURM whose claim stands, the latest first."""
     for claim in reversed(Claims(out=out).open()):
         if claim.executor == "slurm":
             launch = load_launch(out, claim)
             if launch is not None:
-                yield claim, launch, Ledger.load(launch)
+                yield claim, launch, JobLog.load(launch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ class _Block:
     logs: Sequence[Path]
 
 
-def _block(launch: Launch, ledger: Ledger, chunk: Chunk) -> _Block | None:
+def _block(launch: Launch, job_log: JobLog, chunk: Chunk) -> _Block | None:
     """What keeps an array from running for ever; None when nothing is known to."""
     problems = launch.preflight_problems(chunk.shape)
     logs = sorted((launch.logs(chunk.number).parent / f"preflight-{chunk.shape}").glob("*_log.out"))
     if problems:
         return _Block(text="preflight: " + "; ".join(problems), logs=logs)
-    ended = all((entry := ledger.entries.get(p)) and entry.ended == "cancelled" for p in chunk.packs)
-    if problems is None and logs and ended and not ledger.cancelled:
+    ended = all((entry := job_log.entries.get(p)) and entry.ended == "cancelled" for p in chunk.packs)
+    if problems is None and logs and ended and not job_log.cancelled:
         return _Block(text=f"the preflight died before it could say why; {_last(logs[-1])}", logs=logs)
     if chunk.after is None:
         return None
@@ -94,17 +94,17 @@ def _block(launch: Launch, ledger: Ledger, chunk: Chunk) -> _Block | None:
         if end is not None and end["reason"] in ("gate", "walltime", "error") and not end.get("requeued"):
             why = end.get("error") or f"its baseline did not finish ({end['reason']})"
             text = f"{launch.pack(gate).model.label} is held back: {why}"
-            return _Block(text=text, logs=_logs(launch, ledger, gate))
+            return _Block(text=text, logs=_logs(launch, job_log, gate))
     return None
 
 
-def _show_unstarted(launch: Launch, ledger: Ledger, chunk: Chunk, unstarted: Collection[str], console: Console) -> int:
+def _show_unstarted(launch: Launch, job_log: JobLog, chunk: Chunk, unstarted: Collection[str], console: Console) -> int:
     """Say once for an array why jobs of it never began; returns how many jobs it spoke of."""
     packs = [p for p in chunk.packs if p in unstarted]
     if not packs:
         return 0
-    block = _block(launch, ledger, chunk)
-    ends = Counter(entry.ended for p in packs if (entry := ledger.entries.get(p)) and entry.ended)
+    block = _block(launch, job_log, chunk)
+    ends = Counter(entry.ended for p in packs if (entry := job_log.entries.get(p)) and entry.ended)
     if block is None and not ends:
         return 0
     words = ", ".join(f"{n} {end}" for end, n in ends.items()) or f"{len(packs)} queued"
@@ -116,7 +116,7 @@ def _show_unstarted(launch: Launch, ledger: Ledger, chunk: Chunk, unstarted: Col
     return len(packs)
 
 
-def _show_job(entry: Entry, attempts: Sequence[Attempt], logs: Sequence[Path], console: Console) -> None:
+def _show_job(entry: JobRecord, attempts: Sequence[Attempt], logs: Sequence[Path], console: Console) -> None:
     assert entry.ended is not None
     console.rule(f"job {entry.job}: " + ", ".join(dict.fromkeys([entry.state.lower(), entry.ended])))
     last = attempts[-1] if attempts else None
@@ -127,9 +127,9 @@ def _show_job(entry: Entry, attempts: Sequence[Attempt], logs: Sequence[Path], c
         _show_log(log, console)
 
 
-def _logs(launch: Launch, ledger: Ledger, pack: str) -> list[Path]:
+def _logs(launch: Launch, job_log: JobLog, pack: str) -> list[Path]:
     """The logs of a pack's job: its own and its worker's."""
-    entry = ledger.entries.get(pack)
+    entry = job_log.entries.get(pack)
     if entry is None or not entry.job:
         return []
     return sorted(launch.logs(launch.chunk_of(pack).number).glob(f"{entry.job}_*log*"))

@@ -8,8 +8,8 @@ from typing import Final
 from rich.console import Console
 
 from sweeps.executors.slurm.query.where import in_sight
-from sweeps.launches.in_flight import Flight, job_counts
-from sweeps.launches.ledger import Entry
+from sweeps.launches.in_flight import InFlight, job_counts
+from sweeps.launches.job_log import JobRecord
 
 _ORDINARY: Final = ("", "None", "Priority", "Resources")
 _IN_WORDS: Final = {
@@ -19,19 +19,19 @@ _IN_WORDS: Final = {
 """What SLURM's reasons for waiting mean here."""
 
 
-def show_jobs(flight: Flight, console: Console) -> None:
+def show_jobs(flight: InFlight, console: Console) -> None:
     """Jobs of unsettled launches by state, and what keeps some from ever running."""
     counts = job_counts(flight)
     if counts:
         words = ", ".join(f"{n} {state.lower()}" for state, n in sorted(counts.items()))
         console.print(f"SLURM jobs: {words}", highlight=False)
     reasons = Counter(
-        e.reason for _, ledger in flight.launches for e in ledger.entries.values() if e.state == "PENDING"
+        e.reason for _, job_log in flight.launches for e in job_log.entries.values() if e.state == "PENDING"
     )
     for reason, count in reasons.most_common():
         if reason not in _ORDINARY:
             console.print(f"  {count} pending for {_IN_WORDS.get(reason, reason)}", highlight=False)
-    if any(e.state == "ABSENT" and not e.ended for _, ledger in flight.launches for e in ledger.entries.values()):
+    if any(e.state == "ABSENT" and not e.ended for _, job_log in flight.launches for e in job_log.entries.values()):
         console.print(
             "  absent: SLURM doesn't know them just now; when it still doesn't half a minute later, they are lost"
         )
@@ -44,11 +44,11 @@ def show_jobs(flight: Flight, console: Console) -> None:
         )
 
 
-def unseen(flight: Flight) -> Counter[tuple[str, str]]:
+def unseen(flight: InFlight) -> Counter[tuple[str, str]]:
     """Return jobs by (user, cluster) that the last look did not show, and need not have shown."""
     entries = (
-        (la, ledger.looked, ledger.entries.get(pack, Entry(state="")))
-        for la, ledger in flight.launches
+        (la, job_log.looked, job_log.entries.get(pack, JobRecord(state="")))
+        for la, job_log in flight.launches
         if not in_sight(la)
         for pack in la.places
     )

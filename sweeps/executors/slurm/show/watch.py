@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sweeps.executors.slurm.query import Sighting
-from sweeps.launches.in_flight import Flight, job_counts
+from sweeps.executors.slurm.query import JobSnapshot
+from sweeps.launches.in_flight import InFlight, job_counts
 from sweeps.results.table import measurement_states
 from sweeps.status import FINAL
 from sweeps.study.manifest import Manifest
@@ -52,11 +52,11 @@ class WatchView:
         """Something that happened, above the live part."""
         self.console.print(f"{time.strftime('%H:%M:%S')} {escape(text)}", highlight=False)
 
-    def show(self, flight: Flight, sighting: Sighting | None) -> None:
+    def show(self, flight: InFlight, snapshot: JobSnapshot | None) -> None:
         """The state now."""
         states: Counter[str] = Counter(measurement_states(self.out, self.manifest, flight).values())
         jobs = job_counts(flight)
-        problems = sighting.problems if sighting else ()
+        problems = snapshot.problems if snapshot else ()
         if self.console.is_terminal:
             self._live.update(self._drawn(states, jobs, problems), refresh=True)
             return

@@ -12,12 +12,12 @@ from sweeps.launches.launch import Launch
 
 SUBMITTING: Final = "SUBMITTING"
 ABSENT: Final = "ABSENT"
-_UNWRITTEN: Final[dict[Path, Ledger]] = {}
+_UNWRITTEN: Final[dict[Path, JobLog]] = {}
 """By launch directory, what this process saw and could not write down: who may only read still gets the truth."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class JobRecord:
     """What is known of one pack's job.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry:
 
 
 @dataclass(kw_only=True)
-class Ledger:
+class JobLog:
     """The scheduler's last word on every pack of a launch.
 
     Attributes:
@@ -52,27 +52,27 @@ class Ledger:
         cancelled: whether the user cancelled the launch (``Launch.cancel``); a job that is gone since was cancelled.
     """
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, JobRecord] = field(default_factory=dict)
     looked: float = 0.0
     cancelled: bool = False
 
     @classmethod
-    def load(cls, launch: Launch) -> Ledger:
-        ledger = cls(cancelled=launch.cancelled())
+    def load(cls, launch: Launch) -> JobLog:
+        job_log = cls(cancelled=launch.cancelled())
         try:
             data = read_json(launch.directory / "ledger.json")
         except FileNotFoundError:
             pass
         else:
-            ledger.entries = {p: Entry(**e) for p, e in data["entries"].items()}
-            ledger.looked = data["looked"]
+            job_log.entries = {p: JobRecord(**e) for p, e in data["entries"].items()}
+            job_log.looked = data["looked"]
         if launch.directory in _UNWRITTEN:
-            ledger._merge(_UNWRITTEN[launch.directory])
-        return ledger
+            job_log._merge(_UNWRITTEN[launch.directory])
+        return job_log
 
     def save(self, launch: Launch) -> None:
         """Write it down, with what others wrote meanwhile; where that can't be done, keep it for this process."""
-        current = Ledger.load(launch)
+        current = JobLog.load(launch)
         current._merge(self)
         data = {"entries": {p: asdict(e) for p, e in current.entries.items()}, "looked": current.looked}
         try:
@@ -82,7 +82,7 @@ class Ledger:
         else:
             _UNWRITTEN.pop(launch.directory, None)
 
-    def _merge(self, other: Ledger) -> None:
+    def _merge(self, other: JobLog) -> None:
         """Take over what another look saw: the newer look counts, but what has ended stays so."""
         newer = other.looked >= self.looked
         for pack, entry in other.entries.items():
