@@ -20,6 +20,9 @@ from kbit.errors import SpecError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 T = TypeVar("T")
 
 

@@ -12,7 +12,7 @@ from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.status import State
 from sweeps.store.parts import Samples, Store, decode_samples
 from sweeps.store.rows import measurement_row, recorded_state
-from sweeps.store.schema import CELL_COLUMNS, COLUMNS, Row
+from sweeps.store.schema import Row, cell_columns, columns
 from sweeps.study.cell import Measurement
 from sweeps.study.manifest import Manifest, load_manifests
 
@@ -121,12 +121,12 @@ def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, M
 
 
 def _planned_row(measurement: Measurement) -> Row:
-    empty = {c.name: None for c in COLUMNS if c.name != "samples"}
+    empty = {c.name: None for c in columns() if c.name != "samples"}
     return {**empty, **measurement_row(measurement), "metrics": {}, "stderr": {}}
 
 
 def _long(rows: Sequence[Row]) -> pd.DataFrame:
-    return _frame(rows, [c.name for c in COLUMNS if c.name != "samples"])
+    return _frame(rows, [c.name for c in columns() if c.name != "samples"])
 
 
 def _wide(rows: Sequence[Row]) -> pd.DataFrame:
@@ -140,7 +140,7 @@ def _wide(rows: Sequence[Row]) -> pd.DataFrame:
         values |= _metric_columns(group)
         metrics |= dict.fromkeys(values)
         wide.append({**_wide_fixed(group), **values})
-    fixed = [*CELL_COLUMNS[:1], "sweep", "status", *CELL_COLUMNS[1:]]
+    fixed = [*cell_columns()[:1], "sweep", "status", *cell_columns()[1:]]
     return _frame(wide, [*fixed, *metrics, *_WIDE_SUMS, *_WIDE_MAX, *_WIDE_LAST])
 
 
@@ -151,7 +151,7 @@ def _wide_fixed(group: Sequence[Row]) -> Row:
     finished = [row for row in group if row["finished"] is not None]
     last: Row = max(finished, key=lambda r: r["finished"]) if finished else best
     failed = next((row for row in group if row["status"] == State.FAILED), None)
-    row = {name: best[name] for name in CELL_COLUMNS}
+    row = {name: best[name] for name in cell_columns()}
     row["sweep"] = best["sweep"]
     row["status"] = next(s.value for s in State if s in statuses)
     row |= {name: last[name] for name in _WIDE_LAST}
@@ -178,10 +178,10 @@ def _metric_columns(group: Sequence[Row]) -> dict[str, float]:
     return values
 
 
-def _frame(rows: Sequence[Row], columns: Sequence[str]) -> pd.DataFrame:
+def _frame(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
-    frame = pd.DataFrame.from_records(list(rows), columns=list(columns))
+    frame = pd.DataFrame.from_records(list(rows), columns=list(names))
     nullable = {"int64": "Int64", "bool": "boolean", "float64": "float64", "string": "str"}
-    types = {c.name: nullable[c.type] for c in COLUMNS if c.name in frame.columns and c.type in nullable}
+    types = {c.name: nullable[c.type] for c in columns() if c.name in frame.columns and c.type in nullable}
     return frame.astype(types)

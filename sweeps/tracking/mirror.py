@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,11 +46,6 @@ from sweeps.tracking.server import STATUSES, RemoteRun, Server
 
 IDENTITY: Final = ("family", "model", "params")
 """A row's columns that are constant in a pack: the run's configuration, and in its table, which W&B joins over runs."""
-AXES: Final = (
-    *("key", "measurement", "status", "eval", "method", *axes(), "label", "bits_per_param", "bits_per_param_nominal"),
-    *("total_bits", "total_bits_nominal", "seconds", "peak_memory_bytes", "error_type"),
-)
-"""A row's columns that become columns of the run's history."""
 RETRY_SECONDS: Final = 30.0
 """Least time between two tries to open a run while the server can't be reached."""
 TRANSMIT_SECONDS: Final = 5.0
@@ -59,6 +54,15 @@ LINGER_SECONDS: Final = 60.0
 
 
 Emit = Callable[[Answer], None]
+
+
+@cache
+def mirrored_columns() -> tuple[str, ...]:
+    """Return a row's columns that become columns of the run's history."""
+    return (
+        *("key", "measurement", "status", "eval", "method", *axes(), "label", "calibration", "bits_per_param"),
+        *("bits_per_param_nominal", "total_bits", "total_bits_nominal", "seconds", "peak_memory_bytes", "error_type"),
+    )
 
 
 def token(row: Row) -> str:
@@ -73,7 +77,7 @@ def token(row: Row) -> str:
 
 def history_row(row: Row) -> dict[str, Scalar]:
     """A measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
-    step = {k: row[k] for k in AXES if row.get(k) is not None}
+    step = {k: row[k] for k in mirrored_columns() if row.get(k) is not None}
     for suffix, values in (("", row["metrics"]), ("_stderr", row["stderr"])):
         step |= {f"{row['eval']}/{k}{suffix}": v for k, v in values.items() if v is not None}
     return step

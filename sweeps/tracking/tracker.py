@@ -15,7 +15,7 @@ from typing import Any, Final
 from sweeps.store.schema import Row, Scalar
 from sweeps.tracking.config import TrackingConfig
 from sweeps.tracking.messages import Answer, Fatal, Finish, Finished, Log, Start, Trouble
-from sweeps.tracking.mirror import AXES, IDENTITY
+from sweeps.tracking.mirror import IDENTITY, mirrored_columns
 from sweeps.tracking.process import MirrorProcess
 
 CLOSE_SECONDS: Final = 15.0
@@ -173,7 +173,7 @@ def _plain_dict(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def _mirrored_part(row: Row) -> Row:
     """What W&B gets of a row: no samples, tracebacks or machine names."""
-    part = {k: _plain(row.get(k)) for k in (*IDENTITY, *AXES)}
+    part = {k: _plain(row.get(k)) for k in (*IDENTITY, *mirrored_columns())}
     part = {k: v for k, v in part.items() if v == v}  # pandas' other way to say that a value is missing
     return part | {k: _plain(dict(row.get(k) or {})) for k in ("metrics", "stderr")}
 

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from sweeps.errors import StoreError
 from sweeps.store.parts import Store, decode_samples, encode_samples
-from sweeps.store.schema import COLUMNS, arrow_schema, markdown
+from sweeps.store.schema import arrow_schema, columns, markdown
 from tests import ROOT
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -213,7 +213,7 @@ def test_samples_survive_encoding(samples: dict[str, Any]) -> None:
 
 
 def test_every_column_is_documented() -> None:
-    assert [f.name for f in arrow_schema()] == [c.name for c in COLUMNS]
-    assert all(c.doc for c in COLUMNS)
+    assert [f.name for f in arrow_schema()] == [c.name for c in columns()]
+    assert all(c.doc for c in columns())
     written = (ROOT / "sweeps" / "store" / "SCHEMA.md").read_text()
     assert markdown() in written, "run python -m sweeps.store.schema and put its output into sweeps/store/SCHEMA.md"
