@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any, get_args
+
 import pytest
 
+from kbit.compute_dtypes import COMPUTE_DTYPES
+from kbit.data_types import DTYPES
+from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
-from kbit.sources import LocalFile
-from kbit.spec import QuantSpec, spec_from_canonical
+from kbit.sources import LocalFile, source_from_dict
+from kbit.spec import (
+    METHODS,
+    AbsmaxDType,
+    DynamicInterval,
+    QuantSpec,
+    Scheme,
+    Spec,
+    Subnormals,
+    axes,
+    spec_from_canonical,
+    spec_of,
+)
 from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json
+from tests import ROOT
 
 HUB = ModelRef(family="pythia", name="70m", params=70_426_624, hub_id="EleutherAI/pythia-70m", commit="a" * 40)
 LOCAL = ModelRef(family="neox", name="neox-s", params=1_892_800, path="/models/neox-s", weights_hash="b" * 64)
@@ -21,6 +40,37 @@ GOLDEN = {
     "measurement": "ba11fc4d3c7b2da30aa2b5a83d68bc58ab7093525a5e045ff2fc10732c56df51",
 }
 
+PINNED: list[dict[str, Any]] = json.loads((ROOT / "tests" / "data" / "golden_keys.json").read_text())
+"""Cells and measurements of every data type, scheme, method and kind that there was before doors; never edited."""
+
+# What came with version 2 of the keys (axes with `since=2`, new entries of doors): pinned since, and every key above
+# stayed as it was. An entry that joins a door joins this list.
+LATER: list[dict[str, Any]] = [
+    {
+        "quant": {"bits": 3, "dtype": "lloyd"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {
+            **{"method": "blockwise", "bits": 3, "dtype": "lloyd", "blocksize": 64, "scheme": "block"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+        },
+        "label": "lloyd3 b64",
+        "key": "8db0d75fb1dccddb7666137a7620a80bea476bdf558216d2c244855cd3585156",
+    },
+    {
+        "quant": {"bits": 3, "dtype": "mine", "codebook": [-1.0, -0.25, 0.0, 0.25, 1.0], "blocksize": 128},
+        "model": vars(LOCAL),
+        "eval": None,
+        "canonical": {
+            **{"method": "blockwise", "bits": 3, "dtype": "mine", "blocksize": 128, "scheme": "block"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+            "codebook": [-1.0, -0.25, 0.0, 0.25, 1.0],
+        },
+        "label": "mine3 b128 codebook 7926bf886663",
+        "key": "dc2c1d1576bb0a04555125031b278f0bb32bf82267041d897241cced57620935",
+    },
+]
+
 
 def test_keys_are_what_they_always_were() -> None:
     float3 = QuantSpec(bits=3, dtype="float", outlier_fraction=0.02, center=True, absmax_dtype="nested")
@@ -32,6 +82,46 @@ def test_keys_are_what_they_always_were() -> None:
         "measurement": Measurement(cell=int4, eval=EVAL).key,
     }
     assert keys == GOLDEN
+
+
+def spec_of_entry(quant: Mapping[str, Any]) -> Spec:
+    """The spec of an entry's axis values (JSON has lists where a spec has tuples)."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in quant.items()}
+    if "method" in values:
+        return spec_of(values)
+    return QuantSpec(**values)
+
+
+def measured_by(entry: Mapping[str, Any]) -> Cell | Measurement:
+    cell = Cell(model=ModelRef(**entry["model"]), quant=spec_of_entry(entry["quant"]))
+    if entry["eval"] is None:
+        return cell
+    values = dict(entry["eval"])
+    return Measurement(cell=cell, eval=EvalSpec(**values | {"source": source_from_dict(values.get("source", {}))}))
+
+
+@pytest.mark.parametrize("entry", PINNED + LATER, ids=lambda e: f"{e['label']}-{e['key'][:6]}")
+def test_a_pinned_entry_is_what_it_always_was(entry: Mapping[str, Any]) -> None:
+    spec = spec_of_entry(entry["quant"])
+    found = {"canonical": spec.canonical(), "label": spec.label, "key": measured_by(entry).key}
+    assert found == {name: entry[name] for name in found}
+    assert spec_from_canonical(entry["canonical"]) == spec
+
+
+def test_every_entry_of_a_door_and_every_axis_has_a_pinned_key() -> None:
+    specs = [spec_of_entry(entry["quant"]) for entry in PINNED + LATER]
+    evals = [m.eval for m in map(measured_by, PINNED + LATER) if isinstance(m, Measurement)]
+    blockwise = [spec for spec in specs if isinstance(spec, QuantSpec) and not spec.is_baseline]
+    assert {spec.method for spec in specs} == set(METHODS)
+    assert {"file" if spec.codebook else spec.dtype for spec in blockwise} == set(DTYPES)
+    assert {spec.scheme for spec in blockwise} == set(get_args(Scheme))
+    assert {spec.absmax_dtype for spec in blockwise} == set(get_args(AbsmaxDType))
+    assert {spec.subnormals for spec in blockwise} - {None} == set(get_args(Subnormals))
+    assert {spec.dynamic_interval for spec in blockwise} - {None} == set(get_args(DynamicInterval))
+    assert {spec.kind for spec in evals} == set(EVALUATORS)
+    assert {spec.compute_dtype for spec in evals} == set(COMPUTE_DTYPES)
+    values = {name: {canonical_json({name: spec.axis_values().get(name)}) for spec in specs} for name in axes()}
+    assert [name for name, found in values.items() if len(found) < 2] == []  # an axis that no entry moves
 
 
 def test_what_does_not_matter_is_not_in_the_key() -> None:
