@@ -1,7 +1,5 @@
 """Figures: what is drawn is the data, capped where it says so; what can't be drawn is logged."""
 
-# ruff: noqa: F401, F811 (the imported fixture)
-
 from __future__ import annotations
 
 import subprocess
@@ -23,7 +21,7 @@ from analysis.findings import findings
 from analysis.metrics import parse_metric
 from kbit.spec import QuantSpec
 from tests import ROOT
-from tests.analysis.test_study import MODELS, Study, diverge, make_study, study
+from tests.analysis.studies import MODELS, Study, diverge, make_study
 
 LOSS = parse_metric("jargon_loss")
 NAMES = ["bit_scaling.png", "data_types_4bit.png", "block_sizes_4bit.png"]

@@ -1,7 +1,5 @@
 """Findings: sentences say what the data hold, compare like with like, and are left out where the data hold nothing."""
 
-# ruff: noqa: F401, F811 (the imported fixture)
-
 from __future__ import annotations
 
 import numpy as np
@@ -11,7 +9,7 @@ from analysis.findings import findings, wanted_samples
 from analysis.metrics import parse_metric
 from analysis.scaling import scaling_points
 from kbit.spec import QuantSpec
-from tests.analysis.test_study import MODELS, Study, diverge, make_study, study
+from tests.analysis.studies import MODELS, Study, diverge, make_study
 
 LOSS = parse_metric("jargon_loss")
 

@@ -1,7 +1,5 @@
 """Scaling curves and paired comparisons: numbers against independent oracles and known answers."""
 
-# ruff: noqa: F401, F811 (the imported fixture)
-
 from __future__ import annotations
 
 import numpy as np
@@ -14,7 +12,7 @@ from scipy import stats
 from analysis.metrics import parse_metric
 from analysis.scaling import best_precision, budget_grid, common_range, interpolate, scaling_points
 from analysis.significance import can_pair, compare, compare_loss, compare_mean_loss, compare_outcomes
-from tests.analysis.test_study import MODELS, Study, study
+from tests.analysis.studies import MODELS, Study
 
 LOSS = parse_metric("jargon_loss")
 ACC = parse_metric("jargon_choice_acc")

@@ -1,7 +1,5 @@
 """Tables and metrics: the right rows, the right numbers, nothing invented where a cell is missing."""
 
-# ruff: noqa: F401, F811 (the imported fixture)
-
 from __future__ import annotations
 
 import json
@@ -20,7 +18,7 @@ from analysis.mixtures import mixture_warnings
 from analysis.tables import bits_by_dtype, render, to_markdown, write_table
 from kbit.errors import SpecError
 from kbit.spec import QuantSpec
-from tests.analysis.test_study import MODELS, Study, demo_specs, diverge, make_study, study
+from tests.analysis.studies import MODELS, Study, demo_specs, diverge, make_study
 
 LOSS = parse_metric("jargon_loss")
 
@@ -31,6 +29,12 @@ def one(df: pd.DataFrame, **where: object) -> pd.Series:
         keep &= (df[column] == value).fillna(False)
     assert keep.sum() == 1
     return df[keep].iloc[0]
+
+
+def test_the_study_has_the_demos_129_cells_of_three_evals(study: Study) -> None:
+    assert len(study.wide) == 129
+    assert study.wide["key"].is_unique
+    assert len(study.long) == 3 * 129
 
 
 def test_metrics_are_found_named_and_split_at_the_metric(study: Study) -> None:

@@ -1,4 +1,4 @@
-"""A demo-shaped study made by formula, which the tests of ``analysis`` share, and what must be true of it."""
+"""A demo-shaped study made by formula, for the tests of ``analysis``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from analysis.significance import Samples
 from kbit.data_types import HEURISTIC_EXPONENT_BITS
@@ -164,14 +163,3 @@ def _measurement(key: str, eval_name: str, metrics: dict[str, float], errors: di
         "metrics": metrics,
         "stderr": errors,
     }
-
-
-@pytest.fixture(scope="session")
-def study() -> Study:
-    return make_study()
-
-
-def test_the_study_has_the_demos_129_cells_of_three_evals(study: Study) -> None:
-    assert len(study.wide) == 129
-    assert study.wide["key"].is_unique
-    assert len(study.long) == 3 * 129
