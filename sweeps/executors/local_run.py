@@ -19,7 +19,6 @@ from sweeps.results.progress import RunView
 from sweeps.results.report import show_results
 from sweeps.store.parts import Store
 from sweeps.study.manifest import Manifest
-from sweeps.tracking.config import TrackingConfig
 from sweeps.worker.devices import Workers, plan_workers
 from sweeps.worker.execution import Execution, batch_tokens, worker_log
 from sweeps.worker.settings import WorkerSettings
@@ -55,7 +54,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         provenance=launch_provenance(launch, manifest.name),
     )
     try:
-        _execute(plan, store, claim, workers, job, order.options.tracking, console)
+        _execute(order, plan, claim, workers, job)
     except KeyboardInterrupt:
         console.print("\n[yellow]interrupted[/]: finished measurements are stored; the same command runs the rest.")
         return EXIT_INTERRUPTED
@@ -81,15 +80,8 @@ def who_holds(store: Store) -> list[str]:
     return here
 
 
-def _execute(
-    plan: Plan,
-    store: Store,
-    claim: Claim,
-    workers: Workers,
-    settings: WorkerSettings,
-    tracking: TrackingConfig,
-    console: Console,
-) -> None:
+def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings: WorkerSettings) -> None:
+    store, console = order.store, order.console
     claims = Claims(out=store.out)
     view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
     execution = Execution(
@@ -97,7 +89,7 @@ def _execute(
         store=store,
         workers=workers,
         settings=settings,
-        tracking=tracking,
+        tracking=order.options.tracking,
         on_event=view.on_event,
         warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"),
         log=worker_log(store.out / "logs" / claim.launch),

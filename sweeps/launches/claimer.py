@@ -10,7 +10,7 @@ from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import Packing, Plan, make_plan
+from sweeps.plan.packs import Known, Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
 from sweeps.status import State
 from sweeps.store.parts import Store
@@ -55,16 +55,13 @@ def plan_study(
     rows = store.read(_PLAN_COLUMNS).to_pylist()
     states = {r["measurement"]: recorded_state(r) for r in rows}
     rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
-    return make_plan(
-        manifest,
+    known = Known(
         statuses=states,
         in_flight=flight.held,
         ended=flight.ended,
-        retry=retry,
-        cost=CostModel.from_rows(rows, device),
-        packing=packing,
         rungs={m: max(rungs.get(m, 0), flight.rungs.get(m, 0)) for m in {*rungs, *flight.rungs}},
     )
+    return make_plan(manifest, known, retry=retry, cost=CostModel.from_rows(rows, device), packing=packing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from kbit.evaluation.spec import EvalSpec
@@ -162,36 +162,43 @@ def parse_retry(value: object) -> frozenset[State]:
     return frozenset(state for state in RETRY if state in names) | frozenset(UNRECORDED)
 
 
-def make_plan(
-    manifest: Manifest,
-    *,
-    statuses: Mapping[str, str],
-    in_flight: Collection[str],
-    ended: Mapping[str, str],
-    retry: Collection[str],
-    cost: CostModel,
-    packing: Packing,
-    rungs: Mapping[str, int] | None = None,
-) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the store and the claims say of measurements, by their keys.
+
+    Attributes:
+        statuses: stored status; a failure due to too little memory is 'oom'.
+        in_flight: measurements held by live claims.
+        ended: how work that a launch held ended without a record: 'lost', 'timeout', ...
+        rungs: step of the out-of-memory ladder, where it isn't the first.
+    """
+
+    statuses: Mapping[str, str] = field(default_factory=dict)
+    in_flight: Collection[str] = ()
+    ended: Mapping[str, str] = field(default_factory=dict)
+    rungs: Mapping[str, int] = field(default_factory=dict)
+
+
+def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost: CostModel, packing: Packing) -> Plan:
     """Decide what to run.
 
     Args:
-        statuses: stored status by measurement key; a failure for want of memory is 'oom'.
-        in_flight: measurements held by live claims.
-        ended: how work that a launch held ended without a record, by measurement: 'lost', 'timeout', ...
+        manifest: the study.
+        known: of its measurements.
         retry: see ``parse_retry``.
-        rungs: step of the out-of-memory ladder by measurement, where it isn't the first.
+        cost: predicts a measurement's seconds.
+        packing: how measurements are put together.
     """
     counts: Counter[str] = Counter({"to do": 0})
     todo: dict[tuple[int, Cell], list[EvalSpec]] = {}
     for measurement in manifest.measurements():
         key = measurement.key
-        state = statuses.get(key) or ended.get(key, "to do")
-        if state != State.DONE and key in in_flight:
+        state = known.statuses.get(key) or known.ended.get(key, "to do")
+        if state != State.DONE and key in known.in_flight:
             state = "in flight"
         if state == "to do" or state in retry:
             counts["to do"] += 1
-            todo.setdefault(((rungs or {}).get(key, 0), measurement.cell), []).append(measurement.eval)
+            todo.setdefault((known.rungs.get(key, 0), measurement.cell), []).append(measurement.eval)
         else:
             counts[state] += 1
     packs = _pack(manifest.sweep, todo, cost, packing)

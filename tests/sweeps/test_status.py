@@ -11,7 +11,7 @@ from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.executors.slurm.query.reconcile import _ENDED_AS
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import Packing, make_plan, parse_retry
+from sweeps.plan.packs import Known, Packing, make_plan, parse_retry
 from sweeps.status import FAILURES, FINAL, RECORDED, RETRY, UNRECORDED, Runs, State
 from sweeps.store.rows import OOM_ERROR, recorded_state
 from sweeps.study.cell import ModelRef
@@ -29,15 +29,13 @@ MANIFEST = Manifest(sweep="s", cells=expand([{"bits": 16}], [MODEL]).cells, eval
 def runs(state: State, retry: object) -> bool:
     """Whether a launch runs the only measurement of a study, which is in a state."""
     recorded = {KEY: state} if state in (*RECORDED, State.OOM) else {}
-    plan = make_plan(
-        MANIFEST,
+    known = Known(
         statuses=recorded,
         in_flight={KEY} if state in (State.RUNNING, State.QUEUED) else (),
         ended={KEY: state} if state in UNRECORDED else {},
-        retry=parse_retry(retry),
-        cost=CostModel(device="cpu"),
-        packing=Packing(workers=1),
     )
+    cost, packing = CostModel(device="cpu"), Packing(workers=1)
+    plan = make_plan(MANIFEST, known, retry=parse_retry(retry), cost=cost, packing=packing)
     return plan.todo == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import Pack, Packing, Plan, make_plan, parse_retry
+from sweeps.plan.packs import Known, Pack, Packing, Plan, make_plan, parse_retry
 from sweeps.status import UNRECORDED
 from sweeps.study.cell import ModelRef
 from sweeps.study.grid import expand
@@ -30,8 +30,9 @@ KEYS = [m.key for m in MANIFEST.measurements()]
 
 
 def plan(statuses: dict[str, str], retry: object = "lost", **more: object) -> Plan:
-    known = {"in_flight": (), "ended": {}, "packing": Packing(workers=2), **more}
-    return make_plan(MANIFEST, statuses=statuses, retry=parse_retry(retry), cost=CostModel(device="cpu"), **known)  # type: ignore[arg-type]
+    packing = more.pop("packing", Packing(workers=2))
+    known = Known(statuses=statuses, **more)  # type: ignore[arg-type]
+    return make_plan(MANIFEST, known, retry=parse_retry(retry), cost=CostModel(device="cpu"), packing=packing)  # type: ignore[arg-type]
 
 
 def test_everything_is_planned_once_at_first() -> None:
@@ -81,9 +82,7 @@ def test_an_added_evaluation_runs_alone() -> None:
 def test_a_pack_is_one_model_and_packs_are_shared_out() -> None:
     slow = {("neox-b", n, 1000): 10.0 for n in ("x", "y")}
     cost = CostModel(device="cpu", history=slow)
-    packs = make_plan(
-        MANIFEST, statuses={}, in_flight=(), ended={}, retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)
-    ).packs
+    packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)).packs
     assert all({c.model for c, _ in p.items} == {p.model} for p in packs)
     assert len([p for p in packs if p.model.name == "neox-b"]) > 1
     assert [p.seconds for p in packs] == sorted((p.seconds for p in packs), reverse=True)
@@ -145,8 +144,7 @@ def test_a_pack_has_as_many_cells_as_asked_for() -> None:
 
 def test_a_pack_is_predicted_to_fit_its_time() -> None:
     cost = CostModel(device="cpu", history={(m, n, 1000): 30.0 for m in ("neox-a", "neox-b") for n in ("x", "y")})
-    known = {"statuses": {}, "in_flight": (), "ended": {}, "retry": parse_retry("lost"), "cost": cost}
-    packs = make_plan(MANIFEST, packing=Packing(seconds=130.0), **known).packs  # type: ignore[arg-type]
+    packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(seconds=130.0)).packs
     assert {len(p.items) for p in packs} == {2, 1}
     assert all(p.seconds == sum(p.item_seconds) <= 130.0 for p in packs)
 
