@@ -82,6 +82,7 @@ def parse_metric(column: str, df: pd.DataFrame | None = None) -> Metric:
     for the metric's name, else unknown: nothing is guessed.
 
     Args:
+        column: its name.
         df: the wide table that has the column.
 
     Raises:

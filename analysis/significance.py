@@ -53,7 +53,8 @@ def compare_loss(a: Samples, b: Samples) -> Comparison:
     (sum t)² (Cochran, Sampling Techniques, 1977, section 2.11), with Student's t.
 
     Args:
-        a, b: 'nats' [n] and 'tokens' [n] (scored tokens of each window).
+        a: 'nats' [n] and 'tokens' [n] (scored tokens of each window).
+        b: the same of the other.
 
     Raises:
         ValueError: the windows are not the same (their number or their tokens differ).

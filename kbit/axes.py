@@ -72,8 +72,9 @@ def axis(default: Any = MISSING, *, type: AxisType, doc: str, **more: Any) -> An
 
     Args:
         default: the field's; without one the axis must be given.
-        type, doc: see ``Axis``.
-        more: the other attributes of ``Axis``.
+        type: of the column.
+        doc: what it means, one phrase.
+        **more: the other attributes of ``Axis``.
     """
     declared = {"axis": {"type": type, "doc": doc, **more}}
     return field(metadata=declared) if default is MISSING else field(default=default, metadata=declared)

@@ -28,7 +28,7 @@ HEURISTIC_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 EXPONENT_RULES: Final = {"paper": PAPER_EXPONENT_BITS, "heuristic": HEURISTIC_EXPONENT_BITS}
 
 
-def _no_axes(bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def _no_axes(_bits: int, _given: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
@@ -60,11 +60,11 @@ def _float_axes(bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"exponent_bits": exponent_bits, "subnormals": subnormals}
 
 
-def _dynamic_axes(bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def _dynamic_axes(_bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"dynamic_interval": given["dynamic_interval"] or "bnb"}
 
 
-def _file_axes(bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def _file_axes(_bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"codebook": given["codebook"]}
 
 

@@ -171,7 +171,9 @@ def _keys_of(title: str, /, *classes: type, **defaults: str) -> type:
     key (``key``), and that its class checks the type (``unchecked``).
 
     Args:
-        defaults: of keys that are not None; the text of one that no class has is a key too.
+        title: name of the schema.
+        *classes: whose fields.
+        **defaults: of keys that are not None; the text of one that no class has is a key too.
     """
     types: dict[str, Raw] = dict.fromkeys(defaults, str)
     for of in classes:

@@ -50,6 +50,7 @@ class Options:
         """Convert a composed configuration.
 
         Args:
+            cfg: as Hydra composed it.
             overrides: the arguments of the command line, without those about Hydra itself.
 
         Raises:

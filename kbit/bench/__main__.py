@@ -125,25 +125,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Bad input is refused before anything is measured."""
+    """Refuse bad input before anything is measured."""
     if min(args.rows or [1]) < 1:
         parser.error(f"--rows {min(args.rows)}: at least 1 is needed")
-    needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
-    needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
-    needs = needs or ("--rows" if args.rows else "")
-    for name in ("batch", "context", "compile_mode"):
-        if getattr(args, name) is not None and not args.model:
-            parser.error(f"--{name.replace('_', '-')} belongs to --model")
-    if needs and args.device != "cuda":
-        parser.error(f"{needs} needs an NVIDIA GPU: its kernels run nowhere else (--device is {args.device})")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    for name in ("blocksize", "values", "repeats", "threads", "batch", "context"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} {value}: at least 1 is needed")
-    for bits in args.bits or ():
-        if not MIN_BITS <= bits <= MAX_BITS:
-            parser.error(f"--bits {bits}: {MIN_BITS} to {MAX_BITS} are possible; 16 bits are measured in any case")
+    _check_device(parser, args)
+    _check_numbers(parser, args)
     _fill_in(args)
     if args.model and args.context > PRESETS[args.model].positions:
         parser.error(f"--context {args.context}: {args.model} has positions for {PRESETS[args.model].positions} tokens")
@@ -160,6 +146,28 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             quantize(torch.ones(64, device=args.device), QuantSpec(bits=4, dtype="int"), impl=impl)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
+    needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
+    needs = needs or ("--rows" if args.rows else "")
+    for name in ("batch", "context", "compile_mode"):
+        if getattr(args, name) is not None and not args.model:
+            parser.error(f"--{name.replace('_', '-')} belongs to --model")
+    if needs and args.device != "cuda":
+        parser.error(f"{needs} needs an NVIDIA GPU: its kernels run nowhere else (--device is {args.device})")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+
+
+def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("blocksize", "values", "repeats", "threads", "batch", "context"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} {value}: at least 1 is needed")
+    for bits in args.bits or ():
+        if not MIN_BITS <= bits <= MAX_BITS:
+            parser.error(f"--bits {bits}: {MIN_BITS} to {MAX_BITS} are possible; 16 bits are measured in any case")
 
 
 def _fill_in(args: argparse.Namespace) -> None:

@@ -56,7 +56,12 @@ def measure(
     """Time ours and bitsandbytes' on one float16 weight of normally distributed values.
 
     Args:
+        values: how many.
         specs: of one block size, which bitsandbytes' take too.
+        impls: ours to time.
+        device: 'cpu' or 'cuda'.
+        repeats: turns of each; the median counts.
+        say: told what is being measured.
 
     Raises:
         ValueError: an impl that can't run here.

@@ -51,7 +51,7 @@ def measure_ceilings() -> Ceilings:
     """On the current GPU; takes 2 GB of its memory."""
     square = torch.randn(2, _SQUARE, _SQUARE, device="cuda", dtype=torch.float16)
     product = torch.empty(_SQUARE, _SQUARE, device="cuda", dtype=torch.float16)
-    seconds = graph_seconds(lambda i: torch.matmul(square[0], square[1], out=product), 1)
+    seconds = graph_seconds(lambda _: torch.matmul(square[0], square[1], out=product), 1)
     return Ceilings(copy=copy_rate(_LARGE, device="cuda"), read=read_rate(), flops=2 * _SQUARE**3 / seconds)
 
 
@@ -62,8 +62,8 @@ def read_rate() -> float:
     total, product = torch.empty((), device="cuda"), torch.empty(matrix.shape[0], device="cuda", dtype=torch.float16)
     terms = torch.randn(_LARGE // 2, device="cuda")
     seconds = min(
-        graph_seconds(lambda i: torch.sum(terms, 0, out=total), 1),
-        graph_seconds(lambda i: torch.mv(matrix, vector, out=product), 1),
+        graph_seconds(lambda _: torch.sum(terms, 0, out=total), 1),
+        graph_seconds(lambda _: torch.mv(matrix, vector, out=product), 1),
     )
     return values.nbytes / seconds
 
@@ -78,7 +78,7 @@ def copy_rate(numel: int, *, device: str, repeats: int = _REPLAYS) -> float:
     if device == "cpu":
         seconds = call_seconds(lambda: target.copy_(source), device=device, repeats=repeats)
     else:
-        seconds = graph_seconds(lambda i: torch.add(source, 0, out=target), 1)
+        seconds = graph_seconds(lambda _: torch.add(source, 0, out=target), 1)
     return 2 * source.nbytes / seconds
 
 

@@ -41,7 +41,7 @@ class _WatchLogits:
     def __init__(self, rows: int) -> None:
         self.bad = torch.zeros(rows, dtype=torch.bool)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.bad |= (scores.isnan() | scores.isposinf()).any(-1).cpu()
         return scores
 

@@ -53,7 +53,8 @@ class TokenScorer:
 
         Args:
             input_ids: int64 [batch, length], right-padded with any token.
-            rows, positions: int64 [n]: where each prediction is made; position t predicts the token at t + 1.
+            rows: int64 [n]: the row where each prediction is made.
+            positions: int64 [n]: where in the row; position t predicts the token at t + 1.
             targets: int64 [n]: the tokens that are scored.
             greedy: False spares looking for the most probable token; the second array is then empty.
 

@@ -61,7 +61,7 @@ def build_task(spec: EvalSpec) -> Any:
         config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": hub.revision}
     if not spec.num_fewshot:
         # Examples that nobody will draw from need not be read and processed.
-        overrides["fewshot_docs"] = lambda self: None
+        overrides["fewshot_docs"] = lambda _: None
     try:
         task = type("Task", (ConfigurableTask,), overrides)(config=config)
     except KeyError as error:

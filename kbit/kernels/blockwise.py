@@ -78,6 +78,9 @@ def quantize_values(source: Source, blocks: Blocks, spec: QuantSpec, values: Ten
     """Return packed codes and absmax of a weight, equal to the reference's to the bit.
 
     Args:
+        source: the weight and what is known of it.
+        blocks: how it is cut.
+        spec: how to quantize it.
         values: the codebook, float32, of a type that the data decide; None for the spec's own.
 
     Raises:

@@ -10,9 +10,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | Non
     """Fill `out` with x · weight^T (+ bias + addend), summed in float32 and rounded once.
 
     Args:
-        x: [m, k]; weight: [n, k]; bias: [n]; out: [m, n], its rows anywhere: all of one dtype, float32, or on a GPU a
-            16-bit one.
+        x: [m, k], float32, or on a GPU a 16-bit dtype.
+        weight: [n, k] of x's dtype.
+        bias: [n] of x's dtype.
         addend: float32 [m, n].
+        out: [m, n] of x's dtype, its rows anywhere.
     """
     if addend is not None:
         is_wide = x.dtype == torch.float32

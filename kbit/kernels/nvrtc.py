@@ -74,10 +74,12 @@ class Function:
             self._check(self._driver.cuFuncSetAttribute(self._function, _FUNCTION_MAX_DYNAMIC_SHARED, shared))
 
     def launch(self, grid: int, threads: int, *arguments: Tensor | int | float | None, overlap: bool = False) -> None:
-        """Launch on torch's current stream. Tensors are passed as pointers, None as a null pointer, numbers as int32
-        and float32.
+        """Launch on torch's current stream.
 
         Args:
+            grid: blocks of threads.
+            threads: threads of a block.
+            *arguments: tensors are passed as pointers, None as a null pointer, numbers as int32 and float32.
             overlap: the kernel may begin while the one before ends; it waits itself for what that one makes.
         """
         self._enter_context()

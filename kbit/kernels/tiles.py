@@ -110,6 +110,7 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     more only where 64 rows have more than two million values.
 
     Args:
+        q: the quantized weight.
         dtype: float16 or bfloat16, of the table: that of the x it will be multiplied with.
 
     Raises:
@@ -165,7 +166,9 @@ def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
     """Return the float32 weight that the layout stands for, on any device: codebook value times absmax, unrounded.
 
     Args:
-        first, last: row blocks [first, last) of it; all of them without. The result begins at row 64 · first.
+        w: the weight, laid out.
+        first: the first row block; the result begins at row 64 · first.
+        last: the row block before which it ends; None is the end.
     """
     codes = untile_codes(w, first, last)
     values = w.codebook.index_select(0, codes.view(-1).int())

@@ -161,6 +161,10 @@ def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invari
     """Return the variant for a weight and an x of so many rows.
 
     Args:
+        w: the weight, laid out.
+        m: rows of x.
+        dtype: of x.
+        gpu: where it runs.
         batch_invariant: sums are taken in the same order for any m, at the cost of speed with few rows.
     """
     m_tiles = next(tiles for tiles in _M_TILES if m <= 8 * tiles)

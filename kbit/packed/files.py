@@ -134,6 +134,7 @@ def _tensors(model: nn.Module, packed: Mapping[nn.Module, KBitLinear] | None = N
     """Every parameter and buffer by name, non-persistent ones too, tied ones under each of their names.
 
     Args:
+        model: the model.
         packed: layers to see in place of others.
     """
     for path, own in model.named_modules(remove_duplicate=False):

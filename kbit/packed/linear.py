@@ -372,7 +372,7 @@ class KBitLinear(nn.Module):
             f"{self.spec.label}, {layout}, {self.dtype}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KBitLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KBitLinear:  # noqa: ARG002  # torch's signature
         """Move everything; cast the bias alone."""
         before = self._table_dtype
         dtype = fn(torch.empty(1, dtype=self.dtype, device=self.codes.device)).dtype

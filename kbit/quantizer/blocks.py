@@ -48,6 +48,7 @@ class Blocks:
         Each begins at a multiple of 8 values, so that packed codes can be cut there too.
 
         Args:
+            device: where they are worked on.
             row: length of the tensor's rows where pieces must hold whole ones.
         """
         whole = 8 * (self.length if self.rows > 1 else row or 1)

@@ -170,6 +170,7 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
     the storage dtype's range are saturated.
 
     Args:
+        q: the quantized weight.
         impl: as in ``quantize``.
 
     Raises:

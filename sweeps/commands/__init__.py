@@ -28,6 +28,7 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
     """Run the mode that a configuration names; says what is wrong with it.
 
     Args:
+        cfg: as Hydra composed it.
         overrides: the command line's arguments, without those about Hydra itself.
     """
     import logging

@@ -120,6 +120,7 @@ class Executor(ABC, Generic[S]):
         """Write down how its unsettled jobs do, and how they ended.
 
         Args:
+            out: directory of results.
             waiting: where given, jobs that are absent are looked for until it is sure that they are lost; it is told
                 how many are, before each wait.
         """

@@ -44,6 +44,7 @@ def setting(default: Any = None, *, key: str | None = None) -> Any:
     """Return a field whose value Hydra doesn't check.
 
     Args:
+        default: its value where users give none.
         key: as users write it; None is the field's name.
     """
     return field(default=default, metadata={"key": key, "unchecked": True})

@@ -84,10 +84,14 @@ class Claims:
         packs: Mapping[str, Iterable[str]],
         executor: str = "local",
     ) -> Claim:
-        """Take number ``number``.
+        """Take a number.
 
         Args:
+            number: to take.
+            launch: id of the launch that takes it.
+            sweep: name of its study.
             packs: measurement keys by pack.
+            executor: name of what runs them.
 
         Raises:
             ClaimTakenError: another launch was faster.

@@ -22,6 +22,9 @@ def show_results(store: Store, manifest: Manifest, console: Console, *, figures:
     """Print what a launch planned and what came of it; returns how many of its cells failed.
 
     Args:
+        store: the results.
+        manifest: the study.
+        console: where to print.
         figures: draw them, and compute the findings that need per-sample outcomes; else say where they are.
     """
     results, long = study_results(store.out, manifest)

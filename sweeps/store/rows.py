@@ -85,6 +85,10 @@ def failed_row(
     """Return the row of a failure.
 
     Args:
+        measurement: what failed.
+        origin: where it ran.
+        error_type: name of the exception, or what took its place.
+        error: what a user reads.
         started: None is now, where nobody knows.
     """
     return {

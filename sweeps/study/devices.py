@@ -29,6 +29,7 @@ def check_device(spec: EvalSpec, device: str) -> None:
     """Refuse to measure on another device than the one that the measurement names.
 
     Args:
+        spec: the evaluation.
         device: 'cpu' or 'cuda': what this process computes on.
 
     Raises:

@@ -103,7 +103,7 @@ class Finder:
         source = TaskSource(task_file=str(entry.file), documents=documents)
         return Found(name=name, version=str(entry.version), source=source)
 
-    def nothing(self, name: str, key: str) -> Found:
+    def nothing(self, name: str, _key: str) -> Found:
         return Found(name=name, version=None, source=None)
 
 
@@ -121,6 +121,7 @@ def resolve_evals(
 
     Args:
         settings: the configuration's ``eval``, as plain values.
+        commits: resolves a revision of the hub.
         device: 'cpu' or 'cuda': what compute_dtype=auto stands for.
         device_name: asked where the device belongs to an evaluation's identity.
 

@@ -166,12 +166,14 @@ def check_jsonl(path: Path, fields: Iterable[str]) -> None:
 def fetch(
     models: Iterable[tuple[str, str]], datasets: Iterable[HubData] = (), *, report: Callable[[str], None] = print
 ) -> None:
-    """Download models (pairs of hub id and revision) and datasets into the local caches, so that jobs can run offline.
+    """Download models and datasets into the local caches, so that jobs can run offline.
 
-    Later launches without a network resolve the branch to what was fetched. A revision may be a commit that
-    ``resolve_commit`` gave. What can't be had does not stop the rest; it is named at the end.
+    Later launches without a network resolve the branch to what was fetched. What can't be fetched does not stop the
+    rest; it is named at the end.
 
     Args:
+        models: pairs of hub id and revision, which may be a commit that ``resolve_commit`` gave.
+        datasets: each at its commit.
         report: called with a line on each model or dataset when it is there.
 
     Raises:

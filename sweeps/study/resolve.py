@@ -66,6 +66,7 @@ def build_study(
     """Resolve and expand.
 
     Args:
+        config: what the user asked for.
         device: 'cpu' or 'cuda': what compute_dtype=auto stands for.
         device_name: asked where the device belongs to the identity of an evaluation.
         strict: refuse models and data whose commit is unknown (a run); else note them (a plan).

@@ -187,7 +187,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that takes lm-eval's own tags, such as ``!function utils.f``, as text."""
 
 
-def _as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
+def _as_text(_loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> str:
     return f"{suffix} {node.value}"
 
 

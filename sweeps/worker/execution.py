@@ -77,9 +77,10 @@ class Execution:
                 self.warn(warning)
 
     def stop(self, seconds: float, *, ends: float | None = None) -> None:
-        """Finish the measurements in flight, for so many seconds at most, and no more. For a signal handler.
+        """Finish the measurements in flight and no more. For a signal handler.
 
         Args:
+            seconds: how long at most.
             ends: as for the class, where that is sooner now.
         """
         if ends is not None:

@@ -108,6 +108,7 @@ class Scripts:
         """Return submitit's executor for an array.
 
         Args:
+            array: the jobs.
             kind: a class in place of submitit's SlurmExecutor.
         """
         import submitit

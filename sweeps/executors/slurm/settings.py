@@ -116,6 +116,7 @@ class SlurmSettings(ExecutorSettings):
         """The resources of a job for a model.
 
         Args:
+            model: what the job measures.
             device: 'cpu' or 'cuda'.
             rung: step of the out-of-memory ladder: each doubles the memory, and on GPUs their number.
             overrides: the model's own gpus and mem_gb, where its configuration gives them.

@@ -14,6 +14,8 @@ def lease_pack(launch: Launch, pack: str, job: str) -> str:
     """Take a pack for a job, once and for all; returns the job that has it.
 
     Args:
+        launch: the launch that sent the job.
+        pack: id of the pack.
         job: id of the array, or of the job where it is none; a requeued job keeps it.
 
     Raises:

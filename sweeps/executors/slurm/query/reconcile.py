@@ -69,6 +69,7 @@ def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | 
     """``reconcile``; where jobs are unknown to the scheduler, again until it says more or enough time has passed.
 
     Args:
+        out: directory of results.
         waiting: told how many jobs are unknown, before each wait.
     """
     snapshot = reconcile(out)
