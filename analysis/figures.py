@@ -6,7 +6,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -48,6 +49,23 @@ _MOST_PANELS: Final = 4
 _AXES: Final = {"dtype": "Data type", "blocksize": "Block size"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What figures are drawn from.
+
+    Attributes:
+        df: a wide result table.
+        metrics: those with a value and a known direction, the first headline metric first; at least one.
+        sweep: the study's name, for the notes under the figures.
+        samples: per-sample outcomes, for paired intervals of changes from 16-bit.
+    """
+
+    df: pd.DataFrame
+    metrics: list[Metric]
+    sweep: str | None
+    samples: SamplesByCell | None
+
+
 def write_figures(
     df: pd.DataFrame,
     directory: str | os.PathLike[str],
@@ -55,7 +73,7 @@ def write_figures(
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> list[Path]:
-    """Writes every figure that the data allow, as PNG with an SVG beside it; logs why another can't be drawn.
+    """Write each of ``FIGURES`` that the data allow, as PNG with an SVG beside it; logs why another can't be drawn.
 
     Args:
         df: a wide result table.
@@ -64,19 +82,14 @@ def write_figures(
         samples: per-sample outcomes (``findings.wanted_samples``), for paired intervals of changes from 16-bit.
 
     Returns:
-        The PNGs: bit_scaling, data_types_4bit, block_sizes_4bit of the first headline metric; and bit_scaling_zero_shot
-        where the table has the zero-shot mean beside a loss.
+        The PNGs, in the order of ``FIGURES``.
     """
     metrics = ranked_metrics(df)
     if not metrics:
         log.warning("no figures: the table has no metric with a value and a known direction")
         return []
-    first = metrics[0]
-    drawn = {"bit_scaling": bit_scaling(df, first, sweep=sweep)}
-    if len(metrics) > 1:
-        drawn["bit_scaling_zero_shot"] = bit_scaling(df, metrics[1], sweep=sweep)
-    drawn["data_types_4bit"] = data_types(df, first, sweep=sweep, samples=samples)
-    drawn["block_sizes_4bit"] = block_sizes(df, first, sweep=sweep, samples=samples)
+    results = Results(df=df, metrics=metrics, sweep=sweep, samples=samples)
+    drawn = {name: draw(results) for name, draw in FIGURES.items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return [_save(fig, directory / name) for name, fig in drawn.items() if fig is not None]
@@ -185,6 +198,20 @@ def block_sizes(
     fig = _comparison(drawing, points(baselines(rows), metric), panels, "blocksize", styles)
     style.finish(fig, f"Block sizes at {bits} bits: {metric.phrase}", drawing.notes(cells, sweep))
     return fig
+
+
+def _zero_shot_scaling(r: Results) -> Figure | None:
+    """``bit_scaling`` of the zero-shot mean, where the table has it besides a loss."""
+    return bit_scaling(r.df, r.metrics[1], sweep=r.sweep) if len(r.metrics) > 1 else None
+
+
+FIGURES: Final[dict[str, Callable[[Results], Figure | None]]] = {
+    "bit_scaling": lambda r: bit_scaling(r.df, r.metrics[0], sweep=r.sweep),
+    "bit_scaling_zero_shot": _zero_shot_scaling,
+    "data_types_4bit": lambda r: data_types(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
+    "block_sizes_4bit": lambda r: block_sizes(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
+}
+"""The figures of a study: name of the file to what draws it, or returns None where the data don't allow it."""
 
 
 def _comparison(

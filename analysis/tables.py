@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
 import numpy as np
@@ -178,7 +178,7 @@ def _is_nested(x: object) -> bool:
     return isinstance(x, dict | list | tuple | np.ndarray)
 
 
-def _plain_value(x: Any) -> Any:
+def _plain_value(x: object) -> object:
     return x.tolist() if isinstance(x, np.ndarray | np.generic) else str(x)
 
 

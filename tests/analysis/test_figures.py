@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analysis import style
+from analysis import figures, style
 from analysis.drawing import LOSS_CAP
-from analysis.figures import bit_scaling, block_sizes, data_types, write_figures
+from analysis.figures import Results, bit_scaling, block_sizes, data_types, write_figures
 from analysis.findings import findings
 from analysis.metrics import parse_metric
 from kbit.spec import QuantSpec
@@ -196,6 +196,20 @@ def test_the_zero_shot_mean_has_its_own_figure_beside_a_loss(study: Study, tmp_p
     wide = study.wide.assign(zero_shot_mean=0.9 - study.wide["jargon_loss"] / 10)
     scaling_only = wide[(wide["bits"] != 4) & (wide["dtype"].isna() | (wide["dtype"] == "float"))]
     assert [p.name for p in write_figures(scaling_only, tmp_path)] == [NAMES[0], "bit_scaling_zero_shot.png"]
+
+
+def test_a_new_figure_is_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @style.styled
+    def losses(results: Results) -> Figure | None:
+        fig = Figure(layout="constrained")
+        fig.add_subplot().bar(results.df["label"], results.df[results.metrics[0].column])
+        return fig
+
+    nothing = {name: lambda _: None for name in figures.FIGURES}
+    monkeypatch.setattr(figures, "FIGURES", {**nothing, "losses": losses})
+    small = make_study({"neox-xs": MODELS["neox-xs"]}, [QuantSpec(bits=16), QuantSpec(bits=4, dtype="int")]).wide
+    assert [p.name for p in write_figures(small, tmp_path)] == ["losses.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["losses.png", "losses.svg"]
 
 
 @pytest.mark.parametrize("shape", ["demo", "diverged", "one model"])
