@@ -71,6 +71,9 @@ def expand(
     """All cells of ``models`` x the union of ``blocks``, minus ``exclude``.
 
     Args:
+        blocks: axis values of the study, each a value or a list of them.
+        models: the study's.
+        exclude: rules: axis values of the cells to leave out.
         calibration: asked, with a method's name, for what a method that calibrates reads.
 
     Raises:
