@@ -130,7 +130,7 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def with_baseline(cells: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """``points`` beside their model's 16-bit cell: adds baseline, baseline_key, change (value - baseline), or NaN.
+    """Join ``points`` with their model's 16-bit cell: adds baseline, baseline_key, change (value - baseline), or NaN.
 
     A baseline that diverged without a finite value is none: nothing can be compared with it.
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS_CAP: Final = float(np.log(100))
-"""Where a figure cuts losses (nats a token): perplexity 100, as the paper's do (Appendix C.5). The data aren't cut."""
+"""Where a figure cuts losses (nats per token): perplexity 100, as in the paper (Appendix C.5). The data aren't cut."""
 _MOST_NAMED: Final = 8
 
 Look = tuple[str, str]
@@ -91,7 +91,7 @@ class Drawing:
         return compare(a, b, self.metric.metric)
 
     def notes(self, cells: pd.DataFrame, sweep: str | None) -> str:
-        """What a reader must know beside the legend: models, what bars and open markers mean, where losses are cut."""
+        """Say what the legend doesn't: models, what bars and open markers mean, where losses are cut."""
         said = []
         models = list(dict.fromkeys(cells.sort_values("params")["model"]))
         if len(models) == 1:

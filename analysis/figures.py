@@ -55,7 +55,7 @@ def write_figures(
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> list[Path]:
-    """Writes every figure that the data allow, as PNG with an SVG beside it; logs why another can't be drawn.
+    """Write every figure that the data allow, as PNG and SVG; log why another can't be drawn.
 
     Args:
         df: a wide result table.
@@ -65,7 +65,7 @@ def write_figures(
 
     Returns:
         The PNGs: bit_scaling, data_types_4bit, block_sizes_4bit of the first headline metric; and bit_scaling_zero_shot
-        where the table has the zero-shot mean beside a loss.
+        where the table has the zero-shot mean as well as a loss.
     """
     metrics = ranked_metrics(df)
     if not metrics:
@@ -86,7 +86,7 @@ def write_figures(
 def bit_scaling(
     df: pd.DataFrame, metric: Metric, *, dtype: str | None = None, sweep: str | None = None
 ) -> Figure | None:
-    """A metric against total model bits by precision at block size 64, a panel a family (Figures 2 and 13).
+    """A metric against total model bits by precision at block size 64, one panel per family (Figures 2 and 13).
 
     None, with the reason logged, where there are no quantized cells. ``dtype`` None takes the one most cells have.
     """
@@ -190,7 +190,7 @@ def block_sizes(
 def _comparison(
     drawing: Drawing, base: pd.DataFrame, panels: Mapping[str, pd.DataFrame], axis: str, styles: Styles
 ) -> Figure:
-    """The metric over total bits, a line a value of ``axis``; below, where 16-bit is known, the change from it."""
+    """The metric over total bits, one line per value of ``axis``; below, where 16-bit is known, the change from it."""
     panels = {name: with_baseline(own, base) for name, own in panels.items()}
     everything = pd.concat(panels.values())
     deltas = bool(everything["baseline"].notna().any())

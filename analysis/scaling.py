@@ -19,7 +19,7 @@ def scaling_points(
 ) -> tuple[pd.DataFrame, str | None]:
     """The points of Figure 2: cells of one data type at one block size, and the 16-bit baseline.
 
-    Floats have one number of exponent bits a family and precision. Cells of an unknown size are left out.
+    Floats have one number of exponent bits per family and precision. Cells of an unknown size are left out.
 
     Args:
         df: a wide result table.

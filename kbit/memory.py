@@ -10,7 +10,7 @@ import torch
 _MESSAGES: Final = (
     "can't allocate memory",  # torch's CPU allocator
     "Cannot allocate memory",  # the system, as safetensors and others pass it on
-    "CUDA error: out of memory",  # what torch allocates beside its caching allocator
+    "CUDA error: out of memory",  # what torch allocates outside its caching allocator
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 

@@ -62,7 +62,7 @@ class Spec:
     calibrates: ClassVar[bool] = False
     packs: ClassVar[bool] = False
 
-    bits: int = axis(type="int64", doc="bits a code", unit="bit")
+    bits: int = axis(type="int64", doc="bits per code", unit="bit")
 
     @property
     def method(self) -> str:
@@ -115,7 +115,7 @@ class QuantSpec(Spec):
     the same.
 
     Attributes:
-        bits: bits a code, 2 to 8; or 16, the baseline, with every other axis unset.
+        bits: bits per code, 2 to 8; or 16, the baseline, with every other axis unset.
         dtype: data type of the codes: a name in ``kbit.data_types.DTYPES``, or the name that goes with `codebook`.
             None for the baseline only.
         blocksize: values that share one absmax; None is one block, the whole tensor.
@@ -262,7 +262,7 @@ class QuantSpec(Spec):
 
     @property
     def method(self) -> str:
-        """'baseline' (16 bits, nothing quantized) or 'blockwise' (a codebook and an absmax a block)."""
+        """'baseline' (16 bits, nothing quantized) or 'blockwise' (a codebook and one absmax per block)."""
         return "baseline" if self.is_baseline else self.method_name
 
     @property

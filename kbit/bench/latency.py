@@ -1,4 +1,4 @@
-"""A decode step of an OPT-shaped model by precision: milliseconds a token, memory, size, and the limit of its bytes."""
+"""Time a decode step of an OPT-shaped model by precision: milliseconds per token, memory, size, limit of its bytes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The product x · W^T: ours of k-bit weights as they are stored, cuBLAS in float16, bitsandbytes, and the limit.
 
 The limit is what memory allows: a product with few rows reads its weight and hardly anything else, so k bits and an
-absmax of 16 bits a block can be 16 / (k + 16 / blocksize) times as fast as 16 bits.
+absmax of 16 bits per block can be 16 / (k + 16 / blocksize) times as fast as 16 bits.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _REPLAYS: Final = 11
 _CALLS: Final = 10
 """GPU calls between two events: what Python does for one is hidden behind the one before."""
 _SLOW: Final = 0.05
-"""Seconds of a call that needs no others beside it."""
+"""Seconds of a call that is long enough to be timed alone."""
 _WARM_SECONDS: Final = 0.25
 """Of calls before any is timed: Python's part of the first tens is slower."""
 _LARGE: Final = 2**28
@@ -32,9 +32,9 @@ class Ceilings:
     """What a GPU reaches at most, measured.
 
     Attributes:
-        copy: bytes a second of a copy on the device, read plus written.
-        read: bytes a second of the faster of a sum and a matrix-vector product of cuBLAS, which read and hardly write.
-        flops: floating-point operations a second of a large float16 product of cuBLAS.
+        copy: bytes per second of a copy on the device, read plus written.
+        read: bytes per second of the faster of a sum and a matrix-vector product in cuBLAS, which hardly write.
+        flops: floating-point operations per second of a large float16 product of cuBLAS.
     """
 
     copy: float

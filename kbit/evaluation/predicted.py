@@ -1,4 +1,4 @@
-"""About how many tokens an evaluation puts through the model: what a launch predicts its cost from."""
+"""Predict how many tokens an evaluation puts through the model, for a launch to predict its cost from."""
 
 from __future__ import annotations
 

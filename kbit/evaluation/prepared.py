@@ -1,4 +1,4 @@
-"""From an EvalSpec to something that runs: the text encoded, the task's requests built, once a tokenizer."""
+"""From an EvalSpec to something that runs: the text encoded, the task's requests built, once per tokenizer."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class EvalSpec:
         return EVALUATORS[self.kind].key("limit")
 
     def canonical(self) -> dict[str, Any]:
-        """What defines the measurement beside its cell, as plain JSON values."""
+        """Return what defines the measurement besides its cell, as plain JSON values."""
         values = {name: (declared, getattr(self, name)) for name, declared in eval_axes().items()}
         return {name: value for name, (declared, value) in values.items() if declared.is_identity(value)}
 
@@ -87,7 +87,7 @@ class EvalResult:
     """What one evaluation measured.
 
     Attributes:
-        metrics: value by metric ('loss' in nats a token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
+        metrics: value by metric ('loss' in nats per token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
         stderr: standard error by metric, where there is one.
         samples: outcome of every sample: bool arrays for right or wrong, float32 or int32 arrays otherwise; a text set
             has 'nats' and 'tokens' of each window.

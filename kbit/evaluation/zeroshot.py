@@ -234,7 +234,7 @@ def _standard_error(aggregate: Callable[[Sequence[Any]], Any], items: Sequence[A
 
 
 def _samples(key: str, metric: str, items: Sequence[Any]) -> dict[str, NDArray[Any]]:
-    """Values of a metric, one a document: bool for right or wrong, else float32; parts of a tuple apart. What isn't
+    """Values of a metric, one per document: bool for right or wrong, else float32; parts of a tuple apart. What isn't
     numbers is left out.
     """
     if all(isinstance(item, tuple | list) and len(item) == len(items[0]) for item in items):

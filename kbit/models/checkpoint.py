@@ -113,7 +113,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
 def count_parameters(files: Collection[Path]) -> int:
     """Parameters in safetensors files, each shared one once.
 
-    Left out are what older checkpoints store beside parameters: causal masks, rotary frequencies, anything that is not
+    Left out are what older checkpoints store besides parameters: causal masks, rotary frequencies, anything that is not
     floating point. An output head with the same bytes as the input embedding is tied and not counted again.
 
     Raises:

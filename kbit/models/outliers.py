@@ -77,7 +77,7 @@ def _roles(model: nn.Module, layers: Iterable[Layer]) -> dict[str, Layer]:
         role = layer.role
         if role is None or role in roles:
             why = (
-                "has a name whose role isn't known" if role is None else f"is a second {role} beside {roles[role].name}"
+                "has a name whose role isn't known" if role is None else f"is a second {role} after {roles[role].name}"
             )
             raise _unknown(model, f"{layer.name} {why}")
         roles[role] = layer

@@ -62,7 +62,7 @@ def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
 
 
 def _pieces(module: nn.Module, prefix: str, blocks: str) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks, and what stands beside them on the way down to them: together the whole model, in its order."""
+    """Return the blocks and the modules around them: together the whole model, in its order."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if path == blocks:

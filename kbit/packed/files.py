@@ -1,6 +1,6 @@
 """Packed models on disk: ``kbit.safetensors`` with every tensor once, and ``kbit.json``, which says what they are.
 
-A transformers model's ``config.json`` (and generation_config.json) lie beside them. Nothing is pickled.
+A transformers model's ``config.json`` (and generation_config.json) are in the same directory. Nothing is pickled.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def nest(absmax: Tensor) -> NestedAbsmax:
 def load_absmax(stored: Tensor | NestedAbsmax) -> Tensor:
     """The absmax values [blocks] that quantizing and dequantizing both use: as they are stored, nested ones as float32.
 
-    Nested ones may come out slightly below zero where the true value is near zero beside a large one, as bitsandbytes'
-    do; codes are made with the same number, so the signs cancel.
+    Nested ones may come out slightly below zero where the true value is near zero and another of its group is large,
+    as bitsandbytes' do. Codes are made with the same number, so the signs cancel.
     """
     if isinstance(stored, Tensor):
         return stored

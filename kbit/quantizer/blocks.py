@@ -66,13 +66,13 @@ class Piece:
     stop: int
 
     def spans(self, values: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of values as [rows, blocks, width] beside their absmax [rows, blocks].
+        """Views of values as [rows, blocks, width] with their absmax [rows, blocks].
 
         Up to three: the rest of a block begun before, whole blocks, the beginning of a last one.
 
         Args:
             values: this piece's values, flat.
-            absmax: one a block of the whole tensor, flat.
+            absmax: one per block of the whole tensor, flat.
         """
         length, size = self.blocks.length, self.blocks.size
         if self.blocks.rows == 1:
@@ -90,7 +90,7 @@ class Piece:
                 yield span, absmax[:, begin // size : -(-end // size)]
 
     def gather_absmax(self, values: Tensor, absmax: Tensor) -> Tensor:
-        """Raise `absmax` (float16 or float32, one a block) to this piece's largest magnitudes, in place.
+        """Raise `absmax` (float16 or float32, one per block) to this piece's largest magnitudes, in place.
 
         Each is rounded to absmax's dtype before they are compared, and saturated at 65504 in float16: rounding keeps
         their order, so the result is the rounded largest, without a float32 copy of all.

@@ -1,9 +1,9 @@
 """What a launch on SLURM leaves on disk: what was submitted, every attempt at it, and what the scheduler said of it.
 
     OUT/launches/LAUNCH/launch.json       shapes and chunks; frozen before anything is claimed or submitted
-    OUT/launches/LAUNCH/packs.jsonl       the packs, one a line: a job reads only its own
+    OUT/launches/LAUNCH/packs.jsonl       the packs, one per line: a job reads only its own
     OUT/launches/LAUNCH/submitted.json    job ids; written when the launcher has finished submitting
-    OUT/launches/LAUNCH/attempts/*.json   one a pack, job and restart: where it ran, what it is measuring, how it ended
+    OUT/launches/LAUNCH/attempts/*.json   one per pack, job and restart: where it ran, what it measures, how it ended
     OUT/launches/LAUNCH/owners/PACK       the job that runs a pack: one submission that was served twice runs it once
     OUT/launches/LAUNCH/ledger.json       the scheduler's last word on each pack (sweeps.launches.job_log)
     OUT/launches/LAUNCH/cancelled.json    when its user cancelled it

@@ -54,7 +54,7 @@ class CostModel:
         return cls(device=device, history={k: median(v) for k, v in seconds.items()})
 
     def seconds(self, measurement: Measurement) -> float:
-        """Quantizing (once a measurement, on the safe side) and evaluating."""
+        """Quantizing (once per measurement, on the safe side) and evaluating."""
         model, spec = measurement.cell.model, measurement.eval
         known = self.history.get((model.label, spec.name, spec.limit))
         if known is not None:

@@ -142,7 +142,7 @@ class Plan:
 
 
 def parse_retry(value: object) -> frozenset[State]:
-    """States of measurements to run again: the named ones beside those that ended without a record; 'none' is none of
+    """States of measurements to run again: the named ones and those that ended without a record; 'none' is none of
     them, 'all' every state but done.
 
     Raises:
@@ -176,7 +176,7 @@ def make_plan(
     """Decide what to run.
 
     Args:
-        statuses: stored status by measurement key; a failure for want of memory is 'oom'.
+        statuses: stored status by measurement key; an out-of-memory failure is 'oom'.
         in_flight: measurements held by live claims.
         ended: how work that a launch held ended without a record, by measurement: 'lost', 'timeout', ...
         retry: see ``parse_retry``.

@@ -77,7 +77,7 @@ class RunView:
                 self._current.pop(worker, None)
             case Crashed():
                 self._current.pop(worker, None)
-                self.console.print(f"[yellow]worker {worker} {event.how}: starting it anew[/] ({event.log})")
+                self.console.print(f"[yellow]worker {worker} {event.how}: starting another[/] ({event.log})")
         self._show()
 
     def _on_row(self, row: Row) -> None:

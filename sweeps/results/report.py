@@ -72,7 +72,7 @@ def _show_places(store: Store, sweep: str, console: Console) -> None:
             console.print(f"  {path.relative_to(store.out)}", highlight=False)
     console.print(
         "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)\n"
-        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row a measurement.",
+        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row per measurement.",
         highlight=False,
     )
 

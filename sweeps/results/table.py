@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
 
-# What a cell's row in the wide table says of the run, beside its metrics: summed, or the latest measurement's.
+# What a cell's row in the wide table says of the run, besides its metrics: summed, or the latest measurement's.
 _WIDE_SUMS: Final = ("seconds",)
 _WIDE_MAX: Final = ("peak_memory_bytes", "finished")
 _WIDE_LAST: Final = (
@@ -36,7 +36,7 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
 
     Args:
         out: the results directory.
-        long: one row a measurement; else one row a planned cell, with a column ``{eval}_{metric}`` and
+        long: one row per measurement; else one row per planned cell, with a column ``{eval}_{metric}`` and
             ``{eval}_{metric}_stderr`` for each metric, ``{eval}_{metric}_higher_is_better`` where only the task's
             definition says it, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four tasks are there. Where
             launches planned an evaluation with different settings, the newest launch's count.

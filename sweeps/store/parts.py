@@ -1,6 +1,6 @@
 """The store: immutable parquet parts under one results directory. Nothing is ever rewritten, so nothing is ever lost.
 
-    OUT/parts/PACK/*.parquet   a part a measurement, in a directory a pack
+    OUT/parts/PACK/*.parquet   one part per measurement, one directory per pack
     OUT/packs/*.parquet        the parts of a finished pack, compacted into one
     OUT/dropped/*.json         row ids that `mode=drop` retired; the rows stay on disk
     OUT/manifests/*.json       what each study planned (sweeps.study.manifest);  OUT/claims: who is at it

@@ -98,7 +98,7 @@ def columns() -> tuple[Column, ...]:
         _c("gpus", "int64", "GPUs the model was spread over; 0 on a CPU; null in rows of version 1", "count"),
         _c("kernel", "string", "implementation of the quantizer: torch or triton; both give the same codes"),
         _c("seed", "int64", "seed of torch's generator"),
-        _c("batch_tokens", "int64", "tokens in a batch, after any halving for want of memory", "tokens"),
+        _c("batch_tokens", "int64", "tokens in a batch, after any halving when memory ran out", "tokens"),
         _c("oom_rung", "int64", "step of the out-of-memory ladder: each doubles a job's memory or GPUs", "steps"),
         _c("launch", "string", "launch that planned it"),
         _c("pack", "string", "pack it ran in"),

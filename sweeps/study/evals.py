@@ -80,7 +80,7 @@ class Finder:
             chosen = {k: known[k] for k in ("config", "split", "field")}
             source = HubData(hub=known["hub"], revision=commit, **chosen)
         else:
-            raise UserError(f"eval.sets.{name} is only to be had locally: give eval.data_dir=DIR with {known['local']}")
+            raise UserError(f"eval.sets.{name} is only available locally: give eval.data_dir=DIR with {known['local']}")
         return Found(name=name, version=None, source=source)
 
     def task(self, name: str, key: str) -> Found:

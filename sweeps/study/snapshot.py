@@ -89,7 +89,7 @@ def check_code(expected_hash: str) -> None:
 def freeze_evals(evals: Sequence[EvalSpec], out: Path) -> tuple[EvalSpec, ...]:
     """Copy task definitions that are not lm-eval's own to OUT/code/tasks-HASH, and return evaluations that name those.
 
-    Copied are the YAML file, what it includes, the Python files that it names, and all YAML and Python files beside
+    Copied are the YAML file, what it includes, the Python files that it names, and all YAML and Python files next to
     any of these; other files that a Python file opens by itself are not. Measurement keys don't change.
 
     Raises:
@@ -233,7 +233,7 @@ def _is_of_lm_eval(file: Path) -> bool:
 
 
 def _collect(file: Path, place: Path, found: dict[Path, bytes], seen: set[Path]) -> None:
-    """Add a task's YAML file, what it needs and what lies beside it.
+    """Add a task's YAML file, what it needs and the files next to it.
 
     Args:
         file: where it is, without symbolic links: lm-eval looks for includes and functions from there.
@@ -247,7 +247,7 @@ def _collect(file: Path, place: Path, found: dict[Path, bytes], seen: set[Path])
     text = _add(file, place, found)
     beside = [p.name for p in sorted(file.parent.iterdir()) if p.suffix in TASK_SUFFIXES and p.is_file()]
     for name in [*beside, *_modules(text)]:
-        # Functions that aren't of a file beside it are of an installed module.
+        # Functions of no file next to it are of an installed module.
         if (file.parent / name).is_file():
             _add(file.parent / name, place.parent / name, found)
     for include in _includes(text):

@@ -66,7 +66,7 @@ def mirrored_columns() -> tuple[str, ...]:
 
 
 def token(row: Row) -> str:
-    """12 hex digits that stand for a measurement and its outcome: done anew with other numbers, it is another one.
+    """12 hex digits that stand for a measurement and its outcome: measured again with other numbers, it is another one.
 
     Numbers enter with 6 digits, so that a row counts the same before and after it went through the store.
     """
@@ -103,7 +103,7 @@ class _Pack:
 
 
 class Mirror:
-    """Several W&B runs in one process, one a pack. A pack that is ``whole`` has all its rows sent from the store."""
+    """Several W&B runs in one process, one per pack. A pack that is ``whole`` has all its rows sent from the store."""
 
     def __init__(self, config: Mapping[str, str | None], emit: Emit) -> None:
         import wandb

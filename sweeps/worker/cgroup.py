@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def oom_kills(process: Path = Path("/proc/self")) -> int | None:
-    """How many processes the kernel has killed for want of memory in the control group of a process, ever.
+    """Count the processes that the kernel ever killed in a process's control group because memory ran out.
 
     A killed process counts in its own group, whichever group's limit it was. So a rise between two calls tells such a
     death from another SIGKILL.

@@ -17,7 +17,7 @@ DEVICES: Final = ("auto", "cpu", "cuda")
 WORKER_BYTES: Final = 1_500_000_000
 """Of a CPU worker: torch, transformers, lm-eval and their buffers, on the large side."""
 MODEL_BYTES_PER_PARAM: Final = 10
-"""Of a CPU worker: float32 weights, the originals kept for restoring, and what quantizing needs beside them."""
+"""Of a CPU worker: float32 weights, the originals kept for restoring, and what quantizing needs besides them."""
 MOST_CPU_WORKERS: Final = 8
 
 

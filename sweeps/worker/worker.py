@@ -112,7 +112,7 @@ class Worker:
         """Why it ended before the last item, or None."""
         pace = Pace(until=until, predicted=pack.item_seconds)
         for number, (cell, evals) in enumerate(pack.items):
-            # One arithmetic a model load: cells whose evaluations ask for another dtype load the model again. And one
+            # One compute dtype per model load: cells whose evaluations ask for another load the model again. And one
             # form of the quantized layers: packed ones are put in place apart.
             forms = list(dict.fromkeys(_form(e) for e in evals))
             to_load = load_seconds(cell.model) if self._warm.holds != (cell.model, forms[0][0]) else 0.0
