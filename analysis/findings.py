@@ -34,7 +34,7 @@ _HIGH: Final = (6, 7, 8)
 
 
 def findings(df: pd.DataFrame, samples: Mapping[SampleKey, Samples] | None = None) -> list[str]:
-    """What a study shows, in sentences with their numbers; a sentence that the data don't support is left out.
+    """Return what a study shows, in sentences with their numbers; a sentence that the data don't support is left out.
 
     Args:
         df: a wide result table.

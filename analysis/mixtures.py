@@ -22,7 +22,7 @@ _SHOWN: Final = 3
 
 
 def mixture_warnings(long_df: pd.DataFrame) -> list[str]:
-    """One sentence for each eval or model whose measurements (done or diverged) differ in what decides the number.
+    """Return one sentence per eval or model whose measurements (done or diverged) differ in what decides them.
 
     Args:
         long_df: the long result table, one row per measurement. Columns it lacks are ignored; a missing value ('no

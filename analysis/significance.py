@@ -99,7 +99,7 @@ def compare_outcomes(a: NDArray[Any], b: NDArray[Any]) -> Comparison:
 
 
 def can_pair(a: Samples, b: Samples, metric: str) -> bool:
-    """Whether ``compare`` can: both kept the metric's outcomes, of windows with the same tokens or as many documents.
+    """Tell whether ``compare`` can: both kept the metric's outcomes, of the same windows or as many documents.
 
     The same model measured with another window or limit can't be paired.
     """

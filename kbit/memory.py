@@ -1,4 +1,4 @@
-"""Telling that memory ran out, of a GPU or of the machine, from everything else that can go wrong."""
+"""Tell exceptions that mean that memory ran out, of a GPU or of the machine, from all others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MESSAGES: Final = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised from, says that memory could not be had.
+    """Tell whether an exception, or one that it was raised from, says that memory ran out.
 
     Those are torch.OutOfMemoryError, MemoryError, ENOMEM, and the RuntimeErrors of torch's CPU allocator and of CUDA
     libraries, which have no type of their own.

@@ -73,7 +73,7 @@ class SweepConfig:
 
 @dataclass
 class TextSetConfig:
-    """Where a text set's documents come from: a hub dataset, or a local file."""
+    """The source of a text set's documents: a hub dataset, or a local file."""
 
     hub: str | None = None
     revision: str = "main"
@@ -187,7 +187,7 @@ def _keys_of(title: str, /, *classes: type, **defaults: str) -> type:
 
 @cache
 def _scratch_dir() -> str:
-    """Where Hydra's multirun puts the file it insists on writing; gone when the process ends."""
+    """Make a directory for the file that Hydra's multirun insists on writing; gone when the process ends."""
     directory = tempfile.mkdtemp(prefix="kbit-sweep-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory

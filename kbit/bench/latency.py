@@ -130,12 +130,12 @@ def needed_bytes(setting: Setting, bits: int) -> float:
 
 
 def kbit_linear(weight: Tensor, bias: Tensor, *, spec: QuantSpec) -> nn.Module:
-    """A layer held in k bits."""
+    """Return a layer held in k bits."""
     return KBitLinear.from_quantized(quantize(weight, spec), bias=bias)
 
 
 def dequantized(layer: nn.Module) -> nn.Module:
-    """A 16-bit layer of the weights that a k-bit one stands for; others as they are."""
+    """Return a 16-bit layer of the weights that a k-bit one stands for; others as they are."""
     return plain_linear(layer.dequantize(), layer.bias) if isinstance(layer, KBitLinear) else layer
 
 

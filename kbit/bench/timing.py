@@ -29,7 +29,7 @@ _SQUARE: Final = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What a GPU reaches at most, measured.
+    """The measured limits of a GPU.
 
     Attributes:
         copy: bytes per second of a copy on the device, read plus written.
@@ -139,7 +139,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
 
 
 def copies_of(nbytes: int) -> int:
-    """How many copies of a weight are taken in turn."""
+    """Return how many copies of a weight are taken in turn."""
     return max(2, int(_ROTATED_BYTES // nbytes) + 1)
 
 

@@ -66,7 +66,7 @@ class Evaluator:
     identity_of_device: bool = False
 
     def key(self, name: str) -> str:
-        """The setting that a field of the spec comes from, for messages."""
+        """Return the setting that a field of the spec comes from, for messages."""
         return f"eval.{self.settings.get(name, name)}"
 
 
@@ -113,7 +113,7 @@ EVALUATORS: Final[Door[Evaluator]] = Door(
 
 
 def declared_metrics() -> Mapping[str, MetricSpec]:
-    """Every metric that some kind declares, by name.
+    """Return every metric that some kind declares, by name.
 
     Raises:
         SpecError: two kinds declare a metric of one name differently.

@@ -1,4 +1,4 @@
-"""From an EvalSpec to something that runs: the text encoded, the task's requests built, once per tokenizer."""
+"""Prepare an EvalSpec to run: encode its text or build its task's requests, once per tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation is and what it returns. Imports no torch, so planning a study stays light."""
+"""Specs and results of evaluations. Imports no torch, so planning a study stays light."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ class EvalSpec:
 
 @cache
 def eval_axes() -> Mapping[str, Axis]:
-    """What defines an evaluation, by the name of its field; not where its data lie."""
+    """Return what defines an evaluation, by the name of its field; not where its data lie."""
     return {f.name: axis_of(f) for f in fields(EvalSpec) if f.compare}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """What one evaluation measured.
+    """The result of one evaluation.
 
     Attributes:
         metrics: value by metric ('loss' in nats per token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.

@@ -68,7 +68,7 @@ class TaskEval:
     dataset_hash: str
 
     def run(self, model: PreTrainedModel, *, batch_tokens: int) -> EvalResult:
-        """The task's metrics as lm-eval aggregates them, with standard errors; per sample the value of each metric.
+        """Return the task's metrics as lm-eval aggregates them, with standard errors and each metric per sample.
 
         A document with an undefined response (NaN) has undefined metrics, and so has the mean over documents: NaN,
         never a number that comes from comparing with NaN. ``diverged`` is set by any log-likelihood that is not finite.

@@ -1,4 +1,4 @@
-"""Where a model's modules lie: on one device, or its blocks in a row over several GPUs."""
+"""Place a model's modules on one device, or its blocks in order over several GPUs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def place(model: PreTrainedModel, device: str, compute: torch.dtype, *, gpus: in
 
 
 def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
-    """The GPU of each module: in the model's order, cut into runs of about equal bytes; blocks are never split.
+    """Return the GPU of each module: in the model's order, cut into runs of about equal bytes; blocks are never split.
 
     What shares a weight with a module before it goes where that one is.
 

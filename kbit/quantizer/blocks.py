@@ -1,4 +1,4 @@
-"""Blocks: which values share an absmax."""
+"""Cut a tensor into blocks, whose values share an absmax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kbit.spec import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How a tensor is cut: its values as [rows, length], each row cut every `size` values, its last block maybe short.
+    """Blocks of a tensor: its values as [rows, length], each row cut every `size` values, its last block maybe short.
 
     `scheme=block` is one row of all values; `scheme=group` has the tensor's own rows.
     """
@@ -43,7 +43,7 @@ class Blocks:
         return -(-self.length // self.size)
 
     def pieces(self, device: torch.device, row: int | None = None) -> Iterator[Piece]:
-        """The tensor in pieces small enough to work on.
+        """Yield the tensor in pieces small enough to work on.
 
         Each begins at a multiple of 8 values, so that packed codes can be cut there too.
 

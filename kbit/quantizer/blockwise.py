@@ -164,7 +164,7 @@ def quantize_async(
 
 @torch.no_grad()
 def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
-    """The weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
+    """Return the weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
 
     codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
     the storage dtype's range are saturated.

@@ -138,7 +138,7 @@ class Claims:
         return self.directory / f"{number:08d}.{suffix}"
 
     def is_alive(self, claim: Claim) -> bool:
-        """Whether the process that launched it may still be at work."""
+        """Tell whether the process that launched it may still be at work."""
         if claim.host == socket.gethostname():
             return _process_start(claim.pid) == claim.pid_started
         beat = self._path(claim.number, "running")

@@ -1,4 +1,4 @@
-"""What a measurement will cost: seconds by the median of finished ones like it, else by counting operations.
+"""Predict the cost of a measurement: seconds by the median of finished ones like it, else by counting operations.
 
 The count is the textbook's: a forward pass takes 2 operations a parameter and token. The rates are what such passes
 reach in practice, not peaks; they only have to be right within a factor of two, since finished cells replace them.

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: cells done, the current cells, rate, time left.
+"""Show a running study: cells done, the current cells, rate, time left.
 
 Where the output is no terminal, a plain line now and then.
 """

@@ -1,4 +1,4 @@
-"""What a finished study shows: the table in the terminal, findings, figures on disk, and where everything lies."""
+"""Report a finished study: the table in the terminal, findings, figures on disk, and where everything is."""
 
 from __future__ import annotations
 

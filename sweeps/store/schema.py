@@ -120,7 +120,7 @@ def cell_columns() -> tuple[str, ...]:
 
 @cache
 def arrow_schema() -> pa.Schema:
-    """The parquet schema of a part."""
+    """Return the parquet schema of a part."""
     import pyarrow as pa
 
     types = {
@@ -140,7 +140,7 @@ def arrow_schema() -> pa.Schema:
 
 
 def markdown() -> str:
-    """The columns as a Markdown table."""
+    """Return the columns as a Markdown table."""
     rows = [f"| `{c.name}` | {c.type} | {c.unit} | {c.doc} |" for c in columns()]
     return "\n".join(["| column | type | unit | what it is |", "| --- | --- | --- | --- |", *rows])
 

@@ -1,4 +1,4 @@
-"""From the configuration's ``eval`` to evaluations: each name's data found, and resolved to what identifies them.
+"""Resolve the configuration's ``eval`` to evaluations: find each name's data and what identifies them.
 
 How data are found depends on what a kind reads (``Evaluator.data``), never on the kind.
 """
@@ -117,7 +117,7 @@ FIND: Final[Mapping[Data, Callable[[Finder, str, str], Found]]] = {
 def resolve_evals(
     settings: Mapping[str, Any], commits: Commits, device: str, device_name: Callable[[], str]
 ) -> list[EvalSpec]:
-    """Every evaluation that the configuration asks for.
+    """Resolve every evaluation that the configuration asks for.
 
     Args:
         settings: the configuration's ``eval``, as plain values.
@@ -202,7 +202,7 @@ def _check_names(evals: list[EvalSpec]) -> None:
 
 
 def as_list(value: object, key: str) -> list[object]:
-    """A list, or one value standing for a list of one; null is none."""
+    """Return a list, or take one value standing for a list of one; null is none."""
     if value is None:
         return []
     if isinstance(value, str | int):
@@ -240,7 +240,7 @@ def _file(path: Path, key: str, field: str | None = None) -> LocalFile:
 
 
 def _data_files_hash(entry: task_index.TaskEntry) -> str:
-    """One hash of the local files that a task of the user's own reads by itself (dataset_path: json and the like)."""
+    """Hash the local files that a task of the user's own reads by itself (dataset_path: json and the like)."""
     files = task_data_files({"dataset_kwargs": entry.dataset_kwargs})
     if not files:
         raise UserError(f"{entry.file}: dataset_path={entry.dataset_path} needs dataset_kwargs.data_files")

@@ -1,4 +1,4 @@
-"""What a job runs is what was planned: the code, the user's own task definitions, and the data, as they were at launch.
+"""Freeze what jobs run at launch: the code, the user's own task definitions, and the data.
 
     OUT/code/HASH/           this installation's sources: a queued job imports them, whatever is edited meanwhile
     OUT/code/tasks-HASH/     task definitions of the user's own, with what they include and use
@@ -138,7 +138,7 @@ def check_data(what: str, source: Source | None) -> None:
 
 
 def task_data_files(config: Mapping[str, Any]) -> list[Path]:
-    """The local files that a task of the user's own reads by itself (``dataset_kwargs.data_files``), in their order."""
+    """List the local files that a task of the user's own reads by itself (``dataset_kwargs.data_files``), in order."""
     named = (config.get("dataset_kwargs") or {}).get("data_files")
     values = named.values() if isinstance(named, Mapping) else [named]
     return [Path(f) for value in values for f in (value if isinstance(value, list) else [value]) if f is not None]
@@ -270,7 +270,7 @@ def _add(file: Path, place: Path, found: dict[Path, bytes]) -> bytes:
 
 
 def _includes(text: bytes) -> list[str]:
-    """The file names under a YAML's top-level ``include``, one or a list."""
+    """Return the file names under a YAML's top-level ``include``, one or a list."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     for key, value in pairs:

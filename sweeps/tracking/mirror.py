@@ -76,7 +76,7 @@ def token(row: Row) -> str:
 
 
 def history_row(row: Row) -> dict[str, Scalar]:
-    """A measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
+    """Return a measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
     step = {k: row[k] for k in mirrored_columns() if row.get(k) is not None}
     for suffix, values in (("", row["metrics"]), ("_stderr", row["stderr"])):
         step |= {f"{row['eval']}/{k}{suffix}": v for k, v in values.items() if v is not None}
@@ -211,7 +211,7 @@ class Mirror:
         self._emit(Finished(pack=pack.id, mirrored=self._confirmed(pack), added=pack.added))
 
     def _confirmed(self, pack: _Pack) -> int:
-        """How many of the pack's rows the server holds: run.finish() returns also when wandb gave an upload up."""
+        """Count the pack's rows that the server holds: run.finish() also returns when wandb gave up an upload."""
         if self._server is None:
             return len(pack.rows)
         held = 0
