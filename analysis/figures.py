@@ -55,7 +55,7 @@ def write_figures(
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> list[Path]:
-    """Write every figure that the data allow, as PNG and SVG; log why another can't be drawn.
+    """Writes every figure that the data allow, as PNG with an SVG beside it; logs why another can't be drawn.
 
     Args:
         df: a wide result table.
@@ -65,7 +65,7 @@ def write_figures(
 
     Returns:
         The PNGs: bit_scaling, data_types_4bit, block_sizes_4bit of the first headline metric; and bit_scaling_zero_shot
-        where the table has the zero-shot mean as well as a loss.
+        where the table has the zero-shot mean beside a loss.
     """
     metrics = ranked_metrics(df)
     if not metrics:

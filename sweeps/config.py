@@ -86,7 +86,7 @@ class TextSetConfig:
 
 @dataclass
 class EvalSettings:
-    """What is measured: names by kind, where their data lie, and the fields of evaluations that came first."""
+    """The keys of ``eval``: names by kind, where their data lie, and the fields of evaluations that came first."""
 
     perplexity: Raw = field(default_factory=list)
     tasks: Raw = field(default_factory=list)
@@ -119,7 +119,7 @@ else:
 
 @dataclass
 class CalibrationConfig:
-    """What methods that calibrate read; the others know nothing of it."""
+    """The data of methods that calibrate; others ignore it."""
 
     set: str | None = None
     samples: int = 128

@@ -28,7 +28,7 @@ _SPARE_BYTES: Final = 3e9
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is decoded, at every precision.
+    """The model that is decoded, at every precision.
 
     Attributes:
         batch: sequences.

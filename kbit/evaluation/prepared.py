@@ -25,7 +25,7 @@ class PreparedEval(Protocol):
 
 
 class Prepare(Protocol):
-    """What ``Evaluator.prepare`` names: reads and encodes what a spec evaluates."""
+    """The function that ``Evaluator.prepare`` names: it reads and encodes what a spec evaluates."""
 
     def __call__(self, spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PreparedEval: ...
 

@@ -153,7 +153,7 @@ def prepare_task(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: in
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregated:
-    """What a task measured, by metric: values, standard errors, samples; and directions, where ``TASK`` declares none,
+    """The results of a task by metric: values, standard errors, samples; and directions, where ``TASK`` declares none,
     or another than the task's own definition.
     """
 

@@ -65,7 +65,7 @@ class QuantHandle:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibrated:
-    """What a method calibrates on.
+    """The data that a method calibrates on.
 
     Attributes:
         tokens: windows, int64 [samples, length].

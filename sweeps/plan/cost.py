@@ -26,7 +26,7 @@ SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 1.0}
 
 
 def tokens_of(measurement: Measurement) -> int:
-    """About how many tokens go through the model."""
+    """Predict how many tokens go through the model."""
     tokens: int = load(EVALUATORS[measurement.eval.kind].tokens)(measurement.eval)
     return tokens
 

@@ -176,7 +176,7 @@ def make_plan(
     """Decide what to run.
 
     Args:
-        statuses: stored status by measurement key; an out-of-memory failure is 'oom'.
+        statuses: stored status by measurement key; a failure for want of memory is 'oom'.
         in_flight: measurements held by live claims.
         ended: how work that a launch held ended without a record, by measurement: 'lost', 'timeout', ...
         retry: see ``parse_retry``.

@@ -160,7 +160,7 @@ def resolve_evals(
 def resolve_calibration(
     calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, method: str
 ) -> Calibration:
-    """What a method that calibrates reads.
+    """Resolve the data of a method that calibrates.
 
     Args:
         calibration: the configuration's ``calibration``, as plain values.

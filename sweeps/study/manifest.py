@@ -47,7 +47,7 @@ class Manifest:
                 yield Measurement(cell=cell, eval=spec)
 
     def sources(self) -> list[Source | None]:
-        """Where the data of its evaluations and calibrations lie."""
+        """Return the sources of its evaluations' and calibrations' data."""
         calibrations = dict.fromkeys(c.calibration for c in self.cells if c.calibration is not None)
         return [e.source for e in self.evals] + [c.source for c in calibrations]
 

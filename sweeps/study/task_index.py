@@ -21,7 +21,7 @@ from sweeps.errors import TaskError, did_you_mean
 _NAMED: Final = re.compile(rb"^[\"']?(task|group)[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 _IGNORED_DIRS: Final = frozenset({"__pycache__", ".ipynb_checkpoints"})
 _NO_VERSION: Final = "Yaml"
-"""What lm-eval itself reports for a task without ``metadata.version``."""
+"""The version that lm-eval itself reports for a task without ``metadata.version``."""
 _NAME: Final = re.compile(r"[^\s/\\]+")
 _SHOWN: Final = 5
 

@@ -23,7 +23,7 @@ BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
 """Tokens in a batch: on a CPU what keeps activations in its caches, on a GPU what fills it."""
 
 END_SECONDS: Final = 10.0
-"""What is kept of the time that is left, when W&B's mirror is closed: to end its processes, and for the caller."""
+"""Seconds kept of the time that is left when W&B's mirror is closed: to end its processes, and for the caller."""
 
 
 @dataclass(kw_only=True)

@@ -222,7 +222,7 @@ class Worker:
         return loaded
 
     def _blame_node(self, model: ModelRef, error: Exception) -> None:
-        """End the process where a failure to load may be the node's: want of memory and later failures are not."""
+        """End the process where a failure to load may be the node's: out-of-memory and later failures are not."""
         from kbit.memory import is_out_of_memory
 
         if not self.load_again or self._has_measured or is_out_of_memory(error) or _is_the_models(error, model):
