@@ -1,4 +1,4 @@
-"""From a table of results to tables, scaling curves, comparisons, figures and findings.
+"""Turn a table of results into tables, scaling curves, comparisons, figures and findings.
 
 Pure functions of a DataFrame (``sweeps.load_results``). Nothing here imports torch; matplotlib, scipy and rich are
 imported when used.

@@ -1,4 +1,4 @@
-"""Which rows of a result table count, and the plain block-wise cells that every comparison starts from."""
+"""Select the rows of a result table that count, and the plain block-wise cells that comparisons start from."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _NO_EXPONENT: Final = 0
 
 
 def measured(df: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose numbers count, each cell once: done, diverged, or with a value or a diverged outcome of some metric
-    although another of the cell's evaluations failed or is not there yet. Columns a table lacks are added as missing.
+    """Return the rows whose numbers count, each cell once.
+
+    They are done, diverged, or have a value or a diverged outcome of some metric although another of the cell's
+    evaluations failed or is not there yet. Columns a table lacks are added as missing.
 
     A model name that stands for several checkpoints (hub id, revision or weights differ) is told apart by its revision
     or its weights' hash.
@@ -53,7 +55,7 @@ def measured(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def baselines(df: pd.DataFrame) -> pd.DataFrame:
-    """The 16-bit cells among ``measured`` rows."""
+    """Return the 16-bit cells among ``measured`` rows."""
     return df[numbers(df, "bits") == BASELINE_BITS]
 
 
@@ -130,7 +132,7 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
 
 
 def with_baseline(cells: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
-    """``points`` beside their model's 16-bit cell: adds baseline, baseline_key, change (value - baseline), or NaN.
+    """Join ``points`` with their model's 16-bit cell: adds baseline, baseline_key, change (value - baseline), or NaN.
 
     A baseline that diverged without a finite value is none: nothing can be compared with it.
     """
@@ -141,7 +143,7 @@ def with_baseline(cells: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:
 
 
 def numbers(df: pd.DataFrame, column: str) -> pd.Series[float]:
-    """A column as float64; missing values, and a missing column, are NaN."""
+    """Return a column as float64; missing values, and a missing column, are NaN."""
     if column not in df.columns:
         return pd.Series(np.nan, index=df.index, dtype="float64")
     return pd.to_numeric(df[column], errors="coerce").astype("float64")
@@ -154,14 +156,14 @@ def ordered_dtypes(cells: pd.DataFrame) -> list[str]:
 
 
 def fullest_dtype(cells: pd.DataFrame, axis: str) -> str | None:
-    """The data type with the most (model, ``axis``) combinations; of equals float, the paper's, then the first."""
+    """Return the data type with the most (model, ``axis``) combinations; of equals float, then the first."""
     order = sorted(ordered_dtypes(cells), key=lambda d: d != "float")
     counts = {d: len(cells[cells["dtype"] == d].drop_duplicates(["family", "model", axis])) for d in order}
     return max(order, key=lambda d: counts[d]) if order else None
 
 
 def some_eval_diverged(df: pd.DataFrame) -> pd.Series[bool]:
-    """Which cells diverged on any of their evals, by row."""
+    """Return which cells diverged on any of their evals, by row."""
     found = _diverged(df["status"])
     for column in _status_columns(df):
         found |= _diverged(df[column])

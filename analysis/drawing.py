@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS_CAP: Final = float(np.log(100))
-"""Where a figure cuts losses (nats a token): perplexity 100, as the paper's do (Appendix C.5). The data aren't cut."""
+"""Where a figure cuts losses (nats per token): perplexity 100, as in the paper (Appendix C.5). The data aren't cut."""
 _MOST_NAMED: Final = 8
 
 Look = tuple[str, str]
@@ -30,7 +30,7 @@ Look = tuple[str, str]
 
 @dataclass(kw_only=True)
 class Drawing:
-    """What a figure shows, and what its notes must say in the end.
+    """The contents of a figure, and what its notes must say in the end.
 
     Attributes:
         metric: what is drawn.
@@ -50,7 +50,7 @@ class Drawing:
     intervals: bool = False
 
     def heights(self, line: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Where cells [n] are drawn (NaN: nowhere), and which of them diverged or are cut."""
+        """Return where cells [n] are drawn (NaN: nowhere), and which of them diverged or are cut."""
         value, diverged = line["value"].to_numpy(), line["diverged"].to_numpy(dtype=bool)
         cut = value > (np.inf if self.cap is None else self.cap)
         height = value if self.cap is None else np.minimum(value, self.cap)
@@ -91,7 +91,7 @@ class Drawing:
         return compare(a, b, self.metric.metric)
 
     def notes(self, cells: pd.DataFrame, sweep: str | None) -> str:
-        """What a reader must know beside the legend: models, what bars and open markers mean, where losses are cut."""
+        """Say what the legend doesn't: models, what bars and open markers mean, where losses are cut."""
         said = []
         models = list(dict.fromkeys(cells.sort_values("params")["model"]))
         if len(models) == 1:
@@ -117,7 +117,7 @@ class Drawing:
 
 
 def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """A figure (inches) and its panels [rows, columns], sharing the vertical axis along a row."""
+    """Return a figure (inches) and its panels [rows, columns], sharing the vertical axis along a row."""
     from matplotlib.figure import Figure as NewFigure
 
     fig = NewFigure(figsize=size, layout="constrained")
@@ -134,7 +134,7 @@ def loss_cap(cells: pd.DataFrame, metric: Metric) -> float | None:
 
 
 def change_edge(cells: pd.DataFrame, drawing: Drawing) -> float:
-    """A little beyond the worst change of the cells that neither diverged nor are cut."""
+    """Return a value a little beyond the worst change of the cells that neither diverged nor are cut."""
     change = cells.loc[~drawing.heights(cells)[1], "change"].dropna()
     sign = drawing.metric.sign
     worst = change.min() if sign < 0 else change.max()

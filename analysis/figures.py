@@ -99,7 +99,7 @@ def write_figures(
 def bit_scaling(
     df: pd.DataFrame, metric: Metric, *, dtype: str | None = None, sweep: str | None = None
 ) -> Figure | None:
-    """A metric against total model bits by precision at block size 64, a panel a family (Figures 2 and 13).
+    """Draw a metric against total model bits by precision at block size 64, one panel per family (Figures 2 and 13).
 
     None, with the reason logged, where there are no quantized cells. ``dtype`` None takes the one most cells have.
     """
@@ -217,7 +217,7 @@ FIGURES: Final[dict[str, Callable[[Results], Figure | None]]] = {
 def _comparison(
     drawing: Drawing, base: pd.DataFrame, panels: Mapping[str, pd.DataFrame], axis: str, styles: Styles
 ) -> Figure:
-    """The metric over total bits, a line a value of ``axis``; below, where 16-bit is known, the change from it."""
+    """Draw the metric over total bits, one line per value of ``axis``; below, the change from 16-bit if known."""
     panels = {name: with_baseline(own, base) for name, own in panels.items()}
     everything = pd.concat(panels.values())
     deltas = bool(everything["baseline"].notna().any())

@@ -34,7 +34,7 @@ _HIGH: Final = (6, 7, 8)
 
 
 def findings(df: pd.DataFrame, samples: Mapping[SampleKey, Samples] | None = None) -> list[str]:
-    """What a study shows, in sentences with their numbers; a sentence that the data don't support is left out.
+    """Return what a study shows, in sentences with their numbers; a sentence that the data don't support is left out.
 
     Args:
         df: a wide result table.
@@ -185,13 +185,13 @@ def _outliers(
             interval = _mean_interval(own, own["key"], own["key_without"], metric, samples)
             said.append(
                 f"{about}change of {metric.phrase}{_unit(metric)}, {_models(own)}: "
-                f"{_signed(change, metric)}{_ci(interval, metric)}, for {extra:.2f} bits a parameter more."
+                f"{_signed(change, metric)}{_ci(interval, metric)}, for {extra:.2f} more bits per parameter."
             )
     return said
 
 
 def _with_and_without(kept: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells with outlier dimensions beside those without ('_without'), alike in all else, exponent bits included."""
+    """Pair cells with outlier dimensions with those without ('_without'), alike in all else, exponent bits included."""
     columns = list(kept.columns)
     both = [part.assign(outliers=outliers)[[*columns, "outliers"]] for part, outliers in ((kept, 1), (cells, 0))]
     if any(part.empty for part in both):

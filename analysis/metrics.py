@@ -76,7 +76,7 @@ class Metric:
 
 
 def parse_metric(column: str, df: pd.DataFrame | None = None) -> Metric:
-    """The metric that a column ``{eval}_{metric}`` holds.
+    """Return the metric that a column ``{eval}_{metric}`` holds.
 
     Its direction is the one that the table has for it (a task's own), else the one that a kind of evaluation declares
     for the metric's name, else unknown: nothing is guessed.
@@ -107,8 +107,8 @@ def parse_metric(column: str, df: pd.DataFrame | None = None) -> Metric:
 
 
 def metric_columns(df: pd.DataFrame) -> list[Metric]:
-    """Metrics of a wide table, in its order: columns of a declared metric's name, or with a standard error or a
-    direction beside.
+    """Metrics of a wide table, in its order: columns of a declared metric's name, or those with a standard error or a
+    direction.
     """
     names, declared = set(df.columns), declared_metrics()
     return [
@@ -120,7 +120,7 @@ def metric_columns(df: pd.DataFrame) -> list[Metric]:
 
 
 def direction_warnings(df: pd.DataFrame) -> list[str]:
-    """One sentence that names the metrics whose direction nobody declares, where there are any."""
+    """Return one sentence that names the metrics whose direction nobody declares, where there are any."""
     unknown = [m.column for m in metric_columns(df) if m.higher_is_better is None and df[m.column].notna().any()]
     if not unknown:
         return []
@@ -131,7 +131,7 @@ def direction_warnings(df: pd.DataFrame) -> list[str]:
 
 
 def primary_loss(df: pd.DataFrame) -> Metric | None:
-    """The perplexity eval's loss with the most values (the first of equals), or None.
+    """Return the perplexity eval's loss with the most values (the first of equals), or None.
 
     Perplexity is the more reliable measure (section 4; Appendix C.5), and its logarithm, the loss, is what is compared.
     """
@@ -139,13 +139,14 @@ def primary_loss(df: pd.DataFrame) -> Metric | None:
 
 
 def zero_shot(df: pd.DataFrame) -> Metric | None:
-    """The mean of the paper's four tasks, if any cell has it."""
+    """Return the mean of the paper's four tasks, if any cell has it."""
     return _fullest(df, [m for m in metric_columns(df) if m.column == ZERO_SHOT_MEAN])
 
 
 def headline_metrics(df: pd.DataFrame) -> list[Metric]:
-    """What to show first: the primary loss, then the zero-shot mean; without both, the metric with most values, if
-    possible one that can be ranked.
+    """Return what to show first: the primary loss, then the zero-shot mean.
+
+    Without both, it is the metric with most values, if possible one that can be ranked.
     """
     found = [m for m in (primary_loss(df), zero_shot(df)) if m is not None]
     if found:
@@ -156,7 +157,7 @@ def headline_metrics(df: pd.DataFrame) -> list[Metric]:
 
 
 def ranked_metrics(df: pd.DataFrame) -> list[Metric]:
-    """What to conclude from: the headline metrics whose direction is known."""
+    """Return what to conclude from: the headline metrics whose direction is known."""
     return [m for m in headline_metrics(df) if m.higher_is_better is not None]
 
 

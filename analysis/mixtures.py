@@ -22,10 +22,10 @@ _SHOWN: Final = 3
 
 
 def mixture_warnings(long_df: pd.DataFrame) -> list[str]:
-    """One sentence for each eval or model whose measurements (done or diverged) differ in what decides the number.
+    """Return one sentence per eval or model whose measurements (done or diverged) differ in what decides them.
 
     Args:
-        long_df: the long result table, one row a measurement. Columns it lacks are not looked at; a missing value ('no
+        long_df: the long result table, one row per measurement. Columns it lacks are ignored; a missing value ('no
             limit') is a value.
     """
     if "status" in long_df:

@@ -17,9 +17,9 @@ from analysis.metrics import Metric
 def scaling_points(
     df: pd.DataFrame, metric: Metric, *, dtype: str | None = None, blocksize: int | None = 64
 ) -> tuple[pd.DataFrame, str | None]:
-    """The points of Figure 2: cells of one data type at one block size, and the 16-bit baseline.
+    """Return the points of Figure 2: cells of one data type at one block size, and the 16-bit baseline.
 
-    Floats have one number of exponent bits a family and precision. Cells of an unknown size are left out.
+    Floats have one number of exponent bits per family and precision. Cells of an unknown size are left out.
 
     Args:
         df: a wide result table.
@@ -41,7 +41,7 @@ def scaling_points(
 
 
 def interpolate(total_bits: ArrayLike, values: ArrayLike, budgets: ArrayLike) -> NDArray[np.float64]:
-    """A metric at given numbers of model bits, linear in log2(total bits) between measured models.
+    """Interpolate a metric at given numbers of model bits, linear in log2(total bits) between measured models.
 
     Args:
         total_bits: bits of the measured models [n], positive, in any order; distinct.
@@ -65,7 +65,7 @@ def interpolate(total_bits: ArrayLike, values: ArrayLike, budgets: ArrayLike) ->
 
 
 def common_range(curves: pd.DataFrame) -> tuple[float, float] | None:
-    """The range of total bits that all precisions of ``points`` with several models cover; None without one."""
+    """Return the range of total bits that all precisions of ``points`` with several models cover; None without one."""
     spans = curves.groupby("bits")["total_bits"].agg(["min", "max", "nunique"])
     spans = spans[spans["nunique"] > 1]
     if len(spans) < 2:
@@ -75,7 +75,7 @@ def common_range(curves: pd.DataFrame) -> tuple[float, float] | None:
 
 
 def best_precision(curves: pd.DataFrame, metric: Metric, budgets: ArrayLike) -> pd.DataFrame:
-    """Which precision is best for a number of model bits, by interpolation between one family's models.
+    """Return which precision is best for a number of model bits, by interpolation between one family's models.
 
     Args:
         curves: ``points`` of one family (``scaling_points``).

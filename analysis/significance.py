@@ -27,7 +27,7 @@ class Comparison:
     """A difference, first minus second, and its 95 % confidence interval.
 
     Attributes:
-        difference: of the means over the same samples, in the metric's unit (nats a token for a loss).
+        difference: of the means over the same samples, in the metric's unit (nats per token for a loss).
         low, high: the interval; NaN where a value isn't finite or there are fewer than two samples.
         stderr: standard error of the difference.
         n: samples (windows or documents).
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare_loss(a: Samples, b: Samples) -> Comparison:
-    """Difference of two losses, in nats a token, on the same windows.
+    """Difference of two losses, in nats per token, on the same windows.
 
     Loss is a ratio, the sum of nats by the sum of tokens, so the error is the ratio estimator's: with d_i the
     difference in nats and t_i the tokens of window i, R = sum d / sum t and var R = n / (n - 1) sum (d_i - R t_i)² /
@@ -100,7 +100,7 @@ def compare_outcomes(a: NDArray[Any], b: NDArray[Any]) -> Comparison:
 
 
 def can_pair(a: Samples, b: Samples, metric: str) -> bool:
-    """Whether ``compare`` can: both kept the metric's outcomes, of windows with the same tokens or as many documents.
+    """Tell whether ``compare`` can: both kept the metric's outcomes, of the same windows or as many documents.
 
     The same model measured with another window or limit can't be paired.
     """

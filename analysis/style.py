@@ -1,4 +1,4 @@
-"""How figures look: colours, markers, names and axes, the same in every figure."""
+"""The style of every figure: colours, markers, names and axes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _FAMILIES: Final = {
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """A function that draws or saves, run under this module's settings; the caller's stay as they are."""
+    """Make a function that draws or saves run under this module's settings; the caller's stay as they are."""
 
     @wraps(draw)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

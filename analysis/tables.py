@@ -25,9 +25,9 @@ _FIELDS: Final = ("value", "stderr", "diverged")
 
 
 def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | None = 64) -> pd.DataFrame:
-    """A metric by model, bits and data type, of plain block-wise cells at one block size and the 16-bit baseline.
+    """Tabulate a metric by model, bits and data type, of plain cells at one block size and the 16-bit baseline.
 
-    Floats have one number of exponent bits a family and precision (``cells.one_exponent``).
+    Floats have one number of exponent bits per family and precision (``cells.one_exponent``).
 
     Args:
         df: a wide result table.

@@ -51,15 +51,15 @@ class Axis:
     label: str | None = None
 
     def is_neutral(self, value: object) -> bool:
-        """Whether a value changes nothing."""
+        """Tell whether a value changes nothing."""
         return value is None or (self.neutral is not VARIED and value == self.neutral)
 
     def is_identity(self, value: object) -> bool:
-        """Whether a value belongs to the identity of a spec that has this axis."""
+        """Tell whether a value belongs to the identity of a spec that has this axis."""
         return not (self.optional and value is None) and not (self.since > 1 and self.is_neutral(value))
 
     def words(self, value: object) -> str:
-        """A value as labels spell it; '' for a neutral one."""
+        """Return a value as labels spell it; '' for a neutral one."""
         if self.is_neutral(value):
             return ""
         if self.label is not None:
@@ -81,7 +81,7 @@ def axis(default: Any = MISSING, *, type: AxisType, doc: str, **more: Any) -> An
 
 
 def axis_of(declared: Field[Any]) -> Axis:
-    """The axis that a field declares.
+    """Return the axis that a field declares.
 
     Raises:
         TypeError: it declares none. An undeclared field would be in no key, label, column or schema.
@@ -92,7 +92,7 @@ def axis_of(declared: Field[Any]) -> Axis:
 
 
 def axes_of(cls: type[object]) -> Mapping[str, Axis]:
-    """The axes of a spec's class by name, in the order of its fields."""
+    """Return the axes of a spec's class by name, in the order of its fields."""
     known = _DECLARED.get(cls)
     if known is None:
         known = _DECLARED[cls] = {f.name: axis_of(f) for f in fields(cast(Any, cls))}

@@ -1,4 +1,4 @@
-"""What a method that calibrates reads, part of a cell's identity: which data, how much of them. Imports no torch."""
+"""The calibration data of a method, part of a cell's identity: which data, and how much. Imports no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Calibration:
             raise SpecError("calibration.compute_dtype", self.compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
 
     def canonical(self) -> Mapping[str, Any]:
-        """What belongs to the identity of a cell, as plain JSON values."""
+        """Return what belongs to the identity of a cell, as plain JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
     @property

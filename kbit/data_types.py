@@ -34,7 +34,7 @@ def _no_axes(_bits: int, _given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class DataType:
-    """What a data type is.
+    """A data type of codes.
 
     Attributes:
         values: "module:function" or the function itself. A fixed type's takes the spec and returns its codebook on the
@@ -84,12 +84,12 @@ DTYPES: Final = Door[DataType](
 
 
 def named_dtypes() -> tuple[str, ...]:
-    """The data types that a name alone says: all but those from files."""
+    """Return the data types that a name alone identifies: all except those from files."""
     return tuple(name for name in DTYPES if name != "file")
 
 
 def data_type(dtype: str, codebook: object) -> DataType:
-    """The data type of a spec: one from a file goes by the name that its file gives.
+    """Return the data type of a spec: one from a file goes by the name that its file gives.
 
     Raises:
         SpecError: there is none of that name.
@@ -151,7 +151,7 @@ def check_name(name: str, key: str) -> None:
 
 
 def check_codebook(values: object, bits: int, key: str) -> tuple[float, ...]:
-    """The values of a codebook, rounded to float32.
+    """Return the values of a codebook, rounded to float32.
 
     Raises:
         SpecError: they are not 2 to 2^bits distinct finite numbers in ascending order within [-1, 1].

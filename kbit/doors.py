@@ -53,7 +53,7 @@ class Door(Mapping[str, T], Generic[T]):
         self._others: dict[str, EntryPoint] | None = None
 
     def __getitem__(self, name: str) -> T:
-        """The entry of a name.
+        """Return the entry of a name.
 
         Raises:
             SpecError: nobody entered it. Names what is allowed.
@@ -73,14 +73,14 @@ class Door(Mapping[str, T], Generic[T]):
         return name in self._entries or name in self._from_others()
 
     def __iter__(self) -> Iterator[str]:
-        """Names, ours first, in their order; imports no entry."""
+        """Yield names, ours first, in their order; imports no entry."""
         return iter(dict.fromkeys([*self._entries, *self._from_others()]))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def unknown(self, name: object) -> SpecError:
-        """The error for a name that nobody entered."""
+        """Return the error for a name that nobody entered."""
         return SpecError(self.key, name, "one of " + ", ".join(self))
 
     def _from_others(self) -> dict[str, EntryPoint]:

@@ -1,4 +1,4 @@
-"""Telling that memory ran out, of a GPU or of the machine, from everything else that can go wrong."""
+"""Tell exceptions that mean that memory ran out, of a GPU or of the machine, from all others."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 _MESSAGES: Final = (
     "can't allocate memory",  # torch's CPU allocator
     "Cannot allocate memory",  # the system, as safetensors and others pass it on
-    "CUDA error: out of memory",  # what torch allocates beside its caching allocator
+    "CUDA error: out of memory",  # what torch allocates outside its caching allocator
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised from, says that memory could not be had.
+    """Tell whether an exception, or one that it was raised from, says that memory ran out.
 
     Those are torch.OutOfMemoryError, MemoryError, ENOMEM, and the RuntimeErrors of torch's CPU allocator and of CUDA
     libraries, which have no type of their own.

@@ -1,4 +1,4 @@
-"""Where an evaluation's data lie: a local file, a dataset of the hub at a commit, and for a task its definition."""
+"""Sources of an evaluation's data: a local file or a hub dataset at a commit, and for a task its definition."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ Source: TypeAlias = LocalFile | HubData | NamedFiles | TaskSource
 
 
 def documents_of(source: Source | None) -> Documents | None:
-    """What is read: a text set, or a task's documents."""
+    """Return the documents that are read: a text set, or a task's documents."""
     return source.documents if isinstance(source, TaskSource) else source
 
 
 def place_of(source: Source | None) -> str:
-    """The file or dataset that is read, for messages."""
+    """Return the file or dataset that is read, for messages."""
     documents = documents_of(source)
     if isinstance(documents, LocalFile):
         return documents.path
@@ -107,7 +107,7 @@ def source_to_dict(source: Source | None) -> dict[str, Any]:
 
 
 def source_from_dict(data: Mapping[str, Any]) -> Source | None:
-    """The inverse of ``source_to_dict``."""
+    """Return the inverse of ``source_to_dict``."""
     values = dict(data)
     task_file = values.pop("task_file", None)
     documents: Documents | None = None

@@ -1,4 +1,4 @@
-"""What a quantization is: frozen, validated and canonical. Imports no torch: planning stays light.
+"""Specs of quantizations: frozen, validated and canonical. Imports no torch: planning stays light.
 
 A method's spec is a dataclass whose fields are axes (``kbit.axes``), each declared once. ``QuantSpec`` is that of the
 16-bit baseline and of block-wise quantization; its axes are the paper's (Dettmers & Zettlemoyer 2023, sections 2-5,
@@ -62,7 +62,7 @@ class Spec:
     calibrates: ClassVar[bool] = False
     packs: ClassVar[bool] = False
 
-    bits: int = axis(type="int64", doc="bits a code", unit="bit")
+    bits: int = axis(type="int64", doc="bits per code", unit="bit")
 
     @property
     def method(self) -> str:
@@ -85,18 +85,18 @@ class Spec:
         raise NotImplementedError
 
     def axis_values(self) -> dict[str, object]:
-        """Each axis of the spec with its value, as columns and filters have it."""
+        """Return each axis of the spec with its value, as columns and filters have it."""
         return {name: getattr(self, name) for name in axes_of(type(self))}
 
     def canonical(self) -> dict[str, Any]:
-        """The axes that matter for this spec, as plain JSON values: what a cell's key is made of."""
+        """Return the axes that matter for this spec, as plain JSON values: what a cell's key is made of."""
         values = {name: (a, getattr(self, name)) for name, a in axes_of(type(self)).items()}
         identity = {name: value for name, (a, value) in values.items() if a.is_identity(value)}
         return {"method": self.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}}
 
     @classmethod
     def from_canonical(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of ``canonical``, without the method."""
+        """Return the inverse of ``canonical``, without the method."""
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**given)
 
@@ -115,7 +115,7 @@ class QuantSpec(Spec):
     the same.
 
     Attributes:
-        bits: bits a code, 2 to 8; or 16, the baseline, with every other axis unset.
+        bits: bits per code, 2 to 8; or 16, the baseline, with every other axis unset.
         dtype: data type of the codes: a name in ``kbit.data_types.DTYPES``, or the name that goes with `codebook`.
             None for the baseline only.
         blocksize: values that share one absmax; None is one block, the whole tensor.
@@ -262,7 +262,7 @@ class QuantSpec(Spec):
 
     @property
     def method(self) -> str:
-        """'baseline' (16 bits, nothing quantized) or 'blockwise' (a codebook and an absmax a block)."""
+        """'baseline' (16 bits, nothing quantized) or 'blockwise' (a codebook and one absmax per block)."""
         return "baseline" if self.is_baseline else self.method_name
 
     @property
@@ -308,7 +308,7 @@ METHODS: Final = Door[type[Spec]]("kbit_sweep.methods", "method", {"baseline": Q
 
 @cache
 def axes() -> Mapping[str, Axis]:
-    """Every axis of every method, by name.
+    """Return every axis of every method, by name.
 
     Raises:
         SpecError: two methods declare an axis of one name differently.
@@ -323,7 +323,7 @@ def axes() -> Mapping[str, Axis]:
 
 
 def spec_of(values: Mapping[str, Any]) -> Spec:
-    """The spec of a combination of axes, as a study writes it.
+    """Make the spec of a combination of axes, as a study writes it.
 
     Args:
         values: axis values. Without `method` it is 'blockwise' (16 bits are the baseline). `dtype` may be
@@ -354,7 +354,7 @@ def spec_of(values: Mapping[str, Any]) -> Spec:
 
 
 def spec_from_canonical(canonical: Mapping[str, Any]) -> Spec:
-    """The inverse of ``Spec.canonical``."""
+    """Return the inverse of ``Spec.canonical``."""
     cls = METHODS[canonical["method"]]
     return cls.from_canonical({k: v for k, v in canonical.items() if k != "method"})
 

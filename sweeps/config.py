@@ -73,7 +73,7 @@ class SweepConfig:
 
 @dataclass
 class TextSetConfig:
-    """Where a text set's documents come from: a hub dataset, or a local file."""
+    """The source of a text set's documents: a hub dataset, or a local file."""
 
     hub: str | None = None
     revision: str = "main"
@@ -86,7 +86,7 @@ class TextSetConfig:
 
 @dataclass
 class EvalSettings:
-    """What is measured: names by kind, where their data lie, and the fields of evaluations that came first."""
+    """The keys of ``eval``: names by kind, where their data lie, and the fields of evaluations that came first."""
 
     perplexity: Raw = field(default_factory=list)
     tasks: Raw = field(default_factory=list)
@@ -119,7 +119,7 @@ else:
 
 @dataclass
 class CalibrationConfig:
-    """What methods that calibrate read; the others know nothing of it."""
+    """The data of methods that calibrate; others ignore it."""
 
     set: str | None = None
     samples: int = 128
@@ -189,7 +189,7 @@ def _keys_of(title: str, /, *classes: type, **defaults: str) -> type:
 
 @cache
 def _scratch_dir() -> str:
-    """Where Hydra's multirun puts the file it insists on writing; gone when the process ends."""
+    """Make a directory for the file that Hydra's multirun insists on writing; gone when the process ends."""
     directory = tempfile.mkdtemp(prefix="kbit-sweep-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory

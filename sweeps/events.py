@@ -1,4 +1,4 @@
-"""What workers tell their pool, and the pool its owner. As JSON only on the pipe between their processes."""
+"""Events that workers send their pool, and the pool its owner. JSON only on the pipe between processes."""
 
 from __future__ import annotations
 

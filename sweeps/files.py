@@ -12,7 +12,7 @@ from sweeps.errors import LinkError, StoreError
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of the store.
+    """Read a JSON file of the store.
 
     Raises:
         StoreError: it is damaged; the store writes whole files, so something else did that.

@@ -43,7 +43,7 @@ def explain(error: Exception) -> str:
 
 
 def _explain_value(text: str, cause: OmegaConfBaseException) -> str:
-    """A value of a wrong kind, or a place that doesn't exist: without the names of OmegaConf's internals."""
+    """Explain a value of a wrong kind, or a place that doesn't exist, without the names of OmegaConf's internals."""
     override = re.search(r"Error merging override (\S+)", text)
     said = str(cause.msg or cause).splitlines()[0]
     where = override.group(1) if override else str(cause.full_key or "")

@@ -1,4 +1,4 @@
-"""What a launch was asked to do, typed and frozen: made once from Hydra's configuration, which ends here."""
+"""The options of a launch, typed and frozen: made once from Hydra's configuration, which ends here."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _where(value: object) -> Mapping[str, object]:
 
 
 def _cell_prefixes(overrides: Sequence[str]) -> tuple[str, ...]:
-    """What ``cell=`` says, as it was written: Hydra takes a key such as 0123 or 1e5 for a number."""
+    """Return what ``cell=`` says, as it was written: Hydra takes a key such as 0123 or 1e5 for a number."""
     written = [o.partition("=")[2] for o in overrides if o.startswith("cell=")]
     names = [name.strip(" '\"") for text in written for name in text.strip("[] ").split(",")]
     return tuple(name for name in names if name not in ("", "null"))

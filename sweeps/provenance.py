@@ -1,4 +1,4 @@
-"""Where numbers come from: the code's commit and the versions of what computes, for every row."""
+"""Provenance of every row: the code's commit and the versions of the packages that compute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def import_path() -> str:
 
 
 def code_provenance() -> dict[str, str | bool | None]:
-    """Columns commit, dirty, versions. Outside a git checkout the commit is the installed version and dirty is null."""
+    """Return columns commit, dirty, versions. Outside a checkout, commit is the installed version and dirty null."""
     commit, dirty = _git_state(ROOT)
     installed = f"kbit-sweep {_version('kbit-sweep') or 'unknown'}"
     return {"commit": commit or installed, "dirty": dirty, "versions": package_versions()}

@@ -9,7 +9,7 @@ from typing import Final
 
 
 class Runs(Enum):
-    """Whether a launch runs a measurement that is in a state."""
+    """Rules for whether a launch runs a measurement that is in a state."""
 
     ALWAYS = "in every launch"
     UNLESS_TOLD = "in every launch but with retry=none"
@@ -19,7 +19,7 @@ class Runs(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a state says of a measurement.
+    """The meaning of a state.
 
     Attributes:
         meaning: in words.

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 
 def counted(count: int, what: str) -> str:
-    """'1 GPU', '2 GPUs', '1,000 jobs'."""
+    """Return a count in words: '1 GPU', '2 GPUs', '1,000 jobs'."""
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def hours(seconds: float) -> str:
-    """A time: '90 s', '12 min', '3.5 h'."""
+    """Return a time in words: '90 s', '12 min', '3.5 h'."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def size(count: float) -> str:
-    """A number of bytes: '30 kB', '1.2 TB'."""
+    """Return a number of bytes in words: '30 kB', '1.2 TB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}"

@@ -1,1 +1,1 @@
-"""``python -m kbit.bench``: how fast kernels and k-bit models are here, beside others' and the limit, from one run."""
+"""``python -m kbit.bench``: measure kernels and k-bit models against others' and the limit, in one run."""

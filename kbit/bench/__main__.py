@@ -1,4 +1,4 @@
-"""How fast k-bit kernels and models are on this machine, beside cuBLAS, bitsandbytes and the limit, from one run.
+"""Measure k-bit kernels and models on this machine against cuBLAS, bitsandbytes and the limit, in one run.
 
   python -m kbit.bench               quantize and dequantize; on an NVIDIA GPU also the fused product x W^T
   python -m kbit.bench --roofline    the paper's Figure 16, measured: ceilings, batch 1 to 64, 3 to 8 and 16 bits

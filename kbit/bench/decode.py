@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         self._begin, self._next, self._end = compiled(_begin), compiled(_next), compiled(_end)
 
     def in_order(self) -> list[DecoderLayer]:
-        """The layers, in order."""
+        """Return the layers, in order."""
         return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         return logits
 
     def reference(self, tokens: Tensor, position: Tensor, plain: Callable[[nn.Module], nn.Module]) -> Tensor:
-        """The same, uncompiled, with ``plain(linear)`` in place of each linear layer, made two layers at a time."""
+        """Return the same, uncompiled, with ``plain(linear)`` for each linear layer, made two layers at a time."""
         first, *others = self.in_order()
         layer = first.replaced(plain)
         state = _begin(layer, self.tokens, self.positions, tokens, position)
@@ -182,7 +182,7 @@ def random_source(device: str, dtype: torch.dtype) -> Source:
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A 16-bit layer."""
+    """Return a 16-bit layer."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -48,7 +48,7 @@ _LINE_HEIGHT: Final = 0.055
 
 
 def write_figure(roofline: Roofline, directory: Path) -> list[Path]:
-    """roofline-NxK.png, and .svg beside it; the directory is made. Returns both."""
+    """Write roofline-NxK.png and .svg; make the directory. Returns both paths."""
     from matplotlib import rc_context
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _speedups(ax: Axes, roofline: Roofline) -> None:
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Heights of labels beside lines that end at ``values``: in their order, ``gap`` apart, as near as that allows."""
+    """Return the heights of labels for lines that end at ``values``: in order, ``gap`` apart, as near as possible."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     groups: list[tuple[float, int]] = []  # (middle, labels) of neighbours that had to move together
     for i in order:

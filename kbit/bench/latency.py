@@ -1,4 +1,4 @@
-"""A decode step of an OPT-shaped model by precision: milliseconds a token, memory, size, and the limit of its bytes."""
+"""Time a decode step of an OPT-shaped model by precision: milliseconds per token, memory, size, limit of its bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SPARE_BYTES: Final = 3e9
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is decoded, at every precision.
+    """The model that is decoded, at every precision.
 
     Attributes:
         batch: sequences.
@@ -130,12 +130,12 @@ def needed_bytes(setting: Setting, bits: int) -> float:
 
 
 def kbit_linear(weight: Tensor, bias: Tensor, *, spec: QuantSpec) -> nn.Module:
-    """A layer held in k bits."""
+    """Return a layer held in k bits."""
     return KBitLinear.from_quantized(quantize(weight, spec), bias=bias)
 
 
 def dequantized(layer: nn.Module) -> nn.Module:
-    """A 16-bit layer of the weights that a k-bit one stands for; others as they are."""
+    """Return a 16-bit layer of the weights that a k-bit one stands for; others as they are."""
     return plain_linear(layer.dequantize(), layer.bias) if isinstance(layer, KBitLinear) else layer
 
 

@@ -1,7 +1,7 @@
 """The product x · W^T: ours of k-bit weights as they are stored, cuBLAS in float16, bitsandbytes, and the limit.
 
 The limit is what memory allows: a product with few rows reads its weight and hardly anything else, so k bits and an
-absmax of 16 bits a block can be 16 / (k + 16 / blocksize) times as fast as 16 bits.
+absmax of 16 bits per block can be 16 / (k + 16 / blocksize) times as fast as 16 bits.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _ours(shape: Shape, bits: int, blocksize: int) -> _Contender:
 
 
 def repeated(w: TiledWeight, times: int) -> TiledWeight:
-    """The weight ``times`` below itself, in fresh memory: a large one costs no more to make than a small one."""
+    """Return the weight ``times`` below itself, in fresh memory: a large one costs no more to make than a small one."""
     return replace(
         w,
         codes=w.codes.repeat(times, 1, 1, 1),
@@ -214,7 +214,7 @@ def _peer(shape: Shape, name: str, blocksize: int) -> _Contender | None:
 
 
 def layout_cost(shape: Shape, bits: int, blocksize: int) -> str:
-    """What laying a quantized weight out for the kernel costs, once, in words."""
+    """Return what laying a quantized weight out for the kernel costs, once, in words."""
     q = quantize(_random(*shape), QuantSpec(bits=bits, dtype=DTYPE, blocksize=blocksize))
     seconds = call_seconds(lambda: tile(q, torch.float16), repeats=_LAYOUTS, device="cuda")
     before = torch.cuda.memory_allocated()
@@ -228,7 +228,7 @@ def layout_cost(shape: Shape, bits: int, blocksize: int) -> str:
 
 
 def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence[str] = ()) -> Table:
-    """A row a shape and number of rows of x; microseconds, and how many times as fast as cuBLAS in float16."""
+    """Return one row per shape and number of rows of x: microseconds, and the speedup over cuBLAS in float16."""
     by_place = {(p.shape, p.rows, p.label): p for p in found}
     labels = list(dict.fromkeys(p.label for p in found if p.kernel != CUBLAS))
     limits = {p.label: limit(p.bits, blocksize) for p in found if p.kernel == OURS}
@@ -252,7 +252,7 @@ def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence
 
 
 def limit(bits: int, blocksize: int) -> float:
-    """How many times as fast as 16 bits the bytes of a weight alone allow."""
+    """Return how many times as fast as 16 bits the bytes of a weight alone allow."""
     return BASELINE_BITS / (bits if bits == BASELINE_BITS else bits + 16 / blocksize)
 
 

@@ -1,9 +1,9 @@
-"""Quantize and dequantize: GB/s beside bitsandbytes' and a copy, which is the limit.
+"""Quantize and dequantize: GB/s, compared with bitsandbytes' and with a copy, which is the limit.
 
-A quantizer has to read 2 bytes a weight and write its codes and absmax, so it can't be faster than a copy of as many
+A quantizer has to read 2 bytes per weight and write its codes and absmax, so it can't be faster than a copy of as many
 bytes read and written. On a GPU, calls follow each other without a wait, as bitsandbytes' do, so that what Python does
 for one is hidden behind the one before, if that takes longer. Where ``quantize`` waits for its only kernel to hear
-whether all values are finite, its own figure, of which Python's part depends on the CPU, stands beside that.
+whether all values are finite, its own figure, of which Python's part depends on the CPU, is given next to that.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _rates(name: str, bits: int, weight: Tensor, stored: float, calls: _Calls, r
 
 
 def table(found: Sequence[Rates], limit: float, blocksize: int, device: str) -> Table:
-    """A row a quantizer; ``limit`` is that of a copy, in bytes a second."""
+    """Return one row per quantizer; ``limit`` is that of a copy, in bytes per second."""
     body, records = [], []
     has_waits = any(r.waited_seconds is not None for r in found)
     for r in found:

@@ -1,4 +1,4 @@
-"""What a run found: tables for the terminal, and files that keep every number with where it comes from."""
+"""Report a run: tables for the terminal, and files that keep every number with its provenance."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Report:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Where and when: date (UTC), device, versions. ``device`` is cpu or cuda."""
+    """Return where and when: date (UTC), device, versions. ``device`` is cpu or cuda."""
     found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "device": device_name(device)}
     if device == "cuda":
         found["cuda"] = str(torch.version.cuda)
@@ -119,7 +119,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's architecture and torch's threads."""
+    """Return the GPU's name, or the CPU's architecture and torch's threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"

@@ -44,11 +44,11 @@ class Roofline:
         return min(self.ceilings.flops, intensity * self.ceilings.bandwidth)
 
     def speedup(self, product: Product) -> float:
-        """How many times as fast as cuBLAS in float16 with as many rows of x."""
+        """Return how many times as fast as cuBLAS in float16 with as many rows of x."""
         return self.product(16, product.rows).seconds / product.seconds
 
     def table(self) -> Table:
-        """A row a number of rows of x; TFLOP/s, the share of the roof, and the speedup."""
+        """Return one row per number of rows of x: TFLOP/s, the share of the roof, and the speedup."""
         body = []
         for rows in self.rows:
             found = [self.product(bits, rows) for bits in self.bits]

@@ -18,7 +18,7 @@ _REPLAYS: Final = 11
 _CALLS: Final = 10
 """GPU calls between two events: what Python does for one is hidden behind the one before."""
 _SLOW: Final = 0.05
-"""Seconds of a call that needs no others beside it."""
+"""Seconds of a call that is long enough to be timed alone."""
 _WARM_SECONDS: Final = 0.25
 """Of calls before any is timed: Python's part of the first tens is slower."""
 _LARGE: Final = 2**28
@@ -29,12 +29,12 @@ _SQUARE: Final = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What a GPU reaches at most, measured.
+    """The measured limits of a GPU.
 
     Attributes:
-        copy: bytes a second of a copy on the device, read plus written.
-        read: bytes a second of the faster of a sum and a matrix-vector product of cuBLAS, which read and hardly write.
-        flops: floating-point operations a second of a large float16 product of cuBLAS.
+        copy: bytes per second of a copy on the device, read plus written.
+        read: bytes per second of the faster of a sum and a matrix-vector product in cuBLAS, which hardly write.
+        flops: floating-point operations per second of a large float16 product of cuBLAS.
     """
 
     copy: float
@@ -139,7 +139,7 @@ def replay_seconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
 
 
 def copies_of(nbytes: int) -> int:
-    """How many copies of a weight are taken in turn."""
+    """Return how many copies of a weight are taken in turn."""
     return max(2, int(_ROTATED_BYTES // nbytes) + 1)
 
 

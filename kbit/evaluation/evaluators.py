@@ -49,7 +49,7 @@ class Evaluator:
         settings: the fields of ``EvalSpec`` that the kind uses, each with the key under ``eval`` that it comes from.
         version: of what it computes, raised when a number would change; None where the data have a version.
         suffix: follows the data's name in the evaluation's, so that several kinds can read one text set.
-        modules: what must be importable where it runs, beside torch and transformers.
+        modules: what must be importable where it runs, besides torch and transformers.
         packed: it measures the model with its layers held in k bits, not with their dequantized weights.
         identity_of_device: the device belongs to the measurement's identity, since the number is one of the device.
     """
@@ -66,7 +66,7 @@ class Evaluator:
     identity_of_device: bool = False
 
     def key(self, name: str) -> str:
-        """The setting that a field of the spec comes from, for messages."""
+        """Return the setting that a field of the spec comes from, for messages."""
         return f"eval.{self.settings.get(name, name)}"
 
 
@@ -113,7 +113,7 @@ EVALUATORS: Final[Door[Evaluator]] = Door(
 
 
 def declared_metrics() -> Mapping[str, MetricSpec]:
-    """Every metric that some kind declares, by name.
+    """Return every metric that some kind declares, by name.
 
     Raises:
         SpecError: two kinds declare a metric of one name differently.

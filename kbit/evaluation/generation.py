@@ -85,7 +85,7 @@ def generate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """How to generate: stop sequences, most new tokens, what a context may then have, further arguments."""
+    """Settings of generation: stop sequences, most new tokens, what a context may then have, further arguments."""
 
     stop: list[str]
     new_tokens: int

@@ -1,4 +1,4 @@
-"""About how many tokens an evaluation puts through the model: what a launch predicts its cost from."""
+"""Predict how many tokens an evaluation puts through the model, for a launch to predict its cost from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPEATED: Final = 2.0
 
 
 def text_tokens(spec: EvalSpec) -> int:
-    """Tokens of a text set, each once."""
+    """Count the tokens of a text set, each once."""
     text = documents_of(spec.source)
     size = text.bytes if isinstance(text, LocalFile) else None
     whole = int(size / BYTES_PER_TOKEN) if size else TEXT_TOKENS
@@ -33,7 +33,7 @@ def text_tokens(spec: EvalSpec) -> int:
 
 
 def task_tokens(spec: EvalSpec) -> int:
-    """Tokens of a task's requests."""
+    """Predict the tokens of a task's requests."""
     file = documents_of(spec.source)
     if isinstance(file, LocalFile) and file.bytes and file.documents:
         documents, each = file.documents, file.bytes / file.documents / BYTES_PER_TOKEN * REPEATED

@@ -1,4 +1,4 @@
-"""From an EvalSpec to something that runs: the text encoded, the task's requests built, once a tokenizer."""
+"""Prepare an EvalSpec to run: encode its text or build its task's requests, once per tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PreparedEval(Protocol):
 
 
 class Prepare(Protocol):
-    """What ``Evaluator.prepare`` names: reads and encodes what a spec evaluates."""
+    """The function that ``Evaluator.prepare`` names: it reads and encodes what a spec evaluates."""
 
     def __call__(self, spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PreparedEval: ...
 

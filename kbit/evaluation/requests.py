@@ -109,8 +109,9 @@ class RequestEncoder:
         return ids
 
     def plan(self, requests: Sequence[tuple[str, str]]) -> ScoringPlan:
-        """A plan for (context, continuation) pairs. Blanks that end a context belong to its continuation; an empty
-        context is one prefix token.
+        """Plan (context, continuation) pairs.
+
+        Blanks that end a context belong to its continuation; an empty context is one prefix token.
         """
         whole = self.encode(
             text for context, rest in requests if context for text in (context + rest, context.rstrip())
@@ -128,8 +129,9 @@ class RequestEncoder:
         return self.plan_tokens(pairs)
 
     def plan_windows(self, texts: Sequence[str]) -> tuple[ScoringPlan, list[int]]:
-        """A plan that scores every token of each text in windows of the model's context; and the text that each of its
-        requests belongs to.
+        """Plan to score every token of each text in windows of the model's context.
+
+        Also return the text that each request belongs to.
         """
         ids = self.encode(texts)
         pairs, owners = [], []
@@ -143,7 +145,7 @@ class RequestEncoder:
         return self.plan_tokens(pairs), owners
 
     def plan_tokens(self, pairs: Sequence[tuple[list[int], list[int]]]) -> ScoringPlan:
-        """A plan for (context, continuation) pairs of token ids; what doesn't fit the model's context is cut on the
+        """Plan (context, continuation) pairs of token ids; what doesn't fit the model's context is cut on the
         left.
         """
         owners: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)

@@ -23,7 +23,7 @@ cap is too weak for a comparison to show.
 class TokenScorer:
     """Scores chosen tokens of right-padded batches with a transformers causal language model in eval mode.
 
-    The base model runs once a batch; its head is applied to the scored positions only, a chunk at a time, with a
+    The base model runs once per batch; its head is applied to the scored positions only, a chunk at a time, with a
     float32 log-softmax. Padding is on the right and attention causal, so no scored position sees it, and no attention
     mask is passed (lm-eval's HFLM does the same). A model spread over several GPUs takes its inputs where its embedding
     lies.

@@ -1,4 +1,4 @@
-"""What an evaluation is and what it returns. Imports no torch, so planning a study stays light."""
+"""Specs and results of evaluations. Imports no torch, so planning a study stays light."""
 
 from __future__ import annotations
 
@@ -71,23 +71,23 @@ class EvalSpec:
         return EVALUATORS[self.kind].key("limit")
 
     def canonical(self) -> dict[str, Any]:
-        """What defines the measurement beside its cell, as plain JSON values."""
+        """Return what defines the measurement besides its cell, as plain JSON values."""
         values = {name: (declared, getattr(self, name)) for name, declared in eval_axes().items()}
         return {name: value for name, (declared, value) in values.items() if declared.is_identity(value)}
 
 
 @cache
 def eval_axes() -> Mapping[str, Axis]:
-    """What defines an evaluation, by the name of its field; not where its data lie."""
+    """Return what defines an evaluation, by the name of its field; not where its data lie."""
     return {f.name: axis_of(f) for f in fields(EvalSpec) if f.compare}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """What one evaluation measured.
+    """The result of one evaluation.
 
     Attributes:
-        metrics: value by metric ('loss' in nats a token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
+        metrics: value by metric ('loss' in nats per token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
         stderr: standard error by metric, where there is one.
         samples: outcome of every sample: bool arrays for right or wrong, float32 or int32 arrays otherwise; a text set
             has 'nats' and 'tokens' of each window.

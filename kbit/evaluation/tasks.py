@@ -1,4 +1,4 @@
-"""Building an lm-eval task from its YAML file, from the hub or from a local JSONL file. lm-eval's own index of tasks
+"""Build an lm-eval task from its YAML file, from the hub or from a local JSONL file. lm-eval's own index of tasks
 (13 s) isn't needed.
 """
 
@@ -28,8 +28,9 @@ SPLITS: Final = ("training_split", "validation_split", "test_split", "fewshot_sp
 
 
 def build_task(spec: EvalSpec) -> Any:
-    """The lm_eval Task of ``spec.source.task_file`` (a YAML file, with its ``include:`` and ``!function``), few-shot
-    examples set.
+    """Build the task of ``spec.source.task_file``, with its few-shot examples.
+
+    The file is YAML, with its ``include:`` and ``!function``.
 
     Its documents may be a JSONL file that takes the place of the task's data set: its rows are the evaluated split.
     Rows that already have the form which the task's process_docs gives are taken as they are (a preprocessed

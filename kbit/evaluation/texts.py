@@ -1,4 +1,4 @@
-"""Text sets: reading documents, and encoding the first tokens of their concatenation without encoding all of it."""
+"""Read the documents of text sets, and encode the first tokens of their concatenation without encoding all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EncodedText:
 
 
 def read_documents(source: Source | None) -> Iterator[str]:
-    """The documents of a text set, in order, read as they are asked for.
+    """Yield the documents of a text set, in order, read as they are asked for.
 
     Args:
         source: a local JSONL file, or .txt, which is one document; or a dataset of the hub, streamed, so that a limit
@@ -120,8 +120,8 @@ def require_commit(dataset: Any, name: str, commit: str | None) -> None:
 
 
 def encode_text(documents: Iterable[str], tokenizer: Any, *, limit: int | None = None) -> EncodedText:
-    """The documents joined by a blank line and encoded once with the tokenizer's defaults: the first ``limit`` tokens,
-    None for all.
+    """Encode the documents, joined by blank lines, once with the tokenizer's defaults: the first ``limit`` tokens, or
+    all with None.
 
     With a limit only a beginning of the text is read and encoded: one that gives at least ``CUT_MARGIN`` tokens beyond
     the limit. The tokens within it are those of the whole text, because where a text is cut changes no token that far

@@ -68,7 +68,7 @@ class TaskEval:
     dataset_hash: str
 
     def run(self, model: PreTrainedModel, *, batch_tokens: int) -> EvalResult:
-        """The task's metrics as lm-eval aggregates them, with standard errors; per sample the value of each metric.
+        """Return the task's metrics as lm-eval aggregates them, with standard errors and each metric per sample.
 
         A document with an undefined response (NaN) has undefined metrics, and so has the mean over documents: NaN,
         never a number that comes from comparing with NaN. ``diverged`` is set by any log-likelihood that is not finite.
@@ -153,7 +153,7 @@ def prepare_task(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: in
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregated:
-    """What a task measured, by metric: values, standard errors, samples; and directions, where ``TASK`` declares none,
+    """The results of a task by metric: values, standard errors, samples; and directions, where ``TASK`` declares none,
     or another than the task's own definition.
     """
 
@@ -234,7 +234,7 @@ def _standard_error(aggregate: Callable[[Sequence[Any]], Any], items: Sequence[A
 
 
 def _samples(key: str, metric: str, items: Sequence[Any]) -> dict[str, NDArray[Any]]:
-    """Values of a metric, one a document: bool for right or wrong, else float32; parts of a tuple apart. What isn't
+    """Values of a metric, one per document: bool for right or wrong, else float32; parts of a tuple apart. What isn't
     numbers is left out.
     """
     if all(isinstance(item, tuple | list) and len(item) == len(items[0]) for item in items):

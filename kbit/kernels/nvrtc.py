@@ -123,7 +123,7 @@ def _driver() -> ctypes.CDLL:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    # torch has that of its own CUDA version loaded, or its wheel lies beside it. Drivers may refuse a newer one's code.
+    # torch has that of its own CUDA version loaded, or its wheel is next to it. Drivers may refuse a newer one's code.
     major = (torch.version.cuda or "").partition(".")[0]
     beside = sorted(Path(torch.__file__).parents[1].glob(f"nvidia/**/libnvrtc.so.{major}*"))
     for name in (f"libnvrtc.so.{major}", *(str(p) for p in beside if "builtins" not in p.name)):

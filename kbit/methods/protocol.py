@@ -1,4 +1,4 @@
-"""What a method is given and what it gives: a pass over a model, and what is stored of each layer.
+"""The protocol of methods: they take a pass over a model, and give what is stored of each layer.
 
 A method is a function ``(model_pass, spec, calibration) -> Iterator[(layer, stored)]``. It takes the model's blocks in
 forward order and yields each layer with what is stored of it; before the next step of the iterator, the layer has its
@@ -75,13 +75,13 @@ class ModelPass(Protocol):
         """The checkpoint's 16-bit dtype; None takes each weight's own, or float16."""
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks in forward order, each once."""
+        """Yield the blocks in forward order, each once."""
 
     def start(self, tokens: Tensor) -> Activations:
-        """What enters the first block for windows of tokens, int64 [windows, length]."""
+        """Return what enters the first block for windows of tokens, int64 [windows, length]."""
 
     def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
-        """The input dimensions of each layer that stay in 16 bits by proxy quantization (section 3)."""
+        """Return the input dimensions of each layer that stay in 16 bits by proxy quantization (section 3)."""
 
     @property
     def embedding(self) -> Layer | None:

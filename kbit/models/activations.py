@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockArguments:
-    """What a model gives one block beside the hidden states: masks, positions, rotary embeddings.
+    """Inputs of one block besides the hidden states: masks, positions, rotary embeddings.
 
     Attributes:
         rest: positional arguments after the hidden states.

@@ -1,4 +1,4 @@
-"""Which layers of a language model are quantized, and what each one does in its block."""
+"""Find the layers of a language model that are quantized, and the role of each in its block."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def block_layers(model: nn.Module) -> list[Layer]:
-    """The linear layers of attention and FFN: every nn.Linear and Conv1D inside the repeated blocks, in order.
+    """Return the linear layers of attention and FFN: every nn.Linear and Conv1D inside the repeated blocks, in order.
 
     Of layers that are tied to one another the first is listed. Outside of the blocks nothing is taken: embeddings,
     heads, and OPT-350M's project_in and project_out, which belong to its embedding. Norms and biases are no matrices. A
@@ -140,7 +140,7 @@ def key_of(parameter: Tensor) -> tuple[object, ...]:
 
 
 def has_parallel_residual(model: nn.Module) -> bool:
-    """Whether attention and FFN read the same input, so that FFN 1 does not follow its own block's attention."""
+    """Tell whether attention and FFN read the same input, so that FFN 1 does not follow its own block's attention."""
     config = getattr(model, "config", None)
     flags = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
     return (

@@ -1,4 +1,4 @@
-"""Which files of a directory or repository hold a model's weights, and how many parameters they are. Needs no torch."""
+"""Find the files that hold a model's weights, and count its parameters. Needs no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StoredTensor:
 
 
 def weight_files(names: Collection[str], read_json: Callable[[str], Any]) -> tuple[str, ...]:
-    """Names of the files to load the weights from: safetensors where there are any, else torch's ``.bin``.
+    """Return the names of the files to load the weights from: safetensors where there are any, else torch's ``.bin``.
 
     Args:
         names: file names at the top of the directory or repository.
@@ -81,7 +81,7 @@ def weight_files(names: Collection[str], read_json: Callable[[str], Any]) -> tup
 
 
 def model_files(directory: Path) -> tuple[str, ...]:
-    """Names of the files that make a local model what it is: weights, configuration, tokenizer, Python files.
+    """Return the names of the files that define a local model: weights, configuration, tokenizer, Python files.
 
     Raises:
         CheckpointError: something is missing or of an unknown format.
@@ -98,7 +98,7 @@ def extra_files(names: Iterable[str]) -> list[str]:
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
-    """A model's config.json. Raises CheckpointError where it is missing, damaged or has no model_type."""
+    """Read a model's config.json. Raises CheckpointError where it is missing, damaged or has no model_type."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
 def count_parameters(files: Collection[Path]) -> int:
     """Parameters in safetensors files, each shared one once.
 
-    Left out are what older checkpoints store beside parameters: causal masks, rotary frequencies, anything that is not
+    Left out are what older checkpoints store besides parameters: causal masks, rotary frequencies, anything that is not
     floating point. An output head with the same bytes as the input embedding is tied and not counted again.
 
     Raises:
@@ -128,7 +128,7 @@ def count_parameters(files: Collection[Path]) -> int:
 
 
 def safetensors_header(file: Path) -> tuple[StoredTensor, ...]:
-    """The tensors of a safetensors file, from its header alone.
+    """Read the tensors of a safetensors file from its header alone.
 
     Raises:
         CheckpointError: not a safetensors file, or one that is cut short.

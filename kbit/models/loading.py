@@ -119,7 +119,7 @@ def load_model(
 
 
 def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path:
-    """The checkpoint's local directory; what isn't one is looked for on the hub, or in its cache."""
+    """Find the checkpoint's local directory; what isn't one is looked for on the hub, or in its cache."""
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
@@ -157,7 +157,7 @@ def _weight_files(directory: Path, name: str) -> Sequence[Path]:
 
 
 def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """The 16-bit dtype of most weights in the files (configurations may not say, or say another); else float16."""
+    """Return the 16-bit dtype of most weights in the files (configurations may be wrong); else float16."""
     counts: Counter[torch.dtype] = Counter()
     for path in files:
         if path.suffix == ".safetensors":

@@ -28,7 +28,7 @@ from kbit.quantizer.storage import chunk_length, storage_dtype_of
 def outlier_columns(
     model: nn.Module, fraction: float, *, storage_dtype: torch.dtype | None = None
 ) -> dict[str, Tensor | None]:
-    """The input dimensions of each layer that stay in 16 bits, from its predecessor's original weights.
+    """Return the input dimensions of each layer that stay in 16 bits, from its predecessor's original weights.
 
     Predecessors: value rows of QKV -> attention output -> FFN 1 -> FFN 2 -> the next block's QKV. With grouped queries
     each value row counts for every query head that reads it; in a gated FFN the up projection is FFN 1, and the gate
@@ -71,13 +71,13 @@ def outlier_columns(
 
 
 def _roles(model: nn.Module, layers: Iterable[Layer]) -> dict[str, Layer]:
-    """The layers of one block by role, each role once, none missing."""
+    """Return the layers of one block by role, each role once, none missing."""
     roles: dict[str, Layer] = {}
     for layer in layers:
         role = layer.role
         if role is None or role in roles:
             why = (
-                "has a name whose role isn't known" if role is None else f"is a second {role} beside {roles[role].name}"
+                "has a name whose role isn't known" if role is None else f"is a second {role} after {roles[role].name}"
             )
             raise _unknown(model, f"{layer.name} {why}")
         roles[role] = layer

@@ -1,4 +1,4 @@
-"""Where a model's modules lie: on one device, or its blocks in a row over several GPUs."""
+"""Place a model's modules on one device, or its blocks in order over several GPUs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def place(model: PreTrainedModel, device: str, compute: torch.dtype, *, gpus: in
 
 
 def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
-    """The GPU of each module: in the model's order, cut into runs of about equal bytes; blocks are never split.
+    """Return the GPU of each module: in the model's order, cut into runs of about equal bytes; blocks are never split.
 
     What shares a weight with a module before it goes where that one is.
 
@@ -62,7 +62,7 @@ def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
 
 
 def _pieces(module: nn.Module, prefix: str, blocks: str) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks, and what stands beside them on the way down to them: together the whole model, in its order."""
+    """Return the blocks and the modules around them: together the whole model, in its order."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if path == blocks:

@@ -65,7 +65,7 @@ class QuantHandle:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibrated:
-    """What a method calibrates on.
+    """The data that a method calibrates on.
 
     Attributes:
         tokens: windows, int64 [samples, length].
@@ -88,7 +88,7 @@ def quantize_model(
     """Quantize a model's attention and FFN layers: those that ``kbit.models.architectures.block_layers`` lists.
 
     Their weights are replaced by their quantized and dequantized values, in the model's dtype; or, with `packed`, the
-    layers by ``KBitLinear`` modules, which hold k bits a weight. GPT-2's Conv1D weights are transposed to [out, in]
+    layers by ``KBitLinear`` modules, which hold k bits per weight. GPT-2's Conv1D weights are transposed to [out, in]
     first. The originals are kept on the host until ``restore``; on the device there are never more than the model and
     one layer's quantized and dequantized (packed: quantized and laid out) forms, besides what the method itself needs.
 

@@ -1,6 +1,6 @@
 """Packed models on disk: ``kbit.safetensors`` with every tensor once, and ``kbit.json``, which says what they are.
 
-A transformers model's ``config.json`` (and generation_config.json) lie beside them. Nothing is pickled.
+A transformers model's ``config.json`` (and generation_config.json) are in the same directory. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _usable(device: torch.device | str) -> torch.device:
 
 
 def _tensors(model: nn.Module, packed: Mapping[nn.Module, KBitLinear] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name, non-persistent ones too, tied ones under each of their names.
+    """Yield every parameter and buffer by name, non-persistent ones too, tied ones under each of their names.
 
     Args:
         model: the model.
@@ -166,7 +166,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
-    """The class of a transformers model, whose configuration is written, and its version; of another the name alone."""
+    """Write a transformers model's configuration; return its class and version. Of other models, only the class."""
     from transformers import PreTrainedModel, __version__
 
     about: dict[str, Any] = {"class": type(model).__name__, "transformers": None, "attention": None}
@@ -181,7 +181,7 @@ def _save_config(model: nn.Module, directory: Path) -> dict[str, Any]:
 
 
 def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
-    """The transformers model of config.json, without values."""
+    """Return the transformers model of config.json, without values."""
     import transformers
 
     kind = getattr(transformers, about["class"], None) if about["transformers"] else None
@@ -208,7 +208,7 @@ def _skeleton(directory: Path, about: Mapping[str, Any]) -> nn.Module:
 
 
 def _where(directory: Path, about: Mapping[str, Any]) -> str:
-    """What errors about names and shapes begin with: transformers gives a model's modules other names at times."""
+    """Return the start of errors about names: transformers gives a model's modules other names at times."""
     import transformers
 
     if about["transformers"] in (None, transformers.__version__):
@@ -217,7 +217,7 @@ def _where(directory: Path, about: Mapping[str, Any]) -> str:
 
 
 def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[nn.Module, KBitLinear]:
-    """The packed layers, without values, by the modules in whose place they go."""
+    """Return the packed layers, without values, by the modules in whose place they go."""
     modules = dict(model.named_modules(remove_duplicate=False))
     layers: dict[nn.Module, KBitLinear] = {}
     for name, arguments in entries.items():

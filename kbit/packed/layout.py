@@ -1,4 +1,4 @@
-"""What a k-bit layer stores of its weight: the kernels' tiles where it has that layout, else row-major order."""
+"""Layouts of a k-bit layer's stored weight: the kernels' tiles where it has that layout, else row-major order."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], 
 
 
 def lay_out(q: QuantizedTensor) -> dict[str, Tensor]:
-    """The codes, absmax and codebook of a quantized matrix as they are stored; its own tensors where they fit."""
+    """Return a quantized matrix's codes, absmax and codebook as they are stored; its own tensors where they fit."""
     stored = {"codes": q.codes, "codebook": full_codebook(q.codebook, q.spec.bits)}
     if isinstance(q.absmax, NestedAbsmax):
         nested = {"absmax_scale": q.absmax.scale, "absmax_offset": q.absmax.offset}
@@ -62,7 +62,7 @@ def lay_out(q: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def row_major(w: TiledWeight) -> tuple[Tensor, Tensor]:
-    """The codes and absmax of a weight in tiles, as ``QuantizedTensor`` has them."""
+    """Return the codes and absmax of a weight in tiles, as ``QuantizedTensor`` has them."""
     chunks = row_block_chunks(w.row_blocks, w.k, w.codes.device)
     codes = torch.cat([pack(untile_codes(w, *chunk).reshape(-1), w.bits) for chunk in chunks])
     return codes, untile_absmax(w).reshape(-1)

@@ -124,7 +124,7 @@ class KBitLinear(nn.Module):
     def from_quantized(
         cls, q: QuantizedTensor, *, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> KBitLinear:
-        """The layer of a quantized weight, on its device; the weight's tensors are shared where the layout is its own.
+        """Make the layer of a quantized weight, on its device; it shares the weight's tensors if the layout fits.
 
         Args:
             q: of shape [out, in].
@@ -300,7 +300,7 @@ class KBitLinear(nn.Module):
         self.derive()
 
     def quantized(self) -> QuantizedTensor:
-        """The weight as ``kbit.quantize`` gave it, bit for bit; its dtype is the layer's."""
+        """Return the weight as ``kbit.quantize`` gave it, bit for bit; its dtype is the layer's."""
         absmax: Tensor | NestedAbsmax
         if self.tiled:
             codes, absmax = row_major(self.tiled_weight())
@@ -325,7 +325,7 @@ class KBitLinear(nn.Module):
         )
 
     def dequantize(self) -> Tensor:
-        """The weight that the layer stands for: [out_features, in_features], its dtype the layer's."""
+        """Return the weight that the layer stands for: [out_features, in_features], its dtype the layer's."""
         return dequantize(self.quantized())
 
     @property

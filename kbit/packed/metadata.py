@@ -1,4 +1,4 @@
-"""What ``kbit.json`` says of a packed model: written by ``kbit.packed.files``, checked key by key when it is read."""
+"""Metadata of a packed model (``kbit.json``): written by ``kbit.packed.files``, checked key by key when read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LAYER_KEYS: Final = {
 
 
 def arguments_of(layer: KBitLinear) -> dict[str, Any]:
-    """What makes a layer of the same shapes, as JSON."""
+    """Return what makes a layer of the same shapes, as JSON."""
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
@@ -46,7 +46,7 @@ def arguments_of(layer: KBitLinear) -> dict[str, Any]:
 
 
 def layer_of(arguments: Mapping[str, Any]) -> KBitLinear:
-    """The layer, without values.
+    """Make the layer, without values.
 
     Raises:
         ValueError: there is no such layer.
@@ -73,7 +73,7 @@ def _dtype(key: str, arguments: Mapping[str, Any]) -> torch.dtype:
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-    """All of a directory's ``kbit.json``.
+    """Read all of a directory's ``kbit.json``.
 
     Raises:
         CheckpointError: it isn't there, is damaged, of another program or of a later version.

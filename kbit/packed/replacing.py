@@ -76,7 +76,7 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _only_moves(module: nn.Module) -> bool:
-    """Whether accelerate wraps the module, and only to move what it is given to where it lies."""
+    """Tell whether accelerate wraps the module, and only to move what it is given to where it lies."""
     hook = getattr(module, "_hf_hook", None)
     return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
 

@@ -1,4 +1,4 @@
-"""What is stored per block: its absmax, in float16, float32 or nested 8 bits."""
+"""The absmax (scale) that is stored per block: in float16, float32 or nested 8 bits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NestedAbsmax:
 
 
 def nest(absmax: Tensor) -> NestedAbsmax:
-    """What 'nested' keeps of float32 absmax values [blocks]."""
+    """Convert float32 absmax values [blocks] to nested 8 bits."""
     offset = absmax.mean(dtype=torch.float64).float()
     centred = absmax - offset
     piece = _nested_piece(absmax.numel())
@@ -52,10 +52,10 @@ def nest(absmax: Tensor) -> NestedAbsmax:
 
 
 def load_absmax(stored: Tensor | NestedAbsmax) -> Tensor:
-    """The absmax values [blocks] that quantizing and dequantizing both use: as they are stored, nested ones as float32.
+    """Return the absmax values [blocks] that quantizing and dequantizing use: as stored, nested ones as float32.
 
-    Nested ones may come out slightly below zero where the true value is near zero beside a large one, as bitsandbytes'
-    do; codes are made with the same number, so the signs cancel.
+    Nested ones may come out slightly below zero where the true value is near zero and another of its group is large,
+    as bitsandbytes' do. Codes are made with the same number, so the signs cancel.
     """
     if isinstance(stored, Tensor):
         return stored

@@ -1,4 +1,4 @@
-"""Blocks: which values share an absmax."""
+"""Cut a tensor into blocks, whose values share an absmax."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kbit.spec import QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How a tensor is cut: its values as [rows, length], each row cut every `size` values, its last block maybe short.
+    """Blocks of a tensor: its values as [rows, length], each row cut every `size` values, its last block maybe short.
 
     `scheme=block` is one row of all values; `scheme=group` has the tensor's own rows.
     """
@@ -43,7 +43,7 @@ class Blocks:
         return -(-self.length // self.size)
 
     def pieces(self, device: torch.device, row: int | None = None) -> Iterator[Piece]:
-        """The tensor in pieces small enough to work on.
+        """Yield the tensor in pieces small enough to work on.
 
         Each begins at a multiple of 8 values, so that packed codes can be cut there too.
 
@@ -67,13 +67,13 @@ class Piece:
     stop: int
 
     def spans(self, values: Tensor, absmax: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of values as [rows, blocks, width] beside their absmax [rows, blocks].
+        """Views of values as [rows, blocks, width] with their absmax [rows, blocks].
 
         Up to three: the rest of a block begun before, whole blocks, the beginning of a last one.
 
         Args:
             values: this piece's values, flat.
-            absmax: one a block of the whole tensor, flat.
+            absmax: one per block of the whole tensor, flat.
         """
         length, size = self.blocks.length, self.blocks.size
         if self.blocks.rows == 1:
@@ -91,7 +91,7 @@ class Piece:
                 yield span, absmax[:, begin // size : -(-end // size)]
 
     def gather_absmax(self, values: Tensor, absmax: Tensor) -> Tensor:
-        """Raise `absmax` (float16 or float32, one a block) to this piece's largest magnitudes, in place.
+        """Raise `absmax` (float16 or float32, one per block) to this piece's largest magnitudes, in place.
 
         Each is rounded to absmax's dtype before they are compared, and saturated at 65504 in float16: rounding keeps
         their order, so the result is the rounded largest, without a float32 copy of all.

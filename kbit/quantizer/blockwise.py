@@ -32,7 +32,7 @@ class QuantizedTensor:
         codes: uint8 [ceil(n k / 8)], codes of exactly k bits in row-major order (``kbit.quantizer.packing``); those of
         kept
             columns stand for zero.
-        absmax: one a block, in order: float16 or float32 [blocks], or ``NestedAbsmax``.
+        absmax: one per block, in order: float16 or float32 [blocks], or ``NestedAbsmax``.
         codebook: float32 [at most 2^k], sorted.
         spec: how it was quantized.
         shape, dtype: the weight's, and the dequantized tensor's.
@@ -64,7 +64,7 @@ class QuantizedTensor:
 
     @property
     def nbits(self) -> int:
-        """Bits stored: codes, absmax, a data-dependent codebook (16 bits a value), mean, kept columns and their
+        """Bits stored: codes, absmax, a data-dependent codebook (16 bits per value), mean, kept columns and their
         indices."""
         bits = 8 * self.codes.numel()
         bits += self.absmax.nbits if isinstance(self.absmax, NestedAbsmax) else 8 * self.absmax.nbytes
@@ -96,7 +96,7 @@ def quantize(
 
     Returns:
         The quantized tensor, on the weight's device. Beside it and the weight about 20 MB are used; with nested absmax
-        also, while they are made, about 20 bytes a block.
+        also, while they are made, about 20 bytes per block.
 
     Raises:
         SpecError: the spec is the 16-bit baseline, or `storage_dtype` has not 16 bits.
@@ -164,7 +164,7 @@ def quantize_async(
 
 @torch.no_grad()
 def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
-    """The weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
+    """Return the weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
 
     codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
     the storage dtype's range are saturated.

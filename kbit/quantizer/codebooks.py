@@ -145,7 +145,7 @@ def normal_values(spec: QuantSpec) -> Tensor:
 
 
 def file_values(spec: QuantSpec) -> Tensor:
-    """The values that a file gave, as the spec has them."""
+    """Return the values that a file gave, as the spec has them."""
     return torch.tensor(spec.codebook, dtype=torch.float32)
 
 
@@ -198,7 +198,7 @@ def _sorted_values(weight: Tensor, dtype: torch.dtype, columns: Tensor | None) -
 
 
 def _histogram(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """How often each 16-bit pattern occurs: int64 [65536], indexed by the pattern read as an unsigned number."""
+    """Count how often each 16-bit pattern occurs: int64 [65536], indexed by the pattern read as an unsigned number."""
     counts = torch.zeros(PATTERNS, dtype=torch.int64, device=flat.device)
     for chunk in chunks(flat, dtype):
         counts += torch.bincount(chunk.view(torch.int16).to(torch.int32) & (PATTERNS - 1), minlength=PATTERNS)

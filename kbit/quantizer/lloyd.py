@@ -106,7 +106,7 @@ class _Sorted:
         return quantiles
 
     def counts_up_to(self, limits: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
-        """How many values are at most each limit."""
+        """Return how many values are at most each limit."""
         wide = torch.from_numpy(limits)
         # A value is at most a limit where it is at most the largest float32 that is.
         narrow = wide.float()
@@ -115,7 +115,7 @@ class _Sorted:
         return ends
 
     def sums(self, ends: Sequence[int]) -> tuple[list[float], list[float]]:
-        """The sum of the first n values, and of their squares, for each n."""
+        """Return the sum of the first n values, and of their squares, for each n."""
         upto = torch.tensor(ends, device=self._values.device)
         chunk = upto // CHUNK
         places = chunk.unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=upto.device)
@@ -130,7 +130,7 @@ class _Sorted:
 
 
 def _fixed(values: Tensor) -> Iterator[Tensor]:
-    """Values and their squares as whole numbers of high and low bits: four int64 tensors of their shape."""
+    """Yield values and their squares as whole numbers of high and low bits: four int64 tensors of their shape."""
     for summand in (values, values * values):
         scaled = summand * 2.0**HIGH_BITS
         high = scaled.floor()

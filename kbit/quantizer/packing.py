@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of ``pack``: uint8 codes [count].
+    """Return the inverse of ``pack``: uint8 codes [count].
 
     Raises:
         ValueError: `packed` isn't of the length that `count` codes take.
@@ -56,5 +56,5 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _fields(bits: int, width: int) -> int:
-    """A mask of the even fields of a 64-bit word, each `width` bytes wide and `width` codes full."""
+    """Return a mask of the even fields of a 64-bit word, each `width` bytes wide and `width` codes full."""
     return int(sum(((1 << (bits * width)) - 1) << (16 * width * i) for i in range(4 // width)))

@@ -1,4 +1,4 @@
-"""What every quantizer does to a weight first: check it, choose its 16-bit storage dtype, walk it in chunks."""
+"""Prepare a weight for any quantizer: check it, choose its 16-bit storage dtype, walk it in chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def storage_dtype_of(weight: Tensor, storage_dtype: torch.dtype | None = None) -> torch.dtype:
-    """The 16-bit dtype a weight is cast to first: the one given, else the weight's own if it has 16 bits, else float16.
+    """Return the 16-bit dtype that a weight is cast to first: the given one, its own if it has 16 bits, or float16.
 
     Raises:
         SpecError: `storage_dtype` is neither float16 nor bfloat16.
@@ -54,7 +54,7 @@ def non_finite(what: str, dtype: torch.dtype) -> WeightError:
 
 
 def columns_of(weight: Tensor, outlier_columns: Tensor | list[int] | None) -> Tensor | None:
-    """The kept columns as sorted int32 [m] on the weight's device; None if there are none.
+    """Return the kept columns as sorted int32 [m] on the weight's device; None if there are none.
 
     Raises:
         WeightError: columns of a tensor that is no matrix, not whole numbers, out of range, or named twice.
@@ -79,19 +79,19 @@ def columns_of(weight: Tensor, outlier_columns: Tensor | list[int] | None) -> Te
 
 
 def chunk_length(device: torch.device) -> int:
-    """Values worked on at a time, a multiple of 8: few enough to stay in each CPU thread's cache, or to fill a GPU."""
+    """Return how many values to work on at a time, a multiple of 8: they fit a CPU thread's cache, or fill a GPU."""
     return (1 << 17) * min(torch.get_num_threads(), 8) if device.type == "cpu" else 1 << 21
 
 
 def chunks(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A flat tensor cast to `dtype`, a chunk at a time, so that no copy of all of it is made."""
+    """Yield a flat tensor cast to `dtype`, a chunk at a time, so that no copy of all of it is made."""
     step = chunk_length(flat.device)
     for start in range(0, flat.numel(), step):
         yield flat[start : start + step].to(dtype)
 
 
 def flattened(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """All values in row-major order; copied only if they don't lie so, and then in `dtype`."""
+    """Return all values in row-major order; copied only if they don't lie so, and then in `dtype`."""
     weight = weight.detach()
     if not weight.is_contiguous():
         weight = weight.to(dtype).contiguous()

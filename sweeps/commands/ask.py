@@ -1,4 +1,4 @@
-"""Asking the executors whose jobs a results directory holds."""
+"""Ask the executors whose jobs a results directory holds."""
 
 from __future__ import annotations
 

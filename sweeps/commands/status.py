@@ -64,7 +64,7 @@ def _say_blocked(
             console.print(
                 f"[red]{counted(len(keys), 'cell')} can't run:[/] {escape(why)}", highlight=False, soft_wrap=True
             )
-            console.print("  mode=logs says more. Mend it, and run the same command again.", highlight=False)
+            console.print("  mode=logs says more. Fix it, and run the same command again.", highlight=False)
         results = results[~results["key"].isin(keys)]
     return results
 

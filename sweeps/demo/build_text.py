@@ -1,4 +1,4 @@
-"""Makes the demo's text from The Jargon File 4.4.7 (public domain): ``python sweeps/demo/build_text.py
+"""Make the demo's text from The Jargon File 4.4.7 (public domain): ``python sweeps/demo/build_text.py
 dict-jargon_4.4.7-3.1_all.deb``.
 
 Reads Debian's ``dict-jargon`` package, or the directory that has its ``jargon.dict.dz`` and ``jargon.index``, and
@@ -67,7 +67,7 @@ class Entry:
 
 
 def read_package(path: Path) -> tuple[bytes, str]:
-    """The dictionary's text and its index, from the .deb or from a directory that holds the two files."""
+    """Read the dictionary's text and its index, from the .deb or from a directory that holds the two files."""
     if path.is_dir():
         dictionary, index = next(path.rglob("jargon.dict.dz")), next(path.rglob("jargon.index"))
         return gzip.decompress(dictionary.read_bytes()), index.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def read_package(path: Path) -> tuple[bytes, str]:
 
 
 def entries(dictionary: bytes, index: str) -> Iterator[Entry]:
-    """The dictionary's entries that have prose, in its own order, each once (several headwords may share one)."""
+    """Yield the dictionary's entries that have prose, in its own order, each once (several headwords may share one)."""
     places = set()
     for line in index.splitlines():
         headword, start, length = line.split("\t")
@@ -98,7 +98,7 @@ def number(digits: str) -> int:
 
 
 def clean(paragraph: str) -> str:
-    """One line of plain prose; empty for pronunciations, pictures, listings, verse and bare cross-references."""
+    """Reduce to one line of prose; empty for pronunciations, pictures, listings, verse and bare cross-references."""
     lines = [line for line in paragraph.splitlines() if line.strip()]
     if not lines or any(not re.match(r"    \S", line) for line in lines):
         return ""
@@ -114,7 +114,7 @@ def clean(paragraph: str) -> str:
 
 
 def sentences(paragraph: str) -> list[str]:
-    """Its sentences. Nothing is split after an abbreviation."""
+    """Split into sentences. Nothing is split after an abbreviation."""
     parts: list[str] = []
     for piece in re.split(r"(?<=[.!?])(?:(?<=[.!?])|(?<=[.!?][\"')]))\s+(?=[A-Z\"'(])", paragraph):
         if parts and ABBREVIATION.search(parts[-1]):
@@ -188,7 +188,7 @@ def choice(entry: Entry, query: str, right: str, pool: list[tuple[str, str]]) ->
 
 
 def build(all_entries: list[Entry]) -> dict[str, list[dict[str, object]]]:
-    """The three files' rows. Entries are dealt in the order of their hashes: tasks first, the rest is the perplexity
+    """Make the files' rows. Entries are dealt in the order of their hashes: tasks first, the rest is the perplexity
     text.
     """
     dealt = sorted(all_entries, key=lambda entry: entry.order)

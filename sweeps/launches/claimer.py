@@ -1,4 +1,4 @@
-"""What every launch does first, wherever it runs: check the request, freeze the study, plan what is left, claim it."""
+"""Start a launch, wherever it runs: check the request, freeze the study, plan what is left, claim it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def new_launch() -> str:
 
 
 def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
-    """Columns of every row that a launch makes."""
+    """Return the columns that every row of a launch has."""
     return {**code_provenance(), "launch": f"{launch} ({manifest})"}
 
 
@@ -49,7 +49,7 @@ def plan_study(
     device: str,
     flight: InFlight | None = None,
 ) -> Plan:
-    """What is left of a study, given the store and the claims on it."""
+    """Return what is left of a study, given the store and the claims on it."""
     # Claims first: a launch that ends in between has then already stored what it did.
     flight = flight or read_flight(store.out)
     rows = store.read(_PLAN_COLUMNS).to_pylist()
@@ -102,6 +102,6 @@ class Claimer:
 
 
 def counts_text(plan: Plan) -> str:
-    """The states of what a launch leaves alone, in words."""
+    """Return the states of what a launch leaves alone, in words."""
     known = [f"{n} {state}" for state, n in plan.counts.items() if n and state != "to do"]
     return ("Of the rest: " if plan.todo else "") + ", ".join(known) + "." if known else ""

@@ -2,7 +2,7 @@
 
 A claim is a numbered file that names measurements, created by an atomic hard link: exactly one launch gets each
 number. A launch reads the claims up to n, plans what none of the live ones holds, and creates number n + 1; if somebody
-else was faster it reads again and plans anew (compare and swap). Nothing is locked, so nothing can stay locked.
+else was faster it reads and plans again (compare and swap). Nothing is locked, so nothing can stay locked.
 
 A claim of workers on this machine ends when its launch releases it, or is void when its owner is known to be gone: on
 the same machine by its process, from another machine only after its heartbeat has been silent for long. A claim of
@@ -142,7 +142,7 @@ class Claims:
         return self.directory / f"{number:08d}.{suffix}"
 
     def is_alive(self, claim: Claim) -> bool:
-        """Whether the process that launched it may still be at work."""
+        """Tell whether the process that launched it may still be at work."""
         if claim.host == socket.gethostname():
             return _process_start(claim.pid) == claim.pid_started
         beat = self._path(claim.number, "running")

@@ -1,4 +1,4 @@
-"""Who is computing what, and how work ended that left no record: claims, attempts and what was seen of jobs, together.
+"""Join claims, attempts and job records: who computes what, and how work ended that left no result.
 
 Reads files, and asks no scheduler: what each executor saw of its jobs it keeps in the launch's directory.
 """
@@ -87,7 +87,7 @@ def read_flight(out: Path) -> InFlight:
 
 
 def load_launch(out: Path, claim: Claim) -> Launch | None:
-    """The launch of a claim; None, and a warning, where somebody deleted its directory: the claim is over then."""
+    """Return the launch of a claim; None, and a warning, if its directory was deleted: the claim is over then."""
     try:
         return Launch.load(out, claim.launch)
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def _add_jobs(flight: InFlight, launch: Launch, claim: Claim) -> None:
 
 
 def _measuring(entry: JobRecord | None, attempts: list[Attempt]) -> set[str]:
-    """What a pack's job is measuring; nothing where it is back in the queue since its last attempt."""
+    """Return what a pack's job is measuring; nothing where it is back in the queue since its last attempt."""
     last = attempts[-1] if attempts else None
     if last is None or last.measuring is None or last.end is not None:
         return set()
@@ -138,7 +138,7 @@ def _measuring(entry: JobRecord | None, attempts: list[Attempt]) -> set[str]:
 
 
 def _settling(launch: Launch, pack: str, entry: JobRecord) -> bool:
-    """Whether a pack that finished just now has not come into sight in the store yet."""
+    """Tell whether a pack that finished just now has not come into sight in the store yet."""
     if entry.ended != "lost" or abs(time.time() - entry.finished_at) >= SETTLE_SECONDS:
         return False
     return next((launch.out / "packs").glob(f"{pack}-*.parquet"), None) is None

@@ -1,4 +1,4 @@
-"""What was seen of a SLURM launch's jobs, kept with the launch: reading results asks no scheduler."""
+"""Keep what was seen of a SLURM launch's jobs with the launch, so that reading results asks no scheduler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNWRITTEN: Final[dict[Path, JobLog]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """What is known of one pack's job.
+    """The known state of one pack's job.
 
     Attributes:
         state: SLURM's word, or SUBMITTING (the launcher has not submitted it yet) or ABSENT (unknown to the scheduler).

@@ -1,4 +1,4 @@
-"""What every job of a launch needs to know, as ``launch.json`` keeps it."""
+"""Settings of every job of a launch, as ``launch.json`` keeps them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sweeps.store.schema import Scalar
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """How the jobs of a launch measure, and when they stop. The second group is known when the launch is planned.
+    """Settings of a launch's jobs. The second group is known when the launch is planned.
 
     Attributes:
         device: 'cpu' or 'cuda'.

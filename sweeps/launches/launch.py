@@ -1,9 +1,9 @@
-"""What a launch on SLURM leaves on disk: what was submitted, every attempt at it, and what the scheduler said of it.
+"""The files of a SLURM launch: what was submitted, every attempt at it, and what the scheduler reported.
 
     OUT/launches/LAUNCH/launch.json       shapes and chunks; frozen before anything is claimed or submitted
-    OUT/launches/LAUNCH/packs.jsonl       the packs, one a line: a job reads only its own
+    OUT/launches/LAUNCH/packs.jsonl       the packs, one per line: a job reads only its own
     OUT/launches/LAUNCH/submitted.json    job ids; written when the launcher has finished submitting
-    OUT/launches/LAUNCH/attempts/*.json   one a pack, job and restart: where it ran, what it is measuring, how it ended
+    OUT/launches/LAUNCH/attempts/*.json   one per pack, job and restart: where it ran, what it measures, how it ended
     OUT/launches/LAUNCH/owners/PACK       the job that runs a pack: one submission that was served twice runs it once
     OUT/launches/LAUNCH/ledger.json       the scheduler's last word on each pack (sweeps.launches.job_log)
     OUT/launches/LAUNCH/cancelled.json    when its user cancelled it
@@ -70,7 +70,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What one launch submitted, as its directory has it.
+    """The submissions of one launch, as its directory has them.
 
     Attributes:
         settings: what every job needs to know.
@@ -97,7 +97,7 @@ class Launch:
         return self.out / "logs" / self.id / f"{chunk:03d}"
 
     def chunk_name(self, number: int) -> str:
-        """The name of a chunk's jobs."""
+        """Return the name of a chunk's jobs."""
         return f"{JOB_PREFIX}-{self.id}-{number}"
 
     def preflight_name(self, shape: int) -> str:
@@ -112,7 +112,7 @@ class Launch:
         return next(c for c in self.chunks if pack in c.packs)
 
     def pack(self, pack_id: str) -> Pack:
-        """One pack, read from its line."""
+        """Return one pack, read from its line."""
         with (self.directory / "packs.jsonl").open("rb") as file:
             file.seek(self.offsets[pack_id])
             return Pack.from_dict(json.loads(file.readline()))
@@ -153,11 +153,11 @@ class Launch:
         write_atomically(self.directory / "cancelled.json", json.dumps({"at": time.time()}).encode())
 
     def cancelled(self) -> bool:
-        """Whether its user cancelled it. A file of its own: nobody who looks at the jobs can overwrite it."""
+        """Tell whether its user cancelled it. A file of its own: nobody who looks at the jobs can overwrite it."""
         return (self.directory / "cancelled.json").exists()
 
     def attempts(self, packs: Collection[str]) -> dict[str, list[Attempt]]:
-        """Every attempt at some packs, oldest first."""
+        """Read every attempt at some packs, oldest first."""
         found: dict[str, list[Attempt]] = {}
         wanted = set(packs)
         for path in (self.directory / "attempts").glob("*.json"):
@@ -172,7 +172,7 @@ class Launch:
         return {pack: sorted(of_pack, key=lambda a: a.started) for pack, of_pack in found.items()}
 
     def preflight_problems(self, shape: int) -> list[str] | None:
-        """What the preflight of a shape found; None when it has not run."""
+        """Return what the preflight of a shape found; None when it has not run."""
         try:
             problems: list[str] = read_json(self.directory / f"preflight-{shape}.json")["problems"]
         except FileNotFoundError:
@@ -235,7 +235,7 @@ def launch_dir(out: Path, launch: str) -> Path:
 
 
 def launches(out: Path) -> list[Launch]:
-    """Every launch of a results directory, oldest first."""
+    """Return every launch of a results directory, oldest first."""
     found = [Launch.load(out, p.parent.name) for p in (out / "launches").glob("*/launch.json")]
     return sorted(found, key=lambda launch: launch.launched)
 

@@ -1,4 +1,4 @@
-"""What a measurement will cost: seconds by the median of finished ones like it, else by counting operations.
+"""Predict the cost of a measurement: seconds by the median of finished ones like it, else by counting operations.
 
 The count is the textbook's: a forward pass takes 2 operations a parameter and token. The rates are what such passes
 reach in practice, not peaks; they only have to be right within a factor of two, since finished cells replace them.
@@ -26,7 +26,7 @@ SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 1.0}
 
 
 def tokens_of(measurement: Measurement) -> int:
-    """About how many tokens go through the model."""
+    """Predict how many tokens go through the model."""
     tokens: int = load(EVALUATORS[measurement.eval.kind].tokens)(measurement.eval)
     return tokens
 
@@ -54,7 +54,7 @@ class CostModel:
         return cls(device=device, history={k: median(v) for k, v in seconds.items()})
 
     def seconds(self, measurement: Measurement) -> float:
-        """Quantizing (once a measurement, on the safe side) and evaluating."""
+        """Quantizing (once per measurement, on the safe side) and evaluating."""
         model, spec = measurement.cell.model, measurement.eval
         known = self.history.get((model.label, spec.name, spec.limit))
         if known is not None:

@@ -1,4 +1,4 @@
-"""What is left to do: the planned measurements minus what is stored and what others are at, packed by model.
+"""Plan what is left: planned measurements that are neither stored nor in flight, packed by model.
 
 A pack is one model with many cells, because loading a model costs far more than quantizing it.
 """
@@ -37,7 +37,7 @@ ROW_BYTES: Final = 30_000
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How work is cut into packs.
+    """Settings for cutting work into packs.
 
     Attributes:
         workers: how many share the packs: packs are made small enough that they finish together; None leaves that out.
@@ -103,7 +103,7 @@ class Pack:
         )
 
     def without(self, measurements: Collection[str]) -> Pack | None:
-        """What is left of it when these are done, under the same id; None when nothing is."""
+        """Return what is left of it when these are done, under the same id; None when nothing is."""
         kept = [
             (cell, left, seconds)
             for (cell, evals), seconds in zip(self.items, self.item_seconds, strict=True)
@@ -121,7 +121,7 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a launch would do.
+    """The plan of a launch.
 
     Attributes:
         counts: measurements by state: done, diverged, failed, oom, in flight, timeout, ..., lost, to do.
@@ -142,7 +142,7 @@ class Plan:
 
 
 def parse_retry(value: object) -> frozenset[State]:
-    """States of measurements to run again: the named ones beside those that ended without a record; 'none' is none of
+    """States of measurements to run again: the named ones and those that ended without a record; 'none' is none of
     them, 'all' every state but done.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: cells done, the current cells, rate, time left.
+"""Show a running study: cells done, the current cells, rate, time left.
 
 Where the output is no terminal, a plain line now and then.
 """
@@ -77,7 +77,7 @@ class RunView:
                 self._current.pop(worker, None)
             case Crashed():
                 self._current.pop(worker, None)
-                self.console.print(f"[yellow]worker {worker} {event.how}: starting it anew[/] ({event.log})")
+                self.console.print(f"[yellow]worker {worker} {event.how}: starting another[/] ({event.log})")
         self._show()
 
     def _on_row(self, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""What a finished study shows: the table in the terminal, findings, figures on disk, and where everything lies."""
+"""Report a finished study: the table in the terminal, findings, figures on disk, and where everything is."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _show_places(store: Store, sweep: str, console: Console) -> None:
             console.print(f"  {path.relative_to(store.out)}", highlight=False)
     console.print(
         "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)\n"
-        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row a measurement.",
+        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row per measurement.",
         highlight=False,
     )
 

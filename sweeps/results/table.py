@@ -1,4 +1,4 @@
-"""Reading a study: ``load_results`` joins what was planned, what is stored and what is in flight into one table."""
+"""Read a study: ``load_results`` joins what was planned, what is stored and what is in flight into one table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
 
-# What a cell's row in the wide table says of the run, beside its metrics: summed, or the latest measurement's.
+# What a cell's row in the wide table says of the run, besides its metrics: summed, or the latest measurement's.
 _WIDE_SUMS: Final = ("seconds",)
 _WIDE_MAX: Final = ("peak_memory_bytes", "finished")
 _WIDE_LAST: Final = (
@@ -32,11 +32,11 @@ _WIDE_LAST: Final = (
 
 
 def load_results(out: str | Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
-    """The results of a directory as a table.
+    """Read the results of a directory as a table.
 
     Args:
         out: the results directory.
-        long: one row a measurement; else one row a planned cell, with a column ``{eval}_{metric}`` and
+        long: one row per measurement; else one row per planned cell, with a column ``{eval}_{metric}`` and
             ``{eval}_{metric}_stderr`` for each metric, ``{eval}_{metric}_higher_is_better`` where only the task's
             definition says it, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four tasks are there. Where
             launches planned an evaluation with different settings, the newest launch's count.
@@ -91,14 +91,14 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
 
 
 def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[str, State]:
-    """The state of each measurement that a study planned."""
+    """Return the state of each measurement that a study planned."""
     rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
     stored = {row["measurement"]: row for row in rows}
     return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
 
 
 def _state(row: Row | None, key: str, flight: InFlight) -> State:
-    """A stored result counts; then who is at it; then a stored failure; then how work that left no record ended."""
+    """Decide by a stored result, then work in flight, then a stored failure, then how work without a record ended."""
     stored = None if row is None else recorded_state(row)
     if stored is not None and stored.is_final:
         return stored

@@ -1,6 +1,6 @@
 """The store: immutable parquet parts under one results directory. Nothing is ever rewritten, so nothing is ever lost.
 
-    OUT/parts/PACK/*.parquet   a part a measurement, in a directory a pack
+    OUT/parts/PACK/*.parquet   one part per measurement, one directory per pack
     OUT/packs/*.parquet        the parts of a finished pack, compacted into one
     OUT/dropped/*.json         row ids that `mode=drop` retired; the rows stay on disk
     OUT/manifests/*.json       what each study planned (sweeps.study.manifest);  OUT/claims: who is at it
@@ -104,7 +104,7 @@ class Store:
             path.unlink(missing_ok=True)
 
     def read(self, columns: Sequence[str] | None = None, *, measurements: Collection[str] | None = None) -> pa.Table:
-        """The current row of every measurement: results before failures, then the newest; dropped rows left out.
+        """Return the current row of every measurement: results before failures, then the newest; dropped rows left out.
 
         Args:
             columns: which to read; None is all but the samples.
@@ -120,7 +120,7 @@ class Store:
         return table.take(pa.array(keep, pa.int64())).select(wanted)
 
     def read_pack(self, pack: str, columns: Sequence[str]) -> list[Row]:
-        """Every stored row of one pack, without reading any other; dropped rows left out."""
+        """Return every stored row of one pack, without reading any other; dropped rows left out."""
         wanted = list(dict.fromkeys([*columns, "row_id"]))
         files = [*self._files(f"parts/{pack}/*.parquet"), *self._files(f"packs/{pack}-*.parquet")]
         tables = [table for path in files if (table := self._read(path, wanted)) is not None]
@@ -139,7 +139,7 @@ class Store:
         return ids
 
     def row_ids(self, measurements: Collection[str]) -> list[str]:
-        """Every stored row of some measurements, those that don't count included."""
+        """Return every stored row of some measurements, those that don't count included."""
         ids: list[str] = self._read_all(["row_id", "measurement"], measurements).column("row_id").to_pylist()
         return ids
 
@@ -164,7 +164,7 @@ class Store:
         return pa.concat_tables(tables, promote_options="default")
 
     def _read(self, path: Path, columns: list[str] | None) -> pa.Table | None:
-        """One file, with columns it lacks filled with null; None when it vanished or is damaged."""
+        """Return one file, with columns it lacks filled with null; None when it vanished or is damaged."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -232,7 +232,7 @@ def encode_samples(samples: Mapping[str, Outcomes]) -> list[EncodedSample]:
 
 
 def decode_samples(encoded: Iterable[EncodedSample]) -> Samples:
-    """The inverse of ``encode_samples``."""
+    """Return the inverse of ``encode_samples``."""
     samples: Samples = {}
     for item in encoded:
         if item["dtype"] == "bits":

@@ -27,7 +27,7 @@ def recorded_state(row: Row) -> State:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a row's measurement was run by.
+    """The origin of a row: what ran its measurement.
 
     Attributes:
         sweep, pack: the study, and the pack in it.

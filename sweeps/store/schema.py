@@ -98,7 +98,7 @@ def columns() -> tuple[Column, ...]:
         _c("gpus", "int64", "GPUs the model was spread over; 0 on a CPU; null in rows of version 1", "count"),
         _c("kernel", "string", "implementation of the quantizer: torch or triton; both give the same codes"),
         _c("seed", "int64", "seed of torch's generator"),
-        _c("batch_tokens", "int64", "tokens in a batch, after any halving for want of memory", "tokens"),
+        _c("batch_tokens", "int64", "tokens in a batch, after any halving when memory ran out", "tokens"),
         _c("oom_rung", "int64", "step of the out-of-memory ladder: each doubles a job's memory or GPUs", "steps"),
         _c("launch", "string", "launch that planned it"),
         _c("pack", "string", "pack it ran in"),
@@ -120,7 +120,7 @@ def cell_columns() -> tuple[str, ...]:
 
 @cache
 def arrow_schema() -> pa.Schema:
-    """The parquet schema of a part."""
+    """Return the parquet schema of a part."""
     import pyarrow as pa
 
     types = {
@@ -140,7 +140,7 @@ def arrow_schema() -> pa.Schema:
 
 
 def markdown() -> str:
-    """The columns as a Markdown table."""
+    """Return the columns as a Markdown table."""
     rows = [f"| `{c.name}` | {c.type} | {c.unit} | {c.doc} |" for c in columns()]
     return "\n".join(["| column | type | unit | what it is |", "| --- | --- | --- | --- |", *rows])
 

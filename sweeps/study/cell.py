@@ -1,4 +1,4 @@
-"""What is measured: a cell is one model under one quantization; a measurement is a cell under one evaluation.
+"""Identity: a cell is one model under one quantization; a measurement is a cell under one evaluation.
 
 Identity is content: a key is the SHA-256 of the canonical JSON of what defines the thing, so the same cell in two
 studies has one key and runs once. Where it runs, and what it is called, is not part of it.
@@ -100,7 +100,7 @@ class Cell:
         return f"{self.model.label} {self.quant_label}"
 
     def axes(self) -> dict[str, object]:
-        """Every axis by name, for tables and filters (None where it does not apply)."""
+        """Return every axis by name, for tables and filters (None where it does not apply)."""
         of_model = {"family": self.model.family, "model": self.model.label, "method": self.quant.method}
         return {**dict.fromkeys(axis_names()), **of_model, **self.quant.axis_values()}
 
@@ -119,13 +119,13 @@ class Measurement:
 
 @cache
 def axis_names() -> tuple[str, ...]:
-    """Names that ``where=`` and ``by=`` accept: of the model, then of every method's spec."""
+    """Return the names that ``where=`` and ``by=`` accept: of the model, then of every method's spec."""
     return ("family", "model", "method", *axes())
 
 
 @cache
 def eval_columns() -> Mapping[str, Axis]:
-    """What defines an evaluation, by the column of results that has it."""
+    """Return what defines an evaluation, by the column of results that has it."""
     return {_EVAL_COLUMNS.get(name, name): declared for name, declared in eval_axes().items()}
 
 
@@ -154,5 +154,5 @@ def eval_to_dict(spec: EvalSpec) -> dict[str, object]:
 
 
 def eval_from_dict(data: Mapping[str, Any]) -> EvalSpec:
-    """The inverse of ``eval_to_dict``."""
+    """Return the inverse of ``eval_to_dict``."""
     return EvalSpec(**{**data, "source": source_from_dict(data["source"])})

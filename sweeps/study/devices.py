@@ -46,7 +46,7 @@ def check_device(spec: EvalSpec, device: str) -> None:
 
 
 def is_device(named: str, actual: str) -> bool:
-    """Whether a device goes by a name: its own, or a type such as 'a100_80gb', all of whose words its own name has."""
+    """Tell whether a device has a name: its own, or a type such as 'a100_80gb', all of whose words its own name has."""
     return _words(named) <= _words(actual)
 
 

@@ -1,4 +1,4 @@
-"""From the configuration's ``eval`` to evaluations: each name's data found, and resolved to what identifies them.
+"""Resolve the configuration's ``eval`` to evaluations: find each name's data and what identifies them.
 
 How data are found depends on what a kind reads (``Evaluator.data``), never on the kind.
 """
@@ -80,7 +80,7 @@ class Finder:
             chosen = {k: known[k] for k in ("config", "split", "field")}
             source = HubData(hub=known["hub"], revision=commit, **chosen)
         else:
-            raise UserError(f"eval.sets.{name} is only to be had locally: give eval.data_dir=DIR with {known['local']}")
+            raise UserError(f"eval.sets.{name} is only available locally: give eval.data_dir=DIR with {known['local']}")
         return Found(name=name, version=None, source=source)
 
     def task(self, name: str, key: str) -> Found:
@@ -117,7 +117,7 @@ FIND: Final[Mapping[Data, Callable[[Finder, str, str], Found]]] = {
 def resolve_evals(
     settings: Mapping[str, Any], commits: Commits, device: str, device_name: Callable[[], str]
 ) -> list[EvalSpec]:
-    """Every evaluation that the configuration asks for.
+    """Resolve every evaluation that the configuration asks for.
 
     Args:
         settings: the configuration's ``eval``, as plain values.
@@ -161,7 +161,7 @@ def resolve_evals(
 def resolve_calibration(
     calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, method: str
 ) -> Calibration:
-    """What a method that calibrates reads.
+    """Resolve the data of a method that calibrates.
 
     Args:
         calibration: the configuration's ``calibration``, as plain values.
@@ -203,7 +203,7 @@ def _check_names(evals: list[EvalSpec]) -> None:
 
 
 def as_list(value: object, key: str) -> list[object]:
-    """A list, or one value standing for a list of one; null is none."""
+    """Return a list, or take one value standing for a list of one; null is none."""
     if value is None:
         return []
     if isinstance(value, str | int):
@@ -241,7 +241,7 @@ def _file(path: Path, key: str, field: str | None = None) -> LocalFile:
 
 
 def _data_files_hash(entry: task_index.TaskEntry) -> str:
-    """One hash of the local files that a task of the user's own reads by itself (dataset_path: json and the like)."""
+    """Hash the local files that a task of the user's own reads by itself (dataset_path: json and the like)."""
     files = task_data_files({"dataset_kwargs": entry.dataset_kwargs})
     if not files:
         raise UserError(f"{entry.file}: dataset_path={entry.dataset_path} needs dataset_kwargs.data_files")

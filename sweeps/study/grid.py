@@ -1,4 +1,4 @@
-"""From a sweep's blocks to its cells: a sweep is a union of products, and what is left out keeps its reason.
+"""Expand a sweep's blocks to cells: a union of products, whose excluded combinations keep their reasons.
 
 A block is a mapping of axes: a list is an axis of the product, a scalar a constant, ``linked`` zips several into one.
 A value that no combination of its block allows is a mistake and refused; a combination that can't exist among others
@@ -37,12 +37,12 @@ class Excluded:
 
 
 def block_axes() -> tuple[str, ...]:
-    """Names that a block of the grid may give values for; a data type from a file brings its codebook itself."""
+    """Return the names that a block of the grid may set; a data type from a file brings its codebook itself."""
     return ("method", *(name for name in axes() if name != "codebook"))
 
 
 def excluded_counts(excluded: Iterable[Excluded]) -> dict[str, int]:
-    """How many combinations each reason left out, the most frequent first."""
+    """Return how many combinations each reason left out, the most frequent first."""
     return dict(Counter(e.reason for e in excluded).most_common())
 
 
@@ -68,7 +68,7 @@ def expand(
     exclude: Sequence[Mapping[str, object]] = (),
     calibration: Callable[[str], Calibration] = _no_calibration,
 ) -> Grid:
-    """All cells of ``models`` x the union of ``blocks``, minus ``exclude``.
+    """Expand to all cells of ``models`` x the union of ``blocks``, minus ``exclude``.
 
     Args:
         blocks: axis values of the study, each a value or a list of them.
@@ -108,7 +108,7 @@ def expand(
 
 
 def matches(axes: Mapping[str, object], when: Mapping[str, object]) -> bool:
-    """Whether every axis named in ``when`` has its value (or one of its list of values)."""
+    """Tell whether every axis named in ``when`` has its value (or one of its list of values)."""
     return all(
         any(_same(axes.get(name), v) for v in (value if isinstance(value, list | tuple) else [value]))
         for name, value in when.items()
@@ -165,7 +165,7 @@ def _expand_block(block: Mapping[str, object], where: str) -> tuple[list[Spec], 
 
 
 def _combinations(block: Mapping[str, object], where: str) -> Iterator[dict[str, object]]:
-    """Every combination of a block's axes, the last named varying fastest."""
+    """Yield every combination of a block's axes, the last named varying fastest."""
     axes: list[list[dict[str, object]]] = []
     for name, value in block.items():
         if name == "linked":

@@ -1,4 +1,4 @@
-"""What a model or dataset *is*, found without torch: a hub id's commit, a local directory's contents. Fetches both.
+"""Identify models and datasets without torch, by hub commit or local contents, and fetch them.
 
 Commits and hashes are resolved once, at launch, and frozen in the study's manifest. Nothing
 here guesses one: what can't be resolved is a ``HubError`` that says what to do.
@@ -62,7 +62,7 @@ class LocalModel:
 
 
 def resolve_commit(repo_id: str, revision: str = "main", repo_type: str = "model") -> str:
-    """The commit (40 hexadecimal digits) that a branch or tag stands for: asked of the hub, or where that can't be
+    """Find the commit (40 hex digits) that a branch or tag stands for: asked of the hub, or where that can't be
     reached, read from what was last fetched to the local cache. A commit is its own answer.
 
     Raises:
@@ -101,7 +101,7 @@ def resolve_commit(repo_id: str, revision: str = "main", repo_type: str = "model
 
 
 def cached_snapshot(repo_id: str, commit: str, repo_type: str = "model") -> Path | None:
-    """The local cache's directory of a repository at a commit, or None. A model's has all its weights."""
+    """Return the local cache's directory of a repository at a commit, or None. A model's has all its weights."""
     directory = _repo_dir(repo_id, repo_type) / "snapshots" / commit
     if not directory.is_dir():
         return None
@@ -223,7 +223,7 @@ def _fetch_dataset(dataset: HubData) -> Path:
 
 @cache
 def _unreachable() -> str | None:
-    """Why the hub can't be asked, or None. Found out once a process: with no network every question waits in vain."""
+    """Return why the hub can't be asked, or None. Found out once per process: with no network each question waits."""
     from huggingface_hub import constants, errors, get_session
 
     if constants.HF_HUB_OFFLINE:

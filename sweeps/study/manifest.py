@@ -1,4 +1,4 @@
-"""What a study planned, frozen at launch: its cells, evaluations, exclusions and resolved configuration.
+"""The plan of a study, frozen at launch: its cells, evaluations, exclusions and resolved configuration.
 
 A manifest is named by its content, so launching the same study again adds no file, and what runs can't change with the
 configuration files.
@@ -41,13 +41,13 @@ class Manifest:
     config: Mapping[str, object]
 
     def measurements(self) -> Iterator[Measurement]:
-        """Every measurement, cell by cell."""
+        """Yield every measurement, cell by cell."""
         for cell in self.cells:
             for spec in self.evals:
                 yield Measurement(cell=cell, eval=spec)
 
     def sources(self) -> list[Source | None]:
-        """Where the data of its evaluations and calibrations lie."""
+        """Return the sources of its evaluations' and calibrations' data."""
         calibrations = dict.fromkeys(c.calibration for c in self.cells if c.calibration is not None)
         return [e.source for e in self.evals] + [c.source for c in calibrations]
 
@@ -97,7 +97,7 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def load_manifests(out: Path, sweep: str | None = None) -> list[Manifest]:
-    """All manifests of a results directory, or one study's, oldest first."""
+    """Return all manifests of a results directory, or one study's, oldest first."""
     paths = sorted(_directory(out).glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
     manifests = [load_manifest(p) for p in paths if not p.name.startswith(".")]
     return [m for m in manifests if sweep in (None, m.sweep)]

@@ -1,4 +1,4 @@
-"""From a composed configuration to a frozen study: models and data resolved to what identifies them, the grid expanded.
+"""Resolve a configuration to a frozen study: identify models and data, expand the grid.
 
 Commits are resolved here, once, and never invented; a plan made without a network says which are unknown.
 """
@@ -22,7 +22,7 @@ from sweeps.study.manifest import Manifest
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What a configuration says of its study, in plain values: where it runs is no part of it."""
+    """The part of a configuration that describes its study, in plain values, without where it runs."""
 
     sweep: Mapping[str, Any]
     models: Mapping[str, Any]
@@ -33,7 +33,7 @@ class StudyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What a launch needs: the manifest, and how much was left out or merged."""
+    """A resolved study: the manifest, and how much was left out or merged."""
 
     manifest: Manifest
     duplicates: int

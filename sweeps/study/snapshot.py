@@ -1,4 +1,4 @@
-"""What a job runs is what was planned: the code, the user's own task definitions, and the data, as they were at launch.
+"""Freeze what jobs run at launch: the code, the user's own task definitions, and the data.
 
     OUT/code/HASH/           this installation's sources: a queued job imports them, whatever is edited meanwhile
     OUT/code/tasks-HASH/     task definitions of the user's own, with what they include and use
@@ -89,7 +89,7 @@ def check_code(expected_hash: str) -> None:
 def freeze_evals(evals: Sequence[EvalSpec], out: Path) -> tuple[EvalSpec, ...]:
     """Copy task definitions that are not lm-eval's own to OUT/code/tasks-HASH, and return evaluations that name those.
 
-    Copied are the YAML file, what it includes, the Python files that it names, and all YAML and Python files beside
+    Copied are the YAML file, what it includes, the Python files that it names, and all YAML and Python files next to
     any of these; other files that a Python file opens by itself are not. Measurement keys don't change.
 
     Raises:
@@ -138,7 +138,7 @@ def check_data(what: str, source: Source | None) -> None:
 
 
 def task_data_files(config: Mapping[str, Any]) -> list[Path]:
-    """The local files that a task of the user's own reads by itself (``dataset_kwargs.data_files``), in their order."""
+    """List the local files that a task of the user's own reads by itself (``dataset_kwargs.data_files``), in order."""
     named = (config.get("dataset_kwargs") or {}).get("data_files")
     values = named.values() if isinstance(named, Mapping) else [named]
     return [Path(f) for value in values for f in (value if isinstance(value, list) else [value]) if f is not None]
@@ -233,7 +233,7 @@ def _is_of_lm_eval(file: Path) -> bool:
 
 
 def _collect(file: Path, place: Path, found: dict[Path, bytes], seen: set[Path]) -> None:
-    """Add a task's YAML file, what it needs and what lies beside it.
+    """Add a task's YAML file, what it needs and the files next to it.
 
     Args:
         file: where it is, without symbolic links: lm-eval looks for includes and functions from there.
@@ -247,7 +247,7 @@ def _collect(file: Path, place: Path, found: dict[Path, bytes], seen: set[Path])
     text = _add(file, place, found)
     beside = [p.name for p in sorted(file.parent.iterdir()) if p.suffix in TASK_SUFFIXES and p.is_file()]
     for name in [*beside, *_modules(text)]:
-        # Functions that aren't of a file beside it are of an installed module.
+        # Functions of no file next to it are of an installed module.
         if (file.parent / name).is_file():
             _add(file.parent / name, place.parent / name, found)
     for include in _includes(text):
@@ -270,7 +270,7 @@ def _add(file: Path, place: Path, found: dict[Path, bytes]) -> bytes:
 
 
 def _includes(text: bytes) -> list[str]:
-    """The file names under a YAML's top-level ``include``, one or a list."""
+    """Return the file names under a YAML's top-level ``include``, one or a list."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     for key, value in pairs:

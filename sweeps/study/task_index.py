@@ -1,4 +1,4 @@
-"""Finds lm-eval's task definitions without importing lm-eval, whose import loads torch and builds an index for 15 s.
+"""Find lm-eval's task definitions without importing lm-eval, whose import loads torch and takes 15 s.
 
 A task is a YAML file that names itself at the start of a line (``task: piqa``); lm-eval 0.4.13 has 13,000 of them. They
 are found by that line, and only the file wanted is parsed, with what it includes.
@@ -21,14 +21,14 @@ from sweeps.errors import TaskError, did_you_mean
 _NAMED: Final = re.compile(rb"^[\"']?(task|group)[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 _IGNORED_DIRS: Final = frozenset({"__pycache__", ".ipynb_checkpoints"})
 _NO_VERSION: Final = "Yaml"
-"""What lm-eval itself reports for a task without ``metadata.version``."""
+"""The version that lm-eval itself reports for a task without ``metadata.version``."""
 _NAME: Final = re.compile(r"[^\s/\\]+")
 _SHOWN: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEntry:
-    """What planning needs of an lm-eval task.
+    """An lm-eval task, as planning needs it.
 
     Attributes:
         name: the task's name.
@@ -52,7 +52,7 @@ class TaskEntry:
 
 
 def find_task(name: str, extra_dirs: Iterable[str | Path] = ()) -> TaskEntry:
-    """The definition of the task ``name``: the user's own directories first (the last one wins), then lm-eval's.
+    """Find the definition of the task ``name``: the user's own directories first (the last one wins), then lm-eval's.
 
     Raises:
         TaskError: no such task (the message has near matches), a group or tag (the message names its tasks), a task
@@ -74,7 +74,7 @@ def find_task(name: str, extra_dirs: Iterable[str | Path] = ()) -> TaskEntry:
 
 
 def load_task_yaml(file: Path) -> dict[str, Any]:
-    """A task's YAML with its includes merged (the file's own keys win) and ``!function`` values left as text.
+    """Load a task's YAML with its includes merged (the file's own keys win) and ``!function`` values left as text.
 
     Raises:
         TaskError: the file or one that it includes can't be read, or they include each other.
@@ -100,7 +100,7 @@ def _likely_dirs(name: str, root: Path) -> Iterator[Path]:
 
 
 def _yaml_files(root: Path, likely: str = "") -> Iterator[tuple[Path, bytes]]:
-    """Every YAML file under ``root`` with its text, those with ``likely`` in their path first."""
+    """Yield every YAML file under ``root`` with its text, those with ``likely`` in their path first."""
     files: list[str] = []
     for directory, subdirs, names in os.walk(root):
         subdirs[:] = [d for d in subdirs if d not in _IGNORED_DIRS]
@@ -169,7 +169,7 @@ def _tag_pattern(name: str) -> re.Pattern[bytes]:
 
 
 def _members(value: object) -> list[str]:
-    """The names in a group's ``task``: one, or a list of names and of mappings with a name."""
+    """Return the names in a group's ``task``: one, or a list of names and of mappings with a name."""
     items = value if isinstance(value, list) else [value]
     names = [item.get("task") or item.get("group") if isinstance(item, Mapping) else item for item in items]
     return [str(n) for n in names if n]

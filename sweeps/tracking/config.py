@@ -1,4 +1,4 @@
-"""Where and how a study is mirrored to W&B: the keys of conf/tracking."""
+"""Settings of the W&B mirror: the keys of conf/tracking."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Mode = Literal["online", "offline", "disabled"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where and how a study is mirrored (conf/tracking).
+    """Settings of a study's mirror (conf/tracking).
 
     Attributes:
         mode: 'online'; 'offline' writes runs under ``dir``, for `wandb sync` or mode=sync; 'disabled'.

@@ -1,4 +1,4 @@
-"""What a study and the process that mirrors it tell each other: one line of JSON each, after the configuration's."""
+"""Messages between a study and its mirror's process: one line of JSON each, after the configuration's."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def mirrored_columns() -> tuple[str, ...]:
 
 
 def token(row: Row) -> str:
-    """12 hex digits that stand for a measurement and its outcome: done anew with other numbers, it is another one.
+    """12 hex digits that stand for a measurement and its outcome: measured again with other numbers, it is another one.
 
     Numbers enter with 6 digits, so that a row counts the same before and after it went through the store.
     """
@@ -76,7 +76,7 @@ def token(row: Row) -> str:
 
 
 def history_row(row: Row) -> dict[str, Scalar]:
-    """A measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
+    """Return a measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
     step = {k: row[k] for k in mirrored_columns() if row.get(k) is not None}
     for suffix, values in (("", row["metrics"]), ("_stderr", row["stderr"])):
         step |= {f"{row['eval']}/{k}{suffix}": v for k, v in values.items() if v is not None}
@@ -103,7 +103,7 @@ class _Pack:
 
 
 class Mirror:
-    """Several W&B runs in one process, one a pack. A pack that is ``whole`` has all its rows sent from the store."""
+    """Several W&B runs in one process, one per pack. A pack that is ``whole`` has all its rows sent from the store."""
 
     def __init__(self, config: Mapping[str, str | None], emit: Emit) -> None:
         import wandb
@@ -211,7 +211,7 @@ class Mirror:
         self._emit(Finished(pack=pack.id, mirrored=self._confirmed(pack), added=pack.added))
 
     def _confirmed(self, pack: _Pack) -> int:
-        """How many of the pack's rows the server holds: run.finish() returns also when wandb gave an upload up."""
+        """Count the pack's rows that the server holds: run.finish() also returns when wandb gave up an upload."""
         if self._server is None:
             return len(pack.rows)
         held = 0

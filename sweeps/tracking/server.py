@@ -1,4 +1,4 @@
-"""Reads W&B runs back: what a server already holds of a run."""
+"""Read W&B runs back: what a server already holds of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ query KbitMirror($project: String!, $entity: String, $run: String!) {
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteRun:
-    """What the server holds of a run; nothing, if it has none."""
+    """The contents of a run on the server; empty if it has none."""
 
     state: str = "missing"
     mirrored: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Server:
         self._url = settings.base_url.rstrip("/") + "/graphql"
 
     def read(self, run_id: str) -> RemoteRun:
-        """The run's state.
+        """Return the run's state.
 
         Raises:
             RefusedError: the server refuses the key.
@@ -82,7 +82,7 @@ class Server:
 
 
 def _key_from_netrc(url: str) -> str | None:
-    """Where `wandb login` puts a key. requests reads netrc too, but without the port that wandb writes."""
+    """Return the key that `wandb login` stored. requests reads netrc too, but without the port that wandb writes."""
     names = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
     for path in (Path(name).expanduser() for name in names):
         try:

@@ -38,7 +38,7 @@ class TrackedPack:
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """What ``sync`` found and did.
+    """The outcome of ``sync``.
 
     Attributes:
         packs, measurements: in the store.
@@ -172,14 +172,14 @@ def _plain_dict(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 
 def _mirrored_part(row: Row) -> Row:
-    """What W&B gets of a row: no samples, tracebacks or machine names."""
+    """Return what W&B gets of a row: no samples, tracebacks or machine names."""
     part = {k: _plain(row.get(k)) for k in (*IDENTITY, *mirrored_columns())}
     part = {k: v for k, v in part.items() if v == v}  # pandas' other way to say that a value is missing
     return part | {k: _plain(dict(row.get(k) or {})) for k in ("metrics", "stderr")}
 
 
 def _plain(value: Any) -> Any:
-    """A value of a row or a configuration in JSON's types: scalars of numpy and pandas too, missing ones as None."""
+    """Convert a value of a row or a configuration to JSON's types: numpy and pandas scalars too, missing as None."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):

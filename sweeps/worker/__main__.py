@@ -47,7 +47,7 @@ def main() -> None:
             sys.exit("the launcher is gone: stopping")
         events.write(json.dumps(event_to_dict(event), default=str) + "\n")
 
-    # Parquet too: a failure for want of memory is recorded without loading libraries.
+    # Parquet too: an out-of-memory failure is recorded without loading libraries.
     import pyarrow.parquet  # noqa: F401
     import torch
     from transformers.utils import logging as transformers_logging
@@ -78,7 +78,7 @@ def _read_packs() -> Iterator[tuple[Pack, float | None]]:
 
 
 def _die_with_launcher() -> None:
-    """Have the kernel end this worker when its launcher dies, so that a new launch never measures beside it (Linux)."""
+    """Have the kernel end this worker with its launcher, so that it never measures next to a new launch (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

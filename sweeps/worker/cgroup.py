@@ -1,4 +1,4 @@
-"""What the kernel's control groups say: whether its out-of-memory killer was at work here (cgroups(7), Linux)."""
+"""Detect kills by the kernel's out-of-memory killer, from its control groups (cgroups(7), Linux)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def oom_kills(process: Path = Path("/proc/self")) -> int | None:
-    """How many processes the kernel has killed for want of memory in the control group of a process, ever.
+    """Count the processes that the kernel ever killed in a process's control group because memory ran out.
 
     A killed process counts in its own group, whichever group's limit it was. So a rise between two calls tells such a
     death from another SIGKILL.
@@ -31,8 +31,9 @@ def oom_kills(process: Path = Path("/proc/self")) -> int | None:
 
 
 def _memory_groups(process: Path) -> Iterator[tuple[Path, str]]:
-    """Where a process's memory controller may be, and the file that counts: version 1's first, as both can be mounted
-    and then it is version 1 that has it.
+    """Yield where a process's memory controller may be, and the file that counts.
+
+    Version 1's come first: both versions can be mounted, and then version 1 has it.
     """
     try:
         groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
@@ -49,6 +50,6 @@ def _memory_groups(process: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _under(mountpoint: Path, root: str, path: str) -> Path:
-    """A group's directory, where the mount shows the hierarchy from ``root`` on (in a container, say)."""
+    """Return a group's directory, where the mount shows the hierarchy from ``root`` on (in a container, say)."""
     group = Path(path)
     return mountpoint / (group.relative_to(root) if group.is_relative_to(root) else group.relative_to("/"))

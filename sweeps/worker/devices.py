@@ -1,4 +1,4 @@
-"""What this machine computes on, found without loading torch."""
+"""Find the GPUs, cores and memory of this machine without loading torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DEVICES: Final = ("auto", "cpu", "cuda")
 WORKER_BYTES: Final = 1_500_000_000
 """Of a CPU worker: torch, transformers, lm-eval and their buffers, on the large side."""
 MODEL_BYTES_PER_PARAM: Final = 10
-"""Of a CPU worker: float32 weights, the originals kept for restoring, and what quantizing needs beside them."""
+"""Of a CPU worker: float32 weights, the originals kept for restoring, and what quantizing needs besides them."""
 MOST_CPU_WORKERS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How the local executor uses the machine: ``count`` processes on ``device``, each with ``threads``."""
+    """Workers of the local executor: ``count`` processes on ``device``, each with ``threads``."""
 
     device: str
     count: int
@@ -32,7 +32,7 @@ class Workers:
 
 @cache
 def gpus() -> tuple[str, ...]:
-    """Ids of the GPUs this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    """Return the ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(v.strip() for v in visible.split(",") if v.strip() and v.strip() != "-1")
@@ -45,7 +45,7 @@ def gpus() -> tuple[str, ...]:
 
 
 def resolve_device(asked: str) -> str:
-    """'cpu' or 'cuda'.
+    """Return 'cpu' or 'cuda'.
 
     Raises:
         UserError: not a device, or a GPU that is not there.
@@ -58,7 +58,7 @@ def resolve_device(asked: str) -> str:
 
 
 def plan_workers(device: str, asked: object, largest_params: int) -> Workers:
-    """One worker a GPU; on a CPU as many as cores and memory allow, sharing the cores without oversubscribing.
+    """Plan one worker per GPU, or on a CPU as many as cores and memory allow, which share the cores.
 
     Raises:
         UserError: ``asked`` is neither 'auto' nor a whole number of at least 1.

@@ -23,7 +23,7 @@ BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
 """Tokens in a batch: on a CPU what keeps activations in its caches, on a GPU what fills it."""
 
 END_SECONDS: Final = 10.0
-"""What is kept of the time that is left, when W&B's mirror is closed: to end its processes, and for the caller."""
+"""Seconds kept of the time that is left when W&B's mirror is closed: to end its processes, and for the caller."""
 
 
 @dataclass(kw_only=True)
@@ -104,12 +104,12 @@ class Execution:
 
 
 def close_seconds(ends: float | None, now: float) -> float:
-    """How long W&B's mirror may take to close."""
+    """Return how long W&B's mirror may take to close."""
     return CLOSE_SECONDS if ends is None else min(CLOSE_SECONDS, max(0.0, ends - now - END_SECONDS))
 
 
 def run_config(pack: Pack | Row) -> dict[str, Scalar]:
-    """What a pack's W&B run says of itself, from a pack or from one of its rows."""
+    """Return what a pack's W&B run says of itself, from a pack or from one of its rows."""
     if isinstance(pack, Pack):
         model = pack.model
         return {"family": model.family, "model": model.label, "params": model.params}
@@ -117,12 +117,12 @@ def run_config(pack: Pack | Row) -> dict[str, Scalar]:
 
 
 def run_name(pack_id: str, config: Mapping[str, Scalar]) -> str:
-    """What people see in W&B: the model and the first characters of the pack's id."""
+    """Return what people see in W&B: the model and the first characters of the pack's id."""
     return f"{config['model']} {pack_id[:4]}"
 
 
 def batch_tokens(value: object, device: str) -> int:
-    """Tokens in a batch, from ``executor.batch_tokens``.
+    """Return the tokens in a batch, from ``executor.batch_tokens``.
 
     Raises:
         UserError: neither auto nor a whole number of at least 1.
@@ -135,5 +135,5 @@ def batch_tokens(value: object, device: str) -> int:
 
 
 def worker_log(directory: Path) -> Callable[[int], Path]:
-    """Where the workers of a launch on this machine write."""
+    """Return where the workers of a launch on this machine write."""
     return lambda number: directory / f"worker-{number}.log"

@@ -1,4 +1,4 @@
-"""What a worker keeps warm: the model that was loaded last, and evaluations prepared for its tokenizer."""
+"""Keep the last loaded model warm, and the evaluations prepared for its tokenizer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Warm:
     _windows: dict[tuple[Calibration, str], Tensor] = field(default_factory=dict)
 
     def load(self, model: ModelRef, dtype: str) -> LoadedModel:
-        """The model with this compute dtype.
+        """Return the model with this compute dtype.
 
         Raises:
             ValueError, HubError: a local model that has changed since the launch, or one that can't be loaded; the same
@@ -109,7 +109,7 @@ class Warm:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether the process can't use its GPU any more."""
+    """Tell whether the process can't use its GPU any more."""
     from kbit.memory import is_out_of_memory
 
     return "CUDA error" in str(error) and not is_out_of_memory(error)

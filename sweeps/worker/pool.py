@@ -1,6 +1,6 @@
 """The pool: worker processes on one machine; packs go to whoever is free. A launch has one, and so has a SLURM job.
 
-Its owner never computes. It feeds packs, watches, says what is being measured, and starts a worker anew that died. A
+Its owner never computes. It feeds packs, watches, says what is being measured, and replaces a worker that died. A
 measurement whose worker died twice is recorded as failed, so that one poison cell can't hold up a study.
 """
 
@@ -47,7 +47,7 @@ MOST_CRASHES: Final = 2
 BEAT_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 5.0
 LOG_TAIL: Final = 4000
-OOM_WORDS: Final = "was killed for want of memory"
+OOM_WORDS: Final = "was killed because memory ran out"
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ class WorkerPool:
         self.on_event(event, slot.number)
 
     def _died(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
-        """Count the crash against what was in flight, put the rest of its pack back, start the worker anew."""
+        """Count the crash against what was in flight, put the rest of its pack back, start another worker."""
         assert slot.process is not None
         assert slot.events is not None
         selector.unregister(slot.events)

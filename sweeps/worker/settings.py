@@ -1,4 +1,4 @@
-"""What a worker is told when it starts."""
+"""Settings that a worker gets when it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sweeps.store.schema import Scalar
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """How the workers of a pool measure.
+    """Settings of a pool's workers.
 
     Attributes:
         batch_tokens: tokens in a batch, where memory allows.
@@ -32,7 +32,7 @@ class WorkerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerArguments:
-    """What the command line of one worker carries: how it measures, on what, and where results go."""
+    """The command line of one worker: how it measures, on what, and where results go."""
 
     out: str
     device: str

@@ -1,4 +1,4 @@
-"""Whether a worker has time for its next cell: predictions, corrected by how long the cells before really took."""
+"""Predict whether a worker has time for its next cell, corrected by how long earlier cells took."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Pace:
     _predicted_seconds: float = 0.0
 
     def over(self, now: float) -> bool:
-        """Whether the time is up."""
+        """Tell whether the time is up."""
         return self.until is not None and now >= self.until
 
     def fits(self, cell: int, *, now: float, load_seconds: float = 0.0) -> bool:
-        """Whether the pack's cell of this number would end in time, the model being loaded first."""
+        """Tell whether the pack's cell of this number would end in time, the model being loaded first."""
         return self.until is None or now + load_seconds + self.seconds(cell) <= self.until
 
     def seconds(self, cell: int) -> float:
-        """What the pack's cell of this number is expected to take; without a prediction, the mean of those before."""
+        """Predict the seconds of the pack's cell of this number; without a prediction, the mean of those before."""
         if not self.predicted:
             return self._seconds / self._cells if self._cells else 0.0
         scale = self._seconds / self._predicted_seconds if self._predicted_seconds else 1.0

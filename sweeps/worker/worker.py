@@ -51,7 +51,7 @@ Emit = Callable[[Event], None]
 
 @dataclass(kw_only=True)
 class Stop:
-    """Whether the worker was asked to stop after the measurement in flight."""
+    """A request to stop after the measurement in flight."""
 
     _asked: bool = False
 
@@ -109,10 +109,10 @@ class Worker:
         self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
     def _run_items(self, pack: Pack, until: float | None) -> str | None:
-        """Why it ended before the last item, or None."""
+        """Measure a pack's items; return why it ended before the last one, or None."""
         pace = Pace(until=until, predicted=pack.item_seconds)
         for number, (cell, evals) in enumerate(pack.items):
-            # One arithmetic a model load: cells whose evaluations ask for another dtype load the model again. And one
+            # One compute dtype per model load: cells whose evaluations ask for another load the model again. And one
             # form of the quantized layers: packed ones are put in place apart.
             forms = list(dict.fromkeys(_form(e) for e in evals))
             to_load = load_seconds(cell.model) if self._warm.holds != (cell.model, forms[0][0]) else 0.0
@@ -130,12 +130,12 @@ class Worker:
 
     @property
     def _batch(self) -> int:
-        """Tokens in a batch of the loaded model."""
+        """Return the tokens in a batch of the loaded model."""
         held = self._warm.holds
         return self.batch_tokens if held is None else self._smaller_batches.get(held, self.batch_tokens)
 
     def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], form: tuple[str, bool]) -> bool:
-        """Whether all of it was measured; if not, the worker was asked to stop."""
+        """Measure a cell; tell whether all of it was measured. If not, the worker was asked to stop."""
         if self.stop.asked():
             return False
         measurements = [Measurement(cell=cell, eval=spec) for spec in evals]
@@ -187,8 +187,9 @@ class Worker:
         self._has_measured = True
 
     def _evaluate(self, pack: Pack, prepared: PreparedEval, loaded: LoadedModel) -> tuple[EvalResult, float]:
-        """The result and the seconds it took. Where memory runs out, again with half the batch, which then stays for
-        the model.
+        """Evaluate; return the result and the seconds it took.
+
+        Where memory runs out, try again with half the batch, which then stays for the model.
         """
         import torch
 
@@ -221,7 +222,7 @@ class Worker:
         return loaded
 
     def _blame_node(self, model: ModelRef, error: Exception) -> None:
-        """End the process where a failure to load may be the node's: want of memory and later failures are not."""
+        """End the process where a failure to load may be the node's: out-of-memory and later failures are not."""
         from kbit.memory import is_out_of_memory
 
         if not self.load_again or self._has_measured or is_out_of_memory(error) or _is_the_models(error, model):
@@ -243,7 +244,7 @@ class Worker:
         return Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance={**self.provenance, **here})
 
     def _kernel(self) -> str:
-        """What quantizes here."""
+        """Return the name of the implementation that quantizes here."""
         import torch
 
         from kbit.kernels.availability import choose_blockwise
@@ -300,12 +301,12 @@ class Worker:
 
 
 def _form(spec: EvalSpec) -> tuple[str, bool]:
-    """What an evaluation needs of the model: its compute dtype, and whether its layers are packed."""
+    """Return what an evaluation needs of the model: its compute dtype, and whether its layers are packed."""
     return spec.compute_dtype, EVALUATORS[spec.kind].packed
 
 
 def _is_the_models(error: Exception, model: ModelRef) -> bool:
-    """Whether a failure to load is the model's own: its files are here, as they were at launch, and no GPU is named."""
+    """Tell whether a failure to load is the model's own: its files are as they were at launch, and no GPU is named."""
     if model.path is None or "cuda" in str(error).lower():
         return False
     try:

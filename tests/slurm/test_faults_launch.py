@@ -1,4 +1,4 @@
-"""What happens to launches and to what is known of jobs, on a real cluster; as in test_faults, one resume mends it."""
+"""Faults of launches and of what is known of jobs, on a real cluster; one resume repairs each, as in test_faults."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_status_asks_the_scheduler_twice_whatever_the_size(crowd: Crowd, counted
 def test_cancel_ends_exactly_one_study(crowd: Crowd, studies: Studies) -> None:
     study, elsewhere = crowd.study, studies("elsewhere")
     own = study.cluster.command("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
-    # Another study beside it: int and quantile cells are the crowd's, the others its own; and one in another directory.
+    # Another study: int and quantile cells are the crowd's, the others its own; and one in another directory.
     beside = study.run("sweep.name=other", *HELD)
     assert "2 jobs submitted for 5 cells, 5 measurements" in beside.stdout, beside.stderr
     assert "Of the rest: 8 in flight" in beside.stdout

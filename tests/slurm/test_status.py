@@ -148,7 +148,7 @@ def test_a_broken_setup_is_found_before_any_job_runs(troubled: Troubled, name: s
     study: Study = getattr(troubled, name)
     status = study.run("mode=status")
     assert re.search(rf"{CELLS} cells can't run: {why}", status.stdout), status.stdout
-    assert "Mend it, and run the same command again" in status.stdout
+    assert "Fix it, and run the same command again" in status.stdout
     logs = study.run("mode=logs")
     assert re.search(rf"never began: 4 cancelled.*{why}", logs.stdout, re.DOTALL), logs.stdout
     assert re.search(r"preflight-0/\d+_0_log.out:\n", logs.stdout)

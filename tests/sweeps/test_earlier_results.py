@@ -118,7 +118,7 @@ def put_into_parquet(path: Path, out: Path) -> None:
 
 
 def find_lines(launched: Path, packs: Path) -> None:
-    """Write down anew where each pack's line begins, in bytes."""
+    """Write down again where each pack's line begins, in bytes."""
     offsets, at = {}, 0
     for line in packs.read_bytes().splitlines(keepends=True):
         offsets[json.loads(line)["id"]] = at

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GIB: Final = 2**30
 GPU_WORK_BYTES: Final = 6e9
-"""Of a GPU beside the weights: a batch's activations and logits, the widest layer being quantized."""
+"""Of a GPU, besides the weights: a batch's activations and logits, the widest layer being quantized."""
 GPU_SHARE: Final = 0.9
 """Of a GPU's memory that is counted on."""
 HOST_BYTES_PER_PARAM: Final = 4

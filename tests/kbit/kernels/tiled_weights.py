@@ -1,4 +1,4 @@
-"""Weights in the kernels' layout beside what they stand for."""
+"""Weights in the kernels' layout, with the values they stand for."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 class Unknown(nn.Module):
-    """An architecture of no known names: blocks beside an embedding, a head and a smaller list of adapters."""
+    """An architecture of no known names: blocks next to an embedding, a head and a smaller list of adapters."""
 
     def __init__(self, width: int = 64, count: int = 3) -> None:
         super().__init__()

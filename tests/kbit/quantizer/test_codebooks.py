@@ -211,7 +211,7 @@ def test_quantile_of_normal_weights_lies_near_the_papers_table():
     at = norm.ppf(np.arange(1, 17) / 17)
     expected = np.sort(np.append((at[:-1] + at[1:]) / 2, 0))
     ours = codebook(QuantSpec(bits=4, dtype="quantile"), weight).numpy()
-    # The middle quantile lies beside the exact zero, or is zero itself.
+    # The middle quantile is next to the exact zero, or is zero itself.
     assert len(ours) in (15, 16)
     assert_values_close(torch.from_numpy(ours), (expected / np.abs(expected).max()).tolist(), atol=0.01)
 

@@ -238,7 +238,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
 def test_a_hub_model_outside_the_cache_must_be_to_be_had(sound: Preflight, server: HubServer) -> None:
     assert replace(sound, models=(HUB_MODEL,)).problems() == []
     problem = only_problem(replace(sound, models=(replace(HUB_MODEL, commit="0" * 40),)))
-    assert "is not to be had from the hub" in problem
+    assert "could not be fetched from the hub" in problem
     assert "mode=fetch" in problem
 
 
@@ -248,4 +248,4 @@ def test_hub_data_outside_the_cache_must_be_to_be_had(sound: Preflight, server: 
     case = replace(sound, evals=(spec,))
     problem = only_problem(case)  # the server has no data set of that commit
     assert "eval far (owner/name@" in problem
-    assert "is not to be had from the hub" in problem
+    assert "could not be fetched from the hub" in problem

@@ -74,7 +74,7 @@ def test_gpus_follow_from_the_weights_and_one_may_say_otherwise() -> None:
 def test_memory_follows_from_the_weights_and_one_may_say_otherwise() -> None:
     config = SlurmSettings()
     small, large = (config.shape(model(p), "cuda", 0, {}).mem_gb for p in (10**9, 13 * 10**9))
-    # Loading and the originals that are kept: four bytes a parameter beside what any job needs.
+    # Loading and the originals that are kept: four bytes per parameter besides what any job needs.
     assert large - small == pytest.approx(4 * 12e9 / 2**30, abs=1)
     assert config.shape(model(10**9), "cuda", 0, {"mem_gb": 20}).mem_gb == 20
 

@@ -158,7 +158,7 @@ def task(file: Path, **source: object) -> EvalSpec:
 
 @pytest.fixture
 def own(tmp_path: Path) -> EvalSpec:
-    """A task with includes of its own directory and another, functions beside it and below, and local data."""
+    """A task with includes of its own directory and another, functions next to it and below, and local data."""
     (tmp_path / "tasks" / "mine" / "deep").mkdir(parents=True)
     (tmp_path / "tasks" / "common").mkdir()
     file = tmp_path / "tasks" / "mine" / "own.yaml"

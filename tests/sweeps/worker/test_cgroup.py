@@ -1,4 +1,4 @@
-"""The kernel's count of processes killed for want of memory is found wherever control groups are mounted."""
+"""The kernel's count of processes killed when memory ran out is found wherever control groups are mounted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The process of a SLURM job: from submitit's command to a pack, or to a preflight.
 
 The job script's command is ``python -m sweeps.executors.slurm.node.job ... -u -m submitit.core._submit FOLDER``: what
-submitit would start, with this module in front of it. It mends what submitit trips over (a temporary file that a kill
+submitit would start, with this module in front of it. It repairs what submitit trips over (a temporary file that a kill
 left, a pickle that a dead launcher did not rename), then hands over; submitit unpickles a ``PackJob`` or
 ``PreflightJob``, calls it.
 """

@@ -159,7 +159,7 @@ class Preflight:
         except OSError as error:
             raise UserError(
                 f"out={str(self.out)!r} takes no data on {socket.gethostname()}: {error.strerror or error}. Free some "
-                "space or quota, or mend the file system"
+                "space or quota, or repair the file system"
             ) from error
         free = shutil.disk_usage(self.out).free
         if free < FULL_BYTES:
@@ -293,8 +293,8 @@ def _reach(what: str, ask: Callable[[], object]) -> str:
     try:
         ask()
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # the HTTP client's base class
-        raise UserError(f"{what} is not to be had from the hub ({_brief(error)}). {_fetch_advice()}") from error
-    return f"{what}: to be had from {constants.ENDPOINT}"
+        raise UserError(f"{what} could not be fetched from the hub ({_brief(error)}). {_fetch_advice()}") from error
+    return f"{what}: available from {constants.ENDPOINT}"
 
 
 def _fetch_advice() -> str:

@@ -172,7 +172,7 @@ def read_accounting(text: str, wanted: Collection[str]) -> dict[tuple[str, int],
             seen = JobState(
                 name=name, index=index, job=element, state=_state(state), reason="", nodes=_nodes(nodes), restarts=0
             )
-            # A requeue is submitted anew. The record of what waits of an array may be staler than an element's own.
+            # A requeue is submitted again. The record of what waits of an array may be staler than an element's own.
             rank = (_number(submit), "_" in job and job == element, _number(record))
             found.setdefault((name, index), []).append((rank, seen))
     jobs = {}
