@@ -18,7 +18,7 @@ WHOLE_TENSOR: Final = 0
 """Stands for a missing block size (the whole tensor) where a number is needed."""
 
 _NEEDED: Final = (
-    *("key", "status", "family", "model", "model_id", "revision", "weights_hash", "params"),
+    *("key", "status", "family", "model", "model_id", "revision", "weights_hash", "params", "checkpoint"),
     *("method", *axes(), "bits_per_param_nominal", "total_bits", "total_bits_nominal"),
 )
 _IDENTITY: Final = ["model_id", "revision", "weights_hash"]
@@ -40,6 +40,11 @@ def measured(df: pd.DataFrame) -> pd.DataFrame:
     some_outcome = df[_status_columns(df)].isin(MEASURED).any(axis=1)
     df = df[df["status"].isin(MEASURED) | some_value | some_outcome]
     df = df[df["key"].isna() | ~df["key"].duplicated()].reset_index(drop=True)
+    trained = df["checkpoint"].notna()
+    if trained.any():
+        # Checkpoints of one model have one size: a curve over sizes needs them apart.
+        named = df["family"].astype("string") + "@" + df["checkpoint"].astype("string")
+        df["family"] = df["family"].astype("string").where(~trained, named)
     checkpoint = df[_IDENTITY].astype("string").fillna("")
     several = (
         checkpoint.agg("|".join, axis=1).groupby(df["model"]).transform("nunique") > 1

@@ -46,6 +46,7 @@ class MemberConfig:
 class FamilyConfig:
     members: dict[str, MemberConfig] = field(default_factory=dict)
     family: str | None = None
+    tokens_per_step: int | None = None
 
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class SweepConfig:
     quant: list[BlockConfig] = MISSING
     exclude: list[ExcludeConfig] = field(default_factory=list)
     sizes: Raw = None
+    revisions: Raw = None
 
 
 @dataclass

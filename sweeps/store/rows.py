@@ -51,6 +51,7 @@ def cell_row(cell: Cell) -> Row:
         "revision": model.commit,
         "weights_hash": model.weights_hash,
         "params": model.params,
+        "tokens_seen": model.tokens_seen,
         "label": cell.quant_label,
         "calibration": None if cell.calibration is None else canonical_json(cell.calibration.canonical()),
         "bits_per_param_nominal": cell.quant.bits_per_param_nominal,

@@ -105,6 +105,8 @@ def columns() -> tuple[Column, ...]:
         _c("job", "string", "scheduler's job, or the worker"),
         _c("host", "string", "machine"),
         # What came later, at the end, so that columns stay where they were
+        _cell("checkpoint", "string", "revision that the study asks for by name, e.g. step1000; null for none"),
+        _cell("tokens_seen", "int64", "tokens that the checkpoint was trained on; null where unknown", "tokens"),
         _cell("calibration", "string", "JSON of the data that a method calibrated on; null for other methods"),
         *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 1),

@@ -46,6 +46,9 @@ class ModelRef:
         params: parameters, tied ones counted once; None where unknown.
         hub_id, commit: of the hub; a commit that starts with 'unresolved:' is only ever planned, never run.
         path, weights_hash: of a local directory.
+        checkpoint: the revision that a study asks for by name ('step1000'); None where it asks for none. Its commit is
+            identity, not its name.
+        tokens_seen: tokens that the checkpoint was trained on; None where the family doesn't say.
     """
 
     family: str
@@ -55,6 +58,8 @@ class ModelRef:
     commit: str | None = None
     path: str | None = None
     weights_hash: str | None = None
+    checkpoint: str | None = None
+    tokens_seen: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.hub_id and self.commit) and not (self.path and self.weights_hash):
@@ -70,7 +75,8 @@ class ModelRef:
     def label(self) -> str:
         """'pythia-70m'; a directory's name, or one that holds its family, stands alone ('neox-s', 'gpt2-xl')."""
         alone = self.path is not None or self.name.lower().startswith(self.family.lower())
-        return self.name if alone else f"{self.family}-{self.name}"
+        name = self.name if alone else f"{self.family}-{self.name}"
+        return name if self.checkpoint is None else f"{name}@{self.checkpoint}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +107,9 @@ class Cell:
 
     def axes(self) -> dict[str, object]:
         """Return every axis by name, for tables and filters (None where it does not apply)."""
-        of_model = {"family": self.model.family, "model": self.model.label, "method": self.quant.method}
-        return {**dict.fromkeys(axis_names()), **of_model, **self.quant.axis_values()}
+        model = self.model
+        of_model = {"family": model.family, "model": model.label, "checkpoint": model.checkpoint}
+        return {**dict.fromkeys(axis_names()), **of_model, "method": self.quant.method, **self.quant.axis_values()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +127,7 @@ class Measurement:
 @cache
 def axis_names() -> tuple[str, ...]:
     """Return the names that ``where=`` and ``by=`` accept: of the model, then of every method's spec."""
-    return ("family", "model", "method", *axes())
+    return ("family", "model", "checkpoint", "method", *axes())
 
 
 @cache
@@ -146,7 +153,9 @@ def cell_from_dict(model: ModelRef, data: Mapping[str, Any]) -> Cell:
 
 
 def model_to_dict(model: ModelRef) -> dict[str, object]:
-    return dict(vars(model))
+    """A model as manifests and packs carry it; what came later is left out where there is none."""
+    later = ("checkpoint", "tokens_seen")
+    return {name: value for name, value in vars(model).items() if value is not None or name not in later}
 
 
 def eval_to_dict(spec: EvalSpec) -> dict[str, object]:

@@ -207,4 +207,4 @@ def _linked(value: object, where: str) -> list[dict[str, object]]:
 
 def _value_id(axis: str, value: object) -> tuple[str, str]:
     # Rules such as 'paper' are right at every width, so only numbers can clash; repr tells 1 from True and '1'.
-    return axis, repr(value) if value not in EXPONENT_RULES else "rule"
+    return axis, "rule" if isinstance(value, str) and value in EXPONENT_RULES else repr(value)

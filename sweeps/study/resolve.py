@@ -97,20 +97,27 @@ def build_study(
 
 def _models(config: StudyConfig, resolver: Resolver, progress: Callable[[str], None]) -> list[ModelRef]:
     sizes = as_list(config.sweep.get("sizes"), "sweep.sizes")
+    revisions: list[str | None] = [str(r) for r in as_list(config.sweep.get("revisions"), "sweep.revisions")]
     if config.path is not None:
+        if revisions:
+            raise UserError(f"sweep.revisions={revisions} is not valid with path=: directories have no revisions")
         paths = [Path(str(p)).expanduser() for p in as_list(config.path, "path")]
         if not paths:
             raise UserError("path=[] is not valid: name at least one model directory, or leave it null")
         _check_sizes(sizes, [p.name for p in paths])
         return [_local(p, None, None, progress) for p in paths if not sizes or p.name in map(str, sizes)]
     members = {
-        (str(family.get("family") or group), str(name)): member
+        (str(family.get("family") or group), str(name)): {**member, "tokens_per_step": family.get("tokens_per_step")}
         for group, family in config.models.items()
         for name, member in family["members"].items()
     }
     _check_sizes(sizes, [name for _, name in members])
     chosen = {k: m for k, m in members.items() if not sizes or k[1] in map(str, sizes)}
-    return [_member(family, name, member, resolver, progress) for (family, name), member in chosen.items()]
+    return [
+        _member(family, name, {**member, "checkpoint": revision}, resolver, progress)
+        for (family, name), member in chosen.items()
+        for revision in revisions or [None]
+    ]
 
 
 def _check_sizes(sizes: list[object], known: list[str]) -> None:
@@ -123,13 +130,29 @@ def _check_sizes(sizes: list[object], known: list[str]) -> None:
 def _member(
     family: str, name: str, member: Mapping[str, Any], resolver: Resolver, progress: Callable[[str], None]
 ) -> ModelRef:
+    checkpoint = member["checkpoint"]
     if member["path"]:
+        if checkpoint is not None:
+            raise UserError(f"sweep.revisions={checkpoint!r} is not valid: {family} {name} is a local directory")
         return _local(Path(member["path"]), family, name, progress)
     if not member["id"]:
         raise UserError(f"models.{family}.members.{name}: needs `id` (a hub id) or `path` (a local directory)")
     progress(f"commit of {member['id']}")
-    commit = resolver.commit(member["id"], member["revision"], "model")
-    return ModelRef(family=family, name=name, params=member["params"], hub_id=member["id"], commit=commit)
+    return ModelRef(
+        family=family,
+        name=name,
+        params=member["params"],
+        hub_id=member["id"],
+        commit=resolver.commit(member["id"], checkpoint or member["revision"], "model"),
+        checkpoint=checkpoint,
+        tokens_seen=_tokens_seen(checkpoint, member["tokens_per_step"]),
+    )
+
+
+def _tokens_seen(checkpoint: str | None, tokens_per_step: int | None) -> int | None:
+    """Return the tokens of a checkpoint whose name ends in its step, where the family says how many a step takes."""
+    step = re.search(r"(\d+)$", checkpoint or "")
+    return int(step.group(1)) * tokens_per_step if step and tokens_per_step else None
 
 
 def _local(path: Path, family: str | None, name: str | None, progress: Callable[[str], None]) -> ModelRef:

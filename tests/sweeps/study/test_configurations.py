@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from sweeps import config
-from sweeps.study import grid
+from sweeps.errors import UserError
+from sweeps.options import Options
+from sweeps.store.rows import cell_row
+from sweeps.study import grid, hub
 from sweeps.study.cell import ModelRef
-from sweeps.study.resolve import as_list
+from sweeps.study.evals import as_list
+from sweeps.study.resolve import build_study
 from tests import ROOT
 
 CONF = ROOT / "conf"
@@ -207,3 +213,35 @@ def test_parameter_counts_are_those_of_the_architectures() -> None:
     for family, members in expected.items():
         chosen = composed(f"model=[{family}]").models[family].members
         assert {str(name): m.params for name, m in chosen.items()} == members, family
+
+
+def test_revisions_are_models_of_their_own_with_the_tokens_they_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit(repo: str, revision: str, **_: object) -> str:
+        """Stands for the hub, which can't be asked here."""
+        return hashlib.sha1(f"{repo}{revision}".encode()).hexdigest()
+
+    monkeypatch.setattr(hub, "resolve_commit", commit)
+    arguments = ["model=[pythia]", "sweep.sizes=[70m,160m]", "sweep.revisions=[step1000,step4000]"]
+    options = Options.from_config(composed(*arguments), arguments)
+    study = build_study(options.study, device="cpu", device_name=str, strict=True, progress=lambda _: None)
+    models = list(dict.fromkeys(c.model for c in study.manifest.cells))
+    assert [(m.label, m.tokens_seen) for m in models] == [
+        ("pythia-70m@step1000", 2_097_152_000),
+        ("pythia-70m@step4000", 8_388_608_000),
+        ("pythia-160m@step1000", 2_097_152_000),
+        ("pythia-160m@step4000", 8_388_608_000),
+    ]
+    assert len({m.commit for m in models}) == 4
+    cell = study.manifest.cells[0]
+    row = cell_row(cell)
+    assert (row["checkpoint"], row["tokens_seen"]) == ("step1000", 2_097_152_000)
+    # A revision's name is not identity: its commit is.
+    unnamed = replace(cell.model, checkpoint=None, tokens_seen=None)
+    assert replace(cell, model=unnamed).key == cell.key
+
+
+def test_a_directory_has_no_revisions() -> None:
+    arguments = ["sweep.revisions=[step1]"]
+    options = Options.from_config(composed(*arguments), arguments)
+    with pytest.raises(UserError, match=r"sweep\.revisions='step1' is not valid: .* is a local directory"):
+        build_study(options.study, device="cpu", device_name=str, strict=True, progress=lambda _: None)

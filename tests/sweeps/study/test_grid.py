@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,18 @@ def test_expansion_is_a_set_of_cells_whatever_the_order(blocks: list[dict[str, A
     product = sum(len(b["bits"]) * len(b["dtype"]) * len(b["blocksize"]) for b in blocks) * len(MODELS)
     assert len(keys) + grid.duplicates == product
     assert set(keys) == {c.key for c in expand(blocks[::-1], MODELS[::-1]).cells}
+
+
+def test_a_data_type_from_a_file_is_a_value_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"name": "mine", "codebooks": {"3": [-1, 0, 1], "4": [-1, -0.5, 0, 1]}}')
+    file = {"file": str(path)}
+    found = expand([{"bits": [3, 4, 5], "dtype": ["int", file]}, {"bits": 3, "dtype": file}], MODELS[:1])
+    assert [c.quant.label.split(" codebook ")[0] for c in found.cells] == [
+        *("int3 b64", "mine3 b64", "int4 b64", "mine4 b64", "int5 b64"),
+    ]
+    # The file has no values for 5 bits, which is a reason; none for any bits of a block is a mistake.
+    assert [e.reason for e in found.excluded] == [f"dtype={file} can't be combined with bits=5"]
+    assert found.duplicates == 1
+    with pytest.raises(SpecError, match="with bits=7 the file needs values for them; it has them for 3, 4"):
+        expand([{"bits": 7, "dtype": file}], MODELS[:1])
