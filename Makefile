@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint slurm-up slurm-down clean
+.PHONY: help demo test test-slow coverage lint slurm-up slurm-down clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,12 @@ test: $(VENV)/installed  ## the tests, but for the slow ones
 test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting
 	$(BIN)/python -m pytest -m slow
 
+coverage: $(VENV)/installed-dev  ## the lines that the tests reach; fails below what pyproject.toml says
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m 'not slow' --ignore tests/slurm
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +45,7 @@ slurm-down:  ## end it, its jobs too
 	@$(PYTHON) -m tests.slurm.cluster down
 
 clean:  ## remove what make made; results stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
 	find . -name __pycache__ -not -path './results/*' -type d -prune -exec rm -rf {} +
 
 # The stamps are made last, so an installation that was cut off is done again. Most modules are never imported, so pip
