@@ -149,13 +149,13 @@ def test_error_is_at_most_half_a_gap_times_absmax(spec, shape, seed, nested):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    spec=SPECS.filter(lambda s: s.dtype not in ("quantile", "dynamic") and not s.center),
+    spec=SPECS.filter(lambda s: s.dtype not in ("quantile", "lloyd", "dynamic") and not s.center),
     shape=SHAPES,
     seed=st.integers(0, 999),
 )
 def test_quantizing_dequantized_values_changes_nothing(spec, shape, seed):
     """Where both +1 and -1 are values, or absmax is one: codebooks whose ends are both reached give the same absmax
-    again."""
+    again. A fitted codebook is another one for the dequantized values."""
     weight = weights(shape, torch.float16, seed, "normal")
     once = dequantize(quantize(weight, spec))
     assert torch.equal(dequantize(quantize(once, spec)), once)
@@ -275,7 +275,8 @@ def test_centering_subtracts_the_float16_mean_first_and_adds_it_last(dtype):
     assert float(centred.mean) == float(weight.double().mean().half())
     plain = quantize(weight, QuantSpec(bits=4, dtype=dtype))
     error = [(dequantize(q).float() - weight.float()).square().mean() for q in (centred, plain)]
-    assert error[0] < error[1]
+    # Lloyd's values lie around the mean by themselves.
+    assert error[0] < error[1] or dtype == "lloyd"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
