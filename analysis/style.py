@@ -54,6 +54,7 @@ DTYPE_STYLE: Final = {
     "dynamic": ("#cc79a7", "D"),
     "quantile": ("#009e73", "^"),
     "normal": ("#e69f00", "v"),
+    "lloyd": ("#56b4e9", "p"),
 }
 _MARKERS: Final = "os^Dvp<>hP"
 _FAMILIES: Final = {

@@ -44,9 +44,12 @@ def explain(error: Exception) -> str:
 
 def _explain_value(text: str, cause: OmegaConfBaseException) -> str:
     """Explain a value of a wrong kind, or a place that doesn't exist, without the names of OmegaConf's internals."""
-    override = re.search(r"Error merging override (\S+)", text)
+    override = re.search(r"Error merging override ([^\n]+)", text)
     said = str(cause.msg or cause).splitlines()[0]
     where = override.group(1) if override else str(cause.full_key or "")
+    if override and "DictConfig with ListConfig" in said:
+        key, _, value = where.partition("=")
+        return f"{where} is not valid: Hydra can't put a mapping in the place of a list; write '{key}=[{value}]'"
     return f"{where} is not valid: {said}" if where else said
 
 

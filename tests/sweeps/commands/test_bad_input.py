@@ -13,6 +13,12 @@ CASES = {
     "a misspelt key": (["eval.limt=3"], ["'eval.limt'", "Did you mean eval.limit"]),
     "an axis that does not exist": (["sweep.quant.1.bitz=4"], ["sweep.quant.1.bitz", "sweep.quant.1.bits"]),
     "a misspelt data type": (["sweep.quant.1.dtype=flot"], ["sweep.quant.1.dtype='flot'", "int, float, dynamic"]),
+    "a mapping in the place of a list": (
+        ["sweep.quant.1.dtype={file: a.json}"],
+        ["sweep.quant.1.dtype={file: a.json} is not valid", "write 'sweep.quant.1.dtype=[{file: a.json}]'"],
+    ),
+    "a file that is not there": (["sweep.quant.1.dtype=[{file: a.json}]"], ["dtype.file='a.json'", "can be read"]),
+    "revisions of directories": (["sweep.revisions=[step1]"], ["sweep.revisions='step1'", "is a local directory"]),
     "bits": (["sweep.quant.1.bits=9"], ["sweep.quant.1.bits=9", "from 2 to 8"]),
     "blocksize": (["sweep.quant.1.blocksize=0"], ["blocksize=0", "at least 1", "null"]),
     "exponent bits": (
