@@ -51,7 +51,7 @@ _AXES: Final = {"dtype": "Data type", "blocksize": "Block size"}
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What figures are drawn from.
+    """The data that figures are drawn from.
 
     Attributes:
         df: a wide result table.
@@ -73,7 +73,7 @@ def write_figures(
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> list[Path]:
-    """Write each of ``FIGURES`` that the data allow, as PNG with an SVG beside it; logs why another can't be drawn.
+    """Write each of ``FIGURES`` that the data allow, as PNG with an SVG next to it; log why another can't be drawn.
 
     Args:
         df: a wide result table.
@@ -144,7 +144,7 @@ def data_types(
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> Figure | None:
-    """Data types at one precision over model sizes, and their change from 16-bit, a column a family (Figures 3, 14).
+    """Draw data types at one precision over model sizes, and their change from 16-bit, per family (Figures 3, 14).
 
     None, with the reason logged, where there are fewer than two data types at block size 64.
     """
@@ -175,7 +175,7 @@ def block_sizes(
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> Figure | None:
-    """Block sizes at one precision over model sizes, and their change from 16-bit (Figures 3 and 15).
+    """Draw block sizes at one precision over model sizes, and their change from 16-bit (Figures 3 and 15).
 
     A column a family and data type; with more than four, those of the data type with the most block sizes. None, with
     the reason logged, where no data type has two block sizes.
@@ -201,7 +201,7 @@ def block_sizes(
 
 
 def _zero_shot_scaling(r: Results) -> Figure | None:
-    """``bit_scaling`` of the zero-shot mean, where the table has it besides a loss."""
+    """Draw ``bit_scaling`` of the zero-shot mean, where the table has it besides a loss."""
     return bit_scaling(r.df, r.metrics[1], sweep=r.sweep) if len(r.metrics) > 1 else None
 
 
@@ -267,7 +267,7 @@ def _save(fig: Figure, stem: Path) -> Path:
 
 
 def _save_svg(fig: Figure, path: Path) -> None:
-    """The same data give the same bytes: matplotlib numbers clip paths by where objects lie in memory."""
+    """Write the same bytes for the same data, as SVG: matplotlib numbers clip paths by where objects lie in memory."""
     text = io.StringIO()
     fig.savefig(text, format="svg", metadata={"Date": None})
     names: dict[str, str] = {}

@@ -60,7 +60,7 @@ _OPTIONS: Final[dict[str, Any]] = {"num_warps": _WARPS, "enable_fp_fusion": Fals
 
 
 class Quantized(NamedTuple):
-    """What ``quantize_values`` makes, as a ``QuantizedTensor`` has it.
+    """The result of ``quantize_values``, as a ``QuantizedTensor`` has it.
 
     Attributes:
         codes: uint8, packed.
@@ -135,7 +135,7 @@ def _fixed_tree(spec: QuantSpec, device: torch.device) -> Tensor:
 
 
 def dequantize_values(packed: Packed, out: Tensor, *, dtype: torch.dtype) -> None:
-    """Fill `out`, contiguous and of 16 or 32 bits a value, with what packed codes stand for, rounded to `dtype`."""
+    """Fill `out`, contiguous and of 16 or 32 bits per value, with what packed codes stand for, rounded to `dtype`."""
     count, words, blocks = out.numel(), _as_words(packed.codes), packed.blocks
     absmax, mean = packed.absmax, packed.mean
     with _on(out.device):

@@ -50,7 +50,7 @@ def larger(a, b):
 
 @triton.jit
 def round_absmax(largest, DTYPE: tl.constexpr):
-    """Absmax values from their bits, in the dtype in which they are stored."""
+    """Return absmax values from their bits, in the dtype in which they are stored."""
     absmax = largest.to(tl.float32, bitcast=True)
     if DTYPE.is_fp16():
         absmax = tl.minimum(absmax, FLOAT16_MAX)
@@ -59,7 +59,7 @@ def round_absmax(largest, DTYPE: tl.constexpr):
 
 @triton.jit
 def divisors(absmax, RECIPROCAL: tl.constexpr):
-    """What ``scaled`` takes for absmax values: such that a block of zero is scaled to zero."""
+    """Return the divisors that ``scaled`` takes for absmax values: a block of zero is scaled to zero."""
     if RECIPROCAL:
         return absmax, tl.where(absmax == 0, 0.0, tl.div_rn(1.0, tl.where(absmax == 0, 1.0, absmax)))
     return tl.where(absmax == 0, float("inf"), absmax), absmax
@@ -67,7 +67,7 @@ def divisors(absmax, RECIPROCAL: tl.constexpr):
 
 @triton.jit
 def scaled(x, absmax, reciprocal, RECIPROCAL: tl.constexpr):
-    """x / absmax, rounded as IEEE division is; 0 where absmax is 0.
+    """Return x / absmax, rounded as IEEE division is; 0 where absmax is 0.
 
     With RECIPROCAL by the correctly rounded 1 / absmax, for operands of at most 11 bits: the first product is off by at
     most 1.5 ulp, the remainder is exact, and corrected by it the quotient is off by 2^-23 ulp before it is rounded,
@@ -81,7 +81,7 @@ def scaled(x, absmax, reciprocal, RECIPROCAL: tl.constexpr):
 
 @triton.jit
 def load_values(weight_ptr, offset, left, mean, STORAGE: tl.constexpr, CENTER: tl.constexpr, MASKED: tl.constexpr):
-    """float32 of the values as stored in 16 bits, less the mean; zero beyond `left`."""
+    """Return float32 of the values as stored in 16 bits, less the mean; zero beyond `left`."""
     if MASKED:
         x = tl.load(weight_ptr + offset, mask=offset < left, other=0.0).to(STORAGE).to(tl.float32)
         if CENTER:
@@ -95,7 +95,7 @@ def load_values(weight_ptr, offset, left, mean, STORAGE: tl.constexpr, CENTER: t
 
 @triton.jit
 def without_kept(x, at, kept_ptr, columns, KEPT: tl.constexpr):
-    """Zero where a value's column is kept in 16 bits."""
+    """Return values, zero where a value's column is kept in 16 bits."""
     if KEPT:
         x = tl.where(tl.load(kept_ptr + at % columns) != 0, 0.0, x)
     return x
@@ -103,7 +103,7 @@ def without_kept(x, at, kept_ptr, columns, KEPT: tl.constexpr):
 
 @triton.jit
 def block_of(at, size, length, per_row, FLAT: tl.constexpr):
-    """Block of the value at a flat index: of its row's blocks, unless the tensor is cut as one row."""
+    """Return the block of the value at a flat index: of its row's blocks, unless the tensor is cut as one row."""
     if FLAT:
         return at // size
     row = at // length
@@ -112,7 +112,7 @@ def block_of(at, size, length, per_row, FLAT: tl.constexpr):
 
 @triton.jit
 def encode_eight(y, offset, left, tree_ptr, entry, root, BITS: tl.constexpr, MASKED: tl.constexpr):
-    """Codes of scaled values [n, 8] as two runs of four, uint32 [n] of 4 BITS bits; zero from `left` on."""
+    """Return codes of scaled values [n, 8] as two runs of four, uint32 [n] of 4 BITS bits; zero from `left` on."""
     node = nearest(y, tree_ptr, entry, root, BITS)
     if MASKED:
         node = tl.where(offset < left, node, 1 << BITS)
@@ -138,7 +138,7 @@ def quantize_blocks(
     RECIPROCAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Absmax and codes in one pass over a flat weight, its block size a power of two from 32 to 32 GROUPS.
+    """Write absmax and codes in one pass over a flat weight, its block size a power of two from 32 to 32 GROUPS.
 
     A CTA takes 32 GROUPS values; above is what a thread does with 32 of them.
 
@@ -255,7 +255,7 @@ def encode_values(
     WHOLE: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Codes of values whose absmax are known, as ``quantize_blocks`` lays them out.
+    """Write codes of values whose absmax are known, as ``quantize_blocks`` lays them out.
 
     Args:
         absmax_ptr: read.
@@ -303,7 +303,7 @@ def dequantize_values(
     INDEX: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """codebook[code] · absmax (+ mean), rounded to STORAGE; a CTA takes OCTETS eights of values.
+    """Write codebook[code] · absmax (+ mean), rounded to STORAGE; a CTA takes OCTETS eights of values.
 
     Args:
         codebook_ptr: float32 [at most 2^BITS].

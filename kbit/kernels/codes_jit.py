@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def look_up(table_ptr, index, entry):
-    """table[index], float32.
+    """Return table[index], float32.
 
     `entry` is 4, the bytes of one. As the compiler doesn't know, it multiplies and adds in one instruction, instead of
     shifting and adding in two or three on a pipe that is twice as slow.
@@ -20,7 +20,7 @@ def look_up(table_ptr, index, entry):
 
 @triton.jit
 def plant_tree(codebook_ptr, tree_ptr, values, BITS: tl.constexpr):
-    """Midpoints of neighbouring codebook values as a search tree: float32 [2^BITS].
+    """Return midpoints of neighbouring codebook values as a search tree: float32 [2^BITS].
 
     Node i has the children 2 i and 2 i + 1, so that a level is contiguous and a warp's look-ups fall on few cache
     lines. Unused nodes are NaN, which nothing is above.
@@ -40,7 +40,7 @@ def plant_tree(codebook_ptr, tree_ptr, values, BITS: tl.constexpr):
 
 @triton.jit
 def nearest(y, tree_ptr, entry, root, BITS: tl.constexpr):
-    """How many midpoints lie below y, plus 2^BITS: int32.
+    """Return the number of midpoints below y, plus 2^BITS: int32.
 
     A midpoint less y is negative just where it lies below, so its sign bit is the next bit of the path.
     """
@@ -53,7 +53,7 @@ def nearest(y, tree_ptr, entry, root, BITS: tl.constexpr):
 
 @triton.jit
 def pack_fours(node, BITS: tl.constexpr):
-    """Codes (plus 2^BITS) [n, 8] as two uint32 [n], each 4 BITS bits wide."""
+    """Return codes (plus 2^BITS) [n, 8] as two uint32 [n], each 4 BITS bits wide."""
     shift = BITS * tl.arange(0, 4)[None, None, :]
     runs = tl.sum(tl.reshape(node, (node.shape[0], 2, 4)) << shift, axis=2)
     # The 2^BITS of each of the four goes at once; it may have wrapped around, and wraps back.
@@ -62,7 +62,7 @@ def pack_fours(node, BITS: tl.constexpr):
 
 @triton.jit
 def word_of(runs, WORD: tl.constexpr, WIDTH: tl.constexpr):
-    """Word WORD of the stream that `runs`, eight fields of WIDTH bits, make end to end."""
+    """Return word WORD of the stream that `runs`, eight fields of WIDTH bits, make end to end."""
     word = tl.zeros_like(runs[0])
     for i in tl.static_range(8):
         if (i * WIDTH < 32 * WORD + 32) and (i * WIDTH + WIDTH > 32 * WORD):
@@ -97,7 +97,7 @@ def store_words(words_ptr, group, left, runs, BITS: tl.constexpr, MASKED: tl.con
 
 @triton.jit
 def load_codes(words_ptr, octet, words, BITS: tl.constexpr, MASKED: tl.constexpr):
-    """Codes of eights of values: int32 [n, 8]. Eight take BITS bytes, which lie in up to three words.
+    """Return codes of eights of values: int32 [n, 8]. Eight take BITS bytes, which lie in up to three words.
 
     The last eight may need fewer than are read: the last word is read again then.
     """

@@ -96,7 +96,7 @@ class Function:
         self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None))
 
     def _enter_context(self) -> None:
-        """A thread whose first work on a GPU this is has no context yet; it gets torch's, the primary one."""
+        """Give a thread whose first work on a GPU this is torch's context, the primary one: it has none yet."""
         context = ctypes.c_void_p()
         self._check(self._driver.cuCtxGetCurrent(ctypes.byref(context)))
         if not context.value:

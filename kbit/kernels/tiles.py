@@ -3,7 +3,7 @@
 A warp multiplies a tile by tensor-core instructions (m16n8k16), whose operands are spread over its lanes: lane 4 g + t
 has rows g and g + 8 of each 16, and of each 32 columns the eight from 8 t on (the instruction's own order of columns is
 permuted, which changes no sum as long as x is read in the same order). A lane's 128 codes of a tile are one stream of
-exactly k bits a code (``kbit.quantizer.packing``), so that it reads k times 16 bytes, and a warp 512 contiguous bytes
+exactly k bits per code (``kbit.quantizer.packing``), so that it reads k times 16 bytes, and a warp 512 contiguous bytes
 at a time.
 """
 
@@ -106,8 +106,8 @@ def why_no_layout(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
 def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     """Lay a quantized weight out for the kernels; mean and kept columns are the caller's.
 
-    Besides the weight and its layout about 8 bytes a value are at work, for a chunk of some row blocks: 16 MB on a GPU,
-    more only where 64 rows have more than two million values.
+    Besides the weight and its layout about 8 bytes per value are at work, for a chunk of some row blocks: 16 MB on a
+    GPU, more only where 64 rows have more than two million values.
 
     Args:
         q: the quantized weight.
@@ -231,7 +231,7 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 
 
 def _by_lane(codes: Tensor) -> Tensor:
-    """uint8, flat, lane by lane, of uint8 [rows, columns], rows in whole blocks of 64."""
+    """Return uint8, flat, lane by lane, of uint8 [rows, columns], rows in whole blocks of 64."""
     row_blocks, column_tiles = codes.shape[0] // TILE, codes.shape[1] // TILE
     # row = 16 r + 8 j0 + g; column = 32 kh + 8 t + 4 kl + 2 j1 + e, and e moves with j1 as one 16-bit number
     split = codes.view(torch.int16).view(row_blocks, 4, 2, 8, column_tiles, 2, 4, 2, 2)
@@ -239,11 +239,11 @@ def _by_lane(codes: Tensor) -> Tensor:
 
 
 def _pack(lanes: Tensor, bits: int) -> Tensor:
-    """int32 [tiles, bits, 32, 4]: each lane's stream of codes, in pieces of sixteen bytes."""
+    """Return int32 [tiles, bits, 32, 4]: each lane's stream of codes, in pieces of sixteen bytes."""
     return pack(lanes, bits).view(torch.int32).view(-1, LANES, bits, 4).transpose(1, 2)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """uint8, flat, the inverse of ``_pack``."""
+    """Return uint8, flat: the inverse of ``_pack``."""
     streams = packed.transpose(1, 2).contiguous().view(torch.uint8).view(-1)
     return unpack(streams, bits, packed.shape[0] * TILE * TILE)

@@ -37,18 +37,18 @@ _ENOUGH_VALUES: Final = 2**24
 _MEASURED_WARPS: Final = 12
 """Of a multiprocessor, in all variants for 64 rows of x from whose speed ``_cycles`` comes."""
 _DEQUANTIZING_SECONDS: Final = 7.3e-6
-"""What dequantizing and cuBLAS take besides their work: measured on an H200, as are the next two."""
+"""Time that dequantizing and cuBLAS take besides their work: measured on an H200, as are the next two."""
 _REACHED: Final = 0.85
 """Part of a GPU's bandwidth at which a weight is dequantized, and read again."""
 _ROW_SECONDS: Final = 1.25e-15
-"""What a row of x adds for each value of W: less than its products take, since cuBLAS reads W meanwhile."""
+"""Time that a row of x adds for each value of W: less than its products take, since cuBLAS reads W meanwhile."""
 _GAIN: Final = 1.03
-"""How many times as fast the fused kernel has to be by this estimate."""
+"""Speedup that the fused kernel has to reach by this estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a kernel is compiled for; ``options`` names its macros.
+    """The case that a kernel is compiled for; ``options`` names its macros.
 
     Attributes:
         bits, blocksize: of W.
@@ -116,13 +116,13 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What of a GPU decides.
+    """The properties of a GPU that decide a variant.
 
     Attributes:
         processors: multiprocessors.
         shared: bytes of shared memory that a CTA may have.
-        clock: most cycles a second of a multiprocessor; 0 where the driver doesn't say it.
-        bandwidth: bytes a second of its memory, by clock and width; likewise.
+        clock: most cycles per second of a multiprocessor; 0 where the driver doesn't say it.
+        bandwidth: bytes per second of its memory, by clock and width; likewise.
     """
 
     processors: int
@@ -143,7 +143,7 @@ class Gpu:
 
 
 class _Product(NamedTuple):
-    """What decides a variant, of x [m, k] · W [n, k]^T; cheap to make and to look up."""
+    """The product that decides a variant, x [m, k] · W [n, k]^T; cheap to make and to look up."""
 
     bits: int
     blocksize: int

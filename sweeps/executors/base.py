@@ -1,4 +1,4 @@
-"""Where packs run: what an executor does, and the door through which those of other packages come in.
+"""Executors, which run packs: what one does, and the door through which those of other packages come in.
 
 An executor is a class with settings of its own. Another package adds one by an entry point and a YAML file, in a
 directory that ``--config-dir`` names, as executor/NAME.yaml (with ``# @package executor`` and ``name: NAME``):
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What an executor is asked to run, or to describe.
+    """A study that an executor is asked to run, or to describe.
 
     Attributes:
         device: 'cpu' or 'cuda': what ``Executor.device`` said.
@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What came of asking about an executor's jobs.
+    """The result of asking about an executor's jobs.
 
     Attributes:
         problems: what could not be asked, and why, for the user.
@@ -111,7 +111,7 @@ class Executor(ABC, Generic[S]):
 
     @abstractmethod
     def run(self, order: Order) -> int:
-        """Claim what is left and run it, or hand it over; returns the exit code."""
+        """Claim what is left and run it, or hand it over; return the exit code."""
 
     # What follows is asked about whatever a results directory holds, so it needs no settings.
 
@@ -142,7 +142,7 @@ class Executor(ABC, Generic[S]):
 
     @classmethod
     def cancel(cls, out: Path, launches: Sequence[Launch], console: Console) -> int:
-        """End the jobs of launches; returns the exit code."""
+        """End the jobs of launches; return the exit code."""
         raise UserError(f"mode=cancel: jobs of {cls.title} can't be cancelled from here")
 
 

@@ -25,7 +25,7 @@ from sweeps.worker.settings import WorkerSettings
 
 
 def run_here(order: Order, settings: LocalSettings) -> int:
-    """Run what is left of a study on this machine; returns the exit code."""
+    """Run what is left of a study on this machine; return the exit code."""
     store, manifest, console = order.store, order.manifest, order.console
     workers = workers_for(order, settings)
     launch = new_launch()
@@ -70,7 +70,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
 
 
 def who_holds(store: Store) -> list[str]:
-    """A sentence for each launch that may be at work."""
+    """Return a sentence for each launch that may be at work."""
     flight = read_flight(store.out)
     here = [f"{c.sweep} is being run by launch {c.launch}, process {c.pid} on {c.host}." for c in flight.local]
     for launch, _ in flight.launches:
@@ -119,7 +119,7 @@ def _close(store: Store, claim: Claim, plan: Plan, console: Console) -> None:
 
 
 def _ending(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
-    """Table, figures, findings, where everything lies; which cells failed."""
+    """Show table, figures, findings, where everything lies, and which cells failed; return the exit code."""
     failed = show_results(store, manifest, console, figures=figures)
     return EXIT_FAILED if failed else 0
 

@@ -74,7 +74,7 @@ class Pack:
         return [Measurement(cell=cell, eval=e) for cell, evals in self.items for e in evals]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON values, for a worker in another process."""
+        """Return plain JSON values, for a worker in another process."""
         evals = list(dict.fromkeys(e for _, specs in self.items for e in specs))
         return {
             "id": self.id,
@@ -142,8 +142,9 @@ class Plan:
 
 
 def parse_retry(value: object) -> frozenset[State]:
-    """States of measurements to run again: the named ones and those that ended without a record; 'none' is none of
-    them, 'all' every state but done.
+    """Return the states of measurements to run again: the named ones and those that ended without a record.
+
+    'none' names no state, 'all' every state but done.
 
     Raises:
         UserError: a state that can't be retried.
@@ -164,7 +165,7 @@ def parse_retry(value: object) -> frozenset[State]:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What the store and the claims say of measurements, by their keys.
+    """The state of measurements by their keys, as the store and the claims have it.
 
     Attributes:
         statuses: stored status; a failure due to too little memory is 'oom'.
@@ -230,7 +231,7 @@ def _pack(
 
 
 def _cut(cells: Sequence[Cell], seconds: Mapping[Cell, float], target: float, most: int | None) -> Iterator[list[Cell]]:
-    """Cells in order, in chunks of ``most``, or of about ``target`` seconds."""
+    """Yield cells in order, in chunks of ``most``, or of about ``target`` seconds."""
     chunk: list[Cell] = []
     for cell in cells:
         full = len(chunk) >= most if most else sum(seconds[c] for c in chunk) + seconds[cell] > target

@@ -84,8 +84,10 @@ def _die_with_launcher() -> None:
 
 
 def _handle_signals(stop: Stop, *, ignore_sigterm: bool) -> None:
-    """SIGUSR1 asks to stop; SIGTERM ends the process, and only the measurement in flight is lost, as parts are written
-    atomically. SLURM sends SIGUSR2, and SIGTERM, to every process of a job: there the launcher decides.
+    """Handle signals: SIGUSR1 asks to stop; SIGTERM ends the process.
+
+    Only the measurement in flight is lost then, as parts are written atomically. SLURM sends SIGUSR2, and SIGTERM, to
+    every process of a job: there the launcher decides.
     """
     signal.signal(signal.SIGUSR1, stop.ask)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -96,7 +98,7 @@ def _handle_signals(stop: Stop, *, ignore_sigterm: bool) -> None:
 
 
 def _versions(launched: Mapping[str, Scalar]) -> str:
-    """Packages of this environment, but the project's own version as it was launched: a copy of its code has none."""
+    """Return this environment's packages, but the project's version as launched: a copy of its code has none."""
     known = json.loads(str(launched["versions"])) if "versions" in launched else {}
     return json.dumps({**json.loads(package_versions()), **{k: v for k, v in known.items() if k == PROJECT}})
 

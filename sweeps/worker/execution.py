@@ -67,7 +67,7 @@ class Execution:
         )
 
     def run(self) -> str:
-        """Run all packs; returns and raises as ``WorkerPool.run``."""
+        """Run all packs; return and raise as ``WorkerPool.run``."""
         self._tracker = Tracker(self.tracking, warn=self.warn)
         try:
             return self._pool.run(self.packs)

@@ -83,7 +83,7 @@ class Warm:
         )
 
     def prepare(self, spec: EvalSpec, loaded: LoadedModel) -> PreparedEval:
-        """Requests and tokens, built once for all cells of models that share a tokenizer."""
+        """Return requests and tokens, built once for all cells of models that share a tokenizer."""
         from kbit.evaluation import prepare
         from sweeps.study.snapshot import check_data
 
@@ -95,7 +95,7 @@ class Warm:
         return self._prepared[key]
 
     def calibration(self, calibration: Calibration, loaded: LoadedModel) -> Tensor:
-        """Token windows, drawn once for all cells of models that share a tokenizer: int64 [samples, length]."""
+        """Return token windows, drawn once for all cells of models that share a tokenizer: int64 [samples, length]."""
         from kbit.evaluation.calibration import calibration_windows
         from sweeps.study.snapshot import check_data
 

@@ -151,7 +151,7 @@ class WorkerPool:
                 self._beat(running)
 
     def _wind_down(self, slots: Sequence[_Slot]) -> bool:
-        """Once it is to stop: tell workers, once each; False when all have stopped or the time is up."""
+        """Tell workers to stop, once each; return False when all have stopped or the time is up."""
         for slot in slots:
             if slot.pack is not None and not slot.told_to_stop and slot.process is not None:
                 slot.told_to_stop = True
@@ -306,7 +306,7 @@ class WorkerPool:
             self._queue.appendleft(rest)
 
     def _stored(self, pack: Pack) -> set[str]:
-        """Measurements of a pack that are stored, and not to be done again."""
+        """Return measurements of a pack that are stored, and not to be done again."""
         launch = self.settings.provenance.get("launch")
         rows = self.store.read_pack(pack.id, ["measurement", "status", "launch"])
         # A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.

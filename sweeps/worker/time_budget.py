@@ -41,7 +41,7 @@ class Pace:
         return self.predicted[cell] * max(LEAST_SCALE, scale)
 
     def took(self, cell: int, seconds: float) -> None:
-        """A cell has ended."""
+        """Note the seconds that a cell took."""
         self._cells += 1
         self._seconds += seconds
         self._predicted_seconds += self.predicted[cell] if self.predicted else 0.0

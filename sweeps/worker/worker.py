@@ -56,7 +56,7 @@ class Stop:
     _asked: bool = False
 
     def ask(self, *_: object) -> None:
-        """A signal handler: it only takes note."""
+        """Take note that a stop is asked for, and no more: it is a signal handler."""
         self._asked = True
 
     def asked(self) -> bool:

@@ -1,4 +1,4 @@
-"""What submitting needs to know of a study, gathered once: what is measured, what jobs ask for, what they are told."""
+"""Facts of a study that submitting needs, gathered once: what is measured, what jobs ask for, what they are told."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LaunchContext:
 
     @property
     def packing(self) -> Packing:
-        """Packs that are predicted to take half the walltime: predictions are right within a factor of two."""
+        """The size of packs: half the walltime by prediction, as predictions are right within a factor of two."""
         return Packing(
             seconds=self.slurm.minutes * 30.0,
             cells=self.slurm.cells_per_job,
@@ -51,7 +51,7 @@ class LaunchContext:
 
 
 def launch_context(order: Order, slurm: SlurmSettings) -> LaunchContext:
-    """Gather it.
+    """Gather what submitting needs to know of a study.
 
     Raises:
         UserError: a key of the executor, or a reference value of a model, is not valid.
@@ -68,7 +68,7 @@ def launch_context(order: Order, slurm: SlurmSettings) -> LaunchContext:
 
 
 def _job_settings(order: Order, slurm: SlurmSettings) -> JobSettings:
-    """What every job of a launch needs to know, as far as it is known before the launch is planned."""
+    """Return what every job of a launch needs to know, as far as it is known before the launch is planned."""
     tracking = order.options.tracking
     return JobSettings(
         device=order.device,
@@ -83,7 +83,7 @@ def _job_settings(order: Order, slurm: SlurmSettings) -> JobSettings:
 
 
 def _member_values(order: Order, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """What the configuration says of models besides what they are, by label: the named values, where given."""
+    """Return the named values that the configuration gives models besides what they are, by label."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for group, family in order.options.study.models.items():
         for member, values in family["members"].items():
@@ -95,7 +95,7 @@ def _member_values(order: Order, names: tuple[str, ...]) -> dict[str, dict[str, 
 
 
 def _references(order: Order) -> dict[str, dict[str, float]]:
-    """The values that the configuration expects of baselines, by model label."""
+    """Return the values that the configuration expects of baselines, by model label."""
     evals = tuple(f"{e.name}_" for e in order.manifest.evals)
     found: dict[str, dict[str, float]] = {}
     for label, values in _member_values(order, ("reference",)).items():

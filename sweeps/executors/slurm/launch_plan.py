@@ -40,7 +40,7 @@ class LaunchPlan:
     unfit: dict[str, str] = field(default_factory=dict)
 
     def prepare(self, plan: Plan) -> Plan:
-        """The part of a plan that is to be claimed; its launch is on disk when this returns."""
+        """Return the part of a plan that is to be claimed; its launch is on disk when this returns."""
         context = self.context
         packs, gates = self._through_the_gate(self._that_fit(plan.packs))
         shapes = list(dict.fromkeys(context.shape(p.model, p.rung) for p in packs))
@@ -82,7 +82,7 @@ class LaunchPlan:
         return replace(plan, packs=tuple(packs))
 
     def _that_fit(self, packs: Sequence[Pack]) -> list[Pack]:
-        """Without packs whose step of the ladder asks for more than the cluster has."""
+        """Leave out packs whose step of the ladder asks for more than the cluster has."""
         context, fit = self.context, []
         said: dict[Shape, str | None] = {}
         for pack in packs:
@@ -110,7 +110,7 @@ class LaunchPlan:
         return list(packs[:free])
 
     def _through_the_gate(self, packs: Sequence[Pack]) -> tuple[list[Pack], dict[str, str]]:
-        """(packs that may be submitted; for each model whose baseline is among them, that pack's id)."""
+        """Return (packs that may be submitted; for each model whose baseline is among them, that pack's id)."""
         self.held = {}
         if not self.context.slurm.baseline_gate:
             return list(packs), {}
@@ -123,7 +123,7 @@ class LaunchPlan:
         return [p for p in ordered if p.model.label not in self.held], baselines
 
     def _chunks(self, packs: Sequence[Pack], of_shape: Mapping[str, int], gates: Mapping[str, str]) -> list[Chunk]:
-        """Arrays of one shape each; a model's quantized packs come after its baseline where that is submitted too."""
+        """Return arrays of one shape each; quantized packs come after their baseline where that is submitted too."""
         present = {p.id for p in packs}
         gates = {model: pack for model, pack in gates.items() if pack in present}
         groups: dict[tuple[int, str | None, bool], list[str]] = {}
@@ -146,7 +146,7 @@ class LaunchPlan:
 
 
 def _baselines(manifest: Manifest) -> dict[str, list[str]]:
-    """Baseline measurements by model: what the gate looks at."""
+    """Return baseline measurements by model: what the gate looks at."""
     found: dict[str, list[str]] = {}
     for m in manifest.measurements():
         if m.cell.quant.is_baseline:
@@ -155,12 +155,12 @@ def _baselines(manifest: Manifest) -> dict[str, list[str]]:
 
 
 def _frozen(pack: Pack, frozen: Mapping[EvalSpec, EvalSpec]) -> Pack:
-    """A pack whose task definitions are copies that nobody edits."""
+    """Return a pack whose task definitions are copies that nobody edits."""
     return replace(pack, items=tuple((cell, tuple(frozen[e] for e in specs)) for cell, specs in pack.items))
 
 
 def _baseline_problems(context: LaunchContext, models: Iterable[str]) -> dict[str, str | None]:
-    """For models whose baseline is not to be run now: why their quantized cells must wait, or None."""
+    """Return why quantized cells must wait, or None, by model whose baseline is not to be run now."""
     wanted = {
         m.key: m.cell.model.label
         for m in context.manifest.measurements()

@@ -17,7 +17,7 @@ MOST_DEATHS: Final = 3
 
 
 def record_poison(store: Store, manifest: Manifest, flight: InFlight) -> list[str]:
-    """Record measurements that too many jobs died of as failed; returns a sentence for each.
+    """Record measurements that too many jobs died of as failed; return a sentence for each.
 
     'retry=[failed]' gives such a measurement as many lives again: only deaths after its last record count.
     """

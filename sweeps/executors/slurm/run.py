@@ -36,7 +36,7 @@ WATCH_SECONDS: Final = 15.0
 
 
 def submit_study(order: Order, slurm: SlurmSettings) -> int:
-    """Submit what is left of a study; returns the exit code.
+    """Submit what is left of a study; return the exit code.
 
     Raises:
         UserError: SLURM can't be asked; nothing was submitted.
@@ -151,7 +151,7 @@ def _follow(submitter: Submitter, view: WatchView) -> None:
 
 
 def _top_up(submitter: Submitter, view: WatchView, tries: Counter[str]) -> Mapping[str, str]:
-    """Submit what fits now, and count that; returns why some of it never will."""
+    """Submit what fits now, and count that; return why some of it never will."""
     try:
         submitted = submitter.submit(new_launch(), read_flight(submitter.context.store.out))
     except (SchedulerError, UserError) as error:

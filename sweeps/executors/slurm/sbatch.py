@@ -1,4 +1,4 @@
-"""What is given to sbatch, and giving it: preflights and job arrays of a claimed launch, through submitit."""
+"""Input of sbatch, and calling it: preflights and job arrays of a claimed launch, through submitit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class JobArray:
 
 @dataclass(frozen=True, kw_only=True)
 class Scripts:
-    """What sbatch is given for a launch, with or without a cluster.
+    """The input of sbatch for a launch, with or without a cluster.
 
     Attributes:
         claim: number of the launch's claim.
@@ -198,7 +198,7 @@ class Submission:
     _jobs: dict[str, str] = field(default_factory=dict)
 
     def submit_all(self) -> str | None:
-        """Preflights, then arrays that depend on them; the words of sbatch when it stopped half-way."""
+        """Submit preflights, then arrays that depend on them; return the words of sbatch when it stopped half-way."""
         slurm, launch = self.context.slurm, self.launch
         scripts = Scripts(
             context=self.context, launch=launch, claim=self.claim.number, exclude=self.exclude, code=self.code
@@ -219,7 +219,7 @@ class Submission:
         return None
 
     def _submit(self, scripts: Scripts, array: JobArray) -> None:
-        """One array. Where sbatch fails, the queue is asked before it is tried again: it may have been taken.
+        """Submit one array. Where sbatch fails, the queue is asked before another try: it may have been taken.
 
         Raises:
             SubmitError: it was not, or nobody knows.
@@ -247,7 +247,7 @@ class Submission:
         raise SubmitError(said)
 
     def _taken(self, name: str) -> str | None:
-        """The id of a job that sbatch said it failed to submit, but the queue has."""
+        """Return the id of a job that sbatch said it failed to submit, but the queue has."""
         snapshot = query_jobs([name], self.launch.launched)
         if snapshot.queue is None:
             raise SubmitError("; ".join(snapshot.problems) or "the queue can't be asked")
@@ -259,7 +259,7 @@ class Submission:
 
 @contextmanager
 def _own_environment() -> Iterator[None]:
-    """Without the caller's SBATCH_ and SLURM_ variables: they count more than what a job's script asks for."""
+    """Drop the caller's SBATCH_ and SLURM_ variables meanwhile: they count more than what a job's script asks for."""
     kept = dict(os.environ)
     for name in kept:
         if name.startswith(("SBATCH_", "SRUN_", "SLURM_")) and name != "SLURM_CONF":
@@ -272,7 +272,7 @@ def _own_environment() -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    """What sbatch said, in one line."""
+    """Return what sbatch said, in one line."""
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]

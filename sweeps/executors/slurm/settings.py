@@ -1,4 +1,4 @@
-"""What a SLURM job asks for: the keys of conf/executor/slurm.yaml, checked, and the shape of each pack's job."""
+"""The request of a SLURM job: the keys of conf/executor/slurm.yaml, checked, and the shape of each pack's job."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class SlurmSettings(ExecutorSettings):
         return cls(**given, minutes=minutes)
 
     def shape(self, model: ModelRef, device: str, rung: int, overrides: Mapping[str, Any]) -> Shape:
-        """The resources of a job for a model.
+        """Return the resources of a job for a model.
 
         Args:
             model: what the job measures.
@@ -142,7 +142,7 @@ class SlurmSettings(ExecutorSettings):
         return Shape(gpus=gpus, cpus=self.cpus, mem_gb=memory, minutes=self.minutes, rung=rung)
 
     def request(self, shape: Shape, exclude: str | None = None) -> Request:
-        """What a shape means to SLURM."""
+        """Return what a shape means to SLURM."""
         from sweeps.executors.slurm.query import Request
 
         return Request(
@@ -198,13 +198,15 @@ def _setup_lines(value: object) -> tuple[str, ...]:
 
 
 def shape_text(shape: Shape) -> str:
-    """A shape in words: '2 GPUs, 4 cores, 22 GB'."""
+    """Return a shape in words: '2 GPUs, 4 cores, 22 GB'."""
     gpus = counted(shape.gpus, "GPU") if shape.gpus else "no GPU"
     return f"{gpus}, {counted(shape.cpus, 'core')}, {shape.mem_gb:g} GB"
 
 
 def parse_time(value: object) -> int:
-    """Minutes of a walltime, as SLURM writes it: minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; seconds round up.
+    """Return minutes of a walltime, as SLURM writes it; seconds round up.
+
+    It writes minutes, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
 
     Raises:
         UserError: it can't be read, or is less than a minute.

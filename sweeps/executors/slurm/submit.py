@@ -20,7 +20,7 @@ from sweeps.study.snapshot import code_hash, snapshot_code
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What a launch put into the queue.
+    """The outcome of submitting a launch.
 
     Attributes:
         left: packs that did not fit the cluster's limits; why says which.
@@ -82,14 +82,20 @@ class Submitter:
         return replace(submitted, launch=draft.launch, jobs=run.count, error=error)
 
     def _parallel_left(self, flight: InFlight) -> int | None:
-        """How many more jobs may run at once: earlier launches of the study that are not over have their share."""
+        """Count the jobs that may still run at once.
+
+        Earlier launches of the study that are not over have their share.
+        """
         if self.context.slurm.max_parallel is None:
             return None
         earlier = [la for la, _ in flight.launches if la.sweep == self.context.manifest.sweep]
         return max(0, self.context.slurm.max_parallel - sum(la.settings.parallel or 0 for la in earlier))
 
     def _exclude(self, launch: Launch, failed: Collection[str]) -> str | None:
-        """Nodes that jobs must not run on: the user's, and those that failed under this work, where others are left."""
+        """Return nodes that jobs must not run on: the user's, and those that failed under this work.
+
+        The latter only where others are left.
+        """
         mine = [node for node in (self.context.slurm.exclude or "").split(",") if node]
         if failed:
             wanted = ",".join([*mine, *sorted(failed)])

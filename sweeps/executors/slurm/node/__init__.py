@@ -1,1 +1,1 @@
-"""What runs on a compute node: a job, one attempt at a pack, the preflight."""
+"""Code that runs on a compute node: a job, one attempt at a pack, the preflight."""

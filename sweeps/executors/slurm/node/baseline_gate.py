@@ -14,7 +14,7 @@ def gate_problem(
     *,
     missing: Sequence[str] = (),
 ) -> str | None:
-    """Why a baseline doesn't open the gate; None when it does.
+    """Return why a baseline doesn't open the gate; None when it does.
 
     Args:
         rows: the baseline's stored measurements (columns eval, status, metrics).

@@ -28,7 +28,7 @@ RENAME_SECONDS: Final = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class PackJob:
-    """What submitit calls: one pack of a launch."""
+    """The callable that submitit calls for one pack of a launch."""
 
     out: str
     launch: str
@@ -44,7 +44,7 @@ class PackJob:
         ).run()
 
     def checkpoint(self) -> object:
-        """For submitit, on a requeue: progress is in the store, so the same call goes on where this one stopped."""
+        """Return the same call, for submitit to requeue: progress is in the store, and it goes on from there."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -52,7 +52,7 @@ class PackJob:
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightJob:
-    """What submitit calls: the checks of one resource shape."""
+    """The callable that submitit calls for the checks of one resource shape."""
 
     out: str
     launch: str

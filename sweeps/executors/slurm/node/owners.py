@@ -1,4 +1,4 @@
-"""Which job a launch's pack belongs to: sbatch may say that it failed and be served later, and then there are two."""
+"""The one job of a launch's pack: sbatch may say that it failed and be served later, and then there are two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DIRECTORY: Final = "owners"
 
 
 def lease_pack(launch: Launch, pack: str, job: str) -> str:
-    """Take a pack for a job, once and for all; returns the job that has it.
+    """Take a pack for a job, once and for all; return the job that has it.
 
     Args:
         launch: the launch that sent the job.

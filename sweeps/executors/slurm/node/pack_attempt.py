@@ -59,7 +59,7 @@ class PackAttempt:
     _attempt: Attempt = field(init=False)
 
     def run(self) -> str:
-        """Measure what is left of the pack; returns how it ended.
+        """Measure what is left of the pack; return how it ended.
 
         Raises:
             JobError, WriteError, PoolError: it can't go on; what is stored is safe.
@@ -129,9 +129,10 @@ class PackAttempt:
         return (self._reason or "terminated") if outcome == "asked" else outcome
 
     def _not_mine(self) -> set[str]:
-        """Measurements of the pack that need not, or must not, be measured here: stored, or held by a later claim.
+        """Return the pack's measurements that are not to be measured here.
 
-        A launch may be told to measure again what failed or diverged in an earlier one, under the same pack's id.
+        Those that are stored need not be, and those that a later claim holds must not be. A launch may be told to
+        measure again what failed or diverged in an earlier one, under the same pack's id.
         """
         stored = {
             row["measurement"]
@@ -152,7 +153,7 @@ class PackAttempt:
             )
 
     def _load_errors(self) -> int:
-        """Earlier jobs, of any launch, that could not load this pack's model."""
+        """Count earlier jobs, of any launch, that could not load this pack's model."""
         ends = [
             read_json(p).get("end") or {} for p in self.launch.out.glob(f"launches/*/attempts/{self.pack.id}-*.json")
         ]
@@ -166,7 +167,7 @@ class PackAttempt:
         self._attempt = self._attempt.at(running[0] if running else None)
 
     def _listen(self) -> Callable[[int, FrameType | None], object]:
-        """Take SLURM's signals; returns submitit's handler, which puts the job back into the queue."""
+        """Take SLURM's signals; return submitit's handler, which puts the job back into the queue."""
         requeue = signal.getsignal(signal.SIGUSR2)
         signal.signal(signal.SIGUSR2, self._on_warning)
         signal.signal(signal.SIGTERM, self._on_end)
@@ -175,7 +176,7 @@ class PackAttempt:
         return requeue
 
     def _on_warning(self, *_: object) -> None:
-        """SIGUSR2: the walltime is near; or, on some clusters, a preemption, which SLURM itself requeues."""
+        """Handle SIGUSR2: the walltime is near; or, on some clusters, a preemption, which SLURM itself requeues."""
         left = self._job_end() - time.time()
         if left <= self.launch.settings.signal_seconds + SIGNAL_SLACK:
             self._stop("walltime", max(5.0, left - END_MARGIN))
@@ -183,7 +184,10 @@ class PackAttempt:
             self._stop("preempted", self._kill_seconds(), ends=self._kill_time())
 
     def _on_end(self, *_: object) -> None:
-        """SIGTERM: SLURM ends the job (preemption, cancellation, walltime, requeue), and requeues it if that is due."""
+        """Handle SIGTERM: SLURM ends the job, and requeues it if that is due.
+
+        The cause is a preemption, a cancellation, the walltime or a requeue.
+        """
         self._stop("terminated", self._kill_seconds(), ends=self._kill_time())
 
     def _stop(self, reason: str, seconds: float, *, ends: float | None = None) -> None:
@@ -205,7 +209,7 @@ class PackAttempt:
         return _PROCESS_START + 60.0 * minutes
 
     def _requeue(self, requeue: Callable[[int, FrameType | None], object]) -> str:
-        """Back into the queue, where that helps and is allowed."""
+        """Go back into the queue, where that helps and is allowed."""
         attempts = self.launch.attempts([self.pack.id])[self.pack.id]
         used = sum(1 for a in attempts if a.job == self._attempt.job and (a.end or {}).get("requeued"))
         if not self._measured:
@@ -219,7 +223,7 @@ class PackAttempt:
         raise JobError("submitit did not put the job back into the queue")
 
     def _stay(self, why: str) -> str:
-        """Out of the queue before all is measured; what waits for a baseline must not take that for success."""
+        """Leave the queue before all is measured; what waits for a baseline must not take that for success."""
         if self._is_gate():
             raise JobError(f"{self.pack.model.label}: {why}; its quantized cells don't run")
         print(why, flush=True)
@@ -234,11 +238,11 @@ class PackAttempt:
         return "finished"
 
     def _is_gate(self) -> bool:
-        """Whether other chunks wait for this one."""
+        """Tell whether other chunks wait for this one."""
         return any(c.after == self.chunk.number for c in self.launch.chunks)
 
     def _gate_problem(self) -> str | None:
-        """Why what waits for this baseline must not run; an earlier launch may have measured some of it."""
+        """Return why what waits for this baseline must not run; an earlier launch may have measured some of it."""
         if not self._is_gate():
             return None
         model, settings = self.pack.model.label, self.launch.settings
@@ -260,7 +264,7 @@ class PackAttempt:
 
 
 def job_id() -> str:
-    """This job as scontrol and scancel take it: 123_4 in an array, else 123."""
+    """Return this job as scontrol and scancel take it: 123_4 in an array, else 123."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
@@ -279,7 +283,7 @@ def code_problems(launch: Launch) -> list[str]:
 
 
 def _await_end() -> None:
-    """Where SLURM still lets the job run although it was told to end, wait: it is in a preemption's grace time."""
+    """Wait where SLURM still lets the job run although it was told to end: a preemption's grace time."""
     deadline = time.time() + GRACE_SECONDS
     command = ["squeue", "--noheader", "--jobs", job_id(), "--format", "%T"]
     while time.time() < deadline:

@@ -48,7 +48,7 @@ HUB_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What the jobs of one resource shape will need.
+    """The needs of the jobs of one resource shape.
 
     Attributes:
         out: the results directory.
@@ -69,7 +69,7 @@ class Preflight:
     store_launched: float
 
     def problems(self) -> list[str]:
-        """Make every check, say a line on each on standard output, and return what is wrong, one line a problem."""
+        """Make every check, say a line on each on standard output, and return what is wrong, one line per problem."""
         _say("node", f"{socket.gethostname()}, {sys.executable}")
         found: list[str] = []
         for check in self._checks():
@@ -85,7 +85,10 @@ class Preflight:
         return found
 
     def _checks(self) -> Iterator[Callable[[], str]]:
-        """Each returns what is well, or raises what is not. What comes later may depend on what was imported."""
+        """Yield checks, each of which returns what is well, or raises what is not.
+
+        What comes later may depend on what was imported.
+        """
         for module in self._packages():
             yield partial(_check_import, module)
         # Without torch these fail for a reason that has been said.
@@ -113,7 +116,7 @@ class Preflight:
         return tuple(dict.fromkeys(wanted))
 
     def _read(self) -> list[tuple[str, Source | None]]:
-        """What reads data, in words, and where they are."""
+        """Return what reads data, in words, and where the data are."""
         read = [(f"eval {spec.name}", spec.source) for spec in self.evals]
         return read + [(f"calibration {c.name}", c.source) for c in self.calibrations]
 

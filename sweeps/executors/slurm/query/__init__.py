@@ -1,4 +1,4 @@
-"""What is said to SLURM's command-line tools, all but submission. None of it needs SLURM at import."""
+"""Calls of SLURM's command-line tools, all but submission. None of it needs SLURM at import."""
 
 from sweeps.executors.slurm.query.jobs import LIVE, TERMINAL, JobSnapshot, JobState, cancel, query_jobs
 from sweeps.executors.slurm.query.limits import Limits, read_limits

@@ -43,7 +43,7 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def ask(command: Sequence[str]) -> str:
-    """Standard output of one of SLURM's commands. SchedulerError where it fails, too."""
+    """Return standard output of one of SLURM's commands. SchedulerError where it fails, too."""
     done = call(command)
     if done.returncode:
         raise SchedulerError(f"{command[0]} failed: {one_line(done.stderr or done.stdout)}")
@@ -51,12 +51,12 @@ def ask(command: Sequence[str]) -> str:
 
 
 def one_line(text: str) -> str:
-    """What a command said, each thing once, without the command's name before every line."""
+    """Return what a command said, each thing once, without the command's name before every line."""
     prefix = r"^(?:s[a-z]+: (?:(?:error|fatal): )?|slurm_\w+ error: |allocation failure: )"
     lines = (re.sub(prefix, "", line.strip()) for line in text.splitlines())
     return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith("Try "))) or "no reason given"
 
 
 def user_name() -> str:
-    """Who submits, as SLURM sees it: the process's user, whatever the environment says."""
+    """Return who submits, as SLURM sees it: the process's user, whatever the environment says."""
     return pwd.getpwuid(os.geteuid()).pw_name

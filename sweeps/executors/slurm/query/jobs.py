@@ -1,4 +1,4 @@
-"""What has become of jobs: squeue's and sacct's word on them; and cancelling them."""
+"""The state of jobs: squeue's and sacct's word on them; and cancelling them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class JobState:
 
     @property
     def live(self) -> bool:
-        """Whether it waits, runs or ends. A state that is neither live nor terminal says nothing."""
+        """True if it waits, runs or ends. A state that is neither live nor terminal says nothing."""
         return self.state in LIVE
 
     @property
@@ -75,7 +75,7 @@ Jobs = Mapping[tuple[str, int], JobState]
 
 @dataclass(frozen=True, kw_only=True)
 class JobSnapshot:
-    """What one look at the scheduler showed.
+    """The jobs that one look at the scheduler showed.
 
     Attributes:
         at: epoch seconds.
@@ -126,7 +126,7 @@ def query_jobs(names: Collection[str], since: float) -> JobSnapshot:
 
 
 def _commands(names: Collection[str], seconds: int) -> tuple[list[str], list[str]]:
-    """squeue and sacct asked about jobs of these names; sacct about so many seconds back."""
+    """Return commands that ask squeue and sacct about jobs of these names; sacct about so many seconds back."""
     joined = ",".join(sorted(names))
     # Names too many for a command line are picked out of everybody's.
     by_name = [f"--name={joined}"] if len(joined.encode()) <= MOST_ARGUMENT else []
@@ -141,7 +141,7 @@ def _commands(names: Collection[str], seconds: int) -> tuple[list[str], list[str
 
 
 def read_queue(text: str, wanted: Collection[str]) -> dict[tuple[str, int], JobState]:
-    """squeue's lines as jobs. Of two jobs of one name a live one counts, else the later."""
+    """Read squeue's lines as jobs. Of two jobs of one name a live one counts, else the later."""
     found: dict[tuple[str, int], tuple[tuple[bool, int, bool], JobState]] = {}
     for job, state, restarts, nodes, reason, name in _records(text, len(_QUEUE_FIELDS)):
         if name not in wanted:
@@ -163,7 +163,7 @@ def read_queue(text: str, wanted: Collection[str]) -> dict[tuple[str, int], JobS
 
 
 def read_accounting(text: str, wanted: Collection[str]) -> dict[tuple[str, int], JobState]:
-    """sacct's lines as jobs, the latest record of each."""
+    """Read sacct's lines as jobs, the latest record of each."""
     found: dict[tuple[str, int], list[tuple[tuple[int, bool, int], JobState]]] = {}
     for job, state, nodes, submit, record, name in _records(text, len(_ACCOUNT_FIELDS)):
         if name not in wanted:
@@ -183,7 +183,7 @@ def read_accounting(text: str, wanted: Collection[str]) -> dict[tuple[str, int],
 
 
 def without_parents(jobs: Jobs, seen: Collection[JobState]) -> Jobs:
-    """Jobs less arrays' parents: one whose waiting elements were all cancelled is shown as a job without an index."""
+    """Drop arrays' parents: one whose waiting elements were all cancelled is shown as a job without an index."""
     arrays = {job.job.partition("_")[0] for job in seen if "_" in job.job}
     return {key: job for key, job in jobs.items() if job.job not in arrays}
 
@@ -195,7 +195,7 @@ def _records(text: str, fields: int) -> Iterator[list[str]]:
 
 
 def array_elements(job: str) -> Iterator[tuple[int, str]]:
-    """(index, id) of each element that a job id stands for: '7' (index 0), '7_3', '7_[0-5,8%2]', '7_[0-8:2]'."""
+    """Yield (index, id) of each element that a job id stands for: '7' (index 0), '7_3', '7_[0-5,8%2]', '7_[0-8:2]'."""
     parent, _, elements = job.partition("_")
     if not elements:
         yield 0, job

@@ -1,4 +1,4 @@
-"""How many more jobs a SLURM cluster lets this user submit now, and which limit says so."""
+"""The number of jobs that a SLURM cluster still lets this user submit now, and the limit that says so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sweeps.executors.slurm.query.jobs import TERMINAL, array_elements
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the cluster leaves to this user now.
+    """The room that the cluster leaves to this user now.
 
     Attributes:
         max_array_size: an array's indices must be below it.
@@ -58,7 +58,7 @@ class _Limit:
 
 
 def read_limits(*, partition: str | None, account: str | None, qos: str | None) -> Limits:
-    """The cluster's limits on this user's jobs, and how much of them is used.
+    """Read the cluster's limits on this user's jobs, and how much of them is used.
 
     Without slurmdbd (no sacctmgr, or it is down) only the controller's own limits are known. Where PrivateData hides
     other people's jobs, limits shared with them look emptier than they are.
@@ -92,7 +92,7 @@ def read_limits(*, partition: str | None, account: str | None, qos: str | None) 
 def _accounting_limits(
     cluster: str, partition: str | None, account: str | None, qos: str | None
 ) -> Iterator[_Limit | None]:
-    """Limits of the user's association, of the accounts above it, of the QOS and of the partitions' QOS."""
+    """Yield limits of the user's association, of the accounts above it, of the QOS and of the partitions' QOS."""
     user = user_name()
     lines = ask(["scontrol", "show", "partition", "--oneliner", "--all"]).splitlines()
     partitions = {p["PartitionName"]: p for p in map(_options, lines) if _is_asked(p, partition)}
@@ -115,7 +115,7 @@ def _accounting_limits(
 
 
 def _account_limits(cluster: str, account: str) -> Iterator[_Limit | None]:
-    """GrpSubmitJobs of the account and of those above it: the jobs of all accounts below count."""
+    """Yield GrpSubmitJobs of the account and of those above it: the jobs of all accounts below count."""
     rows = _sacctmgr("assoc", f"cluster={cluster}", "user=", fields="Account,ParentName,GrpSubmitJobs")
     parents = {name: parent for name, parent, _ in rows}
 
@@ -133,7 +133,7 @@ def _account_limits(cluster: str, account: str) -> Iterator[_Limit | None]:
 
 
 def _qos_limits(user: str, account: str, qos: str, of_partition: Mapping[str, str]) -> Iterator[_Limit | None]:
-    """A job's QOS, and each partition's own: SLURM lets the one override the other, here the tighter counts."""
+    """Yield limits of a job's QOS and each partition's: SLURM lets one override the other, here the tighter counts."""
     fields = "Name,GrpSubmitJobs,MaxSubmitJobsPerUser,MaxSubmitJobsPerAccount"
     for name, group, per_user, per_account in _sacctmgr("qos", fields=fields):
         inside = frozenset(p for p, its in of_partition.items() if its == name)
@@ -146,7 +146,7 @@ def _qos_limits(user: str, account: str, qos: str, of_partition: Mapping[str, st
 
 
 def _limit(name: str, most: str, **scope: Any) -> _Limit | None:
-    """The limit where one is set: sacctmgr writes nothing where none is."""
+    """Return the limit where one is set: sacctmgr writes nothing where none is."""
     return _Limit(name=name, most=int(most), **scope) if most.isdigit() else None
 
 
@@ -159,7 +159,7 @@ def _sacctmgr(what: str, *conditions: str, fields: str) -> list[list[str]]:
 
 
 def _queued_jobs() -> list[_Job]:
-    """Every job and array element that the controller holds."""
+    """Return every job and array element that the controller holds."""
     fields = ("JobArrayID", "State", "UserName", "Account", "QOS", "Partition")
     format_ = ",".join(f"{name}:{SEPARATOR}" for name in fields)
     text = ask(["squeue", "--all", "--noheader", "--states=all", f"--Format={format_}"])

@@ -66,7 +66,7 @@ def reconcile(out: Path) -> JobSnapshot | None:
 
 
 def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | None:
-    """``reconcile``; where jobs are unknown to the scheduler, again until it says more or enough time has passed.
+    """Reconcile; where jobs are unknown to the scheduler, again until it says more or enough time has passed.
 
     Args:
         out: directory of results.
@@ -84,7 +84,7 @@ def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | 
 
 
 def _update(launch: Launch, job_log: JobLog, snapshot: JobSnapshot, submitting: bool) -> None:
-    """One launch's job log after a look at the queue that succeeded."""
+    """Update one launch's job log after a look at the queue that succeeded."""
     job_log.looked = snapshot.at
     open_packs = [p for p in launch.places if not job_log.entries.get(p, JobRecord(state="")).ended]
     attempts = launch.attempts(open_packs)
@@ -125,7 +125,7 @@ def _from_job(job: JobState, at: float, *, ended: str | None) -> JobRecord:
 
 
 def _with_last_words(entry: JobRecord, attempts: list[Attempt]) -> JobRecord:
-    """What the job itself wrote down counts more than its exit code."""
+    """Return the record with what the job itself wrote down: it counts more than the exit code."""
     if not attempts:
         return entry
     last = attempts[-1]

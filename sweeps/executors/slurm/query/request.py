@@ -1,4 +1,4 @@
-"""What a job asks for, and whether that can run on the cluster at all: found out before anything is queued."""
+"""The request of a job, and whether that can run on the cluster at all: found out before anything is queued."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Request:
     exclude: str | None
 
     def parameters(self) -> dict[str, Any]:
-        """As submitit's SlurmExecutor.update_parameters takes them; what is not asked for is left out."""
+        """Return what submitit's SlurmExecutor.update_parameters takes; what is not asked for is left out."""
         values = {
             "partition": self.partition,
             "account": self.account,
@@ -56,7 +56,7 @@ class Request:
         return {k: v for k, v in values.items() if v is not None}
 
     def flags(self) -> list[str]:
-        """The same for sbatch's command line, with what submitit adds by itself."""
+        """Return the same for sbatch's command line, with what submitit adds by itself."""
         values = {"nodes": 1, "wckey": "submitit", **self.parameters()}
         values |= values.pop("additional_parameters", {})
         options = {key.replace("_", "-"): value for key, value in values.items()}
@@ -116,7 +116,7 @@ def _all_nodes() -> list[_Nodes]:
 
 
 def _usable(request: Request, nodes: Sequence[_Nodes]) -> list[_Nodes]:
-    """The nodes of the partitions that the request names, or of the default one."""
+    """Return the nodes of the partitions that the request names, or of the default one."""
     names = list(dict.fromkeys(n.partition for n in nodes))
     listed = ", ".join(names) or "none"
     if request.partition is None:
@@ -179,7 +179,7 @@ def _check_gpus(request: Request, nodes: Sequence[_Nodes], where: str) -> None:
 
 
 def _refusal(request: Request, said: str) -> str:
-    """One line for what sbatch refused, under the key that is to blame where its words tell."""
+    """Return one line for what sbatch refused, under the key that is to blame where its words tell."""
     for words, key in _KEY_OF_ERROR.items():
         if words in said:
             known = _known(key)
@@ -195,7 +195,7 @@ def _refusal(request: Request, said: str) -> str:
 
 
 def _known(key: str) -> list[str]:
-    """This user's accounts or QOS, where sacctmgr tells; [] where it doesn't."""
+    """Return this user's accounts or QOS, where sacctmgr tells; [] where it doesn't."""
     field = {"account": "Account", "qos": "QOS"}.get(key)
     if field is None:
         return []
@@ -207,7 +207,7 @@ def _known(key: str) -> list[str]:
 
 
 def parse_minutes(text: str) -> float:
-    """Minutes of one of SLURM's times: 'infinite', '10:00' (MM:SS), '1:00:00', '2-00:00:00'."""
+    """Return minutes of one of SLURM's times: 'infinite', '10:00' (MM:SS), '1:00:00', '2-00:00:00'."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
     if match is None:
         return math.inf
@@ -216,7 +216,7 @@ def parse_minutes(text: str) -> float:
 
 
 def parse_gpus(gres: str) -> dict[str, int]:
-    """GPUs of a node by type ('' where it has none) from its GRES: 'gpu:a100:4(S:0-1),nvme:1' is {'a100': 4}."""
+    """Return a node's GPUs by type ('' where it has none) from its GRES: 'gpu:a100:4(S:0-1),nvme:1' is {'a100': 4}."""
     found: dict[str, int] = {}
     for item in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = item.split(":")

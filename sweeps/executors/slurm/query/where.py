@@ -16,7 +16,7 @@ _SLURM_CONFS: Final = ("/etc/slurm/slurm.conf", "/run/slurm/conf/slurm.conf")
 
 @cache
 def here() -> tuple[str, str]:
-    """(user, cluster) as SLURM has them on this machine, without asking it; '' for what can't be told.
+    """Return (user, cluster) as SLURM has them on this machine, without asking it; '' for what can't be told.
 
     The cluster is ClusterName of the file that SLURM_CONF names, else of the first usual one that can be read.
     """
@@ -36,6 +36,9 @@ def here() -> tuple[str, str]:
 
 
 def in_sight(launch: Launch) -> bool:
-    """Whether asking from here must show a launch's jobs: clusters may hide other users', and don't know others'."""
+    """Tell whether asking from here must show a launch's jobs.
+
+    Clusters may hide other users' jobs, and don't know other clusters'.
+    """
     user, cluster = here()
     return launch.user in ("", user) and (launch.cluster in ("", cluster) or not cluster)

@@ -1,1 +1,1 @@
-"""What a person asks about SLURM jobs: state, logs, cancel, watch."""
+"""Answers to what a person asks about SLURM jobs: state, logs, cancel, watch."""

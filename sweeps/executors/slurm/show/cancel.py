@@ -16,11 +16,11 @@ from sweeps.launches.claims import Claims
 from sweeps.launches.launch import Launch
 
 SUBMIT_SECONDS: Final = 20.0
-"""How long mode=cancel waits for a launch to end its last sbatch."""
+"""Time that mode=cancel waits for a launch to end its last sbatch."""
 
 
 def cancel_launches(out: Path, chosen: Sequence[Launch], console: Console) -> int:
-    """Cancel the jobs of a study's launches; returns the exit code.
+    """Cancel the jobs of a study's launches; return the exit code.
 
     Raises:
         UserError: SLURM can't be asked.
@@ -55,7 +55,11 @@ def cancel_launches(out: Path, chosen: Sequence[Launch], console: Console) -> in
 
 
 def _stop_submitting(out: Path, launches: Sequence[Launch], console: Console) -> bool:
-    """Tell launches that are still being submitted to stop, and wait for their last sbatch; whether there were any."""
+    """Tell launches that are still being submitted to stop, and wait for their last sbatch.
+
+    Returns:
+        Whether there were any.
+    """
     claims = Claims(out=out)
     alive = {c.launch for c in claims.open() if c.executor == "slurm" and claims.is_alive(c)}
     submitting = [la for la in launches if la.id in alive and la.submitted() is None]

@@ -1,4 +1,4 @@
-"""How jobs on SLURM ended, the ends of their logs, and what keeps jobs from ever running."""
+"""Endings of jobs on SLURM, the ends of their logs, and what keeps jobs from ever running."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_LOGS_SHOWN: Final = 10
 
 
 def why_never_run(out: Path, measurements: Collection[str]) -> dict[str, set[str]]:
-    """Which of some queued or cancelled measurements can't run, by what the job that theirs wait for failed of."""
+    """Return which queued or cancelled measurements can't run, by what the job that theirs wait for failed of."""
     found: dict[str, set[str]] = {}
     wanted = set(measurements)
     for claim, launch, job_log in _launches(out):
@@ -38,7 +38,7 @@ def why_never_run(out: Path, measurements: Collection[str]) -> dict[str, set[str
 
 
 def failed_logs(out: Path, measurements: Collection[str], console: Console) -> int:
-    """Print how the jobs that held some measurements ended, and the ends of their logs; returns how many."""
+    """Print how the jobs that held some measurements ended, and the ends of their logs; return how many."""
     shown = 0
     wanted = set(measurements)
     for claim, launch, job_log in _launches(out):
@@ -61,7 +61,7 @@ def failed_logs(out: Path, measurements: Collection[str], console: Console) -> i
 
 
 def _launches(out: Path) -> Iterator[tuple[Claim, Launch, JobLog]]:
-    """Every launch on SLURM whose claim stands, the latest first."""
+    """Yield every launch on SLURM whose claim stands, the latest first."""
     for claim in reversed(Claims(out=out).open()):
         if claim.executor == "slurm":
             launch = load_launch(out, claim)
@@ -71,14 +71,14 @@ def _launches(out: Path) -> Iterator[tuple[Claim, Launch, JobLog]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Why an array can't run: what the job that it waits for said, and that job's logs."""
+    """The reason why an array can't run: what the job that it waits for said, and that job's logs."""
 
     text: str
     logs: Sequence[Path]
 
 
 def _block(launch: Launch, job_log: JobLog, chunk: Chunk) -> _Block | None:
-    """What keeps an array from running for ever; None when nothing is known to."""
+    """Return what keeps an array from running for ever; None when nothing is known to."""
     problems = launch.preflight_problems(chunk.shape)
     logs = sorted((launch.logs(chunk.number).parent / f"preflight-{chunk.shape}").glob("*_log.out"))
     if problems:
@@ -99,7 +99,7 @@ def _block(launch: Launch, job_log: JobLog, chunk: Chunk) -> _Block | None:
 
 
 def _show_unstarted(launch: Launch, job_log: JobLog, chunk: Chunk, unstarted: Collection[str], console: Console) -> int:
-    """Say once for an array why jobs of it never began; returns how many jobs it spoke of."""
+    """Say once for an array why jobs of it never began; return how many jobs it spoke of."""
     packs = [p for p in chunk.packs if p in unstarted]
     if not packs:
         return 0
@@ -128,7 +128,7 @@ def _show_job(entry: JobRecord, attempts: Sequence[Attempt], logs: Sequence[Path
 
 
 def _logs(launch: Launch, job_log: JobLog, pack: str) -> list[Path]:
-    """The logs of a pack's job: its own and its worker's."""
+    """Return the logs of a pack's job: its own and its worker's."""
     entry = job_log.entries.get(pack)
     if entry is None or not entry.job:
         return []

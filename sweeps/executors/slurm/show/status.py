@@ -1,4 +1,4 @@
-"""How jobs on SLURM do, for mode=status."""
+"""The state of jobs on SLURM, for mode=status."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _IN_WORDS: Final = {
     "Dependency": "the preflight, or for their model's baseline",
     "JobArrayTaskLimit": "others of their array (executor.max_parallel)",
 }
-"""What SLURM's reasons for waiting mean here."""
+"""SLURM's reasons for waiting, and what they mean here."""
 
 
 def show_jobs(flight: InFlight, console: Console) -> None:
-    """Jobs of unsettled launches by state, and what keeps some from ever running."""
+    """Show jobs of unsettled launches by state, and what keeps some from ever running."""
     counts = job_counts(flight)
     if counts:
         words = ", ".join(f"{n} {state.lower()}" for state, n in sorted(counts.items()))

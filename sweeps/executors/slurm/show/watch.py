@@ -1,4 +1,4 @@
-"""What a person sees with watch=true: cells by state, jobs by state, and what happened, looked at now and then."""
+"""The view with watch=true: cells by state, jobs by state, and what happened, looked at now and then."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class WatchView:
             self._live.__exit__(kind, error, trace)
 
     def note(self, text: str) -> None:
-        """Something that happened, above the live part."""
+        """Print something that happened, above the live part."""
         self.console.print(f"{time.strftime('%H:%M:%S')} {escape(text)}", highlight=False)
 
     def show(self, flight: InFlight, snapshot: JobSnapshot | None) -> None:
-        """The state now."""
+        """Show the state now."""
         states: Counter[str] = Counter(measurement_states(self.out, self.manifest, flight).values())
         jobs = job_counts(flight)
         problems = snapshot.problems if snapshot else ()
