@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from kbit.axes import Axis, axis, axis_of
@@ -72,6 +72,11 @@ class EvalSpec:
 
     def canonical(self) -> dict[str, Any]:
         """Return what defines the measurement besides its cell, as plain JSON values."""
+        return dict(self._canonical)
+
+    @cached_property
+    def _canonical(self) -> Mapping[str, Any]:
+        """The same, made once: a study asks for it with each of its cells."""
         values = {name: (declared, getattr(self, name)) for name, declared in eval_axes().items()}
         return {name: value for name, (declared, value) in values.items() if declared.is_identity(value)}
 
