@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -44,7 +45,7 @@ NESTED_BLOCKSIZE: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(ABC):
     """One way to quantize a model: the base of every method's spec.
 
     A subclass is a frozen dataclass whose fields are declared by ``kbit.axes.axis``. It validates itself, and
@@ -75,14 +76,14 @@ class Spec:
         return False
 
     @property
+    @abstractmethod
     def bits_per_param_nominal(self) -> float:
         """Bits of a quantized weight as the paper would count them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """A short name for people, which tells specs apart that differ."""
-        raise NotImplementedError
 
     def axis_values(self) -> dict[str, object]:
         """Return each axis of the spec with its value, as columns and filters have it."""

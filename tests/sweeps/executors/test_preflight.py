@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, file_download
 
+from kbit.calibration import Calibration
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import HubData, LocalFile, TaskSource, documents_of
 from sweeps.config import DEMO_DIR
@@ -154,6 +155,19 @@ def test_data_that_are_missing_or_changed(sound: Preflight) -> None:
     assert "text.jsonl can't be read" in only_problem(case)
     gone = replace(choice, source=TaskSource(task_file=str(sound.out / "gone.yaml")))
     assert "gone.yaml can't be read" in only_problem(replace(sound, evals=(gone,)))
+
+
+def test_calibration_data_are_checked_as_those_of_evaluations_are(
+    sound: Preflight, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "calibration.jsonl"
+    shutil.copy(DEMO_DIR / "text" / "jargon.jsonl", text)
+    source = LocalFile(path=str(text), sha256=hashlib.sha256(text.read_bytes()).hexdigest())
+    case = replace(sound, calibrations=(Calibration(name="mine", dataset="x", source=source),))
+    assert case.problems() == []
+    assert f"ok   calibration mine: {text}" in capsys.readouterr().out
+    text.write_text('{"text": "another"}\n')
+    assert only_problem(case).startswith(f"calibration mine: {text} changed since the study was launched")
 
 
 def test_a_store_that_is_not_there_is_not_made(sound: Preflight) -> None:

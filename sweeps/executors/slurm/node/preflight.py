@@ -186,7 +186,7 @@ class Preflight:
             probe.unlink(missing_ok=True)
 
     def _check_clock(self) -> str:
-        host, mend = socket.gethostname(), "have its clock set (NTP), or exclude the node"
+        host, advice = socket.gethostname(), "have its clock set (NTP), or exclude the node"
         try:
             ahead_of_store = time.time() - store_time(self.out)
         except OSError:
@@ -194,12 +194,12 @@ class Preflight:
         # Of this node to the login node: the job may have waited for days, but the store's clock saw both.
         ahead = ahead_of_store - (self.launched - self.store_launched)
         if abs(ahead_of_store) > CLOCK_SECONDS:
-            raise UserError(f"the clock of {host} is {_apart(ahead_of_store)} the store's ({self.out}): {mend}")
+            raise UserError(f"the clock of {host} is {_apart(ahead_of_store)} the store's ({self.out}): {advice}")
         if abs(ahead) > CLOCK_SECONDS:
-            raise UserError(f"the clock of {host} is {_apart(ahead)} the login node's: {mend}")
+            raise UserError(f"the clock of {host} is {_apart(ahead)} the login node's: {advice}")
         early = self.launched - time.time()
         if early > CLOCK_SECONDS:
-            raise UserError(f"by the clock of {host} the study is launched in {early / 60:.0f} minutes: {mend}")
+            raise UserError(f"by the clock of {host} the study is launched in {early / 60:.0f} minutes: {advice}")
         return f"clock {ahead_of_store:+.1f} s by the store's, {ahead:+.1f} s by the login node's"
 
 
