@@ -16,9 +16,14 @@ PROJECT: Final = "kbit-sweep"
 PACKAGES: Final = (PROJECT, "torch", "triton", "transformers", "tokenizers", "lm_eval", "datasets", "numpy", "pandas")
 
 
-def import_path() -> str:
-    """Return the PYTHONPATH with which a child process imports this installation."""
-    return os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+def import_environment() -> dict[str, str]:
+    """Return the variables with which a Python child imports this installation, and nothing by the current directory.
+
+    ``python -m`` would look there first, and an empty entry of PYTHONPATH means it too: a user's ``datasets.py`` would
+    stand for the package. Children of the child inherit both variables.
+    """
+    entries = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"PYTHONPATH": os.pathsep.join(e for e in entries if e), "PYTHONSAFEPATH": "1"}
 
 
 def code_provenance() -> dict[str, str | bool | None]:

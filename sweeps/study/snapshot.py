@@ -62,10 +62,11 @@ def snapshot_path(out: Path) -> Path:
 
 
 def job_setup(code: Path) -> list[str]:
-    """Shell lines after which Python imports this project from ``code``, wherever it is started."""
+    """Shell lines (bash) after which Python imports this project from ``code``, wherever it is started."""
     # `python -m` looks into the working directory first, which for a job is the checkout that it was submitted from.
-    path = f"{shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [f"export PYTHONPATH={path}", "export PYTHONSAFEPATH=1"]
+    # So does an empty entry of PYTHONPATH, which `module load` likes to leave.
+    path = f'{shlex.quote(str(code))}:"${{PYTHONPATH:-}}"'
+    return [f"export PYTHONPATH=$(sed -E 's/:+/:/g; s/:$//' <<<{path})", "export PYTHONSAFEPATH=1"]
 
 
 def check_code(expected_hash: str) -> None:

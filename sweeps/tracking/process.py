@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from sweeps.provenance import import_path
+from sweeps.provenance import import_environment
 from sweeps.tracking.messages import Answer, Message, Trouble, answer, to_line
 
 _OF_ONE_RUN: Final = (
@@ -44,7 +44,7 @@ class MirrorProcess:
             folder.mkdir(parents=True, exist_ok=True)
             with open(self.log_file, "a") as log:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "sweeps.tracking.mirror"],
+                    [sys.executable, "-m", "sweeps.tracking.mirror"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -118,4 +118,4 @@ def _environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in _OF_ONE_RUN}
     # No GPU is wandb's to look at.
     settings = {"WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return env | settings | {"PYTHONPATH": import_path()}
+    return env | settings | import_environment()

@@ -34,7 +34,7 @@ from sweeps.events import (
     event_from_dict,
 )
 from sweeps.plan.packs import Pack
-from sweeps.provenance import import_path
+from sweeps.provenance import import_environment
 from sweeps.store.parts import Store
 from sweeps.store.rows import OOM_ERROR, Origin, failed_row, told_part
 from sweeps.study.cell import Measurement
@@ -209,7 +209,7 @@ class WorkerPool:
         threads = str(self.workers.threads)
         environment = {
             **os.environ,
-            "PYTHONPATH": import_path(),
+            **import_environment(),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,

@@ -40,6 +40,7 @@ class JobArray:
         arguments: what the job's process is told besides its launch (sweeps.executors.slurm.node.job).
         folder: for logs and submitit's files.
         depends: jobs that must succeed first.
+        checks: it is there to find what is wrong, so it ends at a command of executor.setup that fails.
     """
 
     name: str
@@ -51,6 +52,7 @@ class JobArray:
     signal_seconds: int
     parallel: int
     depends: tuple[str, ...] = ()
+    checks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class Scripts:
             minutes=min(launch.shapes[shape].minutes, minutes),
             signal_seconds=min(slurm.signal_seconds, PREFLIGHT_WARNING_SECONDS),
             parallel=1,
+            checks=True,
         )
 
     def chunk(self, chunk: Chunk, depends: Sequence[str]) -> JobArray:
@@ -128,7 +131,7 @@ class Scripts:
         executor.update_parameters(
             **parameters,
             job_name=array.name,
-            setup=[*slurm.setup, *job_setup(self.code)],
+            setup=[*_checked(slurm.setup, stop=array.checks), *job_setup(self.code)],
             signal_delay_s=array.signal_seconds,
             stderr_to_stdout=True,
             # What srun is not told it does not know since SLURM 22.05: all threads would share one core.
@@ -255,6 +258,18 @@ class Submission:
         # What SLURM refuses has a record too: it ended without ever having a node.
         found = [job.job for (known, _), job in jobs.items() if known == name and (job.nodes or not job.terminal)]
         return found[0].partition("_")[0] if found else None
+
+
+def _checked(setup: Sequence[str], *, stop: bool) -> list[str]:
+    """Return the user's shell lines so that the job's log names each that fails; with ``stop`` it ends the job."""
+    if not setup:
+        return []
+    end = "; no job of this study starts: mend it and launch again" if stop else ""
+    said = f'echo "executor.setup: exit code $code of: $(sed -n "${{line}}p" "$0"){end}" >&2'
+    # What a file that is sourced does inside counts by that file's exit code alone.
+    here = '[ "${#BASH_SOURCE[@]}" -eq 1 ]'
+    trap = f"code=$? line=$LINENO; if {here}; then {said}{'; exit 1' if stop else ''}; fi"
+    return [f"trap '{trap}' ERR", *setup, "trap - ERR"]
 
 
 @contextmanager
