@@ -34,7 +34,8 @@ class TokenScorer:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.base = model.base_model
+        # A composite model (Llama 4) may keep a whole causal model as its language part, and have no base of its own.
+        self.base = model.base_model if model.base_model is not model else model.get_decoder().base_model
         self.head = model.get_output_embeddings()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.separable = self.head is not None and self._head_gives_logits()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -71,13 +72,14 @@ class Layer:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of the repeated transformer blocks.
 
-    Of the ModuleLists that lie in no other, they are the one with most weights in linear layers.
+    The model says which part is its text decoder; a vision tower, which may be larger, is another part. Of the
+    ModuleLists in the decoder that lie in no other, they are the one with most weights in linear layers.
 
     Raises:
         ArchitectureError: no ModuleList has linear layers; or one of these has a weight that is computed.
     """
     lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    for name, module in _decoder(model):
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
     sizes = {
@@ -139,14 +141,30 @@ def key_of(parameter: Tensor) -> tuple[object, ...]:
     return (parameter.device, parameter.data_ptr(), parameter.numel())
 
 
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's language part, which composite models nest in theirs; None without one."""
+    config = getattr(model, "config", None)
+    ask = getattr(config, "get_text_config", None)
+    return config if ask is None else ask(decoder=True)
+
+
 def has_parallel_residual(model: nn.Module) -> bool:
     """Tell whether attention and FFN read the same input, so that FFN 1 does not follow its own block's attention."""
-    config = getattr(model, "config", None)
+    config = text_config(model)
     flags = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
     return (
         any(bool(getattr(config, flag, False)) for flag in flags)
         or getattr(config, "model_type", "") in _ALWAYS_PARALLEL
     )
+
+
+def _decoder(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules of the text decoder, by name in the model: those of the whole model where it names none."""
+    modules = list(model.named_modules())
+    ask = getattr(model, "get_decoder", None)
+    decoder = model if ask is None else ask()
+    root = next((name for name, module in modules if module is decoder), "")
+    return [(name, module) for name, module in modules if not root or name.startswith(f"{root}.")]
 
 
 def _is_linear(module: nn.Module) -> bool:

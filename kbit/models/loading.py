@@ -18,6 +18,7 @@ from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
 from kbit.models.checkpoint import safetensors_header
+from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.placement import place
 from kbit.quantizer.storage import STORAGE_DTYPES
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 _SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_FLOATS = ("F", "BF")
 """How the names of floating-point dtypes begin; masks and indices (BOOL, I64, U8) are no weights."""
-_DEFAULT_CONTEXT = 2048
-_NO_CONTEXT = 10**9
-"""Tokenizers without a limit say a number beyond this one."""
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -51,16 +49,12 @@ class LoadedModel:
     @property
     def context(self) -> int:
         """The model's context in tokens: its configuration's, else the tokenizer's, else 2048 (ALiBi has no limit)."""
-        config: Any = self.model.config
-        named = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
-        known = next((int(n) for n in named if n), None) or int(self.tokenizer.model_max_length)
-        return known if known < _NO_CONTEXT else _DEFAULT_CONTEXT
+        return context_of(self.model.config, self.tokenizer.model_max_length)
 
     @property
     def vocab_size(self) -> int:
         """Entries of the model's vocabulary, padding included."""
-        config: Any = self.model.config
-        return int(config.vocab_size)
+        return vocabulary_of(self.model.config)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -187,11 +181,11 @@ def _torch_file(path: Path) -> dict[str, Any]:
 
 def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[PreTrainedModel, Any]:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(directory, remote_code).from_pretrained(
             directory, dtype=storage, trust_remote_code=remote_code, weights_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -207,3 +201,16 @@ def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -
             "path", name, f"a checkpoint with every weight of its configuration; missing or of another shape: {lacking}"
         )
     return model, tokenizer
+
+
+def _auto_class(directory: Path, remote_code: bool) -> Any:
+    """Return what loads the model: with an image part as such, whole, of which text then runs the language part."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=remote_code)
+    own_code = remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    composite = config.get_text_config(decoder=True) is not config
+    # transformers' causal classes of such models, where there are any, drop what the checkpoint holds beside the text.
+    whole = composite and not own_code and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM

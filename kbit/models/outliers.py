@@ -21,6 +21,7 @@ from kbit.models.architectures import (
     Layer,
     block_layers,
     has_parallel_residual,
+    text_config,
 )
 from kbit.quantizer.storage import chunk_length, storage_dtype_of
 
@@ -134,7 +135,7 @@ def _value_spread(model: nn.Module, roles: dict[str, Layer], storage_dtype: torc
 
 
 def _heads(model: nn.Module, read: int) -> int:
-    config = getattr(model, "config", None)
+    config = text_config(model)
     for key in ("num_attention_heads", "n_head", "num_heads"):
         heads = getattr(config, key, None)
         if isinstance(heads, int) and heads > 0 and read % heads == 0:

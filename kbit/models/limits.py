@@ -1,0 +1,56 @@
+"""A model's vocabulary and context, from its configuration, under the names that architectures give them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+_CONTEXT: Final = ("n_positions", "max_position_embeddings", "n_ctx")
+_BOUNDS: Final = (
+    *("max_seq_len", "max_seq_length", "max_sequence_length", "seq_length"),
+    *("context_length", "model_max_length", "max_target_positions"),
+)
+"""Names of a largest length where there is none of the usual ones (MPT, and code that repositories bring): they can
+lower the tokenizer's, and never raise it.
+"""
+_DEFAULT_CONTEXT: Final = 2048
+_NO_CONTEXT: Final = 10**9
+"""Tokenizers without a limit say a number beyond this one."""
+
+
+def context_of(config: Any, tokenizer_limit: int) -> int:
+    """Return a model's context in tokens.
+
+    Args:
+        config: a transformers configuration. A composite one is asked first, then the one of its text decoder.
+        tokenizer_limit: the tokenizer's ``model_max_length``; it counts where the configuration names no context. Where
+            it is none either, 2048 does (ALiBi has no limit).
+    """
+    known = _first(config, _CONTEXT)
+    if known is not None:
+        return known if known < _NO_CONTEXT else _DEFAULT_CONTEXT
+    fallback = int(tokenizer_limit) if tokenizer_limit < _NO_CONTEXT else _DEFAULT_CONTEXT
+    return min(fallback, _first(config, _BOUNDS) or fallback)
+
+
+def vocabulary_of(config: Any) -> int:
+    """Return the entries of a model's vocabulary, padding included; of a composite configuration, its text decoder's.
+
+    Raises:
+        AttributeError: the configuration names none.
+    """
+    size = _first(config, ("vocab_size",))
+    if size is None:
+        raise AttributeError(f"{type(config).__name__} has no vocab_size, nor has its text decoder's configuration")
+    return size
+
+
+def _first(config: Any, names: tuple[str, ...]) -> int | None:
+    found = (getattr(part, name, None) for part in _parts(config) for name in names)
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+
+
+def _parts(config: Any) -> tuple[Any, ...]:
+    """Return the configuration, and that of its text decoder where it is another."""
+    ask = getattr(config, "get_text_config", None)
+    text = config if ask is None else ask(decoder=True)
+    return (config,) if text is config else (config, text)
