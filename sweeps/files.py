@@ -1,12 +1,15 @@
-"""Files of a results directory: read whole, written atomically, created exclusively; and the clock that stamps them."""
+"""Files of a results directory: read whole, written atomically, created exclusively, shared by a group; their clock."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import stat
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sweeps.errors import LinkError, StoreError
 
@@ -23,15 +26,47 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path} is damaged ({error}): restore it, or move it out of the results directory") from error
 
 
+def is_shared(directory: Path) -> bool:
+    """Tell whether a directory is shared by a group: setgid, so that new files are the group's, and group-writable."""
+    mode = directory.stat().st_mode
+    return bool(mode & stat.S_ISGID) and bool(mode & stat.S_IWGRP)
+
+
+def share_with_group(*paths: Path) -> None:
+    """Give the group its owner's rights to what lies in a directory that a group shares, whatever the umask."""
+    for path in paths:
+        # What isn't ours, or is on a file system without modes, stays as it is: it may be readable all the same.
+        with contextlib.suppress(OSError):
+            if is_shared(path.parent):
+                mode = stat.S_IMODE(path.stat().st_mode)
+                path.chmod(mode | (mode & stat.S_IRWXU) >> 3)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, where missing; a group that shares the place shares them."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    share_with_group(*reversed(missing))
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log to append to it; its directory is made, and a group that shares the place shares it."""
+    make_directory(path.parent)
+    file = path.open("ab")
+    share_with_group(path)
+    return file
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` so that ``path`` is whole or absent, whatever happens, and on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        share_with_group(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -76,3 +111,26 @@ def store_time(directory: Path) -> float:
         return probe.stat().st_mtime
     finally:
         probe.unlink(missing_ok=True)
+
+
+def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | None:
+    """Return whose a file is that this user may not use, and what its owner can do; None for another error.
+
+    Args:
+        error: what the system said.
+        out: the results directory.
+        path: the file, where the error doesn't name it.
+    """
+    path = path or (Path(os.fsdecode(error.filename)) if error.filename else None)
+    if path is None or error.errno not in (errno.EACCES, errno.EPERM):
+        return None
+    # A directory that may not be looked into keeps to itself whose its files are.
+    known = next((p for p in (path, *path.parents) if os.access(p, os.F_OK)), Path("/"))
+    try:
+        owner = known.owner()
+    except KeyError:
+        owner = str(known.stat().st_uid)
+    return (
+        f"{path} can't be used by you: {known} belongs to {owner}, who shares a results directory with its group by "
+        f"chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError, did_you_mean
@@ -52,7 +53,10 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
         say_error(str(error))
         return EXIT_BAD_INPUT
     except OSError as error:
-        say_error(f"{error}: nothing that was stored is lost; the same command goes on from there")
+        from sweeps.files import not_allowed
+
+        said = not_allowed(error, Path(str(cfg.out)))
+        say_error(said or f"{error}: nothing that was stored is lost; the same command goes on from there")
         return EXIT_FAILED
     return code
 

@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from sweeps.commands.selection import chosen_results
 from sweeps.errors import UserError
+from sweeps.files import make_directory, share_with_group
 from sweeps.options import Options
 from sweeps.results.table import load_results
 
@@ -15,12 +16,15 @@ def table(options: Options, console: Console) -> int:
     """Write the results as CSV, parquet or Markdown."""
     from analysis.metrics import direction_warnings
     from analysis.mixtures import mixture_warnings
-    from analysis.tables import write_table
+    from analysis.tables import TABLE_SUFFIXES, write_table
 
     results = chosen_results(options, long=options.long)
     target = options.to or options.out / "table.csv"
     try:
+        if target.suffix.lower() in TABLE_SUFFIXES:
+            make_directory(target.parent)
         path = write_table(results, target)
+        share_with_group(path)
     except OSError as error:
         raise UserError(f"to={str(target)!r} can't be written: {error.strerror or error}") from error
     console.print(f"{len(results):,} rows, {len(results.columns)} columns: {path}", highlight=False, soft_wrap=True)

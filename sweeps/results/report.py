@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.files import write_atomically
+from sweeps.files import make_directory, share_with_group, write_atomically
 from sweeps.results.table import load_samples, study_results
 from sweeps.store.parts import Store
 from sweeps.study.manifest import Manifest
@@ -60,9 +60,11 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
         console.print(f"[yellow]{escape(warning)}[/]")
     for finding in findings(results, samples):
         console.print(f"• {escape(finding)}", highlight=False)
-    write_figures(results, store.out / "figures" / sweep, sweep=sweep, samples=samples)
-    tables = store.out / "tables"
-    write_table(results, tables / f"{sweep}.csv")
+    figures, tables = store.out / "figures" / sweep, store.out / "tables"
+    for directory in (figures, tables):
+        make_directory(directory)
+    write_figures(results, figures, sweep=sweep, samples=samples)
+    share_with_group(*figures.iterdir(), write_table(results, tables / f"{sweep}.csv"))
     shown = [to_markdown(bits_by_dtype(results, metric=m), metric=m) for m in headline_metrics(results)]
     write_atomically(tables / f"{sweep}.md", "\n".join(shown).encode())
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sweeps.errors import StoreError
-from sweeps.files import read_json, write_atomically
+from sweeps.files import make_directory, not_allowed, read_json, write_atomically
 from sweeps.status import FINAL
 from sweeps.store.schema import Row, arrow_schema
 
@@ -71,7 +71,7 @@ class Store:
         """
         probe = self.out / f".write-test-{uuid.uuid4().hex}"
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
+            make_directory(self.out)
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -181,7 +181,8 @@ class Store:
             # What the system refuses (no permission, too many open files, a stale mount) is not damage: taking it for
             # missing would compute everything again.
             if isinstance(error, OSError) and error.errno is not None:
-                raise StoreError(f"{path} can't be read: {error.strerror}. Nothing was changed; try again") from error
+                said = not_allowed(error, self.out, path) or f"{path} can't be read: {error.strerror}. Try again"
+                raise StoreError(f"{said}. Nothing was changed") from error
             self._report_damage(path, error)
             return None
         for name in names:

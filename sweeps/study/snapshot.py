@@ -26,6 +26,7 @@ import yaml
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import LocalFile, NamedFiles, Source, TaskSource, documents_of
 from sweeps.errors import CodeChangedError, DataChangedError, TaskError
+from sweeps.files import make_directory, share_with_group
 from sweeps.provenance import ROOT
 from sweeps.study.hashes import file_hash
 from sweeps.study.task_index import load_task_yaml
@@ -194,10 +195,11 @@ def _place(target: Path, files: Mapping[str, bytes]) -> Path:
 def _write_tree(directory: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with path.open("wb") as stream:
             stream.write(data)
             stream.flush()
+            share_with_group(path)
             os.fsync(stream.fileno())
     for path in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
         _sync(path)

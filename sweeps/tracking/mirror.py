@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from kbit.spec import axes
 from sweeps.errors import RefusedError
+from sweeps.files import is_shared
 from sweeps.store.schema import Row, Scalar
 from sweeps.tracking.messages import (
     Answer,
@@ -251,7 +252,11 @@ def _attempt(action: Callable[[], None], emit: Emit) -> None:
 
 def _serve(lines: Iterable[str], emit: Emit) -> None:
     stream = iter(lines)
-    mirror = Mirror(json.loads(next(stream)), emit)
+    config = json.loads(next(stream))
+    if is_shared(Path(str(config["dir"]))):
+        # wandb makes directories there by the umask, and others' mirrors make theirs in the same ones.
+        os.umask(os.umask(0o077) & ~0o070)
+    mirror = Mirror(config, emit)
     _attempt(mirror.check, emit)
     for line in stream:
         _attempt(partial(mirror.handle, message(line)), emit)

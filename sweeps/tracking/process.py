@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from sweeps.files import open_log
 from sweeps.provenance import import_environment
 from sweeps.tracking.messages import Answer, Message, Trouble, answer, to_line
 
@@ -41,8 +42,7 @@ class MirrorProcess:
         self._child: subprocess.Popen[str] | None = None
         self._listening = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(self.log_file, "a") as log:
+            with open_log(self.log_file) as log:
                 self._child = subprocess.Popen(
                     [sys.executable, "-m", "sweeps.tracking.mirror"],
                     stdin=subprocess.PIPE,

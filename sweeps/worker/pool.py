@@ -33,6 +33,7 @@ from sweeps.events import (
     Stopped,
     event_from_dict,
 )
+from sweeps.files import open_log
 from sweeps.plan.packs import Pack
 from sweeps.provenance import import_environment
 from sweeps.store.parts import Store
@@ -117,8 +118,6 @@ class WorkerPool:
         """
         self._queue = deque(packs)
         slots = [_Slot(number=i, log=self.log(i)) for i in range(min(self.workers.count, len(packs)))]
-        for slot in slots:
-            slot.log.parent.mkdir(parents=True, exist_ok=True)
         try:
             with selectors.DefaultSelector() as selector:
                 for slot in slots:
@@ -184,7 +183,7 @@ class WorkerPool:
             "--settings",
             arguments.to_json(),
         ]
-        with slot.log.open("ab") as log:
+        with open_log(slot.log) as log:
             # A worker hears no signal before it is ready for them: SLURM sends them to every process of a job.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
             try:

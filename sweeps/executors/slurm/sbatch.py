@@ -18,6 +18,7 @@ from sweeps.executors.slurm.context import LaunchContext
 from sweeps.executors.slurm.launch_plan import MOST_PER_CHUNK
 from sweeps.executors.slurm.node.job import PackJob, PreflightJob
 from sweeps.executors.slurm.query import query_jobs
+from sweeps.files import make_directory
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.launch import Chunk, Launch
 from sweeps.plan.packs import Plan
@@ -227,7 +228,7 @@ class Submission:
         Raises:
             SubmitError: it was not, or nobody knows.
         """
-        array.folder.mkdir(parents=True, exist_ok=True)
+        make_directory(array.folder)
         for attempt in range(TRIES):
             if self.launch.cancelled():
                 raise SubmitError("the launch was cancelled meanwhile")

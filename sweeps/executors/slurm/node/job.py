@@ -19,7 +19,7 @@ from typing import Final
 
 from sweeps.errors import JobError
 from sweeps.executors.slurm.node.pack_attempt import PackAttempt, code_problems, job_id
-from sweeps.files import write_atomically
+from sweeps.files import share_with_group, write_atomically
 from sweeps.launches.launch import Launch
 
 RENAME_SECONDS: Final = 20.0
@@ -113,6 +113,8 @@ def main() -> None:
     from submitit.core.submission import process_job
 
     folder = Path(rest[-1])
+    # SLURM made the job's log by its user's umask.
+    share_with_group(*folder.glob(f"{job_id()}_*"))
     launch = Launch.load(Path(args.out), args.launch)
     job: PackJob | PreflightJob
     if args.preflight is not None:
