@@ -8,16 +8,18 @@ tensor).
 from __future__ import annotations
 
 import atexit
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypeAlias, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from kbit.axes import Axis
 from kbit.evaluation.spec import eval_axes
@@ -139,6 +141,7 @@ class Config:
     by: Raw = None
     cell: Raw = None
     where: Raw = None
+    status: Raw = None
     to: str | None = None
     long: bool = False
     watch: bool = False
@@ -195,6 +198,41 @@ def _scratch_dir() -> str:
     directory = tempfile.mkdtemp(prefix="kbit-sweep-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
+
+
+def asked_keys(overrides: Sequence[str]) -> list[str]:
+    """Return the top-level keys, or groups, that arguments of the command line set or add, each once.
+
+    Raises:
+        HydraException: an argument is not in Hydra's grammar.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return list(dict.fromkeys(re.split(r"[./]", o.key_or_group)[0] for o in parsed))
+
+
+def unknown_keys(cfg: DictConfig) -> list[str]:
+    """Return the keys that a composed configuration has and the schema doesn't: what ``+key=value`` added.
+
+    Hydra adds what it is told to; where names are free (``where``, members of a family), every key is known.
+    """
+    found: list[str] = []
+
+    def walk(node: object, prefix: str) -> None:
+        if isinstance(node, ListConfig) and not node._is_none():
+            for index in range(len(node)):
+                walk(node._get_node(index), f"{prefix}{index}.")
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+            return
+        of = OmegaConf.get_type(node)
+        known = {f.name for f in fields(of)} if of is not None and is_dataclass(of) else None
+        for name in map(str, node):
+            if known is not None and name not in known:
+                found.append(f"{prefix}{name}")
+            else:
+                walk(node._get_node(name), f"{prefix}{name}.")
+
+    walk(cfg, "")
+    return found
 
 
 def register() -> None:

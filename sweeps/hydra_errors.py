@@ -19,7 +19,7 @@ def explain(error: Exception) -> str:
     text = str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
-        return _explain_unknown(unknown.group(1))
+        return explain_unknown(unknown.group(1))
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         return _explain_value(text, cause)
@@ -53,7 +53,8 @@ def _explain_value(text: str, cause: OmegaConfBaseException) -> str:
     return f"{where} is not valid: {said}" if where else said
 
 
-def _explain_unknown(key: str) -> str:
+def explain_unknown(key: str) -> str:
+    """Return a message for a key that the schema doesn't have: the nearest known one, and what is allowed there."""
     known: list[str] = []
 
     def walk(node: object, prefix: str) -> None:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweeps.errors import UserError
 from sweeps.plan.packs import parse_retry
+from sweeps.study.choice import Choice
 from sweeps.study.evals import as_list
 from sweeps.study.resolve import StudyConfig
 from sweeps.tracking.config import TrackingConfig
@@ -22,7 +23,7 @@ class Options:
     """The keys of conf/config.yaml, checked where that needs no more than the key.
 
     Attributes:
-        cells: the first characters of cell keys; () is all cells.
+        choice: of cells, by cell=, where= and status=; all where they say nothing.
         asked_sweep: the study that the command line names; None where it names none (the default is the demo).
         retry: states of measurements to run again.
         script: whether mode=plan shows the scripts of jobs.
@@ -33,8 +34,7 @@ class Options:
     out: Path
     retry: frozenset[str]
     by: tuple[str, ...]
-    cells: tuple[str, ...]
-    where: Mapping[str, object]
+    choice: Choice
     to: Path | None
     long: bool
     watch: bool
@@ -63,8 +63,7 @@ class Options:
             out=out,
             retry=parse_retry(given["retry"]),
             by=tuple(str(b) for b in as_list(given["by"], "by")),
-            cells=_cell_prefixes(overrides),
-            where=_where(given["where"]),
+            choice=Choice.parse(_cell_prefixes(overrides), given["where"], given["status"]),
             to=Path(given["to"]).expanduser() if given["to"] else None,
             long=given["long"],
             watch=given["watch"],
@@ -108,14 +107,6 @@ def _tracking(given: Mapping[str, Any], out: Path) -> TrackingConfig:
     """W&B's files go into the results directory unless ``tracking.dir`` says otherwise."""
     directory = Path(given["dir"]).expanduser().absolute() if given["dir"] else out / "wandb"
     return TrackingConfig(**{**given, "dir": directory})
-
-
-def _where(value: object) -> Mapping[str, object]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(f"where={value!r} is not valid: axis values, e.g. 'where={{bits: 3, dtype: int}}'")
-    return value
 
 
 def _cell_prefixes(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
-"""Numbers in words, for people."""
+"""Numbers and values in words, for people."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 def counted(count: int, what: str) -> str:
@@ -13,6 +15,15 @@ def hours(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def written(value: object) -> str:
+    """Return a value as users write it on the command line: null, true, a, [a,b], {bits: 3}."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {written(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return written(value[0]) if len(value) == 1 else f"[{','.join(map(written, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def size(count: float) -> str:

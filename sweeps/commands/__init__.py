@@ -38,6 +38,9 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
     from rich.console import Console
 
     from kbit.errors import SpecError
+    from sweeps.commands.keys import check_keys
+    from sweeps.config import unknown_keys
+    from sweeps.hydra_errors import explain_unknown
     from sweeps.options import Options
 
     # Hydra's own logging is off; warnings (a damaged file) go to the user.
@@ -47,6 +50,10 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
         if cfg.mode not in MODES:
             hint = did_you_mean(str(cfg.mode), MODES)
             raise UserError(f"mode={cfg.mode!r} is not valid: one of {', '.join(MODES)}.{hint}")
+        unknown = unknown_keys(cfg)
+        if unknown:
+            raise UserError(explain_unknown(unknown[0]))
+        check_keys(cfg, overrides)
         module, _, function = MODES[cfg.mode].partition(":")
         code: int = getattr(import_module(module), function)(Options.from_config(cfg, overrides), Console())
     except (UserError, SpecError) as error:

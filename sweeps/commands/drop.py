@@ -8,17 +8,21 @@ from sweeps.commands.selection import chosen_results
 from sweeps.errors import UserError
 from sweeps.options import Options
 from sweeps.store.parts import Store
+from sweeps.text import counted
 
 
 def drop(options: Options, console: Console) -> int:
     """Retire the chosen rows, so that their measurements run again; the rows stay on disk."""
-    if not options.cells and not options.where:
-        raise UserError("mode=drop needs cell=KEY_PREFIX or 'where={axis: value}': what to retire")
+    if not options.choice:
+        raise UserError("mode=drop needs cell=KEY_PREFIX, 'where={axis: value}' or 'status=[failed]': what to retire")
     long = chosen_results(options, long=True)
-    asked = f"cell={','.join(options.cells) or None} where={options.where or None}"
+    asked = str(options.choice)
     rows = long[long["row_id"].notna()]
     if not len(rows):
-        raise UserError(f"mode=drop: nothing stored matches {asked}")
+        raise UserError(
+            f"mode=drop: {asked} chooses {counted(len(long), 'measurement')}, and none has a result: nothing was "
+            "dropped. What was dropped before, or not measured yet, runs with the next launch"
+        )
     store = Store(out=options.out)
     # Older rows of the same measurements go too: else an earlier failure would come back in place of a new run.
     store.drop(store.row_ids(set(rows["measurement"])), why=asked)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sweeps.commands.selection import chosen_part, say_what_stays
 from sweeps.executors.base import Order, chosen
 from sweeps.launches.claimer import plan_study
 from sweeps.launches.in_flight import read_flight
@@ -30,7 +31,7 @@ def plan(options: Options, console: Console) -> int:
         study = build_study(
             options.study, device=device, device_name=executor.device_name, strict=False, progress=status.update
         )
-    manifest = study.manifest
+    manifest = chosen_part(options.choice, store.out, study.manifest)
     flight = read_flight(store.out)
     order = Order(options=options, device=device, store=store, manifest=manifest, console=console)
     if options.script:
@@ -39,14 +40,16 @@ def plan(options: Options, console: Console) -> int:
         return 0
     gpu = plan_study(store, manifest, options.retry, Packing(workers=1), "cuda", flight)
     planned, where = executor.describe(order, flight)
-    models = {c.model for c in manifest.cells}
+    cells = manifest.wanted_cells()
+    models = {c.model for c in cells}
+    of_all = "" if manifest.chosen is None else f" of {len(manifest.cells):,}, chosen by {options.choice}"
     hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
     rows = [
         ("models", f"{len(models)}"),
-        ("cells", f"{len(manifest.cells):,}"),
+        ("cells", f"{len(cells):,}{of_all}"),
         (
             "measurements",
-            f"{len(manifest.cells) * len(manifest.evals):,} ({', '.join(e.name for e in manifest.evals)})",
+            f"{sum(1 for _ in manifest.wanted()):,} ({', '.join(e.name for e in manifest.evals)})",
         ),
         *((state, f"{n:,}") for state, n in planned.counts.items()),
         ("excluded", f"{len(manifest.excluded):,}"),
@@ -62,6 +65,7 @@ def plan(options: Options, console: Console) -> int:
     for name, value in rows:
         table.add_row(name, escape(value))
     console.print(table)
+    say_what_stays(options, console)
     if study.unresolved:
         shown = ", ".join(study.unresolved[:MOST_UNRESOLVED_SHOWN])
         more = len(study.unresolved) - MOST_UNRESOLVED_SHOWN

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
 
+from sweeps.commands.selection import chosen_part, say_what_stays
+from sweeps.errors import UserError
 from sweeps.executors.base import Order, chosen, with_jobs
 from sweeps.options import Options
 from sweeps.store.parts import Store
@@ -22,6 +25,11 @@ def run(options: Options, console: Console) -> int:
         UserError, SpecError: the request is wrong; nothing was run.
     """
     executor = chosen(options.executor)
+    if options.watch and not executor.detached:
+        raise UserError(
+            f"watch=true has no effect with executor={executor.name}, which shows its run until it ends: leave it out. "
+            "executor=slurm follows jobs"
+        )
     device = executor.device()
     batch_tokens(executor.settings.batch_tokens, device)
     executor.check_out(options.out)
@@ -35,7 +43,7 @@ def run(options: Options, console: Console) -> int:
             options=options,
             device=device,
             store=store,
-            manifest=study.manifest,
+            manifest=chosen_part(options.choice.without_states(), options.out, study.manifest),
             console=console,
             progress=status.update,
         )
@@ -45,6 +53,9 @@ def run(options: Options, console: Console) -> int:
             status.update(f"asking {other.title} about earlier jobs")
             for problem in other.observe(store.out, partial(_waiting, other.title, status.update)).problems:
                 console.print(f"[yellow]{escape(problem)}[/]", highlight=False)
+        # What became of the jobs decides what status= chooses.
+        order = replace(order, manifest=chosen_part(options.choice, options.out, study.manifest))
+    say_what_stays(options, console)
     study.manifest.save(store.out)
     return executor.run(order)
 

@@ -1,36 +1,64 @@
-"""The cells that ``cell=``, ``where=`` and a study's name choose."""
+"""The part of a study that ``cell=``, ``where=`` and ``status=`` choose, and the results of it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps.errors import UserError
+from rich.console import Console
+
+from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
-from sweeps.results.table import load_results
+from sweeps.results.table import load_results, measurement_states
+from sweeps.status import Runs
 from sweeps.study.cell import axis_names
-from sweeps.study.grid import check_axes, matches
-from sweeps.study.manifest import load_manifests
+from sweeps.study.choice import Candidate, Choice
+from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def chosen_results(options: Options, *, long: bool = False) -> pd.DataFrame:
-    """Return the results of the chosen cells, as ``load_results`` does.
+    """Return the results of the chosen cells, or with ``long`` measurements, as ``load_results`` does.
 
     Raises:
-        UserError: nothing is chosen, or where= names what is no axis.
+        UserError: nothing is chosen.
     """
-    where, prefixes = options.where, options.cells
-    check_axes(where, "where")
     results = load_results(options.out, long=long, sweep=options.asked_sweep)
-    if prefixes:
-        results = results[results["key"].str.startswith(prefixes)]
-    if where:
-        names = list(axis_names())
-        axes = results[names].astype(object).where(results[names].notna(), None)
-        results = results[[matches(dict(zip(names, row, strict=True)), where) for row in axes.itertuples(index=False)]]
-    if not len(results):
-        known = ", ".join(sorted({m.sweep for m in load_manifests(options.out)}))
-        raise UserError(f"no cell matches cell={list(prefixes)} where={where} (studies there: {known})")
-    return results
+    return results[options.choice.of(_candidates(results))] if options.choice else results
+
+
+def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
+    """Return a study restricted to the measurements that a launch may run.
+
+    Raises:
+        UserError: nothing is chosen.
+    """
+    if not choice:
+        return manifest
+    measurements = list(manifest.measurements())
+    states = measurement_states(out, manifest, read_flight(out))
+    axes = {cell: cell.axes() for cell in manifest.cells}
+    chosen = choice.of(Candidate(key=m.cell.key, axes=axes[m.cell], state=states[m.key]) for m in measurements)
+    keys = frozenset(m.key for m, is_chosen in zip(measurements, chosen, strict=True) if is_chosen)
+    return replace(manifest, chosen=keys)
+
+
+def say_what_stays(options: Options, console: Console) -> None:
+    """Say which states are chosen that a launch leaves alone, and what would run them."""
+    states = [s.value for s in options.choice.states if s.runs is Runs.IF_ASKED and s not in options.retry]
+    if states:
+        again = ",".join(sorted(states))
+        console.print(
+            f"status= chooses cells that stay as they are: 'retry=\\[{again}]' runs them again", style="yellow"
+        )
+
+
+def _candidates(results: pd.DataFrame) -> Iterator[Candidate]:
+    names = list(axis_names())
+    axes = results[names].astype(object).where(results[names].notna(), None)
+    for key, state, row in zip(results["key"], results["status"], axes.itertuples(index=False), strict=True):
+        yield Candidate(key=key, axes=dict(zip(names, row, strict=True)), state=state)

@@ -141,8 +141,17 @@ class Executor(ABC, Generic[S]):
         return 0
 
     @classmethod
-    def cancel(cls, out: Path, launches: Sequence[Launch], console: Console) -> int:
-        """End the jobs of launches; return the exit code."""
+    def cancel(
+        cls, out: Path, launches: Sequence[Launch], console: Console, measurements: Collection[str] | None
+    ) -> int:
+        """End the jobs of launches; return the exit code.
+
+        Args:
+            out: directory of results.
+            launches: whose jobs.
+            console: to say what was done.
+            measurements: only jobs that have nothing else left to do; None is all jobs.
+        """
         raise UserError(f"mode=cancel: jobs of {cls.title} can't be cancelled from here")
 
 

@@ -130,4 +130,4 @@ def workers_for(order: Order, settings: LocalSettings) -> Workers:
     Raises:
         UserError: executor.workers is not valid.
     """
-    return plan_workers(order.device, settings.workers, max(c.model.params or 0 for c in order.manifest.cells))
+    return plan_workers(order.device, settings.workers, max(c.model.params or 0 for c in order.manifest.wanted_cells()))

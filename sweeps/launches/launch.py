@@ -6,7 +6,7 @@
     OUT/launches/LAUNCH/attempts/*.json   one per pack, job and restart: where it ran, what it measures, how it ended
     OUT/launches/LAUNCH/owners/PACK       the job that runs a pack: one submission that was served twice runs it once
     OUT/launches/LAUNCH/ledger.json       the scheduler's last word on each pack (sweeps.launches.job_log)
-    OUT/launches/LAUNCH/cancelled.json    when its user cancelled it
+    OUT/launches/LAUNCH/cancelled.json    when its user cancelled it; cancelled-*.json: some packs of it
     OUT/launches/LAUNCH/preflight-N.json  problems that the preflight of shape N found
     OUT/logs/LAUNCH/CHUNK/                at most two logs a job: its own and its worker's
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -148,13 +149,23 @@ class Launch:
             return None
         return jobs
 
-    def cancel(self) -> None:
-        """Write down that its user cancelled it: what is not submitted yet must not be."""
-        write_atomically(self.directory / "cancelled.json", json.dumps({"at": time.time()}).encode())
+    def cancel(self, packs: Collection[str] | None = None) -> None:
+        """Write down that its user cancelled it: what is not submitted yet must not be. Or that only of some packs."""
+        if packs is None:
+            write_atomically(self.directory / "cancelled.json", json.dumps({"at": time.time()}).encode())
+            return
+        record = {"at": time.time(), "packs": sorted(packs)}
+        write_atomically(self.directory / f"cancelled-{uuid.uuid4().hex}.json", json.dumps(record).encode())
 
     def cancelled(self) -> bool:
         """Tell whether its user cancelled it. A file of its own: nobody who looks at the jobs can overwrite it."""
         return (self.directory / "cancelled.json").exists()
+
+    def cancelled_packs(self) -> frozenset[str]:
+        """Return the packs that its user cancelled, all or one by one."""
+        if self.cancelled():
+            return frozenset(self.places)
+        return frozenset(p for path in self.directory.glob("cancelled-*.json") for p in read_json(path)["packs"])
 
     def attempts(self, packs: Collection[str]) -> dict[str, list[Attempt]]:
         """Read every attempt at some packs, oldest first."""

@@ -192,7 +192,7 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
     """
     counts: Counter[str] = Counter({"to do": 0})
     todo: dict[tuple[int, Cell], list[EvalSpec]] = {}
-    for measurement in manifest.measurements():
+    for measurement in manifest.wanted():
         key = measurement.key
         state = known.statuses.get(key) or known.ended.get(key, "to do")
         if state != State.DONE and key in known.in_flight:

@@ -34,7 +34,8 @@ def show_results(store: Store, manifest: Manifest, console: Console, *, figures:
             with console.status("comparing cells, drawing figures"):
                 _draw(store, manifest.sweep, results, long, console)
     _show_places(store, manifest.sweep, console)
-    return _show_failures(results, console)
+    mine = {m.cell.key for m in manifest.wanted()}
+    return _show_failures(results[results["key"].isin(mine)], console)
 
 
 def _show_table(results: pd.DataFrame, console: Console) -> None:

@@ -91,10 +91,10 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
 
 
 def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[str, State]:
-    """Return the state of each measurement that a study planned."""
+    """Return the state of each measurement that a launch of a study may run: all of them, unless some were chosen."""
     rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
     stored = {row["measurement"]: row for row in rows}
-    return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.measurements()}
+    return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.wanted()}
 
 
 def _state(row: Row | None, key: str, flight: InFlight) -> State:

@@ -32,19 +32,33 @@ from sweeps.study.grid import Excluded
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One study as it was planned."""
+    """One study as it was planned.
+
+    Attributes:
+        chosen: measurements that a launch restricts itself to, by key; None is all. No part of what was planned: it is
+            neither saved nor named.
+    """
 
     sweep: str
     cells: tuple[Cell, ...]
     evals: tuple[EvalSpec, ...]
     excluded: tuple[Excluded, ...]
     config: Mapping[str, object]
+    chosen: frozenset[str] | None = None
 
     def measurements(self) -> Iterator[Measurement]:
         """Yield every measurement, cell by cell."""
         for cell in self.cells:
             for spec in self.evals:
                 yield Measurement(cell=cell, eval=spec)
+
+    def wanted(self) -> Iterator[Measurement]:
+        """Yield the measurements that a launch may run."""
+        return (m for m in self.measurements() if self.chosen is None or m.key in self.chosen)
+
+    def wanted_cells(self) -> list[Cell]:
+        """Return the cells of these measurements, in their order."""
+        return list(self.cells) if self.chosen is None else list(dict.fromkeys(m.cell for m in self.wanted()))
 
     def sources(self) -> list[Source | None]:
         """Return the sources of its evaluations' and calibrations' data."""

@@ -127,7 +127,7 @@ def test_cancel_ends_exactly_one_study(crowd: Crowd, studies: Studies) -> None:
     assert len(study.jobs()) == JOBS + 2
     done = study.run("mode=cancel", "sweep=demo")
     assert done.returncode == 0, done.stderr
-    assert f"Cancelling {JOBS} jobs of demo: 0 running, {JOBS} queued." in done.stdout
+    assert f"Cancelling {JOBS:,} jobs of demo: 0 running, {JOBS:,} queued." in done.stdout
     assert len(study.jobs()) == 2
     assert len(elsewhere.jobs()) == 4
     assert own in queue(study, "--format=%i")
@@ -146,3 +146,18 @@ def test_watching_submits_what_did_not_fit_until_all_is_done(topped_up: ToppedUp
     assert "quantile" in said
     topped_up.study.assert_whole()
     assert len(topped_up.study.launches()) == 2
+
+
+def test_chosen_cells_are_submitted_and_cancelled_alone(study: Study) -> None:
+    assert study.run(*HELD, "where={bits: [3,4]}", "executor.cells_per_job=1").returncode == 0
+    assert len(study.jobs()) == 6
+    mixed = study.run("mode=cancel", "where={bits: 3}")
+    assert "Cancelling 3 jobs of demo: 0 running, 3 queued." in mixed.stdout, mixed.stderr
+    assert len(study.jobs()) == 3
+    states = load_results(study.out).groupby(["bits"])["status"].unique().map(list).to_dict()
+    assert states == {3: ["cancelled"], 4: ["queued"], 5: ["missing"], 6: ["missing"], 16: ["missing"]}
+    # A job with other cells goes on, and that is said.
+    assert study.run(*HELD, "where={bits: [5,6]}", "executor.cells_per_job=6").returncode == 0
+    partly = study.run("mode=cancel", "where={bits: 5}")
+    assert "1 job left alone: they also measure cells that are not chosen." in partly.stdout, partly.stderr
+    assert len(study.jobs()) == 4

@@ -66,7 +66,7 @@ class Slurm(Executor[SlurmSettings]):
 
         context = launch_context(order, self.settings)
         order.progress("asking the cluster whether it takes such jobs")
-        models = dict.fromkeys(c.model for c in order.manifest.cells)
+        models = dict.fromkeys(c.model for c in order.manifest.wanted_cells())
         for shape in dict.fromkeys(context.shape(model, 0) for model in models):
             check_request(self.settings.request(shape))
 
@@ -129,7 +129,11 @@ class Slurm(Executor[SlurmSettings]):
         return failed_logs(out, measurements, console)
 
     @classmethod
-    def cancel(cls, out: Path, launches: Sequence[Launch], console: Console) -> int:
-        from sweeps.executors.slurm.show.cancel import cancel_launches
+    def cancel(
+        cls, out: Path, launches: Sequence[Launch], console: Console, measurements: Collection[str] | None
+    ) -> int:
+        from sweeps.executors.slurm.show.cancel import cancel_launches, cancel_measurements
 
+        if measurements is not None:
+            return cancel_measurements(out, launches, console, measurements)
         return cancel_launches(out, launches, console)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweeps.errors import StoreError
+from sweeps.errors import StoreError, UserError
 from sweeps.executors.slurm.query import JobSnapshot, JobState, where
 from sweeps.executors.slurm.query import reconcile as reconciling
 from sweeps.executors.slurm.query.reconcile import ABSENT_SECONDS, reconcile
@@ -429,6 +429,45 @@ def test_cancelling_a_launch_that_is_still_being_submitted_stops_it(
     assert cancel.cancel_launches(launch.out, [launch], console) == 0
     assert "it is still being submitted: what is not submitted yet won't be" in console.export_text()
     assert set(read_flight(launch.out).ended.values()) == {"cancelled"}
+
+
+@pytest.fixture
+def ended(launch: Launch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two queued jobs, p1 and p2; returns the ids of those that are cancelled, which SLURM then knows no more."""
+    gone: list[str] = []
+    scheduler.queue = dict([job(0, "PENDING"), job(1, "PENDING")])
+    ids = {j.job: place for place, j in scheduler.queue.items()}
+
+    def scancel(jobs: list[str]) -> None:
+        gone.extend(jobs)
+        scheduler.queue = {p: j for p, j in (scheduler.queue or {}).items() if p not in {ids[g] for g in gone}}
+
+    monkeypatch.setattr(cancel, "query_jobs", scheduler.query_jobs)
+    monkeypatch.setattr(cancel, "cancel", scancel)
+    return gone
+
+
+@pytest.mark.parametrize(
+    ("chosen", "cancelled", "go_on"),
+    [({"m1"}, {"m1"}, 0), ({"m2"}, set(), 1), ({"m1", "m2"}, {"m1"}, 1), ({"m2", "m3"}, {"m2", "m3"}, 0)],
+)
+def test_chosen_measurements_end_only_jobs_that_hold_nothing_else(
+    launch: Launch, ended: list[str], chosen: set[str], cancelled: set[str], go_on: int
+) -> None:
+    console = Console(record=True, width=200)
+    assert cancel.cancel_measurements(launch.out, [launch], console, chosen) == 0
+    flight = read_flight(launch.out)
+    assert flight.ended == dict.fromkeys(cancelled, "cancelled")
+    assert flight.held == {"m1", "m2", "m3"} - cancelled
+    assert len(ended) == (1 if cancelled else 0)
+    assert ("left alone: they also measure cells that are not chosen" in console.export_text()) == bool(go_on)
+
+
+def test_jobs_are_not_chosen_while_they_are_being_submitted(launch: Launch, ended: list[str]) -> None:
+    (launch.directory / "submitted.json").unlink()
+    with pytest.raises(UserError, match=r"abc is still being submitted.*try again"):
+        cancel.cancel_measurements(launch.out, [launch], Console(), {"m1"})
+    assert not ended
 
 
 def test_settings_of_other_versions_are_read(launch: Launch) -> None:

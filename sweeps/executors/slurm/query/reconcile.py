@@ -88,9 +88,10 @@ def _update(launch: Launch, job_log: JobLog, snapshot: JobSnapshot, submitting: 
     job_log.looked = snapshot.at
     open_packs = [p for p in launch.places if not job_log.entries.get(p, JobRecord(state="")).ended]
     attempts = launch.attempts(open_packs)
+    cancelled = launch.cancelled_packs()
     for pack in open_packs:
         before = job_log.entries.get(pack)
-        entry = _entry(launch.places[pack], before, snapshot, submitting, cancelled=job_log.cancelled)
+        entry = _entry(launch.places[pack], before, snapshot, submitting, cancelled=pack in cancelled)
         if entry.state == ABSENT and not in_sight(launch):
             continue
         if entry.ended is not None:

@@ -84,7 +84,7 @@ def _block(launch: Launch, job_log: JobLog, chunk: Chunk) -> _Block | None:
     if problems:
         return _Block(text="preflight: " + "; ".join(problems), logs=logs)
     ended = all((entry := job_log.entries.get(p)) and entry.ended == "cancelled" for p in chunk.packs)
-    if problems is None and logs and ended and not job_log.cancelled:
+    if problems is None and logs and ended and not launch.cancelled_packs().issuperset(chunk.packs):
         return _Block(text=f"the preflight died before it could say why; {_last(logs[-1])}", logs=logs)
     if chunk.after is None:
         return None

@@ -1,0 +1,54 @@
+"""The keys of a launch, by the modes that obey them: declared once, here. A mode refuses the others by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from omegaconf import OmegaConf
+
+from sweeps.config import Config, asked_keys
+from sweeps.errors import UserError
+from sweeps.text import written
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+EVERY: Final = ("run", "plan", "status", "table", "logs", "cancel", "fetch", "drop", "sync")
+CHOOSING: Final = ("run", "plan", "status", "table", "logs", "cancel", "drop")
+"""Modes that work on cells, so that cells can be chosen for them."""
+
+OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("mode", "out"), EVERY),
+    # A study and where it runs: the command of a study works with any other mode=.
+    **dict.fromkeys(("sweep", "model", "models", "path", "eval", "calibration"), EVERY),
+    **dict.fromkeys(("executor", "tracking", "trust_remote_code"), EVERY),
+    **dict.fromkeys(("cell", "where", "status"), CHOOSING),
+    "retry": ("run", "plan", "status"),
+    "watch": ("run",),
+    "script": ("plan",),
+    "by": ("status",),
+    **dict.fromkeys(("to", "long"), ("table",)),
+}
+"""Top-level key, or group, to the modes that obey it."""
+
+
+def check_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse keys of the command line that the mode would ignore.
+
+    Args:
+        cfg: as Hydra composed it.
+        overrides: the arguments of the command line, without those about Hydra itself.
+
+    Raises:
+        UserError: names the key, its value, and the modes that take it.
+    """
+    defaults, mode = Config(), str(cfg.mode)
+    for key in asked_keys(overrides):
+        if mode in OBEYED.get(key, EVERY):
+            continue
+        value = OmegaConf.to_container(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        if value == getattr(defaults, key):
+            continue  # it asks for what happens anyway
+        modes = ", ".join(OBEYED[key])
+        raise UserError(f"{key}={written(value)} has no effect with mode={mode}, only with mode={modes}: leave it out")

@@ -1,0 +1,177 @@
+"""Which key a mode obeys: one table. What a mode would ignore is refused; chosen cells are the same in every mode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from sweeps import load_results
+from sweeps.commands import MODES
+from sweeps.commands.keys import CHOOSING, EVERY, OBEYED, check_keys
+from sweeps.config import register, schema, unknown_keys
+from sweeps.errors import UserError
+from tests.conftest import ROOT, Launch
+from tests.sweeps.commands.test_run import SMALL, all_row_ids, finished, small
+
+__all__ = ["finished", "small"]
+
+VALUES: Mapping[str, str] = {
+    "retry": "[failed]",
+    "watch": "true",
+    "script": "true",
+    "by": "[bits]",
+    "cell": "3fa9",
+    "where": "{bits: 3}",
+    "status": "failed",
+    "to": "x.csv",
+    "long": "true",
+}
+"""Keys that not every mode obeys, each with a value that asks for something."""
+IGNORED = [(mode, key) for key in VALUES for mode in MODES if mode not in OBEYED[key]]
+
+
+@pytest.fixture(autouse=True)
+def composing() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield
+
+
+def refused(mode: str, overrides: Sequence[str]) -> str:
+    arguments = [f"mode={mode}", *overrides]
+    with pytest.raises(UserError) as error:
+        check_keys(compose("config", arguments), arguments)
+    return str(error.value)
+
+
+def test_every_key_of_a_launch_is_in_the_table() -> None:
+    written = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())
+    groups = {name for default in written["defaults"] if isinstance(default, dict) for name in default}
+    keys = {*written, *groups, *schema().__dataclass_fields__} - {"defaults", "hydra", "_self_"}
+    keys = {key for key in keys if not key.startswith("override ")}
+    assert keys == set(OBEYED)
+    assert set(EVERY) == set(MODES)
+    assert all(set(modes) <= set(MODES) for modes in OBEYED.values())
+    assert set(VALUES) == {key for key, modes in OBEYED.items() if set(modes) != set(MODES)}
+
+
+@pytest.mark.parametrize(("mode", "key"), IGNORED)
+def test_a_key_that_a_mode_would_ignore_is_refused_with_the_modes_that_take_it(mode: str, key: str) -> None:
+    said = refused(mode, [f"{key}={VALUES[key]}"])
+    value = VALUES[key].strip("[]")
+    modes = ", ".join(OBEYED[key])
+    assert said == f"{key}={value} has no effect with mode={mode}, only with mode={modes}: leave it out"
+
+
+@pytest.mark.parametrize(("mode", "key"), [(m, k) for k in VALUES for m in OBEYED[k]])
+def test_a_key_that_a_mode_obeys_passes_and_so_does_one_that_asks_for_nothing(mode: str, key: str) -> None:
+    check_keys(compose("config", [f"mode={mode}", f"{key}={VALUES[key]}"]), [f"{key}={VALUES[key]}"])
+    defaults = [f"{k}={v}" for k, v in {"by": "null", "long": "false", "where": "null", "retry": "lost"}.items()]
+    check_keys(compose("config", [f"mode={mode}", *defaults]), defaults)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_studys_command_works_with_every_mode(mode: str) -> None:
+    study = ["sweep=fig3_data_types", "path=/x", "executor=slurm", "executor.partition=gpu", "eval.limit=5", "out=r"]
+    check_keys(compose("config", [f"mode={mode}", *study]), study)
+
+
+@pytest.mark.parametrize(
+    ("added", "unknown"),
+    [
+        ("+eval.limt=5", "eval.limt"),
+        ("++eval.limt=5", "eval.limt"),
+        ("+foo=5", "foo"),
+        ("+tracking.projct=x", "tracking.projct"),
+        ("+sweep.quant.1.bitz=4", "sweep.quant.1.bitz"),
+        ("+models.demo.famly=x", "models.demo.famly"),
+        ("+models.demo.members.neox-s.parms=5", "models.demo.members.neox-s.parms"),
+        ("+calibration.sample=3", "calibration.sample"),
+        ("+eval.sets.jargon.feild=x", "eval.sets.jargon.feild"),
+    ],
+)
+def test_what_a_plus_adds_is_found_where_keys_are_fixed(added: str, unknown: str) -> None:
+    assert unknown_keys(compose("config", [added])) == [unknown]
+
+
+@pytest.mark.parametrize(
+    "added", ["+eval.limit=5", "+eval.kinds={task: [a]}", "+where={bits: 3}", "++executor.extra={mail-type: END}"]
+)
+def test_free_names_and_known_keys_may_be_added(added: str) -> None:
+    assert unknown_keys(compose("config", [added])) == []
+
+
+def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(launch: Launch) -> None:
+    result = launch("+eval.limt=5", "mode=plan")
+    assert result.returncode == 2
+    assert "'eval.limt' is not a key. Did you mean eval.limit" in result.stderr
+    assert result.stdout == ""
+
+
+def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
+    small: Path, launch: Launch, tmp_path: Path
+) -> None:
+    assert {"run", "plan", "status", "table", "logs", "cancel", "drop"} == set(CHOOSING)
+    study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
+    before = load_results(small)
+    chosen = before[before["bits"].isin([3, 4]) & (before["dtype"] == "int")]
+    assert launch(*study, "mode=table", where, "to=t.csv").returncode == 0
+    assert set(pd.read_csv(tmp_path / "t.csv")["key"]) == set(chosen["key"])
+    assert "No failed measurement among those chosen (2 done)" in launch(*study, "mode=logs", where).stdout
+    assert re.search(r"demo +│ +2 │ +2 │", launch(*study, "mode=status", where).stdout)
+    assert "to do  0" in launch(*study, "mode=plan", where).stdout
+    assert "Retired 2 measurement" in launch(*study, "mode=drop", where).stdout
+    again = launch(*study, "mode=drop", where)
+    assert again.returncode == 2
+    assert "where={bits: [3,4], dtype: int} chooses 2 measurements, and none has a result" in again.stderr
+    assert "Retired 4 measurement" in launch(*study, "mode=drop", "where={dtype: float}", "status=done").stdout
+    # 6 cells are to do now; a run of some leaves the others, and says so in the words of the plan.
+    plan = launch(*study, "mode=plan", "where={bits: 3}").stdout
+    assert "3 of 13, chosen by where={bits: 3}" in plan
+    assert "to do  2" in plan
+    assert "to do  1" in launch(*study, "mode=plan", f"cell={chosen['key'].iloc[0]}", "status=missing").stdout
+    stored = set(all_row_ids(small).index)
+    ran = launch(*study, "where={bits: 3}")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "2 cells, 2 measurements" in ran.stdout
+    assert len(set(all_row_ids(small).index) - stored) == 2
+    states = load_results(small).groupby(["bits", "dtype"], dropna=False)["status"].first()
+    assert states[3, "int"] == states[3, "float"] == "done"
+    assert (states == "missing").sum() == 4
+    assert "nothing to do" in launch(*study, "where={bits: 3}").stdout
+    assert launch(*study, "status=missing").returncode == 0
+    assert set(load_results(small)["status"]) == {"done"}
+
+
+def test_failed_cells_that_are_chosen_need_retry_which_is_said(small: Path, launch: Launch) -> None:
+    result = launch(*SMALL, f"out={small}", "mode=plan", "status=failed")
+    assert result.returncode == 2
+    assert "status=failed matches no cell. States there: 13 done" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("cell=zzzz", ["cell='zzzz' is not valid", "0-9 and a-f", "e.g. cell=3fa9"]),
+        ("cell=00000000", ["cell=00000000 matches none of the 13 cells", "mode=table"]),
+        ("where={bits: 33}", ["where={bits: 33} matches no cell", "bits is one of 16, 3, 4, 5, 6 there"]),
+        ("where={bitz: 3}", ["where: 'bitz' is not an axis", "Did you mean bits"]),
+        ("where=3", ["where=3 is not valid", "'where={bits: 3, dtype: int}'"]),
+        ("status=faild", ["status='faild' is not valid", "missing, diverged, done", "Did you mean failed"]),
+        ("status=oom", ["status=oom matches no cell", "13 done"]),
+    ],
+)
+def test_a_choice_of_nothing_says_what_there_is(
+    given: str, expected: list[str], finished: Path, launch: Launch
+) -> None:
+    result = launch(*SMALL, f"out={finished}", "mode=logs", given)
+    assert result.returncode == 2
+    for text in expected:
+        assert text in result.stderr
+    assert (result.stdout, result.stderr.count("error:")) == ("", 1)
