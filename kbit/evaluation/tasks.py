@@ -18,7 +18,7 @@ from lm_eval.utils import env
 from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
 from kbit.evaluation.texts import read_jsonl, require_commit
-from kbit.sources import HubData, LocalFile, TaskSource
+from kbit.sources import HubData, LocalFile, NamedFiles, TaskSource
 
 FEWSHOT_SEED: Final = 1234
 """lm-eval's default."""
@@ -60,6 +60,11 @@ def build_task(spec: EvalSpec) -> Any:
         overrides["download"] = lambda self, *_, **__: setattr(self, "dataset", data)
     elif hub is not None:
         config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": hub.revision}
+    elif isinstance(documents, NamedFiles):
+        # The cache of `datasets` knows files by their paths and times: one that was replaced by a copy with its times
+        # would be read as it was. A place of its own for each content.
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "kbit-sweep" / documents.sha256[:32]
+        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "cache_dir": str(cache)}
     if not spec.num_fewshot:
         # Examples that nobody will draw from need not be read and processed.
         overrides["fewshot_docs"] = lambda _: None

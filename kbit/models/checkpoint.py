@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
+from kbit.models.obeyed import check_refused, obeyed_files
 
 FORMATS: Final = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -20,16 +21,6 @@ FORMATS: Final = (
 )
 """One file, or the index of several; what comes first is taken, as from_pretrained does."""
 
-_TOKENIZER_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 _MAX_HEADER: Final = 100_000_000
 _CHUNK: Final = 1 << 24
 _HEADS: Final = ("lm_head.weight", "embed_out.weight")
@@ -81,20 +72,24 @@ def weight_files(names: Collection[str], read_json: Callable[[str], Any]) -> tup
 
 
 def model_files(directory: Path) -> tuple[str, ...]:
-    """Return the names of the files that define a local model: weights, configuration, tokenizer, Python files.
+    """Return the names of the files that define a local model: weights, config.json, and what else is obeyed.
+
+    These are what its identity hashes, and all that is read of it.
 
     Raises:
-        CheckpointError: something is missing or of an unknown format.
+        CheckpointError: something is missing, of an unknown format or refused.
     """
-    read_config(directory)
     names = sorted(p.name for p in directory.iterdir() if p.is_file())
+    check_refused(names)
+    config = read_config(directory)
     weights = weight_files(names, lambda name: json.loads((directory / name).read_bytes()))
-    return (*weights, "config.json", *extra_files(names))
-
-
-def extra_files(names: Iterable[str]) -> list[str]:
-    """Of these names, those of tokenizer files and of a model's own code."""
-    return [n for n in names if n in _TOKENIZER_FILES or n.endswith(".py")]
+    named = config.get("transformers_weights")
+    if named not in (None, weights[0]):
+        raise CheckpointError(
+            f"config.json has transformers_weights={named!r}, and weights are read from {weights[0]}: remove the key, "
+            "or make it name that file"
+        )
+    return (*weights, "config.json", *obeyed_files(names))
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -17,9 +14,11 @@ import torch
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
-from kbit.models.checkpoint import safetensors_header
+from kbit.models.checkpoint import model_files, safetensors_header
 from kbit.models.limits import context_of, vocabulary_of
+from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
+from kbit.models.tokenizers import tokenizer_hash
 from kbit.quantizer.storage import STORAGE_DTYPES
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 _SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_FLOATS = ("F", "BF")
 """How the names of floating-point dtypes begin; masks and indices (BOOL, I64, U8) are no weights."""
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +38,13 @@ class LoadedModel:
             dtype, its buffers in the dtypes that transformers loads them in.
         tokenizer: the checkpoint's.
         storage_dtype: float16 or bfloat16, what the checkpoint's weights were cast to: pass it to ``quantize_model``.
+        tokenizer_hash: models that share it can share encoded data.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     storage_dtype: torch.dtype
+    tokenizer_hash: str
 
     @property
     def context(self) -> int:
@@ -55,13 +55,6 @@ class LoadedModel:
     def vocab_size(self) -> int:
         """Entries of the model's vocabulary, padding included."""
         return vocabulary_of(self.model.config)
-
-    @cached_property
-    def tokenizer_hash(self) -> str:
-        """SHA-256 of the tokenizer: models that share it can share encoded data."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        state = json.dumps(self.tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-        return hashlib.sha256(f"{type(self.tokenizer).__name__}\n{state}".encode()).hexdigest()
 
 
 def load_model(
@@ -98,21 +91,30 @@ def load_model(
     if gpus > 1 and (device != "cuda" or gpus > torch.cuda.device_count()):
         found = torch.cuda.device_count()
         raise SpecError("gpus", gpus, f"1, or with device='cuda' as many as torch finds, which is {found}")
-    directory = _directory(path_or_id, revision, trust_remote_code)
-    files = _weight_files(directory, path_or_id)
-    storage = _stored_dtype(files)
+    directory = _directory(path_or_id, revision)
+    names = _model_files(directory, path_or_id, trust_remote_code)
+    storage = _stored_dtype([directory / n for n in names if n.endswith((".safetensors", ".bin"))])
     compute: torch.dtype = storage if compute_dtype == "storage" else getattr(torch, compute_dtype)
     if compute not in (storage, torch.float32):
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
         raise SpecError("compute_dtype", compute_dtype, allowed)
-    model, tokenizer = _read(directory, path_or_id, storage, trust_remote_code)
+    # Whatever else lies in the directory is not hashed, so it must decide nothing.
+    with only(directory, names) as view:
+        model, tokenizer = _read(view, path_or_id, storage, trust_remote_code)
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(directory)
+    of_tokenizer = [directory / n for n in ("config.json", *obeyed_files(names))]
     place(model, device, compute, gpus=gpus)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
-    return LoadedModel(model=model, tokenizer=tokenizer, storage_dtype=storage)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        storage_dtype=storage,
+        tokenizer_hash=tokenizer_hash(tokenizer, of_tokenizer),
+    )
 
 
-def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path:
+def _directory(path_or_id: str, revision: str | None) -> Path:
     """Find the checkpoint's local directory; what isn't one is looked for on the hub, or in its cache."""
     path = Path(path_or_id).expanduser()
     if path.is_dir():
@@ -122,10 +124,11 @@ def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_TOKENIZER_FILES, *(["*.py"] if remote_code else [])]
+    # Of indexes, *.json fetches whatever there is.
+    patterns = ["*.json", *OBEYED]
     try:
         # Torch files only where there are no safetensors: many repositories hold both, and more.
-        for weights in ("*.safetensors", "pytorch_model*.bin"):
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
             directory = Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[*patterns, weights]))
             if any(directory.glob(weights)):
                 break
@@ -136,18 +139,14 @@ def _directory(path_or_id: str, revision: str | None, remote_code: bool) -> Path
     return directory
 
 
-def _weight_files(directory: Path, name: str) -> Sequence[Path]:
-    if not (directory / "config.json").is_file():
-        raise SpecError("path", name, "a Hugging Face model directory; this one has no config.json")
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        files = sorted(directory.glob(pattern))
-        if files:
-            return files
-    raise SpecError(
-        "path",
-        name,
-        "a directory with the model's weights as *.safetensors or pytorch_model*.bin; this one has neither",
-    )
+def _model_files(directory: Path, name: str, remote_code: bool) -> Sequence[str]:
+    try:
+        names = model_files(directory)
+        if remote_code:
+            check_own_code(directory, names)
+    except (CheckpointError, OSError) as error:
+        raise SpecError("path", name, f"a directory with a model that can be used: {error}") from error
+    return names
 
 
 def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
@@ -184,16 +183,16 @@ def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code)
+        # Whether mistral-common happens to be installed must not decide the tokenizer.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code, mistral_format=False)
         loaded: Any = _auto_class(directory, remote_code).from_pretrained(
             directory, dtype=storage, trust_remote_code=remote_code, weights_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise  # nothing is wrong with the checkpoint
-        raise SpecError(
-            "path", name, f"a causal language model that transformers can load; it says: {error}"
-        ) from error
+        said = str(error).replace(str(directory), name)
+        raise SpecError("path", name, f"a causal language model that transformers can load; it says: {said}") from error
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:4])

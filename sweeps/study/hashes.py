@@ -21,13 +21,16 @@ REMEMBERED_BYTES: Final = 16 << 20
 """Files at least this large are remembered."""
 _SETTLED_SECONDS: Final = 2.0
 _CHUNK: Final = 1 << 22
+_SAMPLES: Final = 16
+_SAMPLE_BYTES: Final = 4096
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def file_hash(path: str | Path, *, progress: Progress | None = None) -> str:
     """SHA-256 of a file's bytes, 64 hexadecimal digits.
 
-    A large file's is read from the user's cache (XDG_CACHE_HOME) where path, size and times are those that it had.
+    A large file's is read from the user's cache (XDG_CACHE_HOME) where path, inode, size, times and samples of its
+    bytes are those that it had.
 
     Raises:
         OSError: the file can't be read.
@@ -37,7 +40,9 @@ def file_hash(path: str | Path, *, progress: Progress | None = None) -> str:
     if stat.st_size < REMEMBERED_BYTES:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     # The time of change too: copying tools preserve modification times, and equal architectures have equal sizes.
-    identity = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}"
+    # Images of file systems and some network file systems have no true times at all, hence the samples.
+    identity = f"{path}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0"
+    identity += _samples(path, stat.st_size)
     entry = _cache_dir() / hashlib.sha256(identity.encode()).hexdigest()
     known = _read(entry)
     if known is not None:
@@ -53,6 +58,16 @@ def file_hash(path: str | Path, *, progress: Progress | None = None) -> str:
     if unchanged and time.time() - stat.st_ctime > _SETTLED_SECONDS:
         _write(entry, digest)
     return digest
+
+
+def _samples(path: Path, size: int) -> str:
+    """Hash a few pieces of a file, spread over it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _hash(path: Path, size: int, progress: Progress | None) -> str:

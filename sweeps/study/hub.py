@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.checkpoint import count_parameters, extra_files, model_files, read_config, weight_files
+from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files
+from kbit.models.obeyed import check_refused, obeyed_files
 from kbit.sources import HubData
 from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash
@@ -51,7 +52,8 @@ class LocalModel:
         family: 'opt' of a directory named 'opt-125m'; of one named otherwise, the architecture (config.json's
             model_type).
         params: parameters, shared ones once; None for torch's ``.bin`` files, which can't be counted without torch.
-        content_hash: SHA-256 of the names and hashes of weights, config.json, tokenizer files and Python files.
+        content_hash: SHA-256 of the names and hashes of weights, config.json and what else is obeyed
+            (``kbit.models.obeyed``).
     """
 
     path: Path
@@ -200,11 +202,12 @@ def _fetch_model(repo_id: str, revision: str) -> Path:
 
     commit = resolve_commit(repo_id, revision)
     names = [n for n in HfApi().list_repo_files(repo_id, revision=commit) if "/" not in n]
+    check_refused(names)
 
     def read_json(name: str) -> Any:
         return json.loads(Path(hf_hub_download(repo_id, name, revision=commit)).read_bytes())
 
-    wanted = [*weight_files(names, read_json), "config.json", *extra_files(names)]
+    wanted = [*weight_files(names, read_json), "config.json", *obeyed_files(names)]
     path = Path(snapshot_download(repo_id, revision=commit, allow_patterns=wanted))
     _remember_ref(repo_id, revision, "model", commit)
     return path

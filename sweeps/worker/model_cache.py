@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.evaluation.spec import EvalSpec
-from sweeps.study.cell import ModelRef
+from kbit.sources import source_to_dict
+from sweeps.study.cell import ModelRef, canonical_json, eval_to_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +41,8 @@ class Warm:
     total_seconds: float = 0.0
     _loaded: LoadedModel | None = None
     _failed: tuple[tuple[ModelRef, str], Exception] | None = None
-    _prepared: dict[tuple[EvalSpec, str], PreparedEval] = field(default_factory=dict)
-    _windows: dict[tuple[Calibration, str], Tensor] = field(default_factory=dict)
+    _prepared: dict[str, PreparedEval] = field(default_factory=dict)
+    _windows: dict[str, Tensor] = field(default_factory=dict)
 
     def load(self, model: ModelRef, dtype: str) -> LoadedModel:
         """Return the model with this compute dtype.
@@ -88,7 +90,8 @@ class Warm:
         from sweeps.study.snapshot import check_data
 
         context, vocab_size = loaded.context, loaded.vocab_size
-        key = (spec, f"{loaded.tokenizer_hash}/{context}/{vocab_size}")
+        # Where data are read from is no part of a spec's equality, but decides what is there.
+        key = _key(eval_to_dict(spec), loaded)
         if key not in self._prepared:
             check_data(f"eval {spec.name}", spec.source)
             self._prepared[key] = prepare(spec, loaded.tokenizer, context=context, vocab_size=vocab_size)
@@ -100,12 +103,18 @@ class Warm:
         from sweeps.study.snapshot import check_data
 
         context, vocab_size = loaded.context, loaded.vocab_size
-        key = (calibration, f"{loaded.tokenizer_hash}/{context}/{vocab_size}")
+        key = _key({**calibration.canonical(), "source": source_to_dict(calibration.source)}, loaded)
         if key not in self._windows:
             check_data(f"calibration {calibration.name}", calibration.source)
             tokenizer = loaded.tokenizer
             self._windows[key] = calibration_windows(calibration, tokenizer, context=context, vocab_size=vocab_size)
         return self._windows[key]
+
+
+def _key(what: Mapping[str, object], loaded: LoadedModel) -> str:
+    """Return the key of data encoded for a model: everything that they are made from."""
+    model = {"tokenizer": loaded.tokenizer_hash, "context": loaded.context, "vocab_size": loaded.vocab_size}
+    return canonical_json({"of": what, **model})
 
 
 def is_lost(error: Exception) -> bool:

@@ -376,6 +376,20 @@ def test_large_files_hash_is_remembered_until_the_file_changes(tmp_path: Path, m
     assert hub.file_hash(file) != first
 
 
+def test_a_file_replaced_where_times_say_nothing_is_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of file systems are made with one time for all their files, and inodes are given out again."""
+    monkeypatch.setattr(filehash, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(filehash, "_SETTLED_SECONDS", -1.0)
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1_000_000))
+    first, before, real = hub.file_hash(file), file.stat(), Path.stat
+    file.write_bytes(b"\1" * 1_000_000)
+    monkeypatch.setattr(Path, "stat", lambda path, **more: before if path == file else real(path, **more))
+    assert hub.file_hash(file) != first
+
+
 def test_hashing_works_where_the_cache_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
