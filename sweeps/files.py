@@ -126,11 +126,13 @@ def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | No
         return None
     # A directory that may not be looked into keeps to itself whose its files are.
     known = next((p for p in (path, *path.parents) if os.access(p, os.F_OK)), Path("/"))
+    if known.stat().st_uid == os.geteuid():
+        return None
     try:
         owner = known.owner()
     except KeyError:
         owner = str(known.stat().st_uid)
     return (
-        f"{path} can't be used by you: {known} belongs to {owner}, who shares a results directory with its group by "
+        f"{path}: {error.strerror or error}. {known} belongs to {owner}, who shares a results directory with its group by "
         f"chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"
     )
