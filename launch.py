@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from sweeps.terminal import adapt_streams, flush, silence
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -20,14 +21,25 @@ CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 
 def main() -> None:
     """Entry point of ``kbit-sweep``."""
+    adapt_streams()
     try:
-        sys.exit(_main())
+        code = _main()
+        flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        silence()
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         print("\ninterrupted: what was finished is stored; the same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
 def _main() -> int:
+    if "--version" in sys.argv[1:]:  # Hydra would answer with its own
+        from sweeps.provenance import version_text
+
+        print(version_text())
+        return 0
     # Everything that takes time to import is imported here, so that an early Ctrl-C ends in one line.
     import hydra
     from hydra.errors import HydraException

@@ -133,6 +133,6 @@ def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | No
     except KeyError:
         owner = str(known.stat().st_uid)
     return (
-        f"{path}: {error.strerror or error}. {known} belongs to {owner}, who shares a results directory with its group by "
-        f"chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"
+        f"{path}: {error.strerror or error}. {known} belongs to {owner}, who shares a results directory with its group "
+        f"by chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"
     )

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,13 @@ def code_provenance() -> dict[str, str | bool | None]:
     return {"commit": commit or installed, "dirty": dirty, "versions": package_versions()}
 
 
+def version_text() -> str:
+    """Return what ``--version`` says: 'kbit-sweep 0.1.0 (commit 0123456789ab, with local changes)'."""
+    commit, dirty = _git_state(ROOT)
+    text = f"{PROJECT} {_own_version() or 'unknown'}"
+    return f"{text} (commit {commit[:12]}{', with local changes' if dirty else ''})" if commit else text
+
+
 def package_versions() -> str:
     """Column versions: JSON of the packages' versions in this process's environment."""
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
@@ -54,6 +62,14 @@ def _git(directory: Path, *args: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _own_version() -> str | None:
+    """Return the version of this code: a checkout's own, which need not be the one that is installed."""
+    project = ROOT / "pyproject.toml"
+    if project.is_file():
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return _version(PROJECT)
 
 
 def _version(package: str) -> str | None:

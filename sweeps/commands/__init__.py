@@ -59,6 +59,8 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
     except (UserError, SpecError) as error:
         say_error(str(error))
         return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        raise  # nobody reads any more; launch.main knows
     except OSError as error:
         from sweeps.files import not_allowed
 

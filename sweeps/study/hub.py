@@ -138,10 +138,19 @@ def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalM
     except (CheckpointError, OSError) as error:
         raise HubError(f"path={str(path)!r} is not a usable model: {error}") from error
     digest = hashlib.sha256("".join(f"{n}\0{hashes[n]}\n" for n in sorted(hashes)).encode()).hexdigest()
-    name = directory.resolve().name
+    name = directory_name(directory)
     match = _FAMILY_AND_SIZE.fullmatch(name)
     family = match["family"].lower() if match else read_config(directory)["model_type"]
     return LocalModel(path=directory, name=name, family=family, params=params, content_hash=digest)
+
+
+def directory_name(path: Path) -> str:
+    """Return what people call a model directory: its name; in the hub's cache, where a commit names it, the model's."""
+    path = path.expanduser().absolute().resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return path.name
 
 
 def check_jsonl(path: Path, fields: Iterable[str]) -> None:

@@ -104,8 +104,9 @@ def _models(config: StudyConfig, resolver: Resolver, progress: Callable[[str], N
         paths = [Path(str(p)).expanduser() for p in as_list(config.path, "path")]
         if not paths:
             raise UserError("path=[] is not valid: name at least one model directory, or leave it null")
-        _check_sizes(sizes, [p.name for p in paths])
-        return [_local(p, None, None, progress) for p in paths if not sizes or p.name in map(str, sizes)]
+        names = {p: hub.directory_name(p) for p in paths}
+        _check_sizes(sizes, list(names.values()))
+        return [_local(p, None, None, progress) for p in paths if not sizes or names[p] in map(str, sizes)]
     members = {
         (str(family.get("family") or group), str(name)): {**member, "tokens_per_step": family.get("tokens_per_step")}
         for group, family in config.models.items()

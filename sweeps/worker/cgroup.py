@@ -1,9 +1,14 @@
-"""Detect kills by the kernel's out-of-memory killer, from its control groups (cgroups(7), Linux)."""
+"""Memory of a process's control group (cgroups(7), Linux): its limit, and kills by the out-of-memory killer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+_EVENTS: Final = {1: "memory.oom_control", 2: "memory.events"}
+_LIMIT: Final = {1: "memory.limit_in_bytes", 2: "memory.max"}
+"""Files of a group by the version of control groups."""
 
 
 def oom_kills(process: Path = Path("/proc/self")) -> int | None:
@@ -18,9 +23,9 @@ def oom_kills(process: Path = Path("/proc/self")) -> int | None:
     Returns:
         None where there is no memory controller to ask.
     """
-    for directory, counter in _memory_groups(process):
+    for directory, version in _memory_groups(process):
         try:
-            lines = (directory / counter).read_text().splitlines()
+            lines = (directory / _EVENTS[version]).read_text().splitlines()
         except OSError:
             continue
         for line in lines:
@@ -30,8 +35,26 @@ def oom_kills(process: Path = Path("/proc/self")) -> int | None:
     return None
 
 
-def _memory_groups(process: Path) -> Iterator[tuple[Path, str]]:
-    """Yield where a process's memory controller may be, and the file that counts.
+def memory_limit(process: Path = Path("/proc/self")) -> int | None:
+    """Return in bytes the least limit of a process's control group and those above it; None where there is none.
+
+    Args:
+        process: as for ``oom_kills``.
+    """
+    limits = []
+    for directory, version in _memory_groups(process):
+        for group in (directory, *directory.parents):
+            try:
+                text = (group / _LIMIT[version]).read_text().strip()
+            except OSError:
+                continue
+            # Version 2 writes 'max' for none, version 1 a number beyond any machine's memory.
+            limits += [int(text)] if text.isdigit() and int(text) < 1 << 60 else []
+    return min(limits, default=None)
+
+
+def _memory_groups(process: Path) -> Iterator[tuple[Path, int]]:
+    """Yield where a process's memory controller may be, and the version of its files.
 
     Version 1's come first: both versions can be mounted, and then version 1 has it.
     """
@@ -40,13 +63,13 @@ def _memory_groups(process: Path) -> Iterator[tuple[Path, str]]:
         mounts = [line.split() for line in (process / "mountinfo").read_text().splitlines()]
     except OSError:
         return
-    for controllers, kind, counter in (("memory", "cgroup", "memory.oom_control"), ("", "cgroup2", "memory.events")):
+    for controllers, kind, version in (("memory", "cgroup", 1), ("", "cgroup2", 2)):
         paths = [path for _, names, path in groups if controllers in names.split(",")]
         for fields in mounts:
             # ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [OPTIONAL ...] - TYPE SOURCE SUPEROPTIONS
             root, mountpoint, (type_, _, options) = fields[3], fields[4], fields[fields.index("-") + 1 :]
             if type_ == kind and (not controllers or controllers in options.split(",")):
-                yield from ((_under(Path(mountpoint), root, path), counter) for path in paths)
+                yield from ((_under(Path(mountpoint), root, path), version) for path in paths)
 
 
 def _under(mountpoint: Path, root: str, path: str) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import UserError
+from sweeps.worker.cgroup import memory_limit
 
 DEVICES: Final = ("auto", "cpu", "cuda")
 WORKER_BYTES: Final = 1_500_000_000
@@ -65,16 +66,28 @@ def plan_workers(device: str, asked: object, largest_params: int) -> Workers:
     """
     if asked != "auto" and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
         raise UserError(f"executor.workers={asked!r} is not valid: auto, or a whole number of at least 1")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if device == "cuda":
         count = min(asked, len(gpus())) if isinstance(asked, int) else len(gpus())
         return Workers(device=device, count=count, threads=max(1, cores // count))
     if isinstance(asked, int):
         return Workers(device=device, count=asked, threads=max(1, cores // asked))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fit = memory // (WORKER_BYTES + MODEL_BYTES_PER_PARAM * largest_params)
+    fit = usable_memory() // (WORKER_BYTES + MODEL_BYTES_PER_PARAM * largest_params)
     count = max(1, min(cores, MOST_CPU_WORKERS, fit))
     return Workers(device=device, count=count, threads=max(1, cores // count))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may keep busy: by its affinity and, in a container, by its CPU quota."""
+    import joblib
+
+    return int(joblib.cpu_count())
+
+
+def usable_memory() -> int:
+    """Return in bytes the memory that this process may fill: the machine's, or its control group's limit."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, memory_limit() or machine)
 
 
 def device_name(device: str) -> str:

@@ -271,6 +271,16 @@ def test_family_is_of_the_name_or_else_the_architecture(tmp_path: Path, director
     assert (model.name, model.family) == (directory, family)
 
 
+def test_a_snapshot_of_the_hubs_cache_is_called_as_its_model(tmp_path: Path) -> None:
+    snapshot = write_model(tmp_path / "models--EleutherAI--pythia-70m" / "snapshots" / COMMIT)
+    (tmp_path / "mine").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "mine"):
+        model = hub.local_model(path)
+        assert (model.name, model.family) == ("pythia-70m", "pythia")
+    plain = write_model(tmp_path / "snapshots" / "run7")
+    assert hub.local_model(plain).name == "run7"
+
+
 def test_content_hash_is_of_contents_not_of_place(tmp_path: Path) -> None:
     first = hub.local_model(write_model(tmp_path / "a")).content_hash
     shutil.copytree(tmp_path / "a", tmp_path / "b")

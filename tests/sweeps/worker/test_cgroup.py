@@ -1,4 +1,4 @@
-"""The kernel's count of processes killed when memory ran out is found wherever control groups are mounted."""
+"""Limits of control groups, and kills when memory ran out, are found wherever the groups are mounted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.worker.cgroup import oom_kills
+from sweeps.worker import devices
+from sweeps.worker.cgroup import memory_limit, oom_kills
+from sweeps.worker.devices import Workers, plan_workers
+from tests import ROOT
 
 V1 = (
     "35 31 0:32 {root} {at} rw,relatime shared:12 - cgroup cgroup rw,memory\n"
@@ -50,6 +53,49 @@ def test_a_container_sees_its_part_of_the_tree(tmp_path: Path) -> None:
     mount = tmp_path / "fs"
     group(mount, "inner", "memory.events", "oom_kill 1\n")
     assert oom_kills(process(tmp_path / "1", "0::/docker/ab/inner\n", V2.format(root="/docker/ab", at=mount))) == 1
+
+
+def test_the_least_limit_of_a_group_and_those_above_it_counts(tmp_path: Path) -> None:
+    mount = tmp_path / "fs"
+    group(mount, "job/step", "memory.max", "max\n")
+    at = process(tmp_path / "2", "0::/job/step\n", V2.format(root="/", at=mount))
+    assert memory_limit(at) is None
+    (mount / "job" / "memory.max").write_text("3000000\n")
+    assert memory_limit(at) == 3_000_000
+    (mount / "job" / "step" / "memory.max").write_text("2000000\n")
+    assert memory_limit(at) == 2_000_000
+    mount = tmp_path / "memory"
+    group(mount, "a", "memory.limit_in_bytes", "9223372036854771712\n")
+    at = process(tmp_path / "1", "4:cpu,memory:/a\n", V1.format(root="/", at=mount))
+    assert memory_limit(at) is None
+    (mount / "a" / "memory.limit_in_bytes").write_text("1000000\n")
+    assert memory_limit(at) == 1_000_000
+    assert memory_limit(tmp_path / "no such process") is None
+
+
+PLAN = "from sweeps.worker.devices import plan_workers as p; w = p('cpu', 'auto', 0); print(w.count, w.threads)"
+
+
+def test_workers_are_counted_by_the_quota_of_a_container(tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    mounted = ["unshare", "-m", "sh", "-c", f'mount --bind {tmp_path} /sys/fs/cgroup && exec "$@"', "sh"]
+    try:
+        allowed = subprocess.run([*mounted, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("unshare (util-linux) makes a container's view of control groups")
+    if allowed.returncode:
+        pytest.skip(f"a container's view of control groups can't be made here: {allowed.stderr.strip()}")
+    asked = [*mounted, sys.executable, "-c", PLAN]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True, cwd=ROOT).stdout == "1 1\n"
+
+
+def test_workers_fit_into_the_memory_of_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "memory_limit", lambda: int(1.6e9))
+    monkeypatch.setattr(devices, "usable_cores", lambda: 8)
+    assert plan_workers("cpu", "auto", 0) == Workers(device="cpu", count=1, threads=8)
+    assert plan_workers("cpu", "auto", 10**9).count == 1
+    monkeypatch.setattr(devices, "memory_limit", lambda: int(4.6e9))
+    assert plan_workers("cpu", "auto", 0) == Workers(device="cpu", count=3, threads=2)
 
 
 def test_without_a_memory_controller_there_is_no_count(tmp_path: Path) -> None:

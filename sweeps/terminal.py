@@ -1,0 +1,54 @@
+"""Standard output as users have it: an encoding that lacks characters, a reader that stops early."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+import unicodedata
+from typing import Final
+
+_ALIKE: Final = {"…": "...", "±": "+-", "•": "*", "×": "x", "–": "-", "—": "-", "→": "->"}  # noqa: RUF001
+_BRAILLE: Final = range(0x2800, 0x2900)
+"""What spinners are made of."""
+
+
+def adapt_streams() -> None:
+    """Write what an output's encoding lacks in ASCII that looks like it: a character must not end a study."""
+    codecs.register_error("kbit.alike", _alike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="kbit.alike")
+
+
+def flush() -> None:
+    """Hand over what was printed.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def silence() -> None:
+    """Print to nowhere from now on: the reader (``| head``) has gone, which is no news to anybody."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+
+
+def _alike(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_ascii, error.object[error.start : error.end])), error.end
+
+
+def _ascii(character: str) -> str:
+    if ord(character) in _BRAILLE:
+        return "."
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return _ALIKE.get(character) or plain or "?"
