@@ -138,6 +138,8 @@ class Config:
     out: str = "results"
     path: Raw = None
     retry: Raw = "lost"
+    order: Raw = "cheapest"
+    budget: Raw = None
     by: Raw = None
     cell: Raw = None
     where: Raw = None

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweeps.errors import UserError
+from sweeps.plan.budget import parse_budget
+from sweeps.plan.order import parse_order
 from sweeps.plan.packs import parse_retry
 from sweeps.study.choice import Choice
 from sweeps.study.evals import as_list
@@ -26,6 +28,8 @@ class Options:
         choice: of cells, by cell=, where= and status=; all where they say nothing.
         asked_sweep: the study that the command line names; None where it names none (the default is the demo).
         retry: states of measurements to run again.
+        order: in which cells run (sweeps.plan.order).
+        budget: device-seconds that the study may spend; None is without end.
         script: whether mode=plan shows the scripts of jobs.
         executor: keys of the chosen executor, which checks them (sweeps.executors.base).
     """
@@ -33,6 +37,8 @@ class Options:
     mode: str
     out: Path
     retry: frozenset[str]
+    order: str
+    budget: float | None
     by: tuple[str, ...]
     choice: Choice
     to: Path | None
@@ -62,6 +68,8 @@ class Options:
             mode=str(given["mode"]),
             out=out,
             retry=parse_retry(given["retry"]),
+            order=parse_order(given["order"]),
+            budget=parse_budget(given["budget"]),
             by=tuple(str(b) for b in as_list(given["by"], "by")),
             choice=Choice.parse(_cell_prefixes(overrides), given["where"], given["status"]),
             to=Path(given["to"]).expanduser() if given["to"] else None,

@@ -25,6 +25,8 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(("executor", "tracking", "trust_remote_code"), EVERY),
     **dict.fromkeys(("cell", "where", "status"), CHOOSING),
     "retry": ("run", "plan", "status"),
+    "order": ("run", "plan"),
+    "budget": ("run", "plan"),
     "watch": ("run",),
     "script": ("plan",),
     "by": ("status",),

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from sweeps.commands.selection import chosen_part, say_what_stays
-from sweeps.executors.base import Order, chosen
+from sweeps.executors.base import Executor, Order, chosen
 from sweeps.launches.claimer import plan_study
 from sweeps.launches.in_flight import read_flight
+from sweeps.launches.spending import read_spending
 from sweeps.options import Options
-from sweeps.plan.packs import ROW_BYTES, Packing
+from sweeps.plan.budget import budget_text, fit
+from sweeps.plan.order import ORDERS
+from sweeps.plan.packs import ROW_BYTES, Packing, Plan
 from sweeps.store.parts import Store
 from sweeps.study.grid import excluded_counts
-from sweeps.study.resolve import build_study
-from sweeps.text import size
+from sweeps.study.resolve import Study, build_study
+from sweeps.text import counted, size
 
 MOST_UNRESOLVED_SHOWN: Final = 5
 
@@ -25,6 +28,7 @@ MOST_UNRESOLVED_SHOWN: Final = 5
 def plan(options: Options, console: Console) -> int:
     """Say what a run would do, without doing it and without torch."""
     executor = chosen(options.executor)
+    executor.check_budget(options.budget)
     device = executor.device()
     store = Store(out=options.out)
     with console.status("resolving models and data") as status:
@@ -56,6 +60,8 @@ def plan(options: Options, console: Console) -> int:
         *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
         ("merged", f"{study.duplicates:,} named more than once"),
         *where,
+        ("order", ORDERS[options.order]),
+        *_budget_rows(executor, order, planned),
         ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),
         ("disk", f"{size(planned.todo * ROW_BYTES)} of results, {size(hub_bytes)} of models from the hub"),
     ]
@@ -66,6 +72,28 @@ def plan(options: Options, console: Console) -> int:
         table.add_row(name, escape(value))
     console.print(table)
     say_what_stays(options, console)
+    _say_unresolved(study, console)
+    return 0
+
+
+def _budget_rows(executor: Executor[Any], order: Order, planned: Plan) -> list[tuple[str, str]]:
+    budget = order.options.budget
+    if budget is None:
+        return []
+    spending = read_spending(order.store, order.manifest.sweep)
+    fitting = fit(planned.packs, spending.left(budget), executor.devices(order))
+    held = f", {budget_text(spending.held, order.device)} for jobs in flight" if spending.held else ""
+    return [
+        ("budget", f"{budget_text(budget, order.device)}: {budget_text(spending.spent, order.device)} spent{held}"),
+        (
+            "fits",
+            f"{counted(planned.todo - fitting.beyond, 'measurement')} of {planned.todo:,} to do, "
+            f"{budget_text(fitting.seconds, order.device)} predicted",
+        ),
+    ]
+
+
+def _say_unresolved(study: Study, console: Console) -> None:
     if study.unresolved:
         shown = ", ".join(study.unresolved[:MOST_UNRESOLVED_SHOWN])
         more = len(study.unresolved) - MOST_UNRESOLVED_SHOWN
@@ -75,4 +103,3 @@ def plan(options: Options, console: Console) -> int:
             "mode=fetch, where there is a network, resolves and downloads them.",
             highlight=False,
         )
-    return 0

@@ -30,6 +30,7 @@ def run(options: Options, console: Console) -> int:
             f"watch=true has no effect with executor={executor.name}, which shows its run until it ends: leave it out. "
             "executor=slurm follows jobs"
         )
+    executor.check_budget(options.budget)
     device = executor.device()
     batch_tokens(executor.settings.batch_tokens, device)
     executor.check_out(options.out)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 from kbit.doors import Door
 from sweeps.errors import UserError, did_you_mean
 from sweeps.executors.settings import ExecutorSettings
+from sweeps.plan.budget import HOUR
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.options import Options
-    from sweeps.plan.packs import Plan
+    from sweeps.plan.packs import Pack, Plan
     from sweeps.store.parts import Store
     from sweeps.study.manifest import Manifest
 
@@ -75,12 +76,14 @@ class Executor(ABC, Generic[S]):
         Settings: its keys.
         detached: whether its jobs outlive the process that launched them. Their claims end by what ``observe`` writes
             into the launch's directory (sweeps.launches.launch), those of others with the launching process.
+        keeps_budget: whether ``run`` stops when the order's budget is spent; else a budget is refused.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     Settings: ClassVar[type[ExecutorSettings]]
     detached: ClassVar[bool] = False
+    keeps_budget: ClassVar[bool] = False
 
     settings: S
 
@@ -100,6 +103,15 @@ class Executor(ABC, Generic[S]):
 
     def check(self, order: Order) -> None:  # most have nothing to ask
         """Refuse what can't run, with a UserError, before anything is written."""
+
+    def check_budget(self, budget: float | None) -> None:
+        """Refuse a budget that it would not keep."""
+        if budget is not None and not self.keeps_budget:
+            raise UserError(f"budget={budget / HOUR:g} is not valid with executor={self.name}, which does not keep one")
+
+    def devices(self, order: Order) -> Callable[[Pack], int]:
+        """Return what tells on how many devices a pack runs, which a budget pays for."""
+        return lambda _: 1
 
     @abstractmethod
     def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:

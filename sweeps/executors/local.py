@@ -21,6 +21,7 @@ class Local(Executor[LocalSettings]):
     name: ClassVar[str] = "local"
     title: ClassVar[str] = "this machine"
     Settings: ClassVar[type[ExecutorSettings]] = LocalSettings
+    keeps_budget: ClassVar[bool] = True
 
     def device(self) -> str:
         return resolve_device(self.settings.device)
@@ -42,10 +43,10 @@ class Local(Executor[LocalSettings]):
         from sweeps.text import hours
 
         count = workers_for(order, self.settings).count
-        packing = Packing(workers=count)
+        packing = Packing(workers=count, order=order.options.order)
         plan = plan_study(order.store, order.manifest, order.options.retry, packing, order.device, flight)
         wall = f"{hours(plan.seconds / count)} predicted with {count} {order.device} worker(s) here"
-        longest = hours(plan.packs[0].seconds) if plan.packs else "0 s"
+        longest = hours(max((p.seconds for p in plan.packs), default=0.0))
         return plan, [("packs", f"{len(plan.packs):,}, longest {longest}"), ("wall time", wall)]
 
     def run(self, order: Order) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
+from dataclasses import replace
+from math import inf
 
 from rich.console import Console
 from rich.markup import escape
 
 from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, PoolError
+from sweeps.events import Event
 from sweeps.executors.base import EXECUTORS, Order
 from sweeps.executors.settings import LocalSettings
 from sweeps.launches.claimer import Claimer, counts_text, launch_provenance, new_launch
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import read_flight
+from sweeps.launches.spending import BudgetWatch, read_spending
+from sweeps.plan.budget import spent_text
 from sweeps.plan.packs import Packing, Plan
 from sweeps.results.progress import RunView
 from sweeps.results.report import show_results
@@ -29,15 +34,20 @@ def run_here(order: Order, settings: LocalSettings) -> int:
     store, manifest, console = order.store, order.manifest, order.console
     workers = workers_for(order, settings)
     launch = new_launch()
+    budget = order.options.budget
+    left = inf if budget is None else read_spending(store, manifest.sweep).left(budget)
     plan, claim = Claimer(
         store=store,
         manifest=manifest,
         retry=order.options.retry,
-        packing=Packing(workers=workers.count),
+        packing=Packing(workers=workers.count, order=order.options.order),
         device=order.device,
         executor="local",
         launch=launch,
-    ).claim()
+    ).claim(lambda plan: plan if left else replace(plan, packs=()))
+    if claim is None and plan.todo:
+        _say_spent(order, plan.todo)
+        return _ending(store, manifest, console, figures=False)
     if claim is None:
         console.print(f"[bold]{manifest.sweep}[/]: nothing to do. {counts_text(plan)}")
         for line in who_holds(store) if plan.counts["in flight"] else ():
@@ -54,7 +64,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         provenance=launch_provenance(launch, manifest.name),
     )
     try:
-        _execute(order, plan, claim, workers, job)
+        _execute(order, plan, claim, workers, job, left)
     except KeyboardInterrupt:
         console.print("\n[yellow]interrupted[/]: finished measurements are stored; the same command runs the rest.")
         return EXIT_INTERRUPTED
@@ -66,7 +76,23 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         return EXIT_FAILED
     finally:
         _close(store, claim, plan, console)
+    unfinished = _unfinished(store, plan) if budget is not None else 0
+    if unfinished:
+        _say_spent(order, unfinished)
     return _ending(store, manifest, console, figures=True)
+
+
+def _unfinished(store: Store, plan: Plan) -> int:
+    """Count a plan's measurements that are not stored, whatever came of them."""
+    keys = set(plan.measurement_keys())
+    return len(keys - set(store.read(["measurement"], measurements=keys).column("measurement").to_pylist()))
+
+
+def _say_spent(order: Order, left: int) -> None:
+    assert order.options.budget is not None
+    spending = read_spending(order.store, order.manifest.sweep)
+    text = spent_text(order.options.budget, spending.spent, left, order.device)
+    order.console.print(f"[yellow]{order.manifest.sweep}: {text}[/]", highlight=False)
 
 
 def who_holds(store: Store) -> list[str]:
@@ -80,17 +106,25 @@ def who_holds(store: Store) -> list[str]:
     return here
 
 
-def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings: WorkerSettings) -> None:
+def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings: WorkerSettings, left: float) -> None:
+    """Run packs until they are done, or until ``left`` device-seconds are spent."""
     store, console = order.store, order.console
     claims = Claims(out=store.out)
     view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
+    watch = BudgetWatch(left=left)
+
+    def on_event(event: Event, worker: int) -> None:
+        view.on_event(event, worker)
+        if watch.is_spent(event, worker):
+            execution.stop(inf)
+
     execution = Execution(
         packs=plan.packs,
         store=store,
         workers=workers,
         settings=settings,
         tracking=order.options.tracking,
-        on_event=view.on_event,
+        on_event=on_event,
         warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"),
         log=worker_log(store.out / "logs" / claim.launch),
         beat=lambda running: claims.heartbeat(claim, running),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.launches.claims import Claim, Claims
-from sweeps.launches.job_log import JobLog, JobRecord
+from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launch_dir
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,9 @@ def _add_jobs(flight: InFlight, launch: Launch, claim: Claim) -> None:
         if _settling(launch, pack, entry):
             _hold(flight, keys, ())
             continue
+        if entry.ended == BUDGET:
+            _give_back(flight, keys)
+            continue
         _end(flight, keys, entry.ended)
         if entry.ended == "oom":
             flight.rungs |= dict.fromkeys(keys, rungs[pack] + 1)
@@ -148,6 +151,12 @@ def _hold(flight: InFlight, queued: Collection[str], running: Collection[str]) -
     flight.queued |= set(queued)
     flight.running |= set(running)
     for m in (*queued, *running):
+        flight.ended.pop(m, None)
+
+
+def _give_back(flight: InFlight, keys: Collection[str]) -> None:
+    """Measurements that a job did not begin, in order: nobody has them, and nothing befell them."""
+    for m in keys:
         flight.ended.pop(m, None)
 
 

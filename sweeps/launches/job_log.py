@@ -12,6 +12,7 @@ from sweeps.launches.launch import Launch
 
 SUBMITTING: Final = "SUBMITTING"
 ABSENT: Final = "ABSENT"
+BUDGET: Final = "budget"
 _UNWRITTEN: Final[dict[Path, JobLog]] = {}
 """By launch directory, what this process saw and could not write down: who may only read still gets the truth."""
 
@@ -23,7 +24,8 @@ class JobRecord:
     Attributes:
         state: SLURM's word, or SUBMITTING (the launcher has not submitted it yet) or ABSENT (unknown to the scheduler).
         absent_since: first successful look that didn't know the job.
-        ended: how it ended, once that is sure: 'lost', 'timeout', 'oom', 'node_fail', 'preempted', 'cancelled'.
+        ended: how it ended, once that is sure: 'lost', 'timeout', 'oom', 'node_fail', 'preempted', 'cancelled', or
+            ``BUDGET``: its share of the budget was spent, and what it did not begin is given back.
         seen: the last look that knew the job.
         finished_at: when the job said that it had finished; 0 where it didn't.
         suspect: measurement in flight when the job died without a word; its log, and when that attempt began.

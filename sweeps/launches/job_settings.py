@@ -30,6 +30,7 @@ class JobSettings:
         baselines: measurements of baselines by model, which the gate looks at.
         provenance: columns that every row gets.
         store_launched: the store's clock at launch.
+        allowances: device-seconds that a pack's jobs may take, by pack; empty without a budget.
     """
 
     device: str
@@ -47,6 +48,7 @@ class JobSettings:
     baselines: Mapping[str, Sequence[str]] = field(default_factory=dict)
     provenance: Mapping[str, Scalar] = field(default_factory=dict)
     store_launched: float = 0.0
+    allowances: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> JobSettings:

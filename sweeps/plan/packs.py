@@ -9,11 +9,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.plan.order import CHEAPEST, order_cells, order_packs
 from sweeps.status import RETRY, UNRECORDED, State
 from sweeps.study.cell import (
     Cell,
@@ -44,12 +46,14 @@ class Packing:
         seconds: a pack is predicted to take at most this long; a cell is never split.
         cells: exactly so many cells a pack; None packs by predicted time.
         baseline_apart: a model's baseline gets a pack of its own.
+        order: in which cells run (sweeps.plan.order).
     """
 
     workers: int | None = None
     seconds: float = PACK_SECONDS[1]
     cells: int | None = None
     baseline_apart: bool = False
+    order: str = CHEAPEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ class Plan:
 
     Attributes:
         counts: measurements by state: done, diverged, failed, oom, in flight, timeout, ..., lost, to do.
-        packs: the work, longest first.
+        packs: the work, in its order.
         seconds: predicted device-seconds, loading included.
     """
 
@@ -224,10 +228,20 @@ def _pack(
         groups.setdefault((rung, cell.model, apart), []).append(cell)
     packs: list[Pack] = []
     for (rung, model, _), cells in groups.items():
-        for chunk in _cut(cells, {c: seconds[rung, c] for c in cells}, target, packing.cells):
+        of_cell = {c: seconds[rung, c] for c in cells}
+        for chunk in _cut(order_cells(cells, of_cell.__getitem__, packing.order), of_cell, target, packing.cells):
             items = tuple((cell, tuple(todo[rung, cell])) for cell in chunk)
-            packs.append(_one_pack(sweep, model, items, tuple(seconds[rung, c] for c in chunk), rung))
-    return tuple(sorted(packs, key=lambda p: -p.seconds))
+            packs.append(_one_pack(sweep, model, items, tuple(of_cell[c] for c in chunk), rung))
+    return order_packs(packs, packing.order)
+
+
+def first_items(pack: Pack, seconds: float) -> Pack | None:
+    """Return a pack of the first items of another that are predicted to end in time; None where not one does."""
+    ends = list(accumulate(pack.item_seconds))
+    count = sum(end <= seconds for end in ends)
+    if count in (0, len(ends)):
+        return pack if count else None
+    return _one_pack(pack.sweep, pack.model, pack.items[:count], pack.item_seconds[:count], pack.rung)
 
 
 def _cut(cells: Sequence[Cell], seconds: Mapping[Cell, float], target: float, most: int | None) -> Iterator[list[Cell]]:

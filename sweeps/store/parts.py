@@ -143,6 +143,12 @@ class Store:
         ids: list[str] = self._read_all(["row_id", "measurement"], measurements).column("row_id").to_pylist()
         return ids
 
+    def history(self, columns: Sequence[str]) -> list[Row]:
+        """Return every row that was ever stored, once, dropped and superseded ones too: what was computed."""
+        table = self._read_all(list(dict.fromkeys([*columns, "row_id"])), None)
+        # While a pack is compacted, its rows lie both in parts and in the pack's file.
+        return list({row["row_id"]: row for row in table.to_pylist()}.values())
+
     def _files(self, pattern: str) -> list[Path]:
         return sorted(p for p in self.out.glob(pattern) if not p.name.startswith("."))
 

@@ -11,7 +11,8 @@ from sweeps.executors.base import Order
 from sweeps.executors.slurm.settings import SlurmSettings
 from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Shape
-from sweeps.plan.packs import Packing
+from sweeps.plan.order import CHEAPEST
+from sweeps.plan.packs import Pack, Packing
 from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef
 from sweeps.study.manifest import Manifest
@@ -26,6 +27,7 @@ class LaunchContext:
         overrides: gpus and mem_gb by model, where the configuration gives them.
         job_settings: what every job needs to know (sweeps.executors.slurm.node.job).
         progress: told what is being done.
+        order, budget: as ``Options`` has them.
     """
 
     store: Store
@@ -35,6 +37,8 @@ class LaunchContext:
     overrides: Mapping[str, Mapping[str, Any]]
     job_settings: JobSettings
     progress: Callable[[str], None]
+    order: str = CHEAPEST
+    budget: float | None = None
 
     @property
     def packing(self) -> Packing:
@@ -43,7 +47,12 @@ class LaunchContext:
             seconds=self.slurm.minutes * 30.0,
             cells=self.slurm.cells_per_job,
             baseline_apart=self.slurm.baseline_gate,
+            order=self.order,
         )
+
+    def devices(self, pack: Pack) -> int:
+        """Return how many devices the budget pays for while a pack's job runs: GPUs, or one job on CPUs."""
+        return max(1, self.shape(pack.model, pack.rung).gpus)
 
     def shape(self, model: ModelRef, rung: int) -> Shape:
         """Return the resources of a job for a model, at a step of the out-of-memory ladder."""
@@ -64,6 +73,8 @@ def launch_context(order: Order, slurm: SlurmSettings) -> LaunchContext:
         overrides=_member_values(order, ("gpus", "mem_gb")),
         job_settings=_job_settings(order, slurm),
         progress=order.progress,
+        order=order.options.order,
+        budget=order.options.budget,
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
-    from sweeps.plan.packs import Plan
+    from sweeps.plan.packs import Pack, Plan
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Slurm(Executor[SlurmSettings]):
     title: ClassVar[str] = "SLURM"
     Settings: ClassVar[type[ExecutorSettings]] = SlurmSettings
     detached: ClassVar[bool] = True
+    keeps_budget: ClassVar[bool] = True
 
     def device(self) -> str:
         asked = self.settings.device
@@ -69,6 +70,11 @@ class Slurm(Executor[SlurmSettings]):
         models = dict.fromkeys(c.model for c in order.manifest.wanted_cells())
         for shape in dict.fromkeys(context.shape(model, 0) for model in models):
             check_request(self.settings.request(shape))
+
+    def devices(self, order: Order) -> Callable[[Pack], int]:
+        from sweeps.executors.slurm.context import launch_context
+
+        return launch_context(order, self.settings).devices
 
     def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:
         """Say what would be submitted, without asking the cluster."""

@@ -16,6 +16,8 @@ from sweeps.executors.slurm.query.where import here
 from sweeps.files import store_time
 from sweeps.launches.claimer import launch_provenance
 from sweeps.launches.launch import Chunk, Launch, Shape, line_offsets
+from sweeps.launches.spending import read_spending
+from sweeps.plan.budget import fit
 from sweeps.plan.packs import Pack, Plan
 from sweeps.store.schema import Row
 from sweeps.study.manifest import Manifest
@@ -38,11 +40,13 @@ class LaunchPlan:
     left: int = 0
     held: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
+    beyond: int = 0
 
     def prepare(self, plan: Plan) -> Plan:
         """Return the part of a plan that is to be claimed; its launch is on disk when this returns."""
         context = self.context
         packs, gates = self._through_the_gate(self._that_fit(plan.packs))
+        packs, allowances = self._within_budget(packs)
         shapes = list(dict.fromkeys(context.shape(p.model, p.rung) for p in packs))
         packs = self._within_limits(packs, len(shapes))
         self.launch = None
@@ -74,6 +78,7 @@ class LaunchPlan:
                 baselines=_baselines(context.manifest),
                 provenance=launch_provenance(self.launch_id, context.manifest.name),
                 store_launched=store_time(context.store.out),
+                allowances={p.id: allowances[p.id] for p in packs if p.id in allowances},
             ),
             offsets=line_offsets(packs),
             launched=time.time(),
@@ -99,6 +104,16 @@ class LaunchPlan:
             else:
                 self.unfit[pack.model.label] = problem
         return fit
+
+    def _within_budget(self, packs: Sequence[Pack]) -> tuple[list[Pack], Mapping[str, float]]:
+        """Return (packs that the budget pays for, device-seconds that each may take)."""
+        self.beyond, budget = 0, self.context.budget
+        if budget is None:
+            return list(packs), {}
+        left = read_spending(self.context.store, self.context.manifest.sweep).left(budget)
+        fitting = fit(packs, left, self.context.devices)
+        self.beyond = fitting.beyond
+        return list(fitting.packs), fitting.allowances
 
     def _within_limits(self, packs: Sequence[Pack], shapes: int) -> list[Pack]:
         room = self.limits.room

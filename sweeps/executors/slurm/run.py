@@ -22,11 +22,12 @@ from sweeps.executors.slurm.show.watch import WatchView
 from sweeps.executors.slurm.submit import Submitted, Submitter
 from sweeps.launches.claimer import counts_text, new_launch, plan_study
 from sweeps.launches.in_flight import read_flight
+from sweeps.launches.spending import read_spending
+from sweeps.plan.budget import HOUR, budget_text, spent_text
 from sweeps.plan.cost import load_seconds
 from sweeps.results.report import show_results
 from sweeps.results.table import measurement_states
 from sweeps.status import UNRECORDED, State
-from sweeps.study.manifest import Manifest
 from sweeps.text import counted, hours
 
 MOST_TRIES: Final = 3
@@ -51,7 +52,7 @@ def submit_study(order: Order, slurm: SlurmSettings) -> int:
             submitted = submitter.submit(new_launch(), read_flight(store.out))
         except SchedulerError as error:
             raise UserError(f"executor=slurm: {error}. Nothing was submitted") from error
-    _say(submitted, manifest, slurm, console)
+    _say(submitted, submitter, console)
     if order.options.watch:
         return _watch(submitter, console)
     if submitted.launch is None and submitted.plan.counts["in flight"]:
@@ -62,7 +63,8 @@ def submit_study(order: Order, slurm: SlurmSettings) -> int:
     return EXIT_FAILED if submitted.error else 0
 
 
-def _say(submitted: Submitted, manifest: Manifest, slurm: SlurmSettings, console: Console) -> None:
+def _say(submitted: Submitted, submitter: Submitter, console: Console) -> None:
+    manifest, slurm = submitter.context.manifest, submitter.context.slurm
     plan, launch = submitted.plan, submitted.launch
     if launch is not None:
         measurements = sum(len(p.measurements()) for p in plan.packs)
@@ -78,7 +80,7 @@ def _say(submitted: Submitted, manifest: Manifest, slurm: SlurmSettings, console
             f"each job has {shapes} for {slurm.minutes} min. {counts_text(plan)}".rstrip(),
             highlight=False,
         )
-    elif not submitted.left and not submitted.held and not submitted.unfit:
+    elif not submitted.left and not submitted.held and not submitted.unfit and not submitted.beyond:
         console.print(f"[bold]{manifest.sweep}[/]: nothing to submit. {counts_text(plan)}", highlight=False)
     for model, why in submitted.held.items():
         console.print(f"[yellow]{escape(model)} is held back: {escape(why)}[/]", highlight=False)
@@ -90,6 +92,8 @@ def _say(submitted: Submitted, manifest: Manifest, slurm: SlurmSettings, console
         console.print(
             f"[yellow]{escape(text)}: run the same command again later, or with watch=true.[/]", highlight=False
         )
+    if submitted.beyond:
+        console.print(f"[yellow]{escape(_budget_words(submitter, submitted.beyond))}[/]", highlight=False)
     if submitted.error:
         text = f"{submitted.error}: {submitted.jobs} jobs were submitted; the same command submits the rest"
         console.print(f"[red]{escape(text)}[/]", highlight=False)
@@ -102,6 +106,19 @@ def _say(submitted: Submitted, manifest: Manifest, slurm: SlurmSettings, console
         )
 
 
+def _budget_words(submitter: Submitter, beyond: int) -> str:
+    context = submitter.context
+    assert context.budget is not None
+    spending = read_spending(context.store, context.manifest.sweep)
+    if not spending.left(context.budget) and not spending.held:
+        return spent_text(context.budget, spending.spent, beyond, context.device)
+    spent, held = (budget_text(s, context.device) for s in (spending.spent, spending.held))
+    return (
+        f"budget={context.budget / HOUR:g} pays for no more ({spent} spent, {held} for jobs in flight): "
+        f"{counted(beyond, 'measurement')} left. The same command with a larger budget= goes on."
+    )
+
+
 def _watch(submitter: Submitter, console: Console) -> int:
     """Follow a study, submitting what limits kept out, until nothing is left; Ctrl-C only stops looking."""
     store, manifest = submitter.context.store, submitter.context.manifest
@@ -109,7 +126,7 @@ def _watch(submitter: Submitter, console: Console) -> int:
     submitter = replace(submitter, retry=frozenset(UNRECORDED) - {State.CANCELLED})
     try:
         with WatchView(console=console, out=store.out, manifest=manifest) as view:
-            _follow(submitter, view)
+            spent = _follow(submitter, view)
     except KeyboardInterrupt:
         console.print(
             "\nNot watching any more; the jobs go on. mode=status says how they do, mode=cancel ends them.",
@@ -124,10 +141,11 @@ def _watch(submitter: Submitter, console: Console) -> int:
         console.print(f"[red]{escape(text)}[/]", highlight=False, soft_wrap=True)
     if unfinished:
         console.print(f"{len(unfinished)} of {counted(len(states), 'measurement')} not done: mode=status says more")
-    return EXIT_FAILED if failed or unfinished else 0
+    return EXIT_FAILED if failed or (unfinished and not spent) else 0
 
 
-def _follow(submitter: Submitter, view: WatchView) -> None:
+def _follow(submitter: Submitter, view: WatchView) -> bool:
+    """Follow a study to its end; tell whether its budget was the end."""
     store, manifest = submitter.context.store, submitter.context.manifest
     tries: Counter[str] = Counter()
     while True:
@@ -140,13 +158,15 @@ def _follow(submitter: Submitter, view: WatchView) -> None:
         worn_out = plan.todo and all(tries[m] >= MOST_TRIES for m in plan.measurement_keys())
         if worn_out and not plan.counts["in flight"]:
             view.note(f"{plan.todo} measurements ended {MOST_TRIES} times without a record: not submitted again")
-            return
+            return False
         if plan.todo and not worn_out:
             held = _top_up(submitter, view, tries)
             if held and not plan.counts["in flight"]:
-                return
+                if "budget" in held:
+                    view.note(held["budget"])
+                return "budget" in held
         elif not plan.counts["in flight"]:
-            return
+            return False
         time.sleep(WATCH_SECONDS)
 
 
@@ -162,4 +182,5 @@ def _top_up(submitter: Submitter, view: WatchView, tries: Counter[str]) -> Mappi
         view.note(f"{counted(submitted.jobs, 'more job')} submitted")
     if submitted.error:
         view.note(submitted.error)
-    return {**submitted.held, **submitted.unfit} if submitted.launch is None and not submitted.left else {}
+    beyond = {"budget": _budget_words(submitter, submitted.beyond)} if submitted.beyond else {}
+    return {**submitted.held, **submitted.unfit, **beyond} if submitted.launch is None and not submitted.left else {}

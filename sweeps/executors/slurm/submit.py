@@ -26,6 +26,7 @@ class Submitted:
         left: packs that did not fit the cluster's limits; why says which.
         held: models whose quantized cells wait for their baseline, and why.
         unfit: packs whose next step of the out-of-memory ladder the cluster doesn't have, and what it said.
+        beyond: measurements that the budget does not pay for.
         error: why not all chunks could be submitted; None when they were.
     """
 
@@ -36,6 +37,7 @@ class Submitted:
     why: str = ""
     held: Mapping[str, str] = field(default_factory=dict)
     unfit: Mapping[str, str] = field(default_factory=dict)
+    beyond: int = 0
     error: str | None = None
 
 
@@ -72,7 +74,12 @@ class Submitter:
         )
         plan, claim = claimer.claim(draft.prepare)
         submitted = Submitted(
-            plan=plan, left=draft.left, why=limits.why, held=dict(draft.held), unfit=dict(draft.unfit)
+            plan=plan,
+            left=draft.left,
+            why=limits.why,
+            held=dict(draft.held),
+            unfit=dict(draft.unfit),
+            beyond=draft.beyond,
         )
         if claim is None or draft.launch is None:
             return submitted

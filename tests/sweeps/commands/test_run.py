@@ -16,6 +16,7 @@ import pytest
 from sweeps import load_results, load_samples
 from sweeps.config import DEMO_DIR
 from sweeps.store.parts import Store
+from sweeps.text import counted
 from tests.conftest import ROOT, Launch
 
 SMALL = [
@@ -169,6 +170,28 @@ def test_running_again_does_nothing_and_says_so(demo: tuple[Path, subprocess.Com
     assert again.returncode == 0
     assert "nothing to do" in again.stdout
     assert before == sorted((p, p.stat().st_mtime_ns) for p in out.glob("pa*/**/*.parquet"))
+
+
+def test_a_study_stops_when_its_budget_is_spent_and_a_larger_one_goes_on(tmp_path: Path, launch: Launch) -> None:
+    study = [f"out={tmp_path / 'r'}", *SMALL]
+    some = launch(*study, "budget=0.0005")
+    assert some.returncode == 0, some.stdout + some.stderr
+    done = load_results(tmp_path / "r").query("status == 'done'")
+    assert 1 <= len(done) < 13
+    assert done["bits"].min() <= done["bits"].max() == 16  # the baseline came first
+    assert "budget=0.0005 is spent" in some.stdout
+    assert f"{13 - len(done)} measurement" in some.stdout
+    again = launch(*study, "budget=0.0005")
+    assert again.returncode == 0
+    assert "budget=0.0005 is spent" in again.stdout
+    assert len(all_row_ids(tmp_path / "r")) == len(done)
+    plan = launch(*study, "budget=0.5", "mode=plan").stdout
+    assert "budget  0.5 worker-hours: " in plan
+    assert f"fits  {counted(13 - len(done), 'measurement')} of {13 - len(done)} to do" in plan
+    rest = launch(*study, "budget=0.5")
+    assert rest.returncode == 0
+    assert "is spent" not in rest.stdout
+    assert_whole(tmp_path / "r", 13)
 
 
 def test_launches_that_differ_in_settings_each_show_their_own_numbers(small: Path, launch: Launch) -> None:

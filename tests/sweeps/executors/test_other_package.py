@@ -123,6 +123,10 @@ def test_its_keys_are_checked_as_ours_are(package: Path, launch: Launch) -> None
         (["executor=one_by_one", "executor.workers=1"], "executor.workers is a key of executor=local"),
         (["executor.greeting=hi"], "executor.greeting is a key of executor=one_by_one"),
         (["executor=one_by_one", "mode=plan", "script=true"], "executor=one_by_one sends no scripts"),
+        (
+            ["executor=one_by_one", "budget=2"],
+            "budget=2 is not valid with executor=one_by_one, which does not keep one",
+        ),
         (["executor.name=one_by_two"], "one of local, slurm, one_by_one. Did you mean one_by_one?"),
     ]:
         result = launch(*conf, *args)

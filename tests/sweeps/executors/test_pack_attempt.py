@@ -69,6 +69,22 @@ def test_a_baseline_that_the_walltime_stops_for_good_fails(tmp_path: Path, measu
     assert run._requeue(lambda *_: None) == "walltime"
 
 
+def test_a_job_stops_at_its_share_of_the_budget_and_does_not_go_back_into_the_queue(tmp_path: Path) -> None:
+    run = pack_run(tmp_path, pack_of(BASELINE))
+    assert not run._is_spent()
+    run = pack_run(tmp_path, run.pack, allowances={run.pack.id: 60.0})
+    assert run._is_spent()
+    with pytest.raises(JobError, match="its quantized cells don't run"):
+        run._stop_for_budget()
+    run.chunk = Chunk(number=1, shape=0, packs=(run.pack.id,))
+    assert run._stop_for_budget() == "budget"
+    (attempt,) = run.launch.attempts([run.pack.id])[run.pack.id]
+    assert attempt.end is not None
+    assert attempt.end["reason"] == "budget"
+    run = pack_run(tmp_path, run.pack, allowances={run.pack.id: 6000.0})
+    assert not run._is_spent()  # the walltime of 10 minutes comes first
+
+
 def gate_of(out: Path, pack: Pack, evals: Sequence[EvalSpec] = EVALS) -> str | None:
     whole = pack_of(BASELINE, evals=tuple(evals))
     keys = [m.key for m in whole.measurements()]

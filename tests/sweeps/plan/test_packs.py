@@ -85,7 +85,6 @@ def test_a_pack_is_one_model_and_packs_are_shared_out() -> None:
     packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)).packs
     assert all({c.model for c, _ in p.items} == {p.model} for p in packs)
     assert len([p for p in packs if p.model.name == "neox-b"]) > 1
-    assert [p.seconds for p in packs] == sorted((p.seconds for p in packs), reverse=True)
     assert len({p.id for p in packs}) == len(packs)
 
 

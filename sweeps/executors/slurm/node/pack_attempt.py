@@ -20,7 +20,9 @@ from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.node.owners import lease_pack
 from sweeps.files import read_json
 from sweeps.launches.claims import Claims
+from sweeps.launches.job_log import BUDGET
 from sweeps.launches.launch import Attempt, Chunk, Launch
+from sweeps.launches.spending import allowance_ends
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.store.schema import Scalar
@@ -85,7 +87,7 @@ class PackAttempt:
             self._end("error", error=f"{type(error).__name__}: {error}")
             raise
         if reason == "walltime":
-            return self._requeue(requeue)
+            return self._stop_for_budget() if self._is_spent() else self._requeue(requeue)
         if reason == "finished":
             return self._finish()
         self._end(reason)
@@ -122,7 +124,7 @@ class PackAttempt:
             log=lambda _: log,
             beat=self._beat,
             ends=self._job_end(),
-            until=self._job_end() - END_MARGIN,
+            until=min(self._job_end() - END_MARGIN, allowance_ends(self.launch, self._attempt)),
             pin=False,
         )
         outcome = "asked" if self._reason else self._execution.run()
@@ -228,6 +230,16 @@ class PackAttempt:
             raise JobError(f"{self.pack.model.label}: {why}; its quantized cells don't run")
         print(why, flush=True)
         return "walltime"
+
+    def _is_spent(self) -> bool:
+        return allowance_ends(self.launch, self._attempt) < self._job_end() - END_MARGIN
+
+    def _stop_for_budget(self) -> str:
+        self._end(BUDGET)
+        if self._is_gate():
+            raise JobError("the budget is spent before this baseline was whole; its quantized cells don't run")
+        print("the budget is spent: what is left runs when the study is launched with a larger one", flush=True)
+        return BUDGET
 
     def _finish(self) -> str:
         problem = self._gate_problem()

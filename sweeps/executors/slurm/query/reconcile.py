@@ -17,7 +17,7 @@ from sweeps.executors.slurm.query.jobs import JobSnapshot, JobState, query_jobs
 from sweeps.executors.slurm.query.where import in_sight
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import load_launch, read_flight
-from sweeps.launches.job_log import ABSENT, SUBMITTING, JobLog, JobRecord
+from sweeps.launches.job_log import ABSENT, BUDGET, SUBMITTING, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch
 from sweeps.status import State
 
@@ -133,11 +133,13 @@ def _with_last_words(entry: JobRecord, attempts: list[Attempt]) -> JobRecord:
     said = last.end or {}
     reason = said.get("reason")
     # SLURM says so also where one process of the job was killed and the job went on.
-    own_end = reason in ("walltime", "finished", "terminated") and not said.get("requeued")
+    own_end = reason in ("walltime", "finished", "terminated", BUDGET) and not said.get("requeued")
     if entry.ended == "oom" and own_end:
         entry = replace(entry, ended="lost")
     if reason == "walltime" and entry.ended == "lost":
         entry = replace(entry, ended="timeout")
+    if reason == BUDGET and entry.ended == "lost":
+        entry = replace(entry, ended=BUDGET)
     if reason == "finished":
         entry = replace(entry, finished_at=float(said["at"]))
     # A whole walltime without a measurement is as good as a death.

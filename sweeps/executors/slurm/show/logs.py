@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import load_launch
-from sweeps.launches.job_log import JobLog, JobRecord
+from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Chunk, Launch
 
 LINES_SHOWN: Final = 30
@@ -50,7 +50,7 @@ def failed_logs(out: Path, measurements: Collection[str], console: Console) -> i
             shown += _show_unstarted(launch, job_log, chunk, unstarted, console)
         for pack in packs:
             entry = job_log.entries.get(pack)
-            if pack in unstarted or entry is None or entry.ended is None:
+            if pack in unstarted or entry is None or entry.ended in (None, BUDGET):
                 continue
             shown += 1
             if shown <= MOST_LOGS_SHOWN:
@@ -91,7 +91,7 @@ def _block(launch: Launch, job_log: JobLog, chunk: Chunk) -> _Block | None:
     for gate in launch.chunks[chunk.after].packs:
         attempts = launch.attempts([gate]).get(gate, [])
         end = attempts[-1].end if attempts else None
-        if end is not None and end["reason"] in ("gate", "walltime", "error") and not end.get("requeued"):
+        if end is not None and end["reason"] in ("gate", "walltime", "error", BUDGET) and not end.get("requeued"):
             why = end.get("error") or f"its baseline did not finish ({end['reason']})"
             text = f"{launch.pack(gate).model.label} is held back: {why}"
             return _Block(text=text, logs=_logs(launch, job_log, gate))
