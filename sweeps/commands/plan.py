@@ -81,7 +81,7 @@ def _budget_rows(executor: Executor[Any], order: Order, planned: Plan) -> list[t
     if budget is None:
         return []
     spending = read_spending(order.store, order.manifest.sweep)
-    fitting = fit(planned.packs, spending.left(budget), executor.devices(order))
+    fitting = fit(planned.packs, spending.left(budget), executor.devices(order), start=executor.start_seconds)
     held = f", {budget_text(spending.held, order.device)} for jobs in flight" if spending.held else ""
     return [
         ("budget", f"{budget_text(budget, order.device)}: {budget_text(spending.spent, order.device)} spent{held}"),

@@ -77,6 +77,7 @@ class Executor(ABC, Generic[S]):
         detached: whether its jobs outlive the process that launched them. Their claims end by what ``observe`` writes
             into the launch's directory (sweeps.launches.launch), those of others with the launching process.
         keeps_budget: whether ``run`` stops when the order's budget is spent; else a budget is refused.
+        start_seconds: for how long each pack holds its devices before it loads its model.
     """
 
     name: ClassVar[str]
@@ -84,6 +85,7 @@ class Executor(ABC, Generic[S]):
     Settings: ClassVar[type[ExecutorSettings]]
     detached: ClassVar[bool] = False
     keeps_budget: ClassVar[bool] = False
+    start_seconds: ClassVar[float] = 0.0
 
     settings: S
 

@@ -51,23 +51,24 @@ def parse_budget(value: object) -> float | None:
     return float(value) * HOUR
 
 
-def fit(packs: Sequence[Pack], left: float, devices: Callable[[Pack], int]) -> Fit:
+def fit(packs: Sequence[Pack], left: float, devices: Callable[[Pack], int], *, start: float = 0.0) -> Fit:
     """Choose, in their order, the cells that are predicted to fit.
 
     Args:
         packs: the plan's.
         left: device-seconds.
         devices: how many a pack runs on.
+        start: seconds that each pack's devices are held before its model is loaded.
     """
     kept: list[Pack] = []
     costs: list[float] = []
     room = left
     for pack in packs:
         count = devices(pack)
-        part = first_items(pack, room / count - load_seconds(pack.model))
+        part = first_items(pack, room / count - start - load_seconds(pack.model))
         if part is not None:
             kept.append(part)
-            costs.append(count * (load_seconds(part.model) + part.seconds))
+            costs.append(count * (start + load_seconds(part.model) + part.seconds))
             room -= costs[-1]
         if part is None or len(part.items) < len(pack.items):
             break

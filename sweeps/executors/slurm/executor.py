@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from sweeps.errors import UserError
 from sweeps.executors.base import Executor, Observation, Order
 from sweeps.executors.settings import ExecutorSettings
-from sweeps.executors.slurm.settings import SlurmSettings, shape_text
+from sweeps.executors.slurm.settings import START_SECONDS, SlurmSettings, shape_text
 from sweeps.worker.devices import DEVICES
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Slurm(Executor[SlurmSettings]):
     Settings: ClassVar[type[ExecutorSettings]] = SlurmSettings
     detached: ClassVar[bool] = True
     keeps_budget: ClassVar[bool] = True
+    start_seconds: ClassVar[float] = START_SECONDS
 
     def device(self) -> str:
         asked = self.settings.device

@@ -13,6 +13,7 @@ from sweeps.executors.slurm.context import LaunchContext
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.query import Limits, check_request
 from sweeps.executors.slurm.query.where import here
+from sweeps.executors.slurm.settings import START_SECONDS
 from sweeps.files import store_time
 from sweeps.launches.claimer import launch_provenance
 from sweeps.launches.launch import Chunk, Launch, Shape, line_offsets
@@ -111,7 +112,7 @@ class LaunchPlan:
         if budget is None:
             return list(packs), {}
         left = read_spending(self.context.store, self.context.manifest.sweep).left(budget)
-        fitting = fit(packs, left, self.context.devices)
+        fitting = fit(packs, left, self.context.devices, start=START_SECONDS)
         self.beyond = fitting.beyond
         return list(fitting.packs), fitting.allowances
 

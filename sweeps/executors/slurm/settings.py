@@ -26,6 +26,8 @@ GPU_SHARE: Final = 0.9
 HOST_BYTES_PER_PARAM: Final = 4
 """Of a GPU job's host: the checkpoint while it is loaded, and the original weights kept for restoring."""
 HOST_WORK_BYTES: Final = 8e9
+START_SECONDS: Final = 30.0
+"""From a job's begin until its worker has imported what it needs; on a file system that many share it takes longer."""
 JOB_BYTES: Final = 0.4e9
 """Of the process that watches over the worker."""
 MINUTES: Final = 240

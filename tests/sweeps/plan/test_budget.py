@@ -50,6 +50,12 @@ def test_a_pack_on_two_devices_costs_twice() -> None:
     assert fit(packs(), enough - 1, lambda _: 2).beyond == 1
 
 
+def test_each_pack_pays_for_its_start() -> None:
+    both = LOAD["neox-a"] + 40 + LOAD["neox-b"] + 400 + 2 * 30
+    assert fit(packs(), both + 1e-6, one, start=30.0).beyond == 0
+    assert fit(packs(), both - 1, one, start=30.0).beyond == 1
+
+
 @pytest.mark.parametrize("left", [0.0, 1.0])
 def test_nothing_fits_where_not_even_one_cell_does(left: float) -> None:
     fitting = fit(packs(), left, one)
