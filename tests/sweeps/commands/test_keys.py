@@ -23,6 +23,8 @@ __all__ = ["finished", "small"]
 
 VALUES: Mapping[str, str] = {
     "retry": "[failed]",
+    "order": "grid",
+    "budget": "12",
     "watch": "true",
     "script": "true",
     "by": "[bits]",
