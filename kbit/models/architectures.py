@@ -72,26 +72,30 @@ class Layer:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of the repeated transformer blocks.
 
-    The model says which part is its text decoder; a vision tower, which may be larger, is another part. Of the
-    ModuleLists in the decoder that lie in no other, they are the one with most weights in linear layers.
+    The model says which part is its text decoder, and which parts read no text: a vision tower may be larger. Of the
+    decoder's ModuleLists that lie in no other, they are the one with most weights in linear layers. A decoder that has
+    none is no decoder but a head of that name: then the whole model's count.
 
     Raises:
         ArchitectureError: no ModuleList has linear layers; or one of these has a weight that is computed.
     """
     lists: dict[str, nn.ModuleList] = {}
-    for name, module in _decoder(model):
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists[name] = module
     sizes = {
         name: sum(_weight(m, path).numel() for path, m in blocks.named_modules(prefix=name) if _is_linear(m))
         for name, blocks in lists.items()
     }
-    best = max(sizes, key=lambda name: sizes[name], default=None)
-    if best is None or sizes[best] == 0:
+    decoder, towers = f"{_decoder(model)}.", tuple(f"{name}." for name in _towers(model))
+    reading = [name for name, size in sizes.items() if size and not name.startswith(towers)]
+    within = [name for name in reading if name.startswith(decoder)] or reading
+    if not within:
         raise ArchitectureError(
             f"{type(model).__name__} has nothing to quantize: "
             "no ModuleList of transformer blocks with linear layers (nn.Linear or Conv1D)"
         )
+    best = max(within, key=lambda name: sizes[name])
     return best, lists[best]
 
 
@@ -158,13 +162,17 @@ def has_parallel_residual(model: nn.Module) -> bool:
     )
 
 
-def _decoder(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules of the text decoder, by name in the model: those of the whole model where it names none."""
-    modules = list(model.named_modules())
+def _decoder(model: nn.Module) -> str:
+    """Name of the module that the model says is its text decoder; "" where it names none, or itself."""
     ask = getattr(model, "get_decoder", None)
     decoder = model if ask is None else ask()
-    root = next((name for name, module in modules if module is decoder), "")
-    return [(name, module) for name, module in modules if not root or name.startswith(f"{root}.")]
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Names of the parts that say that they take images or sounds, and no text."""
+    kinds = {name: getattr(module, "input_modalities", "text") for name, module in model.named_modules() if name}
+    return [name for name, kind in kinds.items() if "text" not in ((kind,) if isinstance(kind, str) else kind)]
 
 
 def _is_linear(module: nn.Module) -> bool:

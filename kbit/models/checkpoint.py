@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -92,6 +92,11 @@ def model_files(directory: Path) -> tuple[str, ...]:
     return (*weights, "config.json", *obeyed_files(names))
 
 
+def weights_among(directory: Path, names: Iterable[str]) -> list[Path]:
+    """Of a model's files (``model_files``), those that hold weights."""
+    return [directory / name for name in names if name.endswith((".safetensors", ".bin"))]
+
+
 def read_config(directory: Path) -> Mapping[str, Any]:
     """Read a model's config.json. Raises CheckpointError where it is missing, damaged or has no model_type."""
     try:
@@ -155,11 +160,14 @@ def _tensor(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     )
 
 
-def _is_parameter(tensor: StoredTensor) -> bool:
-    if not tensor.dtype.startswith(("F", "BF")) or _BUFFER.search(tensor.name):
-        return False
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor is what older checkpoints store beside parameters: causal masks, rotary frequencies."""
     # GPT-2 and GPT-NeoX store their causal mask [1, 1, n, n] under the name of a bias.
-    return not (_MASK.search(tensor.name) and len(tensor.shape) == 4)
+    return bool(_BUFFER.search(name)) or bool(_MASK.search(name) and len(shape) == 4)
+
+
+def _is_parameter(tensor: StoredTensor) -> bool:
+    return tensor.dtype.startswith(("F", "BF")) and not is_buffer(tensor.name, tensor.shape)
 
 
 def _same(a: StoredTensor, b: StoredTensor) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,19 +12,18 @@ import torch
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
-from kbit.models.checkpoint import model_files, safetensors_header
+from kbit.models.checkpoint import model_files, weights_among
 from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
+from kbit.models.refusals import check_checkpoint
+from kbit.models.stored import stored_dtype, stored_tensors
 from kbit.models.tokenizers import tokenizer_hash
+from kbit.models.verification import check_causal, check_complete, check_range
 from kbit.quantizer.storage import STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-_SAFETENSORS_FLOATS = ("F", "BF")
-"""How the names of floating-point dtypes begin; masks and indices (BOOL, I64, U8) are no weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +90,23 @@ def load_model(
         raise SpecError("gpus", gpus, f"1, or with device='cuda' as many as torch finds, which is {found}")
     directory = _directory(path_or_id, revision)
     names = _model_files(directory, path_or_id, trust_remote_code)
-    storage = _stored_dtype([directory / n for n in names if n.endswith((".safetensors", ".bin"))])
+    stored = stored_tensors(weights_among(directory, names))
+    storage = stored_dtype(stored)
     compute: torch.dtype = storage if compute_dtype == "storage" else getattr(torch, compute_dtype)
     if compute not in (storage, torch.float32):
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
         raise SpecError("compute_dtype", compute_dtype, allowed)
     # Whatever else lies in the directory is not hashed, so it must decide nothing.
     with only(directory, names) as view:
-        model, tokenizer = _read(view, path_or_id, storage, trust_remote_code)
+        model, tokenizer, info = _read(view, path_or_id, storage, trust_remote_code)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(directory)
     of_tokenizer = [directory / n for n in ("config.json", *obeyed_files(names))]
+    check_complete(model, info, stored, name=path_or_id)
+    check_range(model, stored, storage, name=path_or_id)
     place(model, device, compute, gpus=gpus)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
+    check_causal(model, name=path_or_id)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -142,6 +143,7 @@ def _directory(path_or_id: str, revision: str | None) -> Path:
 def _model_files(directory: Path, name: str, remote_code: bool) -> Sequence[str]:
     try:
         names = model_files(directory)
+        check_checkpoint(directory, names)
         if remote_code:
             check_own_code(directory, names)
     except (CheckpointError, OSError) as error:
@@ -149,36 +151,7 @@ def _model_files(directory: Path, name: str, remote_code: bool) -> Sequence[str]
     return names
 
 
-def _stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """Return the 16-bit dtype of most weights in the files (configurations may be wrong); else float16."""
-    counts: Counter[torch.dtype] = Counter()
-    for path in files:
-        if path.suffix == ".safetensors":
-            try:
-                header = safetensors_header(path)
-            except CheckpointError as error:
-                raise SpecError("path", str(path), f"an undamaged safetensors file; {error}") from error
-            for tensor in header:
-                if tensor.dtype.startswith(_SAFETENSORS_FLOATS):
-                    counts[_SAFETENSORS_DTYPES.get(tensor.dtype, torch.float32)] += tensor.stop - tensor.start
-        else:
-            for tensor in _torch_file(path).values():
-                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                    counts[tensor.dtype] += tensor.nbytes
-    most = counts.most_common(1)[0][0] if counts else torch.float32
-    return most if most in STORAGE_DTYPES else torch.float16
-
-
-def _torch_file(path: Path) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = torch.load(path, map_location="meta", weights_only=True)
-    except UnpicklingError as error:
-        allowed = "safetensors, or a torch file of tensors alone; this one is a pickle that would run code: refused"
-        raise SpecError("path", str(path), allowed) from error
-    return loaded
-
-
-def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[PreTrainedModel, Any]:
+def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[PreTrainedModel, Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
@@ -194,12 +167,7 @@ def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -
         said = str(error).replace(str(directory), name)
         raise SpecError("path", name, f"a causal language model that transformers can load; it says: {said}") from error
     model, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:4])
-        raise SpecError(
-            "path", name, f"a checkpoint with every weight of its configuration; missing or of another shape: {lacking}"
-        )
-    return model, tokenizer
+    return model, tokenizer, info
 
 
 def _auto_class(directory: Path, remote_code: bool) -> Any:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files
+from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files, weights_among
 from kbit.models.obeyed import check_refused, obeyed_files
+from kbit.models.refusals import check_checkpoint, check_config
 from kbit.sources import HubData
 from sweeps.errors import HubError, UserError
 from sweeps.study.hashes import Progress, file_hash
@@ -25,6 +26,7 @@ from sweeps.study.hashes import Progress, file_hash
 __all__ = [
     "LocalModel",
     "cached_snapshot",
+    "check_cached",
     "check_jsonl",
     "fetch",
     "file_hash",
@@ -115,6 +117,23 @@ def cached_snapshot(repo_id: str, commit: str, repo_type: str = "model") -> Path
     return directory
 
 
+def check_cached(repo_id: str, commit: str) -> None:
+    """Refuse a hub model that can't be measured, as far as the local cache knows it.
+
+    Raises:
+        HubError: says why, and what to do.
+    """
+    directory = _repo_dir(repo_id, "model") / "snapshots" / commit
+    if not (directory / "config.json").is_file():
+        return
+    try:
+        check_config(read_config(directory))
+        if cached_snapshot(repo_id, commit) is not None:
+            check_checkpoint(directory, model_files(directory))
+    except CheckpointError as error:
+        raise HubError(f"model {repo_id}@{commit} is not usable: {error}") from error
+
+
 def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalModel:
     """Identify a local model directory by its contents.
 
@@ -123,7 +142,8 @@ def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalM
         progress: called while large files are hashed (the first time; their hashes are remembered).
 
     Raises:
-        HubError: no such directory, no config.json, no weights or weights that can't be used.
+        HubError: no such directory, no config.json, no weights or weights that can't be used; or a model that can't be
+            measured.
     """
     directory = Path(path).expanduser().absolute()
     if not directory.is_dir():
@@ -132,7 +152,8 @@ def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalM
         )
     try:
         files = model_files(directory)
-        weights = [directory / n for n in files if n.endswith(".safetensors")]
+        check_checkpoint(directory, files)
+        weights = [file for file in weights_among(directory, files) if file.suffix == ".safetensors"]
         params = count_parameters(weights) if weights else None
         hashes = {n: file_hash(directory / n, progress=progress) for n in files}
     except (CheckpointError, OSError) as error:

@@ -139,12 +139,14 @@ def _member(
     if not member["id"]:
         raise UserError(f"models.{family}.members.{name}: needs `id` (a hub id) or `path` (a local directory)")
     progress(f"commit of {member['id']}")
+    commit = resolver.commit(member["id"], checkpoint or member["revision"], "model")
+    hub.check_cached(member["id"], commit)
     return ModelRef(
         family=family,
         name=name,
         params=member["params"],
         hub_id=member["id"],
-        commit=resolver.commit(member["id"], checkpoint or member["revision"], "model"),
+        commit=commit,
         checkpoint=checkpoint,
         tokens_seen=_tokens_seen(checkpoint, member["tokens_per_step"]),
     )
