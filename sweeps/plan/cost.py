@@ -16,8 +16,8 @@ from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.store.schema import Row
 from sweeps.study.cell import Measurement, ModelRef
 
-OPERATIONS_PER_SECOND: Final = {"cpu": 2e10, "cuda": 1.5e14}
-"""A core of a CPU in float32; an H100-class GPU in 16 bits."""
+OPERATIONS_PER_SECOND: Final = {"cpu": 8e10, "cuda": 1.5e14}
+"""A core of a server's CPU in float32; an H100-class GPU in 16 bits."""
 QUANTIZE_PER_SECOND: Final = {"cpu": 2e7, "cuda": 2e9}
 """Weights quantized and dequantized a second."""
 LOAD_BYTES_PER_SECOND: Final = 5e8

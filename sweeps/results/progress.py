@@ -11,13 +11,80 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from sweeps.events import Crashed, Event, Measured, PackDone, Started
 from sweeps.store.schema import Row
 
 LINE_SECONDS: Final = 15.0
+BAR_WIDTHS: Final = (8, 30)
+LEAST_CURRENT: Final = 12
+"""Columns below which the current cells say nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What the live line says; it fits its terminal by leaving out what matters least.
+
+    Attributes:
+        done, total: cells.
+        left: time left, '?' where unknown.
+        rate, elapsed, failed, current: may be empty.
+    """
+
+    done: int
+    total: int
+    left: str
+    rate: str = ""
+    elapsed: str = ""
+    failed: str = ""
+    current: str = ""
+
+    def fit(self, width: int) -> tuple[int, list[tuple[str, str]]]:
+        """Return the width of the bar (0 is none), and the other parts in their order, each with a style.
+
+        The current cells are the first to go; cells done and the time left stay.
+        """
+        counts, left = f"{self.done}/{self.total}", f"left {self.left}"
+        parts = [
+            # In the order of the line; the number is the rank to keep it by.
+            (0, f"{counts} cells" if width >= 60 else counts, ""),
+            (3, self.failed, "red"),
+            (4, self.rate, ""),
+            (1, left, "bold"),
+            (5, self.elapsed, "dim"),
+        ]
+        parts = [part for part in parts if part[1]]
+        least, most = BAR_WIDTHS
+        # A spinner with a gap behind it comes first, and a gap stands between what follows.
+        while (room := width - 3 - sum(len(text) + 2 for _, text, _ in parts)) < least and len(parts) > 2:
+            parts.remove(max(parts))
+        bar = min(most, room) if room >= least else 0
+        shown = [(text, style) for _, text, style in parts]
+        if self.current and (rest := room - bar - 2) >= LEAST_CURRENT:
+            current = self.current if cell_len(self.current) <= rest else f"{set_cell_size(self.current, rest - 1)}…"
+            shown.append((current, "dim"))
+        return bar, shown
+
+    def drawn(self, width: int, spinner: Spinner) -> Table:
+        """Return it in one row of ``width`` columns at most."""
+        bar, parts = self.fit(width)
+        table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        cells: list[Text | Spinner | ProgressBar] = [Text(text, style) for text, style in parts]
+        widths = [cell_len(text) for text, _ in parts]
+        if bar:
+            cells = [spinner, ProgressBar(total=max(1, self.total), completed=self.done, width=bar), *cells]
+            widths = [1, bar, *widths]
+        for each in widths:
+            table.add_column(width=each, no_wrap=True)
+        table.add_row(*cells)
+        return table
 
 
 @dataclass(kw_only=True)
@@ -40,27 +107,19 @@ class RunView:
 
     def __post_init__(self) -> None:
         self._left = dict(self.cells)
-        self._progress = Progress(
-            SpinnerColumn(),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("cells  {task.fields[rate]}  left {task.fields[eta]}  "),
-            TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[current]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            refresh_per_second=4,
-        )
-        self._task = self._progress.add_task("run", total=len(self.cells), rate="", eta="?", current="starting workers")
+        self._spinner = Spinner("dots" if self.console.encoding.startswith("utf") else "line")
+        self._live = Live(console=self.console, get_renderable=self._drawn, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> Self:
-        self._progress.__enter__()
+        if self.console.is_terminal:
+            self._live.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.__exit__(kind, error, trace)
+        if self.console.is_terminal:
+            self._live.__exit__(kind, error, trace)
 
     @property
     def done(self) -> int:
@@ -87,18 +146,30 @@ class RunView:
             self.failed.setdefault(row["key"], f"{row['model']} {row['label']}: {row['error_type']} in {row['eval']}")
         self.diverged += row["status"] == "diverged"
 
-    def _show(self) -> None:
+    def _line(self) -> Line:
         elapsed = time.monotonic() - self._began
         share = self.measured / max(1, sum(self.cells.values()))
-        rate = f"{self.done / elapsed * 60:.0f}/min" if self.done else ""
-        left = _duration(elapsed / share - elapsed) if share > 0.02 else "?"
-        current = " | ".join(self._current[w] for w in sorted(self._current))
-        if self.failed:
-            current = f"{len(self.failed)} failed | {current}"
-        self._progress.update(self._task, completed=self.done, rate=rate, eta=left, current=current)
-        if not self.console.is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
-            self._last_line = time.monotonic()
-            self.console.print(f"{self.done}/{len(self.cells)} cells  {rate}  left {left}  {current}", highlight=False)
+        return Line(
+            done=self.done,
+            total=len(self.cells),
+            left=_duration(elapsed / share - elapsed) if share > 0.02 else "?",
+            rate=f"{self.done / elapsed * 60:.0f}/min" if self.done else "",
+            elapsed=_duration(elapsed),
+            failed=f"{len(self.failed)} failed" if self.failed else "",
+            current=" | ".join(self._current[w] for w in sorted(self._current))
+            or ("" if self.measured else "starting workers"),
+        )
+
+    def _drawn(self) -> Table:
+        return self._line().drawn(self.console.width, self._spinner)
+
+    def _show(self) -> None:
+        if self.console.is_terminal or time.monotonic() - self._last_line <= LINE_SECONDS:
+            return
+        self._last_line = time.monotonic()
+        line = self._line()
+        words = [f"{line.done}/{line.total} cells", line.rate, f"left {line.left}", line.failed, line.current]
+        self.console.print("  ".join(w for w in words if w), highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -278,8 +278,14 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, launch:
     # The 16-bit baseline of a broken model quantizes nothing: it measures, and diverges.
     assert statuses == {("neox-broken", "failed"): 12, ("neox-broken", "diverged"): 1, ("neox-xs", "done"): 13}
     logs = launch("mode=logs", f"out={tmp_path / 'r'}")
-    assert "Traceback" in logs.stdout
+    # A codebook that is fitted to the tensor meets it elsewhere than one that is not.
+    assert logs.stdout.count("Traceback (most recent call last)") == 2
+    for count in (8, 4):
+        assert f"{count} measurements of {count} cells failed alike" in logs.stdout
     assert "neox-broken" in logs.stdout
+    one = launch("mode=logs", f"out={tmp_path / 'r'}", "where={model: neox-broken, bits: 3, dtype: int}")
+    assert one.stdout.count("Traceback (most recent call last)") == 1
+    assert "failed alike" not in one.stdout
     assert "nothing to do" in launch(*arguments).stdout
     shown = launch(*arguments, "mode=plan", "retry=[failed]").stdout
     assert "12" in next(line for line in shown.splitlines() if "to do" in line)

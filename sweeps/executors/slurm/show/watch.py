@@ -68,9 +68,13 @@ class WatchView:
 
     def _drawn(self, states: Counter[str], jobs: Mapping[str, int], problems: Sequence[str]) -> Group:
         done, total = sum(states[s] for s in FINAL), sum(states.values())
-        bar = Table.grid(padding=(0, 2))
-        progress = ProgressBar(total=total, completed=done, width=40)
-        bar.add_row(Text(self.manifest.sweep, style="bold"), progress, f"{done}/{total}")
+        bar = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        name, counts = Text(self.manifest.sweep, style="bold"), Text(f"{done}/{total}")
+        room = min(40, self.console.width - len(name) - len(counts) - 4)
+        if room >= 8:
+            bar.add_row(name, ProgressBar(total=total, completed=done, width=room), counts)
+        else:
+            bar.add_row(name, counts)
         lines = [
             Text("measurements  " + _counts(states)),
             Text("jobs          " + (_counts({s.lower(): n for s, n in jobs.items()}) or "none")),
