@@ -16,6 +16,7 @@ _OF_AN_EVAL: Final = {
     "limit": "limits",
     "compute_dtype": "compute dtypes",
     "eval_device": "measured devices",
+    "eval_bos": "places of the beginning-of-sequence token",
 }
 _OF_A_MODEL: Final = {"revision": "revisions", "weights_hash": "weights"}
 _SHOWN: Final = 3

@@ -19,6 +19,7 @@ class LocalFile:
         sha256: of its contents when the study was launched.
         bytes, documents: its size, for predicting the cost.
         field: of a text set, the field of a line that holds the text.
+        bom: True where it begins with a byte-order mark, which is not read as text. Once it was, so it tells.
     """
 
     path: str
@@ -26,11 +27,13 @@ class LocalFile:
     bytes: int | None = None
     documents: int | None = None
     field: str | None = None
+    bom: bool | None = None
 
     @property
     def identity(self) -> str:
         field = self.field or DEFAULT_FIELD
-        return f"sha256:{self.sha256}" + (f"/field={field}" if field != DEFAULT_FIELD else "")
+        of_field = f"/field={field}" if field != DEFAULT_FIELD else ""
+        return f"sha256:{self.sha256}{of_field}{'/without=bom' if self.bom else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from tests import ROOT
 COMPUTES = {"torch", "transformers", "lm_eval", "bitsandbytes"}
 LIGHT = {
     *("kbit.axes", "kbit.calibration", "kbit.compute_dtypes", "kbit.data_types", "kbit.doors", "kbit.errors"),
-    *("kbit.evaluation.evaluators", "kbit.sources", "kbit.evaluation.spec"),
+    *("kbit.evaluation.evaluators", "kbit.sources", "kbit.evaluation.spec", "kbit.evaluation.documents"),
     *("kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),
 }
 """Of kbit, what loads no torch."""

@@ -82,7 +82,7 @@ PERPLEXITY: Final = Evaluator(
         _PERPLEXITY,
         _BITS_PER_BYTE,
     ),
-    settings={"window": "window", "limit": "tokens"},
+    settings={"window": "window", "limit": "tokens", "bos": "bos"},
 )
 
 TASK: Final = Evaluator(

@@ -1,5 +1,5 @@
 """Perplexity of a text set: its documents joined by blank lines, encoded once, cut into disjoint windows; the first
-token of each is context only.
+token of each is context only, be it of the text or the beginning-of-sequence token.
 """
 
 from __future__ import annotations
@@ -69,41 +69,73 @@ class PerplexityEval:
 def prepare_perplexity(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) -> PerplexityEval:
     """Encode a text set and cut it into windows of L = min(context, spec.window) tokens; the tail is dropped.
 
+    With ``spec.bos`` 'each', a window is the beginning-of-sequence token of the tokenizer and L - 1 tokens of text. The
+    token is no text: it counts neither as a token of the limit nor in bytes. With 'each' and 'none' the tokenizer adds
+    no special tokens.
+
     Raises:
-        SpecError: ``spec.limit`` is less than one window.
+        SpecError: ``spec.limit`` is less than one window; or 'each' is asked for and the tokenizer has no such token.
         ValueError: the text has fewer tokens than one window, a file is missing or malformed, or a token is not in the
             model's vocabulary.
     """
     length = context if spec.window is None else min(context, spec.window)
-    if spec.limit is not None and spec.limit < length:
+    begin = _begin(spec, tokenizer)
+    of_text = length - len(begin)
+    if spec.limit is not None and spec.limit < of_text:
         raise SpecError(
             spec.limit_key,
             spec.limit,
-            f"at least one window of {length} tokens for the text set {spec.name!r}, or null for all",
+            f"at least one window of {of_text} tokens for the text set {spec.name!r}, or null for all",
         )
-    encoded = encode_text(read_documents(spec.source), tokenizer, limit=spec.limit)
+    encoded = encode_text(read_documents(spec.source), tokenizer, limit=spec.limit, special=spec.bos is None)
     tokens = encoded.tokens
-    count = len(tokens) // length
+    count = len(tokens) // of_text
     if count == 0:
         where = place_of(spec.source)
         raise ValueError(
-            f"{where}: the text set {spec.name!r} has {len(tokens)} tokens, less than one window of {length}"
+            f"{where}: the text set {spec.name!r} has {len(tokens)} tokens, less than one window of {of_text}"
         )
-    windows = tokens[: count * length].reshape(count, length)
+    text = tokens[: count * of_text].reshape(count, of_text)
+    windows = np.concatenate([np.tile(np.array(begin, dtype=np.int64), (count, 1)), text], axis=1)
     if windows.max() >= vocab_size:
         vocabulary = f"the model's vocabulary has {vocab_size} entries: they don't match"
         raise ValueError(f"the tokenizer gives token {windows.max()}; {vocabulary}")
-    if encoded.ends is not None:
-        ends = encoded.ends[: count * length].reshape(count, length)
-        window_bytes = ends[:, -1] - ends[:, 0]
-    else:
-        scored = [
-            tokenizer.decode(w[1:], clean_up_tokenization_spaces=False, skip_special_tokens=True)
-            for w in windows.tolist()
-        ]
-        window_bytes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in scored], dtype=np.int64)
+    window_bytes = _scored_bytes(text, encoded.ends, tokenizer, all_scored=bool(begin))
     digest = hashlib.sha256(f"window {length}\n".encode() + windows.astype("<i4").tobytes()).hexdigest()
     return PerplexityEval(windows=windows, window_bytes=window_bytes, vocab_size=vocab_size, dataset_hash=digest)
+
+
+def _begin(spec: EvalSpec, tokenizer: Any) -> list[int]:
+    """Return the tokens that each window begins with, before its text."""
+    if spec.bos != "each":
+        return []
+    token = tokenizer.bos_token_id
+    if token is None:
+        raise SpecError("eval.bos", spec.bos, "first or none: this model's tokenizer has no token that begins a text")
+    return [int(token)]
+
+
+def _scored_bytes(
+    text: NDArray[np.int64], ends: NDArray[np.int64] | None, tokenizer: Any, *, all_scored: bool
+) -> NDArray[np.int64]:
+    """Return the UTF-8 bytes of the scored tokens of each window: int64 [n].
+
+    Args:
+        text: int64 [n, tokens], those of text.
+        ends: as of ``EncodedText``.
+        tokenizer: decodes where there are no ends.
+        all_scored: the first of each window too.
+    """
+    skipped = 0 if all_scored else 1
+    if ends is None:
+        scored = [
+            tokenizer.decode(w[skipped:], clean_up_tokenization_spaces=False, skip_special_tokens=True)
+            for w in text.tolist()
+        ]
+        return np.array([len(piece.encode("utf-8", "surrogatepass")) for piece in scored], dtype=np.int64)
+    of_window = ends[: text.size].reshape(text.shape)
+    before = np.concatenate([[0], of_window[:-1, -1]]) if all_scored else of_window[:, 0]
+    return np.asarray(of_window[:, -1] - before, dtype=np.int64)
 
 
 def summarize(

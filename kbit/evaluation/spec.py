@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kbit.axes import Axis, axis, axis_of
 from kbit.compute_dtypes import COMPUTE_DTYPES
@@ -17,6 +17,9 @@ from kbit.spec import LARGEST_NUMBER
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+BOS: Final = ("first", "each", "none")
+"""Which windows of a text begin with the tokenizer's beginning-of-sequence token (``EvalSpec.bos``)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
@@ -26,6 +29,9 @@ class EvalSpec:
     adding one changes no key.
 
     Attributes:
+        bos: of a text set. 'first', kept as None: the text is encoded once with the tokenizer's defaults, and a token
+            that these add stands in the first window only, as in GPTQ's protocol. 'each': every window is that token,
+            then text, all of it scored. 'none': text alone.
         source: where to read, which is not identity; None for a kind that reads nothing.
 
     Raises:
@@ -52,10 +58,23 @@ class EvalSpec:
         neutral=None,
         since=2,
     )
+    bos: str | None = axis(
+        None,
+        type="string",
+        doc="text windows that begin with the beginning-of-sequence token: each or none; null is the first, where the "
+        "tokenizer adds it",
+        neutral="first",
+        since=3,
+    )
     source: Source | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         evaluator = EVALUATORS[self.kind]
+        if self.bos is not None and self.bos not in BOS:
+            raise SpecError(evaluator.key("bos"), self.bos, "one of " + ", ".join(BOS))
+        if self.bos == "first":
+            # One value for one meaning: rows from before the axis have null.
+            object.__setattr__(self, "bos", None)
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise SpecError("eval.compute_dtype", self.compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
         _whole_number(evaluator.key("limit"), self.limit, 1)

@@ -16,8 +16,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env
 
 from kbit.errors import SpecError
+from kbit.evaluation.documents import read_jsonl
 from kbit.evaluation.spec import EvalSpec
-from kbit.evaluation.texts import read_jsonl, require_commit
+from kbit.evaluation.texts import require_commit
 from kbit.sources import HubData, LocalFile, NamedFiles, TaskSource
 
 FEWSHOT_SEED: Final = 1234

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from kbit.evaluation.documents import file_documents
 from kbit.sources import DEFAULT_FIELD, HubData, LocalFile, Source
 
 DEFAULT_SPLIT: Final = "test"
@@ -48,42 +48,10 @@ def read_documents(source: Source | None) -> Iterator[str]:
         ValueError: a file that is missing, of another kind, or has a line without the field.
     """
     if isinstance(source, LocalFile):
-        return _file_documents(Path(source.path), source.field or DEFAULT_FIELD)
+        return file_documents(Path(source.path), source.field or DEFAULT_FIELD)
     if isinstance(source, HubData):
         return _hub_documents(source, source.field or DEFAULT_FIELD)
     raise ValueError(f"a text set is a local file or a dataset of the hub, not {source!r}")
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line of a JSONL file that is not blank. Raises ValueError naming file and line."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: an object was expected, not {type(row).__name__}")
-            yield number, row
-
-
-def _file_documents(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".txt":
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        yield path.read_text(encoding="utf-8")
-        return
-    if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"{path}: a text set is a .jsonl file (one object a line) or a .txt file (one document)")
-    for number, row in read_jsonl(path):
-        if not isinstance(row.get(field), str):
-            kind = "no field" if field not in row else "no text in field"
-            raise ValueError(f"{path}, line {number}: {kind} {field!r}; fields present: {', '.join(row) or 'none'}")
-        yield row[field]
 
 
 def _hub_documents(source: HubData, field: str) -> Iterator[str]:
@@ -119,9 +87,11 @@ def require_commit(dataset: Any, name: str, commit: str | None) -> None:
         raise ValueError(f"{name}: the cache holds another commit than {commit}: mode=fetch, where there is a network")
 
 
-def encode_text(documents: Iterable[str], tokenizer: Any, *, limit: int | None = None) -> EncodedText:
+def encode_text(
+    documents: Iterable[str], tokenizer: Any, *, limit: int | None = None, special: bool = True
+) -> EncodedText:
     """Encode the documents, joined by blank lines, once with the tokenizer's defaults: the first ``limit`` tokens, or
-    all with None.
+    all with None. Without ``special`` tokens, those of the text alone.
 
     With a limit only a beginning of the text is read and encoded: one that gives at least ``CUT_MARGIN`` tokens beyond
     the limit. The tokens within it are those of the whole text, because where a text is cut changes no token that far
@@ -130,11 +100,11 @@ def encode_text(documents: Iterable[str], tokenizer: Any, *, limit: int | None =
     """
     stream = _joined(documents)
     if limit is None:
-        return _encode("".join(stream), tokenizer)
+        return _encode("".join(stream), tokenizer, special)
     text, wanted = "", CHARS_PER_TOKEN * (limit + CUT_MARGIN)
     while True:
         text, ended = _extend(text, stream, wanted)
-        encoded = _encode(text[:wanted], tokenizer)
+        encoded = _encode(text[:wanted], tokenizer, special)
         if len(encoded.tokens) >= limit + CUT_MARGIN or (ended and len(text) <= wanted):
             ends = None if encoded.ends is None else encoded.ends[:limit]
             return EncodedText(tokens=encoded.tokens[:limit], ends=ends)
@@ -162,10 +132,11 @@ def _extend(text: str, stream: Iterator[str], length: int) -> tuple[str, bool]:
     return "".join(pieces), False
 
 
-def _encode(text: str, tokenizer: Any) -> EncodedText:
+def _encode(text: str, tokenizer: Any, special: bool) -> EncodedText:
+    options = {} if special else {"add_special_tokens": False}
     fast = bool(getattr(tokenizer, "is_fast", False))
     # verbose=False: a text longer than the model's context is what we want here, and needs no warning.
-    encoding = tokenizer(text, return_offsets_mapping=fast, verbose=False)
+    encoding = tokenizer(text, return_offsets_mapping=fast, verbose=False, **options)
     tokens = np.asarray(encoding["input_ids"], dtype=np.int64)
     if not fast or not len(tokens):
         return EncodedText(tokens=tokens, ends=None)

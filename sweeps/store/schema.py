@@ -109,8 +109,9 @@ def columns() -> tuple[Column, ...]:
         _cell("tokens_seen", "int64", "tokens that the checkpoint was trained on; null where unknown", "tokens"),
         _cell("calibration", "string", "JSON of the data that a method calibrated on; null for other methods"),
         *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
-        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 1),
+        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 2),
         _c("higher_is_better", "map<string,bool>", "direction of metrics that no kind declares, by the task"),
+        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 2),
     )
 
 

@@ -23,7 +23,13 @@ KEY_VERSION: Final = 1
 """Part of every key. A change to what a key is made of raises it and migrates the store."""
 
 UNRESOLVED: Final = "unresolved:"
-_EVAL_COLUMNS: Final = {"name": "eval", "kind": "eval_kind", "version": "eval_version", "device": "eval_device"}
+_EVAL_COLUMNS: Final = {
+    "name": "eval",
+    "kind": "eval_kind",
+    "version": "eval_version",
+    "device": "eval_device",
+    "bos": "eval_bos",
+}
 """Columns with another name than the field of the evaluation."""
 
 

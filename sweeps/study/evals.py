@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 from kbit.calibration import Calibration
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
+from kbit.evaluation.documents import has_byte_order_mark
 from kbit.evaluation.evaluators import EVALUATORS, Data
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import DEFAULT_FIELD, HubData, LocalFile, NamedFiles, Source, TaskSource, documents_of
@@ -89,9 +90,9 @@ class Finder:
         file = self.settings["task_data"].get(name)
         documents: LocalFile | HubData | NamedFiles
         if file and (self.data_dir or Path(file).is_absolute()):
-            documents = _file((self.data_dir or Path()) / file, f"eval.data_dir (for {name})")
+            documents = _rows((self.data_dir or Path()) / file, f"eval.data_dir (for {name})")
         elif self.data_dir and (self.data_dir / f"{name}.jsonl").is_file():
-            documents = _file(self.data_dir / f"{name}.jsonl", f"eval.data_dir (for {name})")
+            documents = _rows(self.data_dir / f"{name}.jsonl", f"eval.data_dir (for {name})")
         elif entry.dataset_path in PACKAGED_LOADERS:
             documents = NamedFiles(sha256=_data_files_hash(entry))
         elif entry.dataset_path:
@@ -228,6 +229,12 @@ def _text_file(path: Path, key: str, field: str) -> LocalFile:
     return file
 
 
+def _rows(path: Path, key: str) -> LocalFile:
+    file = _file(path, key)
+    hub.check_jsonl(Path(file.path), ())
+    return file
+
+
 def _file(path: Path, key: str, field: str | None = None) -> LocalFile:
     if not path.is_file():
         raise UserError(f"{key}: {str(path)!r} is not a file")
@@ -236,7 +243,12 @@ def _file(path: Path, key: str, field: str | None = None) -> LocalFile:
         documents = sum(1 for line in file if line.strip())
     # Size and documents are for predicting the cost.
     return LocalFile(
-        path=str(path), sha256=hub.file_hash(path), bytes=path.stat().st_size, documents=documents, field=field
+        path=str(path),
+        sha256=hub.file_hash(path),
+        bytes=path.stat().st_size,
+        documents=documents,
+        field=field,
+        bom=has_byte_order_mark(path) or None,
     )
 
 

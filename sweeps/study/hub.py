@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
+from kbit.evaluation.documents import file_documents, read_jsonl
 from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files, weights_among
 from kbit.models.obeyed import check_refused, obeyed_files
 from kbit.models.refusals import check_checkpoint, check_config
@@ -175,24 +176,26 @@ def directory_name(path: Path) -> str:
 
 
 def check_jsonl(path: Path, fields: Iterable[str]) -> None:
-    """Check that the first lines of a JSONL file are objects with ``fields``. Other kinds of files pass.
+    """Check a file of documents as a worker would read it: that each line is an object with text in ``fields``.
+
+    Args:
+        path: a JSONL file, or .txt, which is one document and has no fields.
+        fields: of a text set; a task's documents have fields of any type, so none is named.
 
     Raises:
-        HubError: the file can't be read, is empty, or has a line that does not fit; names line and field.
+        HubError: the file can't be read, is empty or has no text, or has a line that does not fit; names line and
+            field.
     """
-    if path.suffix not in (".jsonl", ".json"):
-        return
-    checked = 0
+    named = list(fields)
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    _check_line(line, f"{path}, line {number}", fields)
-                    checked += 1
-    except (OSError, UnicodeDecodeError) as error:
-        raise HubError(f"{path} can't be read: {error}") from error
-    if not checked:
-        raise HubError(f"{path} is empty: expected one JSON object a line with {', '.join(fields)}")
+        if named:
+            size = sum(len(document) for field in named for document in file_documents(path, field))
+        else:
+            size = sum(1 for _ in read_jsonl(path))
+    except (OSError, ValueError) as error:
+        raise HubError(f"{path} can't be read: {error}" if isinstance(error, OSError) else str(error)) from error
+    if not size:
+        raise HubError(f"{path} is empty: it has no {'text' if named else 'documents'}")
 
 
 def fetch(
@@ -289,18 +292,6 @@ def _remember_ref(repo_id: str, revision: str, repo_type: str, commit: str) -> N
         ref = _repo_dir(repo_id, repo_type) / "refs" / name
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit)
-
-
-def _check_line(line: str, where: str, fields: Iterable[str]) -> None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise HubError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise HubError(f"{where}: expected an object, not a {type(row).__name__}")
-    missing = [f for f in fields if f not in row]
-    if missing:
-        raise HubError(f"{where}: no field {', '.join(map(repr, missing))}; it has: {', '.join(row) or 'none'}")
 
 
 def _brief(error: BaseException) -> str:

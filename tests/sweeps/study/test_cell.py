@@ -11,7 +11,7 @@ import pytest
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.data_types import DTYPES
 from kbit.evaluation.evaluators import EVALUATORS
-from kbit.evaluation.spec import EvalSpec
+from kbit.evaluation.spec import BOS, EvalSpec
 from kbit.sources import LocalFile, source_from_dict
 from kbit.spec import (
     METHODS,
@@ -69,6 +69,28 @@ LATER: list[dict[str, Any]] = [
         "label": "mine3 b128 codebook 7926bf886663",
         "key": "dc2c1d1576bb0a04555125031b278f0bb32bf82267041d897241cced57620935",
     },
+    {
+        "quant": {"bits": 16},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "perplexity", "name": "jargon", "window": 512, "dataset": "sha256:" + "c" * 64},
+            **{"compute_dtype": "float32", "bos": "each"},
+        },
+        "canonical": {"method": "baseline", "bits": 16},
+        "label": "16-bit",
+        "key": "88629057c94ba344ed79a6e628899ef979ae4ee92851b7fe22000c7be2a6bd0a",
+    },
+    {
+        "quant": {"bits": 16},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "perplexity", "name": "jargon", "window": 512, "dataset": "sha256:" + "c" * 64},
+            **{"compute_dtype": "float32", "bos": "none"},
+        },
+        "canonical": {"method": "baseline", "bits": 16},
+        "label": "16-bit",
+        "key": "91916f4b0866d198983dcd329ffa2aa2413352b2436a5e49830a5932c16321e2",
+    },
 ]
 
 
@@ -120,6 +142,7 @@ def test_every_entry_of_a_door_and_every_axis_has_a_pinned_key() -> None:
     assert {spec.dynamic_interval for spec in blockwise} - {None} == set(get_args(DynamicInterval))
     assert {spec.kind for spec in evals} == set(EVALUATORS)
     assert {spec.compute_dtype for spec in evals} == set(COMPUTE_DTYPES)
+    assert {spec.bos or "first" for spec in evals} == set(BOS)
     values = {name: {canonical_json({name: spec.axis_values().get(name)}) for spec in specs} for name in axes()}
     assert [name for name, found in values.items() if len(found) < 2] == []  # an axis that no entry moves
 

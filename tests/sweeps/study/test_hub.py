@@ -18,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from kbit.evaluation.documents import file_documents
 from kbit.models import checkpoint
+from kbit.sources import source_from_dict, source_to_dict
 from sweeps.errors import HubError
 from sweeps.study import hashes as filehash
 from sweeps.study import hub
+from sweeps.study.evals import _text_file
 from tests import ROOT
 
 DEMO = ROOT / "sweeps" / "demo" / "models"
@@ -418,18 +421,62 @@ def test_hashing_works_where_the_cache_cannot_be_written(tmp_path: Path, monkeyp
         ('{"text": "a"}\n{"text":\n', "line 2: not JSON"),
         ("[1]\n", "line 1: expected an object, not a list"),
         ("\n\n", "is empty"),
+        ("", "is empty"),
+        ('{"text": ""}\n', "is empty"),
+        ('{"text": "a"}\n\n{"text": null}\n', "line 3: no text in field 'text' but null"),
+        ('{"text": 5}\n', "line 1: no text in field 'text' but 5"),
+        ('{"text": "a"}\n{"text": "b \\ud83d c"}\n', "line 2: half a surrogate pair in field 'text'"),
+        ('{"text": "a", "other": ["\\uDE00"]}\n', "line 1: half a surrogate pair in field 'other'"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
+        (b'{"text": "\xed\xa0\xbd"}\n', "line 1: not UTF-8"),
     ],
 )
-def test_jsonl_that_does_not_fit_names_line_and_field(tmp_path: Path, content: str, message: str) -> None:
+def test_jsonl_that_does_not_fit_names_line_and_field(tmp_path: Path, content: str | bytes, message: str) -> None:
     file = tmp_path / "set.jsonl"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(HubError, match=message):
         hub.check_jsonl(file, ("text",))
+
+
+def test_a_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+    hub.check_jsonl(tmp_path / "set.jsonl", ("text",))
+    assert list(file_documents(tmp_path / "set.jsonl", "text")) == ["\U0001f600"]
 
 
 def test_plain_text_needs_no_fields(tmp_path: Path) -> None:
     (tmp_path / "set.txt").write_text("just words")
     hub.check_jsonl(tmp_path / "set.txt", ("text",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"one\r\ntwo \xff\n", r"set\.txt, line 2: not UTF-8"),
+        (b"one\n\n\xed\xa0\xbd\n", r"set\.txt, line 3: not UTF-8"),
+    ],
+)
+def test_plain_text_that_is_none_names_the_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "set.txt").write_bytes(content)
+    with pytest.raises(HubError, match=message):
+        hub.check_jsonl(tmp_path / "set.txt", ("text",))
+
+
+@pytest.mark.parametrize("name", ["set.txt", "set.jsonl"])
+def test_a_byte_order_mark_is_no_text_and_tells_the_file_apart(tmp_path: Path, name: str) -> None:
+    """Once it was read as text, so a number of then must not go by today's key."""
+    content, found = b"words\r\nmore" if name == "set.txt" else b'{"text": "words\\nmore"}\n', []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / name).write_bytes(mark + content)
+        hub.check_jsonl(tmp_path / name, ("text",))
+        assert list(file_documents(tmp_path / name, "text")) == ["words\nmore"]
+        found.append(_text_file(tmp_path / name, "eval.perplexity", "text"))
+    plain, marked = found
+    assert plain.identity == f"sha256:{plain.sha256}"
+    assert marked.identity == f"sha256:{marked.sha256}/without=bom"
+    assert source_from_dict(source_to_dict(marked)) == marked
 
 
 def test_identifying_a_model_imports_no_torch() -> None:
