@@ -49,6 +49,12 @@ OBEYED: Final = (
 evaluation applies one.
 """
 
+FIRST_OBEYED: Final = (
+    *("*.py", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+)
+"""Those of them that were part of the first identities, for telling a model that has changed from one that has not."""
+
 REFUSED: Final = {
     "adapter_config.json": "it belongs to an adapter, which is never applied: merge the adapter into the weights and "
     "save those (peft: merge_and_unload), or name a directory without it",
@@ -56,9 +62,9 @@ REFUSED: Final = {
 """Files that would make another model of the directory, with what to do about each."""
 
 
-def obeyed_files(names: Iterable[str]) -> list[str]:
+def obeyed_files(names: Iterable[str], patterns: Collection[str] = OBEYED) -> list[str]:
     """Of these names, those of files that are obeyed besides config.json and the weights."""
-    return [n for n in names if any(fnmatchcase(n, pattern) for pattern in OBEYED)]
+    return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
 
 def check_refused(names: Collection[str]) -> None:

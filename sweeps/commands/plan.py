@@ -15,6 +15,7 @@ from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.options import Options
 from sweeps.plan.budget import budget_text, fit
+from sweeps.plan.notices import notices
 from sweeps.plan.order import ORDERS
 from sweeps.plan.packs import ROW_BYTES, Packing, Plan
 from sweeps.store.parts import Store
@@ -72,6 +73,8 @@ def plan(options: Options, console: Console) -> int:
         table.add_row(name, escape(value))
     console.print(table)
     say_what_stays(options, console)
+    for notice in notices(store, manifest):
+        console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
     _say_unresolved(study, console)
     return 0
 

@@ -13,6 +13,7 @@ from sweeps.commands.selection import chosen_part, say_what_stays
 from sweeps.errors import UserError
 from sweeps.executors.base import Order, chosen, with_jobs
 from sweeps.options import Options
+from sweeps.plan.notices import notices
 from sweeps.store.parts import Store
 from sweeps.study.resolve import build_study
 from sweeps.worker.execution import batch_tokens
@@ -57,6 +58,8 @@ def run(options: Options, console: Console) -> int:
         # What became of the jobs decides what status= chooses.
         order = replace(order, manifest=chosen_part(options.choice, options.out, study.manifest))
     say_what_stays(options, console)
+    for notice in notices(store, order.manifest):
+        console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
     study.manifest.save(store.out)
     return executor.run(order)
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 from kbit.errors import CheckpointError
 from kbit.evaluation.documents import file_documents, read_jsonl
 from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files, weights_among
-from kbit.models.obeyed import check_refused, obeyed_files
+from kbit.models.obeyed import FIRST_OBEYED, check_refused, obeyed_files
 from kbit.models.refusals import check_checkpoint, check_config
 from kbit.sources import HubData
 from sweeps.errors import HubError, UserError
@@ -31,6 +31,7 @@ __all__ = [
     "check_jsonl",
     "fetch",
     "file_hash",
+    "first_content_hash",
     "local_model",
     "resolve_commit",
 ]
@@ -156,10 +157,9 @@ def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalM
         check_checkpoint(directory, files)
         weights = [file for file in weights_among(directory, files) if file.suffix == ".safetensors"]
         params = count_parameters(weights) if weights else None
-        hashes = {n: file_hash(directory / n, progress=progress) for n in files}
+        digest = _content_hash(directory, files, progress)
     except (CheckpointError, OSError) as error:
         raise HubError(f"path={str(path)!r} is not a usable model: {error}") from error
-    digest = hashlib.sha256("".join(f"{n}\0{hashes[n]}\n" for n in sorted(hashes)).encode()).hexdigest()
     name = directory_name(directory)
     match = _FAMILY_AND_SIZE.fullmatch(name)
     family = match["family"].lower() if match else read_config(directory)["model_type"]
@@ -173,6 +173,25 @@ def directory_name(path: Path) -> str:
     if path.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.rpartition("--")[2]
     return path.name
+
+
+def first_content_hash(directory: Path) -> str:
+    """Return a local model's ``content_hash`` as it was when fewer kinds of files were part of it.
+
+    Raises:
+        HubError: it can't be used.
+    """
+    try:
+        files = model_files(directory)
+    except CheckpointError as error:
+        raise HubError(f"path={str(directory)!r} is not a usable model: {error}") from error
+    later = set(obeyed_files(files)) - set(obeyed_files(files, FIRST_OBEYED))
+    return _content_hash(directory, [n for n in files if n not in later], None)
+
+
+def _content_hash(directory: Path, files: Iterable[str], progress: Progress | None) -> str:
+    lines = [f"{n}\0{file_hash(directory / n, progress=progress)}\n" for n in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def check_jsonl(path: Path, fields: Iterable[str]) -> None:

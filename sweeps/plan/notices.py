@@ -1,0 +1,124 @@
+"""Say what a user should know of a study before it runs, though nothing is wrong: shown by plan and run alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from kbit.errors import CheckpointError
+from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.spec import EvalSpec
+from kbit.models.checkpoint import read_config
+from sweeps.errors import HubError
+from sweeps.store.parts import Store
+from sweeps.store.rows import recorded_state
+from sweeps.store.schema import Row
+from sweeps.study.cell import UNRESOLVED, Measurement, ModelRef
+from sweeps.study.hub import first_content_hash
+from sweeps.study.manifest import Manifest
+from sweeps.text import counted
+
+NEEDS_BOS: Final = ("gemma",)
+"""How the model types begin whose models were trained with the beginning-of-sequence token before every text, and lose
+whole nats without it. The families' own documentation says so.
+"""
+_SHOWN: Final = 4
+_COLUMNS: Final = (
+    *("key", "measurement", "status", "error_type", "sweep", "model", "model_id", "weights_hash", "revision"),
+    *("label", "eval", "dataset"),
+)
+
+
+def notices(store: Store, manifest: Manifest) -> list[str]:
+    """Return what is to be said of a study that is about to run, a sentence or two each.
+
+    Args:
+        store: with the results of earlier launches.
+        manifest: the study.
+    """
+    rows = store.read(_COLUMNS).to_pylist()
+    stored = {row["measurement"] for row in rows if recorded_state(row).is_final}
+    left = [m for m in manifest.wanted() if m.key not in stored]
+    return [*_changed_models(rows, left), *_changed_data(rows, left, manifest.sweep), *_need_bos(manifest)]
+
+
+def _changed_models(rows: Sequence[Row], left: Sequence[Measurement]) -> Iterator[str]:
+    """Say which models are other ones under a known path, or hub id, than those that results are of."""
+    by_place: dict[object, list[Row]] = {}
+    for row in rows:
+        # Revisions of one hub id are models of their own, by other names; a path has one model at a time.
+        by_place.setdefault(row["model_id"] if row["weights_hash"] else (row["model_id"], row["model"]), []).append(row)
+    measured = {row["key"] for row in rows}
+    unmeasured: dict[ModelRef, set[str]] = {}
+    for m in left:
+        if m.cell.key not in measured:
+            unmeasured.setdefault(m.cell.model, set()).add(m.cell.quant_label)
+    for model, labels in unmeasured.items():
+        content = str(model.weights_hash or model.commit)
+        of_place = by_place.get(model.path or (model.hub_id, model.label), [])
+        old = [row for row in of_place if (row["weights_hash"] or row["revision"]) != content]
+        if content.startswith(UNRESOLVED) or labels.isdisjoint(row["label"] for row in old):
+            continue
+        stay = counted(len({row["key"] for row in old}), "cell")
+        if model.path and {row["weights_hash"] for row in old} == {_first_hash(model.path)}:
+            yield (
+                f"files of {model.label} that were not part of its key now are, such as generation_config.json: {stay} "
+                "under the old key stay, and it is measured again"
+            )
+        else:
+            what = (
+                f"weights of {model.label} differ from those" if model.path else f"commit of {model.label} is not that"
+            )
+            yield f"{what} of the earlier launch: {stay} of the old ones stay, and it is measured again"
+
+
+def _first_hash(path: str) -> str | None:
+    try:
+        return first_content_hash(Path(path))
+    except (HubError, OSError):
+        return None
+
+
+def _changed_data(rows: Sequence[Row], left: Sequence[Measurement], sweep: str) -> Iterator[str]:
+    """Say which evaluations of a study read other data than its results did."""
+    cells: dict[EvalSpec, set[str]] = {}
+    for m in left:
+        cells.setdefault(m.eval, set()).add(m.cell.key)
+    for spec, keys in cells.items():
+        of_eval = [row for row in rows if (row["sweep"], row["eval"]) == (sweep, spec.name) and row["key"] in keys]
+        old = {row["measurement"] for row in of_eval if row["dataset"] != spec.dataset}
+        if old and UNRESOLVED not in spec.dataset:
+            yield (
+                f"data of {spec.name} differ from those of the earlier launch: {counted(len(old), 'measurement')} on "
+                "the old ones stay, and it is measured again"
+            )
+
+
+def _need_bos(manifest: Manifest) -> Iterator[str]:
+    specs = [e for e in manifest.evals if "bos" in EVALUATORS[e.kind].settings and e.bos != "each"]
+    models = [m.label for m in dict.fromkeys(c.model for c in manifest.wanted_cells()) if _needs_bos(m)]
+    if not specs or not models:
+        return
+    names = _some([e.name for e in specs])
+    has = "in no window" if all(e.bos == "none" for e in specs) else "in the first window at most"
+    yield (
+        f"{_some(models)}: trained with the beginning-of-sequence token before every text, which with "
+        f"eval.bos={specs[0].bos or 'first'} stands {has} of {names}: their losses will be far too high. eval.bos=each "
+        "puts it into every window"
+    )
+
+
+def _needs_bos(model: ModelRef) -> bool:
+    if model.path is None:
+        return any(name in f"{model.hub_id}".lower().rpartition("/")[2] for name in NEEDS_BOS)
+    try:
+        config: Mapping[str, Any] = read_config(Path(model.path))
+    except (CheckpointError, OSError):
+        return False
+    return str(config["model_type"]).startswith(NEEDS_BOS)
+
+
+def _some(names: Collection[str]) -> str:
+    shown = list(names)[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

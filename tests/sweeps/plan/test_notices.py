@@ -1,0 +1,86 @@
+"""Plan and run say what changed under a known name, and what a model needs, before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sweeps.config import DEMO_DIR
+from tests.conftest import Launch
+
+QUANT = "sweep.quant=[{bits: 16}, {bits: [3, 4], dtype: int}]"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> list[str]:
+    """A study of three cells on a copy of a demo model and text."""
+    shutil.copytree(DEMO_DIR / "models" / "neox-xs", tmp_path / "neox-xs")
+    shutil.copy(DEMO_DIR / "text" / "jargon.jsonl", tmp_path / "words.jsonl")
+    keys = ["sweep.name=own", "out=out", f"path={tmp_path / 'neox-xs'}", QUANT, "eval.tasks=[]", "eval.tokens=1024"]
+    return [*keys, f"eval.perplexity=[{tmp_path / 'words.jsonl'}]", "executor.device=cpu", "executor.workers=1"]
+
+
+def said(launch: Launch, *args: str) -> str:
+    done = launch(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return " ".join(done.stdout.split())
+
+
+def test_changed_weights_and_data_are_said_when_planned_and_run_and_no_more(
+    launch: Launch, study: list[str], tmp_path: Path
+) -> None:
+    assert "earlier launch" not in said(launch, *study)
+    assert "earlier launch" not in said(launch, *study, "mode=plan")
+    file = tmp_path / "neox-xs" / "model.safetensors"
+    values = {name: value * np.float16(1.01) if value.ndim > 1 else value for name, value in load_file(file).items()}
+    save_file(values, file, metadata={"format": "pt"})
+    weights = "weights of neox-xs differ from those of the earlier launch: 3 cells of the old ones stay"
+    assert weights in said(launch, *study, "mode=plan")
+    assert weights in said(launch, *study)
+    # All is measured on what is there now.
+    assert "earlier launch" not in said(launch, *study, "mode=plan")
+    words = tmp_path / "words.jsonl"
+    words.write_text(json.dumps({"text": "one more document"}) + "\n" + words.read_text())
+    data = "data of words differ from those of the earlier launch: 3 measurements on the old ones stay"
+    text = said(launch, *study, "mode=plan")
+    assert data in text
+    assert "weights of" not in text
+
+
+def test_a_model_whose_key_covers_more_files_now_is_not_said_to_have_changed(
+    launch: Launch, study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kbit.models import obeyed
+    from sweeps.plan.notices import notices
+    from sweeps.store.parts import Store
+    from sweeps.study import hub
+    from sweeps.study.manifest import load_manifests
+
+    said(launch, *study)
+    model = tmp_path / "neox-xs"
+    first = hub.local_model(model).content_hash
+    (model / "generation_config.json").write_text("{}")
+    assert hub.first_content_hash(model) == first != hub.local_model(model).content_hash
+    text = said(launch, *study, "mode=plan")
+    assert "files of neox-xs that were not part of its key now are" in text
+    assert "weights of" not in text
+    assert set(obeyed.FIRST_OBEYED) - set(obeyed.OBEYED) == {"vocab.json", "tokenizer.model"}
+    (manifest,) = load_manifests(tmp_path / "out")
+    assert notices(Store(out=tmp_path / "out"), manifest) == []
+
+
+@pytest.mark.parametrize(("bos", "warned"), [("first", True), ("none", True), ("each", False)])
+def test_models_that_need_bos_in_every_window_are_named(
+    launch: Launch, study: list[str], tmp_path: Path, bos: str, warned: bool
+) -> None:
+    file = tmp_path / "neox-xs" / "config.json"
+    assert "eval.bos" not in said(launch, *study, "mode=plan", f"eval.bos={bos}")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "gemma2"}))
+    text = said(launch, *study, "mode=plan", f"eval.bos={bos}")
+    assert ("neox-xs: trained with the beginning-of-sequence token before every text" in text) == warned
+    assert (f"eval.bos={bos} stands" in text) == warned
