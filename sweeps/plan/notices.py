@@ -38,6 +38,8 @@ def notices(store: Store, manifest: Manifest) -> list[str]:
         manifest: the study.
     """
     rows = store.read(_COLUMNS).to_pylist()
+    if not rows:
+        return list(_need_bos(manifest))
     stored = {row["measurement"] for row in rows if recorded_state(row).is_final}
     left = [m for m in manifest.wanted() if m.key not in stored]
     return [*_changed_models(rows, left), *_changed_data(rows, left, manifest.sweep), *_need_bos(manifest)]
