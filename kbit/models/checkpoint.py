@@ -27,6 +27,9 @@ _HEADS: Final = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING: Final = re.compile(r"emb|wte")
 _MASK: Final = re.compile(r"(^|\.)(attn|attention)\.bias$")
 _BUFFER: Final = re.compile(r"(^|\.)(masked_bias|inv_freq)$")
+_LAYER: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_FURTHER: Final = re.compile(r"(?:^|\.)mtp|nextn")
+_OF_PREDICTOR: Final = re.compile(r"(?:^|\.)(?:eh_proj|enorm|hnorm)(?:\.|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +117,13 @@ def count_parameters(files: Collection[Path]) -> int:
     """Parameters in safetensors files, each shared one once.
 
     Left out are what older checkpoints store besides parameters: causal masks, rotary frequencies, anything that is not
-    floating point. An output head with the same bytes as the input embedding is tied and not counted again.
+    floating point; and layers that predict tokens further on, which are not loaded. An output head with the same bytes
+    as the input embedding is tied and not counted again.
 
     Raises:
         CheckpointError: a file is damaged or no safetensors file.
     """
-    tensors = [t for file in files for t in safetensors_header(file) if _is_parameter(t)]
+    tensors = [t for t in own_tensors([t for file in files for t in safetensors_header(file)]) if _is_parameter(t)]
     total = sum(prod(t.shape) for t in tensors)
     for head in tensors:
         if head.name.endswith(_HEADS) and any(_same(head, t) for t in tensors if _EMBEDDING.search(t.name)):
@@ -158,6 +162,22 @@ def _tensor(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     return StoredTensor(
         file=file, name=name, dtype=str(entry["dtype"]), shape=shape, start=base + start, stop=base + stop
     )
+
+
+def own_tensors(tensors: Collection[StoredTensor]) -> list[StoredTensor]:
+    """Return a model's own tensors: not those of the layers beyond them that predict tokens further on.
+
+    DeepSeek-V3 and its kind number these layers on from the model's own; others call them mtp. transformers reads none.
+    """
+    rest = [t for t in tensors if not _FURTHER.search(t.name)]
+    predictors = {layer_of(t.name) for t in rest if _OF_PREDICTOR.search(t.name)} - {None}
+    return [t for t in rest if layer_of(t.name) not in predictors]
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to by its name; None if to none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.checkpoint import StoredTensor, read_config, safetensors_header, weights_among
+from kbit.models.checkpoint import StoredTensor, layer_of, own_tensors, read_config, safetensors_header, weights_among
 
 ENCODER_DECODERS: Final = frozenset(
     {
@@ -35,9 +35,6 @@ ENCODERS: Final = frozenset(
 _CAUSAL: Final = ("is_decoder", "causal")
 """By which an encoder's architecture is a decoder (XLM says ``causal``)."""
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_LAYER: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
-_PREDICTOR: Final = re.compile(r"mtp|nextn|(?:^|\.)(?:eh_proj|enorm|hnorm|shared_head)(?:\.|$)")
-"""Layers that predict tokens further on (DeepSeek-V3 and its kind) lie beyond the model's own, and are not read."""
 _QUANTIZED: Final = re.compile(
     r"(?:^|[._])(?:qweight|qzeros|g_idx|SCB|W_q|weight_packed|weight_scales?|weight_scale_inv|weight_zero_point"
     r"|weight\.(?:absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+|_data|_scale)"
@@ -120,20 +117,18 @@ def _is_integer_weight(tensor: StoredTensor) -> bool:
     return tensor.name.endswith(".weight") and tensor.dtype.startswith(("I", "U"))
 
 
-def _check_layers(config: Mapping[str, Any], tensors: Iterable[StoredTensor]) -> None:
+def _check_layers(config: Mapping[str, Any], tensors: Collection[StoredTensor]) -> None:
     """Refuse a configuration of fewer layers than the weights have: it would be another model."""
     if any(isinstance(part, Mapping) and key.endswith("_config") for key, part in config.items()):
         return  # of composite models each part has layers of its own
     key = next((key for key in _LAYERS if isinstance(config.get(key), int)), None)
-    numbered = [(int(match[1]), t.name) for t in tensors if (match := _LAYER.search(t.name))]
+    numbered = {number: t.name for t in own_tensors(tensors) if (number := layer_of(t.name)) is not None}
     if key is None or not numbered:
         return
-    predictors = {number for number, name in numbered if _PREDICTOR.search(name)}
-    own = {number: name for number, name in numbered if number not in predictors}
-    last = max(own, default=0)
+    last = max(numbered)
     if last >= config[key]:
         raise CheckpointError(
-            f"config.json says {key}={config[key]}, but the weights have layer {last} ({own[last]!r}): the layers "
+            f"config.json says {key}={config[key]}, but the weights have layer {last} ({numbered[last]!r}): the layers "
             f"beyond would be left out, and it would be another model. Give the config.json of these weights "
             f"({key}={last + 1}), or save the smaller model alone"
         )

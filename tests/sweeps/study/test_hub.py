@@ -503,3 +503,11 @@ def test_a_cached_hub_model_that_cannot_be_measured_is_refused(offline: Path) ->
     (directory / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(HubError, match="encoder-decoder"):
         hub.check_cached("owner/name", commit)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.w", "mtp.layers.0.w", "model.mtp_layers.0.w"])
+def test_layers_that_predict_further_tokens_are_not_counted(name: str, tmp_path: Path) -> None:
+    own = {"model.layers.0.w": np.ones((2, 3), np.float16), "model.layers.1.w": np.ones((2, 3), np.float16)}
+    further = {"model.layers.2.eh_proj.weight": np.ones((4, 4), np.float16), name: np.ones((5, 5), np.float16)}
+    model = write_model(tmp_path / "m", {**own, **further}, num_hidden_layers=2)
+    assert hub.local_model(model).params == 12
