@@ -193,6 +193,12 @@ def test_a_causal_model_passes_in_every_dtype(model_type, dtype):
     check_causal(random_model(model_type, DECODERS[model_type], dtype), name="it")
 
 
+def test_models_with_several_end_tokens_are_looked_at_too():
+    model = tiny("llama-gqa")
+    model.config.eos_token_id = [0, 1, 2]
+    check_causal(model, name="it")
+
+
 def test_causality_is_looked_at_when_a_model_is_loaded(tmp_path):
     AutoModelForCausalLM.from_config(XLNetConfig(**SEEING["xlnet"])).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
