@@ -26,7 +26,10 @@ _CHUNK: Final = 1 << 24
 _HEADS: Final = ("lm_head.weight", "embed_out.weight")
 _EMBEDDING: Final = re.compile(r"emb|wte")
 _MASK: Final = re.compile(r"(^|\.)(attn|attention)\.bias$")
-_BUFFER: Final = re.compile(r"(^|\.)(masked_bias|inv_freq)$")
+_BUFFER: Final = re.compile(
+    r"(^|\.)(masked_bias|causal_mask|(original_)?inv_freq|(cos|sin)_cached|version|_float_tensor"
+    r"|embed_positions\.weights)$"
+)
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
 _FURTHER: Final = re.compile(r"(?:^|\.)mtp|nextn")
 _OF_PREDICTOR: Final = re.compile(r"(?:^|\.)(?:eh_proj|enorm|hnorm)(?:\.|$)")
@@ -181,7 +184,7 @@ def layer_of(name: str) -> int | None:
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a tensor is what older checkpoints store beside parameters: causal masks, rotary frequencies."""
+    """Tell whether a tensor is what older checkpoints store beside parameters: masks, tables of positions, versions."""
     # GPT-2 and GPT-NeoX store their causal mask [1, 1, n, n] under the name of a bias.
     return bool(_BUFFER.search(name)) or bool(_MASK.search(name) and len(shape) == 4)
 

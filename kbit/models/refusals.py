@@ -43,7 +43,7 @@ _QUANTIZED: Final = re.compile(
 """What libraries of quantization call what they store beside or instead of a weight: GPTQ, AWQ, bitsandbytes, HQQ, FP8,
 compressed-tensors, quanto, MXFP4.
 """
-_NARROW: Final = re.compile(r"F[468]")
+_NARROW: Final = re.compile(r"F(4$|6_|8_)")
 
 
 def check_checkpoint(directory: Path, names: Iterable[str]) -> None:

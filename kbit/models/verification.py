@@ -140,7 +140,8 @@ def _probe_tokens(config: Any) -> Tensor:
     ask = getattr(config, "get_text_config", None)
     parts = (config,) if ask is None else (config, ask(decoder=True))
     named = [value for part in parts for key, value in vars(part).items() if key.endswith(("token_id", "_index"))]
-    special = {n for value in named for n in (value if isinstance(value, list | tuple) else (value,))}
+    flat = (n for value in named for n in (value if isinstance(value, list | tuple) else (value,)))
+    special = {n for n in flat if isinstance(n, int)}
     usable = (n for n in range(10**6) if n not in special)
     *common, first, second = (next(usable) for _ in range(_PROBE + 1))
     return torch.tensor([[*common, first], [*common, second]])

@@ -102,6 +102,11 @@ def test_quantized_weights_are_refused_by_name_without_a_word_in_the_configurati
         check(tmp_path, LLAMA, {name: torch.zeros(4, 4).to(dtype)})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_in_floats_of_16_bits_and_more_pass(dtype: torch.dtype, tmp_path: Path) -> None:
+    check(tmp_path, LLAMA, {"model.layers.0.w.weight": torch.zeros(4, 4, dtype=dtype)})
+
+
 def layers(*names: str) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(2, 2) for name in names}
 

@@ -113,6 +113,21 @@ def test_tied_weights_masks_and_prefixes_make_no_difference(write, torch_file, t
     assert torch.equal(loaded.transformer.wte.weight, tiny("gpt2", torch.float16).transformer.wte.weight)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.decoder.version",
+        "model.decoder.embed_positions._float_tensor",
+        "model.decoder.embed_positions.weights",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.decoder.layers.0.attn.causal_mask",
+    ],
+)
+def test_what_older_checkpoints_store_besides_is_left_out(write, name):
+    load(write("opt", torch.float16, lambda tensors: tensors.update({name: torch.ones(3)})))
+
+
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 
 
