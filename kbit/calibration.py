@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from kbit.compute_dtypes import COMPUTE_DTYPES
@@ -49,6 +49,10 @@ class Calibration:
                 raise SpecError(f"calibration.{key}", value, f"a whole number of at least {least} (and at most 2^40)")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise SpecError("calibration.compute_dtype", self.compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
+
+    def with_seed(self, seed: int) -> Calibration:
+        """Return the same but for the draw."""
+        return replace(self, seed=seed)
 
     def canonical(self) -> Mapping[str, Any]:
         """Return what belongs to the identity of a cell, as plain JSON values."""

@@ -25,11 +25,17 @@ def context_of(config: Any, tokenizer_limit: int) -> int:
         tokenizer_limit: the tokenizer's ``model_max_length``; it counts where the configuration names no context. Where
             it is none either, 2048 does (ALiBi has no limit).
     """
-    known = _first(config, _CONTEXT)
+    known = named_context(config)
     if known is not None:
-        return known if known < _NO_CONTEXT else _DEFAULT_CONTEXT
+        return known
     fallback = int(tokenizer_limit) if tokenizer_limit < _NO_CONTEXT else _DEFAULT_CONTEXT
     return min(fallback, _first(config, _BOUNDS) or fallback)
+
+
+def named_context(config: Any) -> int | None:
+    """Return the context that a configuration names by itself; None where it names none."""
+    known = _first(config, _CONTEXT)
+    return known if known is None or known < _NO_CONTEXT else _DEFAULT_CONTEXT
 
 
 def vocabulary_of(config: Any) -> int:

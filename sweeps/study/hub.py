@@ -34,6 +34,7 @@ __all__ = [
     "first_content_hash",
     "local_model",
     "resolve_commit",
+    "small_file",
 ]
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -134,6 +135,18 @@ def check_cached(repo_id: str, commit: str) -> None:
             check_checkpoint(directory, model_files(directory))
     except CheckpointError as error:
         raise HubError(f"model {repo_id}@{commit} is not usable: {error}") from error
+
+
+def small_file(repo_id: str, commit: str, name: str) -> Path | None:
+    """Return a small file of a model at a commit, from the local cache or else the hub; None where neither gives it."""
+    from huggingface_hub import errors, hf_hub_download
+
+    if not _COMMIT.fullmatch(commit):
+        return None
+    try:
+        return Path(hf_hub_download(repo_id, name, revision=commit, local_files_only=_unreachable() is not None))
+    except (errors.EntryNotFoundError, errors.HTTPError, OSError, ValueError):  # type: ignore[attr-defined]
+        return None
 
 
 def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalModel:

@@ -18,6 +18,7 @@ from sweeps.study.cell import UNRESOLVED, ModelRef
 from sweeps.study.evals import as_list, resolve_calibration, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
+from sweeps.study.windows import check_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ def build_study(
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
+    check_windows(grid.cells, progress)
     calibrates = any(cell.calibration is not None for cell in grid.cells)
     settings = {key: value for key, value in vars(config).items() if key != "calibration" or calibrates}
     manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=settings)

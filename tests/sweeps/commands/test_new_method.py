@@ -130,9 +130,22 @@ def test_bad_calibration_is_refused_before_anything_runs(run: Run, tmp_path: Pat
     assert not (tmp_path / "r" / "claims").exists()
 
 
-def test_too_few_windows_fail_the_cells_that_calibrate_and_no_others(run: Run) -> None:
-    done = run(*STUDY, *CALIBRATION, "calibration.samples=100000")
-    assert done.returncode == 1
-    rows = stored(run)
-    assert {str(row["status"]) for row in rows if row["method"] == "scaled"} == {"failed"}
-    assert {str(row["status"]) for row in rows if row["method"] != "scaled"} == {"done"}
+def test_too_few_windows_are_refused_before_anything_runs_by_plan_and_run_alike(run: Run, tmp_path: Path) -> None:
+    has = re.search(
+        r"jargon has (\d+) windows of 64 tokens", run(*STUDY, *CALIBRATION, "calibration.samples=9999").stderr
+    )
+    assert has is not None
+    windows = int(has[1])
+    for mode in ("plan", "run"):
+        refused = run(*STUDY, *CALIBRATION, f"calibration.samples={windows + 1}", f"mode={mode}")
+        assert refused.returncode == 2, refused.stdout
+        said = " ".join(refused.stderr.split())
+        assert (
+            f"calibration.samples={windows + 1} is not valid with neox-xs: jargon has {windows} windows of 64" in said
+        )
+        assert f"Ask for at most {windows}, for shorter windows (calibration.length), or name a longer text" in said
+    assert not (tmp_path / "r" / "claims").exists()
+    assert run(*STUDY, *CALIBRATION, f"calibration.samples={windows}", "mode=plan").returncode == 0
+    # Methods that don't calibrate have nothing to count.
+    plain = [a if not a.startswith("sweep.quant") else "sweep.quant=[{bits: 4, dtype: int}]" for a in STUDY]
+    assert run(*plain, *CALIBRATION, "calibration.samples=9999", "mode=plan").returncode == 0
