@@ -19,7 +19,15 @@ WHOLE_TENSOR: Final = 0
 
 _NEEDED: Final = (
     *("key", "status", "family", "model", "model_id", "revision", "weights_hash", "params", "checkpoint"),
-    *("method", *axes(), "bits_per_param_nominal", "total_bits", "total_bits_nominal"),
+    *(
+        "method",
+        *axes(),
+        "calibration",
+        "calibration_seed",
+        "bits_per_param_nominal",
+        "total_bits",
+        "total_bits_nominal",
+    ),
 )
 _IDENTITY: Final = ["model_id", "revision", "weights_hash"]
 _NO_EXPONENT: Final = 0
@@ -64,22 +72,25 @@ def baselines(df: pd.DataFrame) -> pd.DataFrame:
     return df[numbers(df, "bits") == BASELINE_BITS]
 
 
-def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0) -> pd.DataFrame:
+def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0, every_method: bool = False) -> pd.DataFrame:
     """Block-wise cells of ``measured`` that are as the paper's main results but for bits, data type and block size.
 
     Left out: groups, centering, other absmax types, outlier dimensions (unless ``outlier_fraction`` asks for them),
-    methods that are more than a codebook. Block sizes become numbers (``WHOLE_TENSOR`` where there is one). Float cells
-    come with every number of exponent bits: ``one_exponent`` takes one for a comparison.
+    methods that are more than a codebook (unless ``every_method``, which takes them all, with their replicates). Block
+    sizes become numbers (``WHOLE_TENSOR`` where there is one). Float cells come with every number of exponent bits:
+    ``one_exponent`` takes one for a comparison.
     """
     fixed = {name: a.neutral for name, a in axes().items() if a.neutral is not VARIED}
     wanted = {**fixed, "outlier_fraction": outlier_fraction}
-    keep = (df["method"] == "blockwise") & numbers(df, "bits").notna()
+    of_method = df["method"] != "baseline" if every_method else df["method"] == "blockwise"
+    keep = of_method & numbers(df, "bits").notna()
     for column, value in wanted.items():
         keep &= (df[column].isna() & (value == fixed[column])) | (df[column] == value).fillna(False).astype(bool)
     df = df[keep.fillna(False).astype(bool)].copy()
     df["blocksize"] = numbers(df, "blocksize").fillna(WHOLE_TENSOR).astype(int)
     df["bits"] = numbers(df, "bits").astype(int)
-    return df.drop_duplicates(["family", "model", *(name for name in axes() if name not in fixed)])
+    apart = ("method", "calibration") if every_method else ()
+    return df.drop_duplicates(["family", "model", *apart, *(name for name in axes() if name not in fixed)])
 
 
 def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None = None) -> pd.DataFrame:
@@ -104,7 +115,7 @@ def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None
 def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Cells with a value of ``metric``, one row each, ordered by family, params and bits.
 
-    Columns: key, family, model, params, dtype, bits, blocksize, exponent_bits (float64, NaN but for floats),
+    Columns: key, family, model, params, method, dtype, bits, blocksize, exponent_bits (float64, NaN but for floats),
     bits_per_param, total_bits (bits; both the paper's nominal count where it is known), value (float64), stderr
     (float64, NaN where unknown), diverged (bool: on the metric's own eval, where the table says). A diverged cell
     without a finite value has the worst one, an infinity; a cell not evaluated on the metric is left out.
@@ -118,6 +129,7 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
         {
             **{c: df[c] for c in ("key", "family", "model")},
             "params": numbers(df, "params"),
+            "method": df["method"],
             "dtype": df["dtype"],
             "bits": numbers(df, "bits").astype(int),
             "blocksize": df["blocksize"],

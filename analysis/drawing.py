@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -48,6 +48,7 @@ class Drawing:
     undrawn: bool = False
     errors: bool = False
     intervals: bool = False
+    replicates: set[int] = field(default_factory=set)
 
     def heights(self, line: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return where cells [n] are drawn (NaN: nowhere), and which of them diverged or are cut."""
@@ -67,7 +68,10 @@ class Drawing:
         x, error = line["total_bits"].to_numpy(), line["stderr"].to_numpy()
         _curve(ax, x, height, special, look, label)
         shown = np.isfinite(error) & ~special
-        self.errors |= bool(shown.any())
+        count = _replicates(line)
+        self.errors |= bool((shown & (count == 1)).any())
+        if (shown & (count > 1)).any():
+            self.replicates |= set(count[shown & (count > 1)].tolist())
         _bars(ax, x[shown], height[shown], error[shown], error[shown], look)
 
     def change_line(self, ax: Axes, line: pd.DataFrame, look: Look) -> None:
@@ -77,7 +81,12 @@ class Drawing:
         x, change = line["total_bits"].to_numpy(), line["change"].to_numpy()
         _curve(ax, x, np.where(special, np.nan, change), special, look, "")
         _open_markers(ax, x[special], np.full(special.sum(), self.edge), look)
-        for at, y, key, baseline in zip(x[~special], change[~special], *_keys(line[~special]), strict=True):
+        count = _replicates(line)
+        spread = line["stderr"].to_numpy()
+        many = (count > 1) & ~special & np.isfinite(spread)
+        _bars(ax, x[many], change[many], spread[many], spread[many], look)
+        one = (count == 1) & ~special
+        for at, y, key, baseline in zip(x[one], change[one], *_keys(line[one]), strict=True):
             interval = self._interval(key, baseline)
             if interval is not None and np.isfinite(interval.low):
                 self.intervals = True
@@ -102,6 +111,9 @@ class Drawing:
             said.append(f"Exponent bits of float: {exponents}.")
         if self.errors:
             said.append("Bars: ± 1 standard error.")
+        if self.replicates:
+            seeds = " or ".join(map(str, sorted(self.replicates)))
+            said.append(f"Replicates: mean ± 1 standard deviation over {seeds} seeds of the calibration data.")
         if self.intervals:
             said.append("Bars of the change: 95 % confidence interval, paired on the same samples.")
         if self.capped or self.diverged:
@@ -168,6 +180,11 @@ def _open_markers(ax: Axes, x: Any, y: Any, look: Look) -> None:
 def _bars(ax: Axes, x: Any, y: Any, below: Any, above: Any, look: Look) -> None:
     if len(x):
         ax.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=look[0], elinewidth=0.8, capsize=1.8, alpha=0.6)
+
+
+def _replicates(line: pd.DataFrame) -> NDArray[np.int64]:
+    """Return how many replicates a point stands for (analysis.replicates)."""
+    return line["replicates"].to_numpy() if "replicates" in line.columns else np.ones(len(line), dtype=np.int64)
 
 
 def _keys(line: pd.DataFrame) -> tuple[list[str], list[str]]:

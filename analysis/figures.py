@@ -29,6 +29,7 @@ from analysis.cells import (
 )
 from analysis.drawing import Drawing, Look, canvas, cap_line, change_edge, legend, loss_cap
 from analysis.metrics import Metric, ranked_metrics
+from analysis.replicates import pool, replicate_groups
 from analysis.scaling import scaling_points
 from analysis.significance import Samples
 from kbit.spec import BASELINE_BITS
@@ -46,7 +47,7 @@ Styles = Mapping[Hashable, tuple[str, Look]]
 _X_LABEL: Final = "Total model bits"
 _COLUMNS: Final = 3
 _MOST_PANELS: Final = 4
-_AXES: Final = {"dtype": "Data type", "blocksize": "Block size"}
+_AXES: Final = {"dtype": "Data type", "blocksize": "Block size", "method": "Method"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,40 @@ def block_sizes(
     return fig
 
 
+@style.styled
+def methods(
+    df: pd.DataFrame,
+    metric: Metric,
+    *,
+    bits: int = 4,
+    sweep: str | None = None,
+    samples: SamplesByCell | None = None,
+) -> Figure | None:
+    """Draw methods at one precision over model sizes, and their change from 16-bit, per family.
+
+    All with block size 64 and one data type: the one with the most methods. Replicates, which differ in the seed of
+    their calibration data, are one point with their spread. None, with the reason logged, for fewer than two methods.
+    """
+    rows = measured(df)
+    cells = plain(rows, every_method=True)
+    cells = points(cells[(cells["blocksize"] == 64) & (cells["bits"] == bits)], metric)
+    cells = cells[cells["dtype"] == fullest_dtype(cells, "method")]
+    cells = one_exponent(cells, ["family", "dtype", "bits"], axis="method")
+    found = list(dict.fromkeys(sorted(cells["method"], key=lambda m: (m != "blockwise", m))))
+    if len(found) < 2:
+        named = " and ".join(found) or "no method"
+        log.warning("no figure of methods: at %d bits and block size 64, %s has %s", bits, named, metric.column)
+        return None
+    cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
+    panels = {style.family_name(str(f)): own for f, own in cells.groupby("family")}
+    styles: Styles = {m: (m, look) for m, look in zip(found, style.ordinal_styles(len(found)), strict=True)}
+    drawing = Drawing(metric=metric, cap=None, samples=samples or {})
+    fig = _comparison(drawing, points(baselines(rows), metric), panels, "method", styles)
+    title = f"Methods at {bits} bits: {metric.phrase} ({cells['dtype'].iloc[0]}, block size 64)"
+    style.finish(fig, title, drawing.notes(cells, sweep))
+    return fig
+
+
 def _zero_shot_scaling(r: Results) -> Figure | None:
     """Draw ``bit_scaling`` of the zero-shot mean, where the table has it besides a loss."""
     return bit_scaling(r.df, r.metrics[1], sweep=r.sweep) if len(r.metrics) > 1 else None
@@ -210,6 +245,7 @@ FIGURES: Final[dict[str, Callable[[Results], Figure | None]]] = {
     "bit_scaling_zero_shot": _zero_shot_scaling,
     "data_types_4bit": lambda r: data_types(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
     "block_sizes_4bit": lambda r: block_sizes(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
+    "methods_4bit": lambda r: methods(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
 }
 """The figures of a study: name of the file to what draws it, or returns None where the data don't allow it."""
 

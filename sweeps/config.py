@@ -123,12 +123,12 @@ else:
 
 @dataclass
 class CalibrationConfig:
-    """The data of methods that calibrate; others ignore it."""
+    """The data of methods that calibrate; others ignore it. A list of seeds is an axis: a cell each, as replicates."""
 
     set: str | None = None
     samples: int = 128
     length: int = 2048
-    seed: int = 0
+    seed: Raw = 0
     compute_dtype: str = "storage"
 
 

@@ -85,7 +85,9 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
         metrics, stderr = dict(row["metrics"] or ()), dict(row["stderr"] or ())
         # Parquet can't hold a column of empty mappings.
         directions = dict(row.get("higher_is_better") or ()) or None
-        about = {"metrics": metrics, "stderr": stderr, "higher_is_better": directions}
+        # Rows of before schema 4 lack it; the study knows.
+        seed = {"calibration_seed": measurement.cell.calibration_seed}
+        about = {**seed, "metrics": metrics, "stderr": stderr, "higher_is_better": directions}
         rows.append({**row, **about, "status": state.value, "sweep": study})
     return rows
 

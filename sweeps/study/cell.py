@@ -103,6 +103,11 @@ class Cell:
         return content_key({"model": self.model.identity, "quant": self.quant.canonical(), **of_data})
 
     @property
+    def calibration_seed(self) -> int | None:
+        """The seed by which replicates differ; None for a method in which nothing is random."""
+        return None if self.calibration is None else self.calibration.seed
+
+    @property
     def quant_label(self) -> str:
         """The quantization in short, with what it was calibrated on."""
         return self.quant.label + ("" if self.calibration is None else f", {self.calibration.label}")
@@ -115,7 +120,8 @@ class Cell:
         """Return every axis by name, for tables and filters (None where it does not apply)."""
         model = self.model
         of_model = {"family": model.family, "model": model.label, "checkpoint": model.checkpoint}
-        return {**dict.fromkeys(axis_names()), **of_model, "method": self.quant.method, **self.quant.axis_values()}
+        named = {**of_model, "method": self.quant.method, "calibration_seed": self.calibration_seed}
+        return {**dict.fromkeys(axis_names()), **named, **self.quant.axis_values()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +138,8 @@ class Measurement:
 
 @cache
 def axis_names() -> tuple[str, ...]:
-    """Return the names that ``where=`` and ``by=`` accept: of the model, then of every method's spec."""
-    return ("family", "model", "checkpoint", "method", *axes())
+    """Return the names that ``where=`` and ``by=`` accept: of the model, of every method's spec, and the replicate."""
+    return ("family", "model", "checkpoint", "method", *axes(), "calibration_seed")
 
 
 @cache

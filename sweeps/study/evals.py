@@ -159,10 +159,10 @@ def resolve_evals(
     return evals
 
 
-def resolve_calibration(
+def resolve_calibrations(
     calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, method: str
-) -> Calibration:
-    """Resolve the data of a method that calibrates.
+) -> tuple[Calibration, ...]:
+    """Resolve the data of a method that calibrates, once for each seed.
 
     Args:
         calibration: the configuration's ``calibration``, as plain values.
@@ -185,7 +185,12 @@ def resolve_calibration(
     found = finder.text_set(str(name), "calibration.set")
     documents = documents_of(found.source)
     assert documents is not None  # a text set is somewhere
-    return Calibration(name=found.name, dataset=documents.identity, source=found.source, **given)
+    seeds = given.pop("seed")
+    seeds = seeds if isinstance(seeds, list | tuple) else [seeds]
+    if not seeds:
+        raise UserError("calibration.seed=[] is not valid: a whole number, or a list of them, one for each replicate")
+    about = {"name": found.name, "dataset": documents.identity, "source": found.source, **given}
+    return tuple(Calibration(seed=seed, **about) for seed in seeds)
 
 
 def _kinds(value: object) -> Mapping[str, object]:

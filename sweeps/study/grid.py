@@ -58,7 +58,7 @@ class Grid:
         return excluded_counts(self.excluded)
 
 
-def _no_calibration(method: str) -> Calibration:
+def _no_calibration(method: str) -> Sequence[Calibration]:
     raise UserError(f"method={method} calibrates: name a text set or a file, e.g. calibration.set=wikitext2")
 
 
@@ -66,7 +66,7 @@ def expand(
     blocks: Sequence[Mapping[str, object]],
     models: Sequence[ModelRef],
     exclude: Sequence[Mapping[str, object]] = (),
-    calibration: Callable[[str], Calibration] = _no_calibration,
+    calibrations: Callable[[str], Sequence[Calibration]] = _no_calibration,
 ) -> Grid:
     """Expand to all cells of ``models`` x the union of ``blocks``, minus ``exclude``.
 
@@ -74,7 +74,7 @@ def expand(
         blocks: axis values of the study, each a value or a list of them.
         models: the study's.
         exclude: rules: axis values of the cells to leave out.
-        calibration: asked, with a method's name, for what a method that calibrates reads.
+        calibrations: asked, with a method's name, for what a method that calibrates reads: a cell for each.
 
     Raises:
         UserError: an unknown axis, a rule that can't be read, or a method that calibrates without data.
@@ -95,8 +95,9 @@ def expand(
         for e in invalid
     ]
     for model in models:
-        for spec in unique:
-            cell = Cell(model=model, quant=spec, calibration=calibration(spec.method) if spec.calibrates else None)
+        wanted = ((s, data) for s in unique for data in (calibrations(s.method) if s.calibrates else (None,)))
+        for spec, data in wanted:
+            cell = Cell(model=model, quant=spec, calibration=data)
             reason = next((why for when, why in rules if matches(cell.axes(), when)), None)
             if reason is None:
                 cells.append(cell)

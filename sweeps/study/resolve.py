@@ -15,7 +15,7 @@ from typing import Any
 from sweeps.errors import HubError, UserError, did_you_mean
 from sweeps.study import hub
 from sweeps.study.cell import UNRESOLVED, ModelRef
-from sweeps.study.evals import as_list, resolve_calibration, resolve_evals
+from sweeps.study.evals import as_list, resolve_calibrations, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
 from sweeps.study.windows import check_windows
@@ -84,7 +84,7 @@ def build_study(
     if not sweep["quant"]:
         raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
     models = _models(config, resolver, progress)
-    found = partial(resolve_calibration, config.calibration, config.eval, resolver)
+    found = partial(resolve_calibrations, config.calibration, config.eval, resolver)
     grid = expand(sweep["quant"], models, sweep["exclude"], cache(found))
     evals = resolve_evals(config.eval, resolver, device, device_name)
     if not grid.cells:

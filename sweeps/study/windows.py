@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 from kbit.calibration import Calibration
-from kbit.models.limits import named_context
 from kbit.sources import LocalFile
 from sweeps.errors import UserError
 from sweeps.study import hub
@@ -97,6 +96,8 @@ class _Encoder:
 
 def _length(model: ModelRef, asked: int) -> int | None:
     """Return the tokens of a window; None where config.json leaves the context to the architecture's own default."""
+    from kbit.models.limits import named_context
+
     config = _file(model, "config.json")
     context = None if config is None else named_context(_namespace(json.loads(config.read_bytes())))
     return None if context is None else min(context, asked)

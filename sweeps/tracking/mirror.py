@@ -61,8 +61,16 @@ Emit = Callable[[Answer], None]
 def mirrored_columns() -> tuple[str, ...]:
     """Return a row's columns that become columns of the run's history."""
     return (
-        *("key", "measurement", "status", "eval", "method", *axes(), "label", "calibration", "checkpoint"),
-        *("tokens_seen", "bits_per_param", "bits_per_param_nominal", "total_bits", "total_bits_nominal", "seconds"),
+        *("key", "measurement", "status", "eval", "method", *axes(), "label", "calibration", "calibration_seed"),
+        *(
+            "checkpoint",
+            "tokens_seen",
+            "bits_per_param",
+            "bits_per_param_nominal",
+            "total_bits",
+            "total_bits_nominal",
+            "seconds",
+        ),
         *("peak_memory_bytes", "error_type"),
     )
 

@@ -117,10 +117,34 @@ def test_a_study_of_a_method_that_calibrates_and_a_data_type_of_another_package(
     assert "scaled" in where.stdout
 
 
+def test_a_list_of_seeds_makes_replicates_of_the_cells_that_calibrate(run: Run, tmp_path: Path) -> None:
+    study = [*STUDY, *CALIBRATION, "calibration.seed=[0,1,2]"]
+    planned = run(*study, "mode=plan", "where={calibration_seed: [1, 2]}")
+    assert planned.returncode == 0, planned.stderr
+    assert re.search(r"to do\s+4\b", planned.stdout)  # two methods' cells, two seeds
+    done = run(*study)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = stored(run)
+    assert len(rows) == 3 + 2 * 3
+    of_one = [row for row in rows if row["method"] == "scaled" and row["strength"] == 0.5]
+    assert sorted(json.loads(str(row["calibration"]))["seed"] for row in of_one) == [0, 1, 2]
+    assert len({row["loss"] for row in of_one}) == 3
+    assert (tmp_path / "r" / "figures" / "mine" / "methods_4bit.png").is_file()
+    # One of the seeds alone is one of these cells.
+    again = run(*STUDY, *CALIBRATION, "calibration.seed=2")
+    assert "nothing to do" in again.stdout
+    by = run("mode=status", "out=r", "by=[method,calibration_seed]")
+    assert by.returncode == 0, by.stderr
+    assert len([line for line in by.stdout.splitlines() if "scaled" in line]) == 3
+
+
 def test_bad_calibration_is_refused_before_anything_runs(run: Run, tmp_path: Path) -> None:
     for wrong, said in (
         ("calibration.samples=0", "calibration.samples=0 is not valid: a whole number of at least 1"),
         ("calibration.compute_dtype=int8", "calibration.compute_dtype='int8' is not valid: one of storage"),
+        ("calibration.seed=[0,-1]", "calibration.seed=-1 is not valid: a whole number of at least 0"),
+        ("calibration.seed=[]", "calibration.seed=[] is not valid: a whole number, or a list of them"),
+        ("calibration.seed=first", "calibration.seed='first' is not valid: a whole number of at least 0"),
         ("calibration.set=nowhere", "calibration.set='nowhere' is neither a known text set nor a .jsonl or .txt file"),
         ("calibration.sampels=4", "'calibration.sampels' is not a key. Did you mean calibration.samples"),
     ):
