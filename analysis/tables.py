@@ -1,4 +1,4 @@
-"""Tables: a metric by bits and data type, for the terminal and for Markdown; results as CSV, parquet or Markdown."""
+"""Tables: a metric by bits and data type, for terminal and Markdown; results as CSV, parquet, Markdown or LaTeX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from kbit.spec import BASELINE_BITS
 if TYPE_CHECKING:
     from rich.console import Console
 
-TABLE_SUFFIXES: Final = (".csv", ".parquet", ".md")
+TABLE_SUFFIXES: Final = (".csv", ".parquet", ".md", ".tex")
+_LATEX_NEEDS: Final = "% \\usepackage{booktabs}\n"
 _FIELDS: Final = ("value", "stderr", "diverged")
 
 
@@ -102,10 +103,10 @@ def render(table: pd.DataFrame, console: Console, *, metric: Metric | str, block
 def write_table(df: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     """Writes a result table as its suffix says; a table of that name is replaced in one step. Missing folders are made.
 
-    Dictionaries and lists in cells (the long table's metrics) become JSON in CSV and Markdown.
+    Dictionaries and lists in cells (the long table's metrics) become JSON in CSV, Markdown and LaTeX.
 
     Raises:
-        SpecError: a suffix other than .csv, .parquet or .md.
+        SpecError: a suffix other than .csv, .parquet, .md or .tex.
         OSError: the place can't be written.
     """
     path = Path(path)
@@ -120,9 +121,8 @@ def write_table(df: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
         elif suffix == ".csv":
             _flat(df).to_csv(temporary, index=False)
         else:
-            flat = _flat(df)
-            rows = [["" if _missing(x) else _escaped(x) for x in row] for row in flat.itertuples(index=False)]
-            temporary.write_text(_pipe_table([str(c) for c in flat.columns], rows), encoding="utf-8")
+            text = _latex(df) if suffix == ".tex" else _markdown(df)
+            temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,10 +161,31 @@ def _caption(metric: Metric) -> str:
     return f"{metric.label}, {better}; ± standard error;{bold} †: diverged; -: not measured."
 
 
+def _markdown(df: pd.DataFrame) -> str:
+    shown = _shown(df)
+    return _pipe_table(list(shown.columns), shown.replace(r"\|", r"\\|", regex=True).to_numpy().tolist())
+
+
+def _latex(df: pd.DataFrame) -> str:
+    """A tabular of booktabs' rules; what LaTeX would read as commands is escaped."""
+    latex: str = _shown(df).to_latex(index=False, escape=True)
+    return _LATEX_NEEDS + latex
+
+
+def _shown(df: pd.DataFrame) -> pd.DataFrame:
+    """Return every value as its text on one line: numbers with 6 digits, nothing for a missing one."""
+    flat = _flat(df)
+    rows = [["" if _missing(x) else _text_of(x) for x in row] for row in flat.itertuples(index=False)]
+    return pd.DataFrame(rows, columns=[str(c) for c in flat.columns], dtype="object")
+
+
 def _pipe_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numeric_from: int | None = None) -> str:
+    frame = pd.DataFrame(list(rows), columns=list(header), dtype="object")
     last = len(header) if numeric_from is None else numeric_from
-    rule = ["---" if i < last else "---:" for i in range(len(header))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [list(header), rule, *rows])
+    # Without rows there is nothing to align, and tabulate refuses to.
+    align = {"colalign": ["left" if i < last else "right" for i in range(len(header))]} if len(frame) else {}
+    text: str = frame.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, **align)
+    return text + "\n"
 
 
 def _flat(df: pd.DataFrame) -> pd.DataFrame:
@@ -186,6 +207,6 @@ def _missing(x: object) -> bool:
     return x is None or x is pd.NA or x is pd.NaT or (isinstance(x, float) and np.isnan(x))
 
 
-def _escaped(x: object) -> str:
+def _text_of(x: object) -> str:
     text = f"{x:.6g}" if isinstance(x, float) else str(x)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("\n", " ")

@@ -2,7 +2,8 @@
 
 lm-eval's HFLM is the definition: requests are encoded, cut and scored as it does (lm_eval 0.4.13,
 models/huggingface.py), so accuracies are equal. What differs is that encoding is apart from scoring, so a worker
-encodes a task once and scores it for every cell.
+encodes a task once and scores it for every cell; HFLM encodes with each call. tests/kbit/evaluation/test_zeroshot.py
+compares encodings, scores and metrics with HFLM's.
 """
 
 from __future__ import annotations

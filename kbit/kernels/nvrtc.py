@@ -1,4 +1,9 @@
-"""CUDA C++ to something that can be launched, with what torch brings along: NVRTC and the driver, no CUDA toolkit."""
+"""CUDA C++ to something that can be launched, with what torch brings along: NVRTC and the driver, no CUDA toolkit.
+
+By ctypes, and not NVIDIA's ``cuda.core``: on an H200 a process has its first launch 0.02 s after it needs one; with
+cuda.core 1.2 it has it after 0.14 s, 0.12 of them for the import. A launch from Python then takes 14 to 20 us, not
+5, which a CUDA graph hides.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -11,8 +12,12 @@ from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
+from sweeps.results.report import write_tables
+from sweeps.results.table import load_results
 from sweeps.store.parts import Store
+from sweeps.study.manifest import load_manifests
 from sweeps.tracking import tracker
+from sweeps.tracking.artifact import upload_tables
 from sweeps.worker.execution import run_config, run_name
 
 
@@ -44,7 +49,22 @@ def sync(options: Options, console: Console) -> int:
         report = tracker.sync(
             packs, options.tracking, progress=lambda done, of: status.update(f"mirroring pack {done} of {of}")
         )
+        problems = [] if report.error else list(_sync_tables(store, options, status.update))
     console.print(str(report), highlight=False)
+    for problem in problems:
+        console.print(problem, markup=False, highlight=False)
     if busy:
         console.print(f"{len(busy)} packs are running and mirror themselves; sync again when they are done.")
-    return 1 if report.error else 0
+    return 1 if report.error or problems else 0
+
+
+def _sync_tables(store: Store, options: Options, say: Callable[[str], None]) -> Iterator[str]:
+    """Write and upload the tables of each study that has results; yield what did not work."""
+    for sweep in dict.fromkeys(manifest.sweep for manifest in load_manifests(store.out)):
+        results = load_results(store.out, sweep=sweep)
+        if results["finished"].notna().any():
+            say(f"uploading the tables of {sweep}")
+            online = replace(options.tracking, mode="online")
+            problem = upload_tables(online, sweep, write_tables(store, sweep, results))
+            if problem:
+                yield problem

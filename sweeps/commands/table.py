@@ -1,4 +1,4 @@
-"""``mode=table``: write the results as CSV, parquet or Markdown."""
+"""``mode=table``: write the results as CSV, parquet, Markdown or LaTeX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sweeps.results.table import load_results
 
 
 def table(options: Options, console: Console) -> int:
-    """Write the results as CSV, parquet or Markdown."""
+    """Write the results as CSV, parquet, Markdown or LaTeX."""
     from analysis.metrics import direction_warnings
     from analysis.mixtures import mixture_warnings
     from analysis.tables import TABLE_SUFFIXES, write_table

@@ -52,6 +52,18 @@ class Order:
     console: Console
     progress: Callable[[str], None] = lambda _: None
 
+    def mirror_tables(self) -> None:
+        """Give the study's tables, as they were written at its end, to W&B; say where that did not work."""
+        from sweeps.tracking.artifact import upload_tables
+
+        sweep = self.manifest.sweep
+        files = [
+            f for kind in ("parquet", "csv", "md") if (f := self.store.out / "tables" / f"{sweep}.{kind}").is_file()
+        ]
+        problem = upload_tables(self.options.tracking, sweep, files)
+        if problem:
+            self.console.print(problem, style="yellow", markup=False, highlight=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:

@@ -79,7 +79,9 @@ def run_here(order: Order, settings: LocalSettings) -> int:
     unfinished = _unfinished(store, plan) if budget is not None else 0
     if unfinished:
         _say_spent(order, unfinished)
-    return _ending(store, manifest, console, figures=True)
+    code = _ending(store, manifest, console, figures=True)
+    order.mirror_tables()
+    return code
 
 
 def _unfinished(store: Store, plan: Plan) -> int:

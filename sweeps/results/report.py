@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -50,9 +51,8 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
     """Findings to the console; figures and the table to files."""
     from analysis.figures import write_figures
     from analysis.findings import findings, wanted_samples
-    from analysis.metrics import direction_warnings, headline_metrics
+    from analysis.metrics import direction_warnings
     from analysis.mixtures import mixture_warnings
-    from analysis.tables import bits_by_dtype, to_markdown, write_table
 
     # Only what is compared: the samples of a large study don't fit into memory.
     wanted = wanted_samples(results, long)
@@ -61,13 +61,25 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
         console.print(f"[yellow]{escape(warning)}[/]")
     for finding in findings(results, samples):
         console.print(f"• {escape(finding)}", highlight=False)
-    figures, tables = store.out / "figures" / sweep, store.out / "tables"
-    for directory in (figures, tables):
-        make_directory(directory)
+    figures = store.out / "figures" / sweep
+    make_directory(figures)
     write_figures(results, figures, sweep=sweep, samples=samples)
-    share_with_group(*figures.iterdir(), write_table(results, tables / f"{sweep}.csv"))
+    share_with_group(*figures.iterdir())
+    write_tables(store, sweep, results)
+
+
+def write_tables(store: Store, sweep: str, results: pd.DataFrame) -> list[Path]:
+    """Write a study's results as parquet and CSV, and what the terminal shows as Markdown; return the files."""
+    from analysis.metrics import headline_metrics
+    from analysis.tables import bits_by_dtype, to_markdown, write_table
+
+    tables = store.out / "tables"
+    make_directory(tables)
+    made = [write_table(results, tables / f"{sweep}.{kind}") for kind in ("parquet", "csv")]
+    share_with_group(*made)
     shown = [to_markdown(bits_by_dtype(results, metric=m), metric=m) for m in headline_metrics(results)]
     write_atomically(tables / f"{sweep}.md", "\n".join(shown).encode())
+    return [*made, tables / f"{sweep}.md"]
 
 
 def _show_places(store: Store, sweep: str, console: Console) -> None:
@@ -78,7 +90,7 @@ def _show_places(store: Store, sweep: str, console: Console) -> None:
             console.print(f"  {path.relative_to(store.out)}", highlight=False)
     console.print(
         "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)\n"
-        "mode=table to=FILE writes all results as CSV, parquet or Markdown; long=true one row per measurement.",
+        "mode=table to=FILE writes all results as CSV, parquet, Markdown or LaTeX; long=true one row per measurement.",
         highlight=False,
     )
 

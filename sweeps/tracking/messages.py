@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Final, get_args
 
@@ -37,8 +37,16 @@ class Finish:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """Upload the tables of a study."""
+
+    sweep: str
+    files: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
-    """W&B holds so many of a pack's measurements, of which so many were added."""
+    """W&B holds so many of a pack's measurements, of which so many were added; or so many files of an artifact."""
 
     pack: str
     mirrored: int
@@ -59,7 +67,7 @@ class Fatal:
     reason: str
 
 
-Message = Start | Log | Finish
+Message = Start | Log | Finish | Artifact
 Answer = Finished | Trouble | Fatal
 _MESSAGES: Final[Mapping[str, Callable[..., Message]]] = {kind.__name__: kind for kind in get_args(Message)}
 _ANSWERS: Final[Mapping[str, Callable[..., Answer]]] = {kind.__name__: kind for kind in get_args(Answer)}

@@ -32,6 +32,7 @@ from sweeps.files import is_shared
 from sweeps.store.schema import Row, Scalar
 from sweeps.tracking.messages import (
     Answer,
+    Artifact,
     Fatal,
     Finish,
     Finished,
@@ -160,6 +161,8 @@ class Mirror:
                 self._advance(pack)
             case Finish():
                 self._finish(self._packs.pop(message.pack))
+            case Artifact():
+                self._upload(message)
 
     def finish_all(self) -> None:
         for pack in list(self._packs):
@@ -187,14 +190,31 @@ class Mirror:
         if missing:
             pack.run.summary.update(pack.summary())
 
+    def _upload(self, message: Artifact) -> None:
+        name = f"{message.sweep}-results"
+        if self._server:
+            self._server.read(name)  # where it is away this says so at once, and wandb would wait for it
+        run = self._init(id=name, name=name, group=message.sweep, job_type="results", config={"sweep": message.sweep})
+        artifact = self._wandb.Artifact(name, type="results", description=f"Tables of {message.sweep}")
+        for file in message.files:
+            artifact.add_file(file, policy="immutable")  # without a copy in the user's home
+        run.log_artifact(artifact)
+        run.finish()  # returns when the files are uploaded, or wandb gave up
+        if self._server and self._server.read(name).state != "finished":
+            raise OSError(f"the server did not confirm {name}")
+        self._emit(Finished(pack=name, mirrored=len(message.files), added=len(message.files)))
+
     def _open(self, pack: _Pack) -> None:
         remote = self._server.read(pack.id) if self._server else RemoteRun()
-        pack.run = self._wandb.init(
-            id=pack.id,
-            name=pack.name,
-            group=pack.sweep,
-            job_type="pack",
-            config={"sweep": pack.sweep, **pack.config},
+        about = {"sweep": pack.sweep, **pack.config}
+        pack.run = self._init(id=pack.id, name=pack.name, group=pack.sweep, job_type="pack", config=about)
+        pack.run.define_metric("*", summary="none")  # a pack's last cell says nothing about the pack
+        pack.mirrored, pack.counts = dict.fromkeys(remote.mirrored), Counter(remote.counts)
+
+    def _init(self, **about: Any) -> Any:
+        """Open a run, or take it up again."""
+        return self._wandb.init(
+            **about,
             project=self._config["project"],
             entity=self._config["entity"],
             mode=self._config["mode"],
@@ -203,8 +223,6 @@ class Mirror:
             allow_val_change=True,
             settings=self._settings,
         )
-        pack.run.define_metric("*", summary="none")  # a pack's last cell says nothing about the pack
-        pack.mirrored, pack.counts = dict.fromkeys(remote.mirrored), Counter(remote.counts)
 
     def _finish(self, pack: _Pack) -> None:
         if pack.whole and self._server and _is_whole(pack, self._server.read(pack.id)):

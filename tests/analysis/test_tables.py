@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,12 +16,17 @@ from rich.console import Console
 from analysis.cells import measured, one_exponent, plain, points
 from analysis.metrics import ZERO_SHOT_TASKS, headline_metrics, metric_columns, parse_metric, primary_loss, stderr
 from analysis.mixtures import mixture_warnings
-from analysis.tables import bits_by_dtype, render, to_markdown, write_table
+from analysis.tables import TABLE_SUFFIXES, bits_by_dtype, render, to_markdown, write_table
 from kbit.errors import SpecError
 from kbit.spec import QuantSpec
 from tests.analysis.studies import MODELS, Study, demo_specs, diverge, make_study
 
 LOSS = parse_metric("jargon_loss")
+
+
+def unpadded(markdown: str) -> str:
+    """Return a Markdown table without the blanks that put its columns under each other."""
+    return re.sub(r" {2,}", " ", markdown)
 
 
 def one(df: pd.DataFrame, **where: object) -> pd.Series:
@@ -108,7 +114,7 @@ def test_an_unfinished_cell_counts_with_what_was_measured_of_it(study: Study, st
     assert bits_by_dtype(wide, metric=LOSS).loc[("neox-s", 4), ("int", "value")] == before
     accuracy = bits_by_dtype(wide, metric="jargon_choice_acc")
     assert np.isnan(accuracy.loc[("neox-s", 4), ("int", "value")])
-    assert "| -" in to_markdown(accuracy, metric="jargon_choice_acc")
+    assert "| - |" in unpadded(to_markdown(accuracy, metric="jargon_choice_acc"))
 
 
 def test_divergence_is_shown_and_never_the_best(study: Study) -> None:
@@ -118,7 +124,7 @@ def test_divergence_is_shown_and_never_the_best(study: Study) -> None:
     wide.loc[high, ["status", "jargon_loss"]] = ["diverged", 0.5]
     table = bits_by_dtype(wide, metric=LOSS)
     assert np.isinf(table.loc[("neox-s", 3), ("int", "value")])
-    text = to_markdown(table, metric=LOSS)
+    text = unpadded(to_markdown(table, metric=LOSS))
     assert "| neox-s | 3 | diverged |" in text
     four = next(line for line in text.splitlines() if line.startswith("| neox-s | 4 |"))
     assert "0.500 ± 0." in four
@@ -225,7 +231,9 @@ def test_a_narrow_terminal_cuts_no_number(study: Study, width: int) -> None:
 def test_the_best_of_a_row_is_bold_in_markdown_with_the_metrics_direction(study: Study) -> None:
     for column, best in (("jargon_loss", np.argmin), ("jargon_lastword_acc", np.argmax)):
         table = bits_by_dtype(study.wide, metric=column)
-        row = next(r for r in to_markdown(table, metric=column).splitlines() if r.startswith("| neox-m | 3 |"))
+        row = next(
+            r for r in unpadded(to_markdown(table, metric=column)).splitlines() if r.startswith("| neox-m | 3 |")
+        )
         values = table.loc[("neox-m", 3)].xs("value", level="field").to_numpy()
         assert row.split("|")[3 + int(best(values))].strip().startswith("**")
 
@@ -235,11 +243,29 @@ def test_written_tables_read_back(study: Study, tmp_path: Path) -> None:
     np.testing.assert_allclose(csv["jargon_loss"], study.wide["jargon_loss"])
     parquet = pd.read_parquet(write_table(study.wide, tmp_path / "t.parquet"))
     pd.testing.assert_series_equal(parquet["blocksize"], study.wide["blocksize"])
-    lines = write_table(study.wide, tmp_path / "t.md").read_text(encoding="utf-8").splitlines()
+    lines = unpadded(write_table(study.wide, tmp_path / "t.md").read_text(encoding="utf-8")).splitlines()
     assert len(lines) == 2 + len(study.wide)
     assert lines[0].startswith("| key | sweep |")
     assert {line.count("|") for line in lines} == {len(study.wide.columns) + 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "t.md", "t.parquet"]
+
+
+AWKWARD = pd.DataFrame({"a_b": ["x|y", "50% & {3}", None], "n": [1.23456789, float("nan"), 2e-9]})
+
+
+def test_what_markdown_and_latex_would_read_as_their_own_is_escaped(tmp_path: Path) -> None:
+    markdown = unpadded(write_table(AWKWARD, tmp_path / "t.md").read_text(encoding="utf-8"))
+    assert markdown.splitlines()[2:] == ["| x\\|y | 1.23457 |", "| 50% & {3} | |", "| | 2e-09 |"]
+    latex = write_table(AWKWARD, tmp_path / "t.tex").read_text(encoding="utf-8").splitlines()
+    assert latex[0] == r"% \usepackage{booktabs}"
+    assert r"a\_b & n \\" in latex
+    assert latex[latex.index(r"\midrule") + 1 : -2] == [r"x|y & 1.23457 \\", r"50\% \& \{3\} &  \\", r" & 2e-09 \\"]
+
+
+@pytest.mark.parametrize("suffix", TABLE_SUFFIXES)
+def test_a_table_without_rows_has_its_heading(suffix: str, tmp_path: Path) -> None:
+    written = write_table(AWKWARD.head(0), tmp_path / f"t{suffix}")
+    assert b"n" in written.read_bytes()
 
 
 def test_metrics_of_the_long_table_are_json_in_csv(study: Study, tmp_path: Path) -> None:
@@ -253,7 +279,7 @@ def test_an_unknown_table_format_is_refused_before_anything_is_written(
     tmp_path: Path,
     name: str,
 ) -> None:
-    with pytest.raises(SpecError, match=r"\.csv, \.parquet, \.md"):
+    with pytest.raises(SpecError, match=r"\.csv, \.parquet, \.md, \.tex"):
         write_table(study.wide, tmp_path / "new" / name)
     assert list(tmp_path.iterdir()) == []
 

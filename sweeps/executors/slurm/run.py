@@ -54,7 +54,10 @@ def submit_study(order: Order, slurm: SlurmSettings) -> int:
             raise UserError(f"executor=slurm: {error}. Nothing was submitted") from error
     _say(submitted, submitter, console)
     if order.options.watch:
-        return _watch(submitter, console)
+        code = _watch(submitter, console)
+        if code != EXIT_INTERRUPTED:
+            order.mirror_tables()
+        return code
     if submitted.launch is None and submitted.plan.counts["in flight"]:
         console.print("mode=status says how those in flight do; watch=true follows them.", highlight=False)
     elif submitted.launch is None and not submitted.left:

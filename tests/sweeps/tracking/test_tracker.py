@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -19,9 +20,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from kbit.errors import SpecError
+from sweeps.tracking.artifact import upload_tables
 from sweeps.tracking.tracker import SyncReport, TrackedPack, Tracker, TrackingConfig, sync
 from tests.conftest import Launch
 
@@ -78,6 +81,25 @@ class WandbServer:
     def everything(self) -> tuple[int, list[tuple[Any, ...]]]:
         [(points,)] = self._query("SELECT count(*) FROM metrics")
         return points, self._query("SELECT run_id, state, config_json, summary_json FROM runs ORDER BY run_id")
+
+    def artifacts(self, name: str) -> list[tuple[str, str]]:
+        """(name, type) of the artifacts of a run."""
+        return self._query("SELECT name, artifact_type FROM artifacts WHERE run_id = ?", name)  # type: ignore[return-value]
+
+    def digests(self, name: str) -> list[str]:
+        """Digests of an artifact's versions, by the server's log: openwandb takes note of artifacts, and no files."""
+        log = (self.data / "server.log").read_text()
+        return re.findall(rf"createArtifact: run={name}, type=results, collection={name}, digest=(\w+)", log)
+
+
+def digest_of(name: str, *files: Path) -> str:
+    """The digest by which W&B knows an artifact of these files: of their names and contents."""
+    import wandb
+
+    artifact = wandb.Artifact(name, type="results")
+    for file in files:
+        artifact.add_file(str(file))
+    return str(artifact.digest)
 
 
 def free_port() -> int:
@@ -381,6 +403,40 @@ STUDY = (
 )
 
 
+def test_a_studys_tables_are_an_artifact_of_the_study(server: WandbServer, launch: Launch, tmp_path: Path) -> None:
+    online = ("sweep.name=tables", "tracking=online", f"tracking.base_url={server.url}")
+    done = launch("out=a", *STUDY, *online)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "W&B" not in done.stdout
+    made = tmp_path / "a" / "tables" / "tables.parquet"
+    assert len(pd.read_parquet(made)) == 3
+    assert server.artifacts("tables-results") == [("tables-results", "results")]
+    files = [made.with_suffix(suffix) for suffix in (".parquet", ".csv", ".md")]
+    assert server.digests("tables-results") == [digest_of("tables-results", *files)]
+    assert server.run("tables-results")["state"] == "finished"
+
+
+def test_tables_that_did_not_arrive_are_said_and_sync_brings_them(
+    server: WandbServer, refusing_url: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.parquet"
+    pd.DataFrame({"late": [1, 2]}).to_parquet(table)
+    for url, why in ((f"http://127.0.0.1:{free_port()}", "refused"), (refusing_url, "refuses the API key")):
+        config = TrackingConfig(mode="online", base_url=url, dir=tmp_path / "wandb")
+        began = time.monotonic()
+        said = upload_tables(config, "late", [table])
+        assert time.monotonic() - began < 30
+        assert said is not None
+        assert "the tables of late are not known to be uploaded" in said
+        assert why in said
+        assert "run the same command with mode=sync" in said
+    assert server.artifacts("late-results") == []
+    config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path / "wandb")
+    assert upload_tables(config, "late", [table]) is None
+    assert server.digests("late-results") == [digest_of("late-results", table)]
+    assert upload_tables(TrackingConfig(mode="disabled"), "late", [table]) is None
+
+
 def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbServer, launch: Launch) -> None:
     online = ("tracking=online", f"tracking.base_url={server.url}")
     down = ("tracking=online", f"tracking.base_url=http://127.0.0.1:{free_port()}")
@@ -388,6 +444,7 @@ def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbS
     assert first.returncode == 0, first.stdout + first.stderr
     assert "W&B" not in first.stdout
     whole = launch("out=a", "mode=sync", *online)
+    assert whole.returncode == 0, whole.stdout
     assert "W&B holds 3 of 3 measurements in 1 packs, 0 added now" in whole.stdout
 
     outage = launch("out=b", *STUDY, "sweep.name=outage", *down)
@@ -396,6 +453,7 @@ def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbS
     added = launch("out=b", "mode=sync", *online)
     assert added.returncode == 0
     assert "W&B holds 3 of 3 measurements in 1 packs, 3 added now" in added.stdout
+    assert server.artifacts("outage-results") == [("outage-results", "results")]
 
 
 def test_a_study_without_a_key_runs_untracked_and_asks_for_no_login(

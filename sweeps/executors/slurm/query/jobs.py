@@ -1,4 +1,8 @@
-"""The state of jobs: squeue's and sacct's word on them; and cancelling them."""
+"""The state of jobs: squeue's and sacct's word on them; and cancelling them.
+
+Formats, and not ``--json``: SLURM 22.05, which Debian 12 brings, answers ``squeue --json`` with every job of the
+cluster whatever names are asked for, and later versions renamed and retyped its fields more than once.
+"""
 
 from __future__ import annotations
 
