@@ -183,8 +183,8 @@ def _pipe_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numeric
     frame = pd.DataFrame(list(rows), columns=list(header), dtype="object")
     last = len(header) if numeric_from is None else numeric_from
     # Without rows there is nothing to align, and tabulate refuses to.
-    align = {"colalign": ["left" if i < last else "right" for i in range(len(header))]} if len(frame) else {}
-    text: str = frame.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, **align)
+    align = ["left" if i < last else "right" for i in range(len(header))] if len(frame) else None
+    text: str = frame.to_markdown(index=False, tablefmt="pipe", disable_numparse=True, colalign=align)
     return text + "\n"
 
 
