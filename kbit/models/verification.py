@@ -58,8 +58,10 @@ def check_complete(model: PreTrainedModel, info: Mapping[str, Any], stored: Mapp
             "language model alone",
         )
     in_files, on_purpose = _in_files(model, stored)
-    in_model = sum({key_of(t): t.numel() for key, t in model.state_dict().items() if _is_weight(key, t)}.values())
-    if in_model not in (in_files, in_files - sum(tensor.numel for tensor in on_purpose)):
+    in_model = _numel(dict(model.named_parameters()))
+    # Buffers may be in the files or not: some are made anew where they are not.
+    allowed = {in_model, _numel(model.state_dict())}
+    if allowed.isdisjoint({in_files, in_files - sum(tensor.numel for tensor in on_purpose)}):
         left_out = f", of which transformers leaves out {_list(t.name for t in on_purpose)}" if on_purpose else ""
         raise SpecError(
             "path",
@@ -145,6 +147,11 @@ def _probe_tokens(config: Any) -> Tensor:
     usable = (n for n in range(10**6) if n not in special)
     *common, first, second = (next(usable) for _ in range(_PROBE + 1))
     return torch.tensor([[*common, first], [*common, second]])
+
+
+def _numel(tensors: Mapping[str, Tensor]) -> int:
+    """Values of a model's tensors, tied ones once, without what is no weight."""
+    return sum({key_of(t): t.numel() for key, t in tensors.items() if _is_weight(key, t)}.values())
 
 
 def _in_files(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[int, list[Stored]]:

@@ -92,6 +92,22 @@ def test_a_weight_that_transformers_lets_be_missing_is_seen_in_the_count(write, 
         load(directory)
 
 
+def test_a_buffer_that_is_made_anew_may_be_in_the_files_or_not(write, monkeypatch):
+    before = LlamaForCausalLM.__init__
+
+    def with_buffer(self, config):
+        before(self, config)
+        self.register_buffer("correction", torch.zeros(5))
+
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", ["correction"])
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", with_buffer)
+    directory = write("llama-gqa", torch.float16)
+    load(directory)
+    file = directory / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "correction"}, file, metadata={"format": "pt"})
+    load(directory)
+
+
 def test_what_transformers_leaves_out_on_purpose_is_left_out(write, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
     added = {"mtp.layers.0.eh_proj.weight": torch.ones(32, 64)}
