@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
@@ -15,8 +14,6 @@ from sweeps.terminal import adapt_streams, flush, silence
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-CONFIG_DIR = Path(__file__).resolve().parent / "conf"
 
 
 def main() -> None:
@@ -45,12 +42,22 @@ def _main() -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from sweeps.config import register
+    from sweeps.commands import say_error
+    from sweeps.commands.arguments import prepare
+    from sweeps.config import CONFIG_DIR, register
+    from sweeps.errors import UserError
+    from sweeps.hydra_errors import explain
 
+    try:
+        sys.argv[1:] = prepare(sys.argv[1:])
+    except UserError as error:
+        say_error(str(error))
+        return EXIT_BAD_INPUT
     register()
     # Hydra then raises its errors instead of printing them and leaving with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
+    composed: list[DictConfig] = []
 
     def dispatch(cfg: DictConfig) -> None:
         # Late, so that --help and mistakes in the command line are answered at once.
@@ -58,14 +65,15 @@ def _main() -> int:
 
         from sweeps.commands import run_mode
 
+        composed.append(cfg)
         codes.append(run_mode(cfg, HydraConfig.get().overrides.task))
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(dispatch)()
-    except (HydraException, OmegaConfBaseException) as error:
-        from sweeps.commands import say_error
-        from sweeps.hydra_errors import explain
-
+    except Exception as error:
+        # Hydra stumbles over some arguments with exceptions of any kind; what a mode raises is not its doing.
+        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
+            raise
         say_error(explain(error))
         return EXIT_BAD_INPUT
     return max(codes, default=0)

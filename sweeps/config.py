@@ -11,7 +11,7 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from kbit.evaluation.spec import eval_axes
 from sweeps.study.grid import block_axes
 
 DEMO_DIR = Path(__file__).parent / "demo"
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
 Raw: TypeAlias = Any
 """A value as it was written: Hydra has no type for it, and what reads it checks it."""
 
@@ -235,6 +236,16 @@ def unknown_keys(cfg: DictConfig) -> list[str]:
 
     walk(cfg, "")
     return found
+
+
+def config_dirs(added: str | None) -> list[Path]:
+    """Return where configuration files are looked for: ours, and the user's (``--config-dir``)."""
+    return [CONFIG_DIR, *([Path(added)] if added else [])]
+
+
+def options_of(group: str, directories: Iterable[Path]) -> list[str]:
+    """Return what can be chosen of a group: the files of its directories."""
+    return sorted({path.stem for directory in directories for path in (directory / group).glob("*.yaml")})
 
 
 def register() -> None:

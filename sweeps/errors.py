@@ -4,6 +4,8 @@
     ├── UserError               2   the request can't be carried out as asked; nothing was run
     │   ├── StoreError              the results directory can't be used
     │   ├── HubError                a model or dataset can't be identified, found or fetched
+    │   │   └── UnreachableError        the hub can't be asked
+    │   ├── UnaskedError            a scheduler is not there, or can't be asked just now
     │   ├── TaskError               a task can't be run
     │   ├── CodeChangedError        the code is not what was launched
     │   ├── DataChangedError        the data are not what was launched
@@ -59,6 +61,14 @@ class StoreError(UserError):
 
 class HubError(UserError):
     """A model or dataset can't be identified, found or fetched."""
+
+
+class UnreachableError(HubError):
+    """The hub can't be asked, and the cache doesn't know: what is asked for may well be there."""
+
+
+class UnaskedError(UserError):
+    """Whether a scheduler takes a request is unknown: it is not there, or can't be asked just now."""
 
 
 class TaskError(UserError):

@@ -108,7 +108,10 @@ def _without_missing(value: Any) -> Any:
 def _out(value: str) -> Path:
     if not value.strip():
         raise UserError("out='' is not valid: name a directory for the results, e.g. out=results")
-    return Path(value).expanduser().absolute()
+    path = Path(value).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"out={value!r} is a file: name a directory for the results, e.g. out=results")
+    return path
 
 
 def _tracking(given: Mapping[str, Any], out: Path) -> TrackingConfig:

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sweeps.commands.request import accepted
 from sweeps.commands.selection import chosen_part, say_what_stays
-from sweeps.executors.base import Executor, Order, chosen
+from sweeps.errors import UnaskedError
+from sweeps.executors.base import Executor, Order
 from sweeps.launches.claimer import plan_study
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
@@ -28,10 +30,9 @@ MOST_UNRESOLVED_SHOWN: Final = 5
 
 def plan(options: Options, console: Console) -> int:
     """Say what a run would do, without doing it and without torch."""
-    executor = chosen(options.executor)
-    executor.check_budget(options.budget)
-    device = executor.device()
+    executor, device = accepted(options)
     store = Store(out=options.out)
+    store.check_may_write()
     with console.status("resolving models and data") as status:
         study = build_study(
             options.study, device=device, device_name=executor.device_name, strict=False, progress=status.update
@@ -39,6 +40,12 @@ def plan(options: Options, console: Console) -> int:
     manifest = chosen_part(options.choice, store.out, study.manifest)
     flight = read_flight(store.out)
     order = Order(options=options, device=device, store=store, manifest=manifest, console=console)
+    try:
+        executor.check(order)
+    except UnaskedError as error:
+        # Where there is no cluster, a plan for it is still of use.
+        if not options.script:
+            console.print(f"[yellow]not checked against the cluster: {escape(str(error))}[/]", highlight=False)
     if options.script:
         for script in executor.scripts(order, flight):
             console.print(script, markup=False, highlight=False, soft_wrap=True)

@@ -9,14 +9,13 @@ from functools import partial
 from rich.console import Console
 from rich.markup import escape
 
+from sweeps.commands.request import accepted
 from sweeps.commands.selection import chosen_part, say_what_stays
-from sweeps.errors import UserError
-from sweeps.executors.base import Order, chosen, with_jobs
+from sweeps.executors.base import Order, with_jobs
 from sweeps.options import Options
 from sweeps.plan.notices import notices
 from sweeps.store.parts import Store
 from sweeps.study.resolve import build_study
-from sweeps.worker.execution import batch_tokens
 
 
 def run(options: Options, console: Console) -> int:
@@ -25,18 +24,9 @@ def run(options: Options, console: Console) -> int:
     Raises:
         UserError, SpecError: the request is wrong; nothing was run.
     """
-    executor = chosen(options.executor)
-    if options.watch and not executor.detached:
-        raise UserError(
-            f"watch=true has no effect with executor={executor.name}, which shows its run until it ends: leave it out. "
-            "executor=slurm follows jobs"
-        )
-    executor.check_budget(options.budget)
-    device = executor.device()
-    batch_tokens(executor.settings.batch_tokens, device)
-    executor.check_out(options.out)
+    executor, device = accepted(options)
     store = Store(out=options.out)
-    store.check_writable()
+    store.check_may_write()
     with console.status("resolving models and data") as status:
         study = build_study(
             options.study, device=device, device_name=executor.device_name, strict=True, progress=status.update
@@ -57,6 +47,7 @@ def run(options: Options, console: Console) -> int:
                 console.print(f"[yellow]{escape(problem)}[/]", highlight=False)
         # What became of the jobs decides what status= chooses.
         order = replace(order, manifest=chosen_part(options.choice, options.out, study.manifest))
+    store.check_writable()
     say_what_stays(options, console)
     for notice in notices(store, order.manifest):
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)

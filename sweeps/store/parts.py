@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,20 @@ class Store:
                 f"out={str(self.out)!r} can't be written: {error.strerror or error}. "
                 "Give a directory that you may write, e.g. out=results"
             ) from error
+
+    def check_may_write(self) -> None:
+        """Refuse a directory that can't be written or made, without making it.
+
+        Raises:
+            StoreError: names what is in the way.
+        """
+        there = next(path for path in (self.out, *self.out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "Permission denied" if there.is_dir() else "Not a directory"
+            raise StoreError(
+                f"out={str(self.out)!r} can't be written: {why}: {there}. "
+                "Give a directory that you may write, e.g. out=results"
+            )
 
     def write(self, row: Row) -> None:
         """Store one measurement; when this returns, it is on disk.

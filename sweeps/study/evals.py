@@ -6,7 +6,7 @@ How data are found depends on what a kind reads (``Evaluator.data``), never on t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -25,6 +25,7 @@ from sweeps.study.snapshot import task_data_files
 AUTO_COMPUTE_DTYPE: Final = {"cpu": "float32", "cuda": "storage"}
 """16-bit arithmetic is slow, or missing, on a CPU."""
 TEXT_SUFFIXES: Final = (".jsonl", ".txt")
+TEXT_LINE: Final = '{"text": "..."} of a .jsonl file'
 PACKAGED_LOADERS: Final = ("json", "csv", "parquet", "text", "arrow")
 """Names that `datasets` reads local files with, not of the hub."""
 LISTS: Final = {"perplexity": "perplexity", "tasks": "task"}
@@ -64,10 +65,11 @@ class Finder:
         known = self.settings["sets"].get(name)
         if known is None:
             path = Path(name).expanduser()
-            if path.suffix not in TEXT_SUFFIXES and not path.is_file():
+            if path.suffix not in TEXT_SUFFIXES:
                 hint = did_you_mean(name, self.settings["sets"])
+                other = f" Write each document of {path.name} as a line {TEXT_LINE}." if path.is_file() else ""
                 raise UserError(
-                    f"{key}={name!r} is neither a known text set nor a .jsonl or .txt file.{hint} "
+                    f"{key}={name!r} is neither a known text set nor a .jsonl or .txt file.{hint}{other} "
                     f"Known: {', '.join(sorted(self.settings['sets']))}"
                 )
             return Found(name=path.stem, version=None, source=_text_file(path, key, DEFAULT_FIELD))
@@ -75,6 +77,7 @@ class Finder:
         if known["path"]:
             source = _text_file(Path(known["path"]), f"eval.sets.{name}.path", known["field"])
         elif self.data_dir and known["local"]:
+            self._check_there(name, self.data_dir / known["local"], key)
             source = _text_file(self.data_dir / known["local"], f"eval.data_dir (for {name})", known["field"])
         elif known["hub"]:
             commit = self.commits.commit(known["hub"], known["revision"], "dataset")
@@ -83,6 +86,28 @@ class Finder:
         else:
             raise UserError(f"eval.sets.{name} is only available locally: give eval.data_dir=DIR with {known['local']}")
         return Found(name=name, version=None, source=source)
+
+    def _check_there(self, name: str, file: Path, key: str) -> None:
+        """Refuse a text set whose file is not in the data directory, and offer those that are."""
+        if file.is_file():
+            return
+        asked = [str(n) for n in as_list(self.settings["perplexity"], "eval.perplexity")]
+        local = {n: of["local"] for n, of in self.settings["sets"].items() if of["local"]}
+        there = [n for n, of in local.items() if (file.parent / of).is_file()]
+        left = [n for n in asked if n != name and n in there] or there
+        offer = f", or measure what is there: 'eval.perplexity=[{','.join(left)}]'" if left else ""
+        without = offer or f", or leave it out: 'eval.perplexity=[{','.join(n for n in asked if n != name)}]'"
+        raise UserError(
+            f"{key}: eval.data_dir={str(file.parent)!r} has no {file.name} (for {name}): put it there{without}"
+        )
+
+    def members(self, names: Sequence[object]) -> list[str]:
+        """Return tasks, with those of a group or tag in its place; a task that is also in a group counts once."""
+        dirs = [Path(str(d)).expanduser() for d in as_list(self.settings["task_dirs"], "eval.task_dirs")]
+        found = [(str(name), task_index.tasks_of(str(name), extra_dirs=dirs)) for name in names]
+        grouped = {task for name, tasks in found if tasks != (name,) for task in tasks}
+        single = [name for name, tasks in found if tasks == (name,) and name not in grouped]
+        return [*single, *dict.fromkeys(t for name, tasks in found if tasks != (name,) for t in tasks)]
 
     def task(self, name: str, key: str) -> Found:
         dirs = [Path(str(d)).expanduser() for d in as_list(self.settings["task_dirs"], "eval.task_dirs")]
@@ -140,7 +165,8 @@ def resolve_evals(
     evals = []
     for kind, key, names in asked:
         evaluator = EVALUATORS[kind]
-        for name in as_list(names, key):
+        listed = as_list(names, key)
+        for name in finder.members(listed) if evaluator.data == "task" else listed:
             found = FIND[evaluator.data](finder, str(name), key)
             documents = documents_of(found.source)
             evals.append(
@@ -229,6 +255,8 @@ def _data_dir(value: str | None) -> Path | None:
 
 
 def _text_file(path: Path, key: str, field: str) -> LocalFile:
+    if path.suffix not in TEXT_SUFFIXES:
+        raise UserError(f"{key}={str(path)!r} is not a .jsonl or .txt file: write each document as a line {TEXT_LINE}")
     file = _file(path, key, field)
     hub.check_jsonl(Path(file.path), (field,))
     return file

@@ -21,7 +21,7 @@ from kbit.models.checkpoint import count_parameters, model_files, read_config, w
 from kbit.models.obeyed import FIRST_OBEYED, check_refused, obeyed_files
 from kbit.models.refusals import check_checkpoint, check_config
 from kbit.sources import HubData
-from sweeps.errors import HubError, UserError
+from sweeps.errors import HubError, UnreachableError, UserError
 from sweeps.study.hashes import Progress, file_hash
 
 __all__ = [
@@ -99,7 +99,7 @@ def resolve_commit(repo_id: str, revision: str = "main", repo_type: str = "model
             return str(info.sha)
     commit = _cached_ref(repo_id, revision, repo_type)
     if commit is None:
-        raise HubError(
+        raise UnreachableError(
             f"{repo_type} {repo_id}@{revision} can't be resolved to a commit: {why}, and it is not in the local cache. "
             f"Run with mode=fetch where there is a network, or give local copies with "
             f"{'path=DIR' if repo_type == 'model' else 'eval.data_dir=DIR'}"
@@ -149,11 +149,12 @@ def small_file(repo_id: str, commit: str, name: str) -> Path | None:
         return None
 
 
-def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalModel:
+def local_model(path: str | Path, *, key: str = "path", progress: Progress | None = None) -> LocalModel:
     """Identify a local model directory by its contents.
 
     Args:
         path: a directory as ``save_pretrained`` writes it.
+        key: of the configuration, which named it.
         progress: called while large files are hashed (the first time; their hashes are remembered).
 
     Raises:
@@ -163,7 +164,7 @@ def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalM
     directory = Path(path).expanduser().absolute()
     if not directory.is_dir():
         raise HubError(
-            f"path={str(path)!r} is not a directory: a local model is a Hugging Face directory with config.json"
+            f"{key}={str(path)!r} is not a directory: a local model is a Hugging Face directory with config.json"
         )
     try:
         files = model_files(directory)
@@ -172,7 +173,7 @@ def local_model(path: str | Path, *, progress: Progress | None = None) -> LocalM
         params = count_parameters(weights) if weights else None
         digest = _content_hash(directory, files, progress)
     except (CheckpointError, OSError) as error:
-        raise HubError(f"path={str(path)!r} is not a usable model: {error}") from error
+        raise HubError(f"{key}={str(path)!r} is not a usable model: {error}") from error
     name = directory_name(directory)
     match = _FAMILY_AND_SIZE.fullmatch(name)
     family = match["family"].lower() if match else read_config(directory)["model_type"]

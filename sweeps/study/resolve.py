@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from sweeps.errors import HubError, UserError, did_you_mean
+from sweeps.errors import UnreachableError, UserError, did_you_mean
 from sweeps.study import hub
 from sweeps.study.cell import UNRESOLVED, ModelRef
 from sweeps.study.evals import as_list, resolve_calibrations, resolve_evals
@@ -54,7 +54,7 @@ class Resolver:
     def commit(self, repo: str, revision: str, repo_type: str) -> str:
         try:
             return hub.resolve_commit(repo, revision, repo_type=repo_type)
-        except HubError:
+        except UnreachableError:
             if self.strict:
                 raise
             self.unresolved.append(repo)
@@ -110,7 +110,11 @@ def _models(config: StudyConfig, resolver: Resolver, progress: Callable[[str], N
         _check_sizes(sizes, list(names.values()))
         return [_local(p, None, None, progress) for p in paths if not sizes or names[p] in map(str, sizes)]
     members = {
-        (str(family.get("family") or group), str(name)): {**member, "tokens_per_step": family.get("tokens_per_step")}
+        (str(family.get("family") or group), str(name)): {
+            **member,
+            "tokens_per_step": family.get("tokens_per_step"),
+            "key": f"models.{group}.members.{name}",
+        }
         for group, family in config.models.items()
         for name, member in family["members"].items()
     }
@@ -137,9 +141,9 @@ def _member(
     if member["path"]:
         if checkpoint is not None:
             raise UserError(f"sweep.revisions={checkpoint!r} is not valid: {family} {name} is a local directory")
-        return _local(Path(member["path"]), family, name, progress)
+        return _local(Path(member["path"]), family, name, progress, f"{member['key']}.path")
     if not member["id"]:
-        raise UserError(f"models.{family}.members.{name}: needs `id` (a hub id) or `path` (a local directory)")
+        raise UserError(f"{member['key']}: needs `id` (a hub id) or `path` (a local directory)")
     progress(f"commit of {member['id']}")
     commit = resolver.commit(member["id"], checkpoint or member["revision"], "model")
     hub.check_cached(member["id"], commit)
@@ -160,9 +164,11 @@ def _tokens_seen(checkpoint: str | None, tokens_per_step: int | None) -> int | N
     return int(step.group(1)) * tokens_per_step if step and tokens_per_step else None
 
 
-def _local(path: Path, family: str | None, name: str | None, progress: Callable[[str], None]) -> ModelRef:
+def _local(
+    path: Path, family: str | None, name: str | None, progress: Callable[[str], None], key: str = "path"
+) -> ModelRef:
     progress(f"hash of {path}")
-    local = hub.local_model(path)
+    local = hub.local_model(path, key=key)
     return ModelRef(
         family=family or local.family,
         name=name or local.name,

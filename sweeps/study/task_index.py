@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +19,16 @@ import yaml
 from sweeps.errors import TaskError, did_you_mean
 
 _NAMED: Final = re.compile(rb"^[\"']?(task|group)[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
+_TAG: Final = re.compile(rb"^[\"']?tag[\"']?[ \t]*:", re.MULTILINE)
+_INCLUDE: Final = re.compile(
+    rb"^[\"']?include[\"']?[ \t]*:[ \t]*((?:[^\s#][^\n#]*)|(?:\n[ \t]*-[^\n]*)+)", re.MULTILINE
+)
 _IGNORED_DIRS: Final = frozenset({"__pycache__", ".ipynb_checkpoints"})
 _NO_VERSION: Final = "Yaml"
 """The version that lm-eval itself reports for a task without ``metadata.version``."""
 _NAME: Final = re.compile(r"[^\s/\\]+")
-_SHOWN: Final = 5
+_DISPLAYED: Final = ("group", "task_alias", "group_alias", "weight_by_size", "aggregate_metric_list", "metadata")
+"""What a group may say of a member without changing what is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +72,26 @@ def find_task(name: str, extra_dirs: Iterable[str | Path] = ()) -> TaskEntry:
     theirs = _lm_eval_tasks()
     roots = [*reversed(own), theirs]
     for directory in [*reversed(own), *_likely_dirs(name, theirs), theirs]:
-        file = next((f for f, text in _yaml_files(directory, name) if (b"task", name.encode()) in _names(text)), None)
+        file = _task_file(name, directory)
         if file is not None:
             return _entry(name, file)
-    raise TaskError(_why_not(name, roots))
+    raise TaskError(_Index.of(roots).why_not(name))
+
+
+def tasks_of(name: str, extra_dirs: Iterable[str | Path] = ()) -> tuple[str, ...]:
+    """Return the tasks of a group or tag, each once, in the order of their names; of anything else, its own name.
+
+    Raises:
+        TaskError: a group changes settings of its tasks, which have no name then; a file that can't be read.
+    """
+    own = [Path(d).expanduser() for d in extra_dirs]
+    if not _NAME.fullmatch(name) or not all(directory.is_dir() for directory in own):
+        return (name,)  # find_task says what is wrong
+    roots = [*reversed(own), _lm_eval_tasks()]
+    if any(_task_file(name, directory) for directory in [*reversed(own), *_likely_dirs(name, roots[-1])]):
+        return (name,)
+    index = _Index.of(roots)
+    return tuple(dict.fromkeys(index.expand(name, ()))) or (name,)
 
 
 def load_task_yaml(file: Path) -> dict[str, Any]:
@@ -114,6 +135,11 @@ def _yaml_files(root: Path, likely: str = "") -> Iterator[tuple[Path, bytes]]:
         yield Path(file), text
 
 
+def _task_file(name: str, directory: Path) -> Path | None:
+    """Return the file of a directory that defines a task."""
+    return next((f for f, text in _yaml_files(directory, name) if (b"task", name.encode()) in _names(text)), None)
+
+
 def _names(text: bytes) -> list[tuple[bytes, bytes]]:
     return _NAMED.findall(text)
 
@@ -141,21 +167,84 @@ def _entry(name: str, file: Path) -> TaskEntry:
     )
 
 
-def _why_not(name: str, roots: Iterable[Path]) -> str:
-    texts = [found for root in roots for found in _yaml_files(root)]
-    known = [(kind.decode(), n.decode(errors="replace"), file) for file, text in texts for kind, n in _names(text)]
-    group = next((file for kind, n, file in known if (kind, n) == ("group", name)), None)
-    if group is not None:
-        return _is_group("group", name, _members(load_task_yaml(group).get("task")))
-    has_tag = _tag_pattern(name)
-    tagged = {file for file, text in texts if has_tag.search(text)}
-    if tagged:
-        return _is_group("tag", name, [n for kind, n, file in known if kind == "task" and file in tagged])
-    hint = did_you_mean(name, [n for kind, n, _ in known if kind == "task"])
-    return (
-        f"eval.tasks: {name!r} is no task of lm-eval.{hint} "
-        "`lm-eval ls tasks` lists them; eval.task_dirs=[DIR] adds your own"
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """Every YAML file of some directories, and the names in them."""
+
+    texts: Sequence[tuple[Path, bytes]]
+    names: Sequence[tuple[str, str, Path]]
+
+    @classmethod
+    def of(cls, roots: Iterable[Path]) -> _Index:
+        texts = [found for root in roots for found in _yaml_files(root)]
+        names = [(kind.decode(), n.decode(errors="replace"), file) for file, text in texts for kind, n in _names(text)]
+        return cls(texts=texts, names=names)
+
+    def expand(self, name: str, parents: tuple[str, ...]) -> Iterator[str]:
+        """Yield the tasks of a group or tag, or a task's own name; nothing where there is none of the name."""
+        if name in parents:
+            raise TaskError(f"eval.tasks: the group {name!r} contains itself through {' -> '.join(parents)}")
+        kinds = {kind: file for kind, n, file in reversed(self.names) if n == name}
+        if "group" in kinds and kinds["group"] != kinds.get("task"):
+            for member in self._members(name, kinds["group"]):
+                yield from self.expand(member, (*parents, name))
+        elif "task" in kinds:
+            yield name
+        else:
+            yield from sorted(self._tagged(name))
+
+    def why_not(self, name: str) -> str:
+        """Say that there is no such task, and what has nearly its name."""
+        hint = did_you_mean(name, [n for _, n, _ in self.names])
+        return (
+            f"eval.tasks: {name!r} is no task of lm-eval.{hint} "
+            "`lm-eval ls tasks` lists them; eval.task_dirs=[DIR] adds your own"
+        )
+
+    def _members(self, group: str, file: Path, task: object = None) -> list[str]:
+        """Return the names in a group's ``task``: one, or a list of names and of mappings, which may hold groups."""
+        value = load_task_yaml(file).get("task") if task is None else task
+        names: list[str] = []
+        for item in value if isinstance(value, list) else [value]:
+            given = dict(item) if isinstance(item, Mapping) else {"task": item}
+            member = given.pop("task", given.get("group"))
+            settings = [key for key in given if key not in _DISPLAYED]
+            if settings or not isinstance(member, str | list):
+                raise TaskError(
+                    f"eval.tasks: the group {group!r} ({file.name}) changes {', '.join(settings) or 'the members'} of "
+                    f"its task {member!r}, so its tasks are not those of their names: name tasks instead"
+                )
+            names += self._members(group, file, member) if isinstance(member, list) else [member]
+        return names
+
+    def _tagged(self, tag: str) -> set[str]:
+        """Return the tasks whose definition, or what it includes, has a tag."""
+        texts, has_tag = dict(self.texts), _tag_pattern(tag)
+        known: dict[Path, bool] = {}
+
+        def carries(file: Path) -> bool:
+            if file not in known:
+                known[file] = False  # until it is known otherwise: files may include each other
+                text = texts.get(file) or _read(file)
+                own = _TAG.search(text) is not None
+                known[file] = bool(has_tag.search(text)) if own else any(map(carries, _includes(file, text)))
+            return known[file]
+
+        return {n for kind, n, file in self.names if kind == "task" and carries(file)}
+
+
+def _includes(file: Path, text: bytes) -> list[Path]:
+    """Return the files that a definition includes, read without parsing it."""
+    found = _INCLUDE.search(text)
+    names = re.split(rb"[\s,\[\]\"']+|^-|\s-\s", found[1]) if found else []
+    return [Path(os.path.normpath(file.parent / os.fsdecode(n))) for n in names if n not in (b"", b"-")]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""  # find_task says so of a task that is asked for
 
 
 def _tag_pattern(name: str) -> re.Pattern[bytes]:
@@ -165,21 +254,6 @@ def _tag_pattern(name: str) -> re.Pattern[bytes]:
         rb"^[\"']?tag[\"']?[ \t]*:[ \t]*(%s$|\[(.*,)?[ \t]*%s[,\]]|\n([ \t]*-.*\n)*?[ \t]*-[ \t]*%s$)"
         % (item, item, item),
         re.MULTILINE,
-    )
-
-
-def _members(value: object) -> list[str]:
-    """Return the names in a group's ``task``: one, or a list of names and of mappings with a name."""
-    items = value if isinstance(value, list) else [value]
-    names = [item.get("task") or item.get("group") if isinstance(item, Mapping) else item for item in items]
-    return [str(n) for n in names if n]
-
-
-def _is_group(kind: str, name: str, members: list[str]) -> str:
-    more = f" and {len(members) - _SHOWN} more" if len(members) > _SHOWN else ""
-    return (
-        f"eval.tasks: {name!r} is a {kind} of tasks, which has no single result. "
-        f"Name its tasks: {', '.join(members[:_SHOWN])}{more}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,8 +36,13 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise SpecError("tracking.mode", self.mode, "one of " + ", ".join(get_args(Mode)))
-        if not self.project:
-            raise SpecError("tracking.project", self.project, "the name of a W&B project")
+        if not re.fullmatch(r"(?=.*\S)[^/\\#?%:]{1,128}", self.project or ""):
+            allowed = "the name of a W&B project: 1 to 128 characters without / \\ # ? % and :"
+            raise SpecError("tracking.project", self.project, allowed)
+        if self.entity is not None and not self.entity.strip():
+            raise SpecError("tracking.entity", self.entity, "a W&B user or team, or null")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise SpecError("tracking.base_url", self.base_url, "a URL with http:// or https://, or null")
 
     def message(self) -> dict[str, str | None]:
         """Return it in JSON's types, for the process that talks to W&B."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import UserError
+from sweeps.text import counted
 from sweeps.worker.cgroup import memory_limit
 
 DEVICES: Final = ("auto", "cpu", "cuda")
@@ -71,8 +72,14 @@ def plan_workers(device: str, asked: object, largest_params: int) -> Workers:
     if asked != "auto" and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
         raise UserError(f"executor.workers={asked!r} is not valid: auto, or a whole number of at least 1")
     cores = usable_cores()
+    most, what = (len(gpus()), "GPU") if device == "cuda" else (cores, "core")
+    if isinstance(asked, int) and asked > most:
+        raise UserError(
+            f"executor.workers={asked} is not valid: this machine has {counted(most, what)} to use, and a worker takes "
+            f"at least one: auto, or from 1 to {most}"
+        )
     if device == "cuda":
-        count = min(asked, len(gpus())) if isinstance(asked, int) else len(gpus())
+        count = asked if isinstance(asked, int) else len(gpus())
         return Workers(device=device, count=count, threads=max(1, cores // count))
     if isinstance(asked, int):
         return Workers(device=device, count=asked, threads=max(1, cores // asked))

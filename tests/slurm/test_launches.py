@@ -60,7 +60,7 @@ def finished(studies: Studies) -> Finished:
     launched = study.run(*LARGER)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     mine = [a for a in (*SMALL, *LARGER) if not a.startswith("executor")]
-    command = [sys.executable, str(ROOT / "launch.py"), f"out={local.out}", *mine, "executor.workers=2"]
+    command = [sys.executable, str(ROOT / "launch.py"), f"out={local.out}", *mine]
     beside = subprocess.Popen(command, cwd=local.home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     study.wait(lambda: "RUNNING" in study.jobs().values())
     status = study.run("mode=status", "by=[model,bits]").stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.errors import TaskError
-from sweeps.study.task_index import find_task, load_task_yaml
+from sweeps.study.task_index import find_task, load_task_yaml, tasks_of
 from tests import ROOT
 
 
@@ -83,14 +83,45 @@ def test_entries_equal_what_lm_eval_itself_reads() -> None:
         assert ours.keys() == theirs.keys()
 
 
-def test_group_is_refused_with_its_tasks() -> None:
-    with pytest.raises(TaskError, match=r"'mmlu' is a group.*mmlu_stem"):
-        find_task("mmlu")
+@pytest.mark.parametrize(
+    ("directory", "names"),
+    [
+        ("mmlu/default", ["mmlu", "mmlu_stem", "mmlu_stem_tasks", "mmlu_anatomy"]),  # groups of groups of tags
+        ("arc", ["ai2_arc"]),  # a tag that an included file has
+        ("lambada", ["lambada"]),
+        ("bbh/cot_fewshot", ["bbh"]),
+        ("super_glue", ["super-glue-lm-eval-v1"]),
+    ],
+)
+def test_groups_and_tags_are_the_tasks_that_lm_eval_itself_finds(directory: str, names: list[str]) -> None:
+    from lm_eval.tasks import TaskManager
+
+    roots = Path(__import__("lm_eval").__file__).parent / "tasks"
+    index = TaskManager(include_path=str(roots / directory), include_defaults=False).task_index
+
+    def theirs(name: str) -> set[str]:
+        entry = index[name]
+        members = entry.tags if entry.kind.name == "TAG" else entry.cfg["task"]
+        return {name} if entry.kind.name == "TASK" else {task for member in members for task in theirs(member)}
+
+    for name in names:
+        found = tasks_of(name)
+        assert set(found) == theirs(name)
+        assert len(found) == len(set(found))
 
 
-def test_tag_is_refused_with_its_tasks() -> None:
-    with pytest.raises(TaskError, match=r"'lambada' is a tag.*lambada_openai, lambada_standard"):
-        find_task("lambada")
+def test_a_group_that_changes_its_tasks_is_refused_and_so_is_one_that_contains_itself(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"'openllm'.*changes .*num_fewshot of its task 'arc_challenge'.*name tasks"):
+        tasks_of("openllm")
+    (tmp_path / "a.yaml").write_text("group: round\ntask: [again]\n")
+    (tmp_path / "b.yaml").write_text("group: again\ntask: [round]\n")
+    with pytest.raises(TaskError, match="'round' contains itself through round -> again"):
+        tasks_of("round", [tmp_path])
+
+
+def test_a_name_of_nothing_and_a_task_are_themselves() -> None:
+    assert tasks_of("piqa") == ("piqa",)
+    assert tasks_of("no_such_task") == ("no_such_task",)
 
 
 def test_python_task_is_refused() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sweeps.errors import SchedulerError, UserError, did_you_mean
+from sweeps.errors import SchedulerError, UnaskedError, UserError, did_you_mean
 from sweeps.executors.slurm.query.command import SEPARATOR, ask, call, one_line, user_name
 
 _KEY_OF_ERROR: Final = {
@@ -83,7 +83,7 @@ def check_request(request: Request) -> None:
         UserError: it couldn't, or there is no SLURM to ask; names the key of the executor and what is allowed.
     """
     if shutil.which("sbatch") is None:
-        raise UserError(
+        raise UnaskedError(
             "executor=slurm: no sbatch on this machine: run where SLURM's commands are, or use executor=local"
         )
     try:
@@ -91,7 +91,9 @@ def check_request(request: Request) -> None:
         # The same flags as the job's own; nothing is queued.
         test = call(["sbatch", "--test-only", *request.flags(), "--output=/dev/null", "--wrap=true"])
     except SchedulerError as error:
-        raise UserError(f"executor=slurm: the scheduler can't be asked ({error}): try again when it answers") from error
+        raise UnaskedError(
+            f"executor=slurm: the scheduler can't be asked ({error}): try again when it answers"
+        ) from error
     if test.returncode and not _FULL_NOW.search(test.stderr):
         raise UserError(_refusal(request, one_line(test.stderr or test.stdout)))
 
