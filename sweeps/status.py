@@ -35,7 +35,10 @@ class About:
 
 
 class State(StrEnum):
-    """A measurement's state. A cell's is the first of these that one of its measurements has."""
+    """A measurement's state. A cell's is the first of these that one of its measurements has.
+
+    All but the last are of what is planned.
+    """
 
     RUNNING = "running"
     FAILED = "failed"
@@ -49,6 +52,7 @@ class State(StrEnum):
     MISSING = "missing"
     DIVERGED = "diverged"
     DONE = "done"
+    SUPERSEDED = "superseded"
 
     @property
     def meaning(self) -> str:
@@ -129,6 +133,11 @@ _ABOUT: Final[Mapping[State, About]] = {
         runs=Runs.NEVER,
         advice="they are results",
         is_final=True,
+    ),
+    State.SUPERSEDED: About(
+        meaning="an earlier launch of its study planned it, the newest does not, and it has no result",
+        runs=Runs.NEVER,
+        advice="the newest launch of their study has others in their place",
     ),
 }
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
-from sweeps.results.table import load_results, measurement_states
+from sweeps.results.table import load_results, measurement_states, results_by_study
 from sweeps.status import Runs
 from sweeps.study.cell import axis_names
 from sweeps.study.choice import Candidate, Choice
@@ -28,6 +28,19 @@ def chosen_results(options: Options, *, long: bool = False) -> pd.DataFrame:
         UserError: nothing is chosen.
     """
     results = load_results(options.out, long=long, sweep=options.asked_sweep)
+    return _chosen(options, results)
+
+
+def chosen_by_study(options: Options) -> pd.DataFrame:
+    """Return the results of the chosen cells, one row for each study that planned a cell.
+
+    Raises:
+        UserError: nothing is chosen.
+    """
+    return _chosen(options, results_by_study(options.out, sweep=options.asked_sweep))
+
+
+def _chosen(options: Options, results: pd.DataFrame) -> pd.DataFrame:
     return results[options.choice.of(_candidates(results))] if options.choice else results
 
 

@@ -10,11 +10,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from sweeps.commands.ask import observed_flight
-from sweeps.commands.selection import chosen_results
+from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_results
+from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
+from sweeps.launches.claimer import plan_study
+from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
+from sweeps.plan.packs import Packing
+from sweeps.results.superseded import newest_launches, what_superseded
 from sweeps.status import FAILURES, State
+from sweeps.store.parts import Store
 from sweeps.study.grid import check_axes
+from sweeps.study.manifest import load_manifests
 from sweeps.text import counted
 
 if TYPE_CHECKING:
@@ -25,7 +32,9 @@ def status(options: Options, console: Console) -> int:
     """Count cells by state, and by the axes of ``by``; say how their jobs do."""
     check_axes(options.by, "by")
     flight = observed_flight(options.out, console)
-    results = chosen_results(options)
+    # By study, a cell that several share counts in each; by other axes it is one cell.
+    by_study = not options.by
+    results = chosen_by_study(options) if by_study else chosen_results(options)
     states = [s for s in reversed(State) if (results["status"] == s).any()]
     console.print(f"Cells in {options.out}:", highlight=False, soft_wrap=True)
     table = Table()
@@ -39,6 +48,7 @@ def status(options: Options, console: Console) -> int:
         numbers = [str(counts.get(s, 0) or "") for s in states]
         table.add_row(*("-" if _is_na(v) else str(v) for v in values), *numbers, str(len(group)))
     console.print(table)
+    _say_left(options, flight, console)
     for claim in flight.local:
         console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
     executors = with_jobs(options.out)
@@ -49,8 +59,25 @@ def status(options: Options, console: Console) -> int:
         blocked = executor.blocked(options.out, flight.queued | cancelled)
         if blocked:
             results = _say_blocked(blocked, results, chosen_results(options, long=True), console)
-    _explain_states(results, console)
+    # A cell that failed in two studies failed once.
+    _explain_states(results.drop_duplicates(["key", "status"]), console)
     return 0
+
+
+def _say_left(options: Options, flight: InFlight, console: Console) -> None:
+    """Say of each study what is to do, as mode=plan has it, and what was superseded, by what."""
+    store = Store(out=options.out)
+    manifests = load_manifests(options.out, options.asked_sweep)
+    for name, newest in newest_launches(manifests).items():
+        try:
+            part = chosen_part(options.choice, options.out, newest)
+        except UserError:
+            continue  # what was chosen is of other studies, or of earlier launches
+        todo = plan_study(store, part, options.retry, Packing(workers=1), "cpu", flight).todo
+        what = f"{counted(todo, 'measurement')} to do: the same command runs them" if todo else "nothing to do"
+        console.print(f"{name}: {what}.", highlight=False, soft_wrap=True)
+        for line in what_superseded([m for m in manifests if m.sweep == name]):
+            console.print(f"[yellow]{escape(line)}.[/]", highlight=False, soft_wrap=True)
 
 
 def _say_blocked(

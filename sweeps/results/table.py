@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sweeps.errors import UserError
 from sweeps.launches.in_flight import InFlight, read_flight
+from sweeps.results.superseded import newest_launches, planned_now
 from sweeps.status import State
 from sweeps.store.parts import Samples, Store, decode_samples
 from sweeps.store.rows import measurement_row, recorded_state
@@ -49,6 +50,29 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     return _long(rows) if long else _wide(rows)
 
 
+def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
+    """Read the results of each study of a directory: a cell that several studies planned has a row for each of them.
+
+    Args:
+        out: the results directory.
+        long: one row per measurement; else one per cell.
+        sweep: only this study.
+
+    Raises:
+        UserError: no study was ever planned there.
+    """
+    import pandas as pd
+
+    manifests = _manifests(out, sweep)
+    flight = read_flight(out)
+    stored: dict[str, Row] = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
+    frames = []
+    for name in newest_launches(manifests):
+        rows = _joined([m for m in manifests if m.sweep == name], stored, flight)
+        frames.append(_long(rows) if long else _wide(rows))
+    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+
+
 def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(wide, long) of exactly what one launch planned, whatever else the directory holds."""
     rows = _long_rows(out, [manifest])
@@ -76,10 +100,18 @@ def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
     stored: dict[str, Row] = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
+    return _joined(manifests, stored, flight)
+
+
+def _joined(manifests: Sequence[Manifest], stored: Mapping[str, Row], flight: InFlight) -> list[Row]:
+    """Join what was planned with what is stored and in flight."""
     rows: list[Row] = []
+    now = planned_now(manifests)
     for study, measurement in planned(manifests).values():
         row = stored.get(measurement.key)
         state = _state(row, measurement.key, flight)
+        if measurement.key not in now and not state.is_final and measurement.key not in flight.held:
+            state = State.SUPERSEDED
         if row is None or state is State.RUNNING:
             row = _planned_row(measurement)
         metrics, stderr = dict(row["metrics"] or ()), dict(row["stderr"] or ())
