@@ -14,6 +14,7 @@ from tests import ROOT
 
 COMPUTES = {"torch", "transformers", "lm_eval", "bitsandbytes"}
 LIGHT = {
+    *("kbit.models.orders", "kbit.models.readings"),
     *("kbit.axes", "kbit.calibration", "kbit.compute_dtypes", "kbit.data_types", "kbit.doors", "kbit.errors"),
     *("kbit.evaluation.evaluators", "kbit.sources", "kbit.evaluation.spec", "kbit.evaluation.documents"),
     *("kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),

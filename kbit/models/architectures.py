@@ -1,8 +1,8 @@
-"""Find the layers of a language model that are quantized, and the role of each in its block."""
+"""Find the layers of a language model that are quantized."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,63 +10,44 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import ArchitectureError
+from kbit.models.stacks import Stack, has_stacks, stacks_of
+from kbit.models.unquantized import why_kept
 
-QKV, QUERY, KEY, VALUE = "qkv", "query", "key", "value"
-ATTENTION_OUT, FFN_1, FFN_GATE, FFN_2 = "attention output", "FFN 1", "FFN gate", "FFN 2"
-
-_ROLES: Mapping[str, str] = {
-    "query_key_value": QKV,  # GPT-NeoX, BLOOM
-    "c_attn": QKV,  # GPT-2
-    "q_proj": QUERY,
-    "k_proj": KEY,
-    "v_proj": VALUE,
-    "dense": ATTENTION_OUT,  # GPT-NeoX, BLOOM
-    "out_proj": ATTENTION_OUT,  # OPT
-    "o_proj": ATTENTION_OUT,  # Llama
-    "dense_h_to_4h": FFN_1,
-    "fc1": FFN_1,
-    "c_fc": FFN_1,
-    "up_proj": FFN_1,
-    "gate_proj": FFN_GATE,
-    "dense_4h_to_h": FFN_2,
-    "fc2": FFN_2,
-    "down_proj": FFN_2,
-}
-_ALWAYS_PARALLEL = frozenset({"codegen", "cohere", "cohere2", "gptj", "phi"})
+_ALWAYS_PARALLEL = frozenset({"codegen", "cohere", "cohere2", "cohere2_moe", "gptj", "phi"})
 """Architectures with parallel residual branches and no flag for it in their configuration."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """One linear layer of a transformer block.
+    """One matrix of a transformer block: a linear layer's weight, or one of a stack.
 
     Attributes:
-        name: the module's name in the model.
+        name: the module's name in the model; of a stack, with the parameter's and the matrix's number.
         block: the block's number.
-        module: nn.Linear, or transformers' Conv1D (GPT-2), whose weight is stored [in, out].
+        module: nn.Linear, or transformers' Conv1D (GPT-2), whose weight is stored [in, out]; or what holds the stack.
+        stack, number: the stack and the place in it; None for a linear layer.
     """
 
     name: str
     block: int
     module: nn.Module
+    stack: Stack | None = None
+    number: int | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
-        return _weight(self.module, self.name)
+        """The parameter that holds the weight; a stack's holds others too."""
+        if self.stack is None:
+            return _weight(self.module, self.name)
+        return self.module.get_parameter(self.stack.parameter)
 
     @property
     def weight(self) -> Tensor:
         """The weight as [out_features, in_features]: a view of the parameter."""
         weight = self.parameter.detach()
+        if self.stack is not None and self.number is not None:
+            return self.stack.matrix(weight, self.number)
         return weight.t() if isinstance(self.module, Conv1D) else weight
-
-    @property
-    def role(self) -> str | None:
-        """What the layer does in its block, by its name; None if the name isn't known."""
-        *parents, name = self.name.split(".")
-        if name == "c_proj":  # GPT-2 has two of them
-            return FFN_2 if "mlp" in parents else ATTENTION_OUT
-        return _ROLES.get(name)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -100,42 +81,72 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def block_layers(model: nn.Module) -> list[Layer]:
-    """Return the linear layers of attention and FFN: every nn.Linear and Conv1D inside the repeated blocks, in order.
+    """Return the matrices of attention and FFN in order: all in the repeated blocks, but for ``unquantized``'s.
 
-    Of layers that are tied to one another the first is listed. Outside of the blocks nothing is taken: embeddings,
-    heads, and OPT-350M's project_in and project_out, which belong to its embedding. Norms and biases are no matrices. A
-    weight tied to anything outside the blocks is left alone, whatever layer holds it.
+    They are the weights of every nn.Linear and Conv1D, and each matrix of every stack (experts). Of layers that are
+    tied to one another the first is listed. Outside of the blocks nothing is taken: embeddings, heads, and OPT-350M's
+    project_in and project_out, which belong to its embedding. Norms and biases are no matrices. A weight tied to
+    anything outside the blocks is left alone, whatever layer holds it.
 
     Raises:
-        ArchitectureError: no such layer; or one whose weight isn't floating point, so that it is quantized already.
+        ArchitectureError: no such layer; one whose weight isn't floating point, so that it is quantized already; or a
+            parameter of two or more dimensions that is neither a layer nor an exception.
     """
     name, blocks = decoder_blocks(model)
     inside = f"{name}."
-    taken_elsewhere = {
+    among_experts = has_stacks(blocks)
+    seen = {
         key_of(parameter)
         for owner, parameter in model.named_parameters(remove_duplicate=False)
         if not owner.startswith(inside)
     }
     layers: list[Layer] = []
-    seen: set[tuple[object, ...]] = set()
+    unknown: list[str] = []
     for number, block in enumerate(blocks):
-        for path, module in block.named_modules(prefix=f"{name}.{number}"):
-            if not _is_linear(module):
-                continue
-            weight = _weight(module, path)
-            if not weight.is_floating_point():
-                raise ArchitectureError(
-                    f"{path} has weights of {weight.dtype}: quantized already; load the 16-bit model"
-                )
-            key = key_of(weight)
-            if key not in taken_elsewhere and key not in seen:
-                seen.add(key)
-                layers.append(Layer(name=path, block=number, module=module))
+        for path, module in block.named_modules():
+            where = f"{name}.{number}.{path}" if path else f"{name}.{number}"
+            for own, weight in _matrices(module, path, where, among_experts=among_experts):
+                if not weight.is_floating_point():
+                    raise ArchitectureError(
+                        f"{where} has weights of {weight.dtype}: quantized already; load the 16-bit model"
+                    )
+                if key_of(weight) in seen:
+                    continue
+                seen.add(key_of(weight))
+                found = _layers(module, own, where, number)
+                layers += found
+                if not found:
+                    unknown.append(f"{where}.{own} {list(weight.shape)}")
+    if unknown:
+        raise ArchitectureError(
+            f"{type(model).__name__} has {len(unknown)} parameters in its blocks that can't be quantized and would "
+            f"stay in 16 bits unseen: {', '.join(unknown[:3])}. This architecture isn't known to kbit.models.stacks"
+        )
     if not layers:
         raise ArchitectureError(
             f"{type(model).__name__} has nothing to quantize: every linear layer in {name} is tied to a weight outside"
         )
     return layers
+
+
+def _matrices(module: nn.Module, path: str, where: str, *, among_experts: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's own parameters of two or more dimensions that are no exceptions, by name."""
+    if _is_linear(module):
+        _weight(module, where)
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 2 and why_kept(module, path, name, parameter, among_experts=among_experts) is None:
+            yield name, parameter
+
+
+def _layers(module: nn.Module, name: str, where: str, block: int) -> list[Layer]:
+    """Return the layers that a parameter holds; none where it isn't known."""
+    if _is_linear(module) and name == "weight":
+        return [Layer(name=where, block=block, module=module)]
+    stack = stacks_of(module).get(name)
+    return [
+        Layer(name=f"{where}.{name}.{number}", block=block, module=module, stack=stack, number=number)
+        for number in range(0 if stack is None else stack.count)
+    ]
 
 
 def key_of(parameter: Tensor) -> tuple[object, ...]:

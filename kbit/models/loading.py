@@ -12,6 +12,7 @@ import torch
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
+from kbit.models.architectures import block_layers
 from kbit.models.checkpoint import model_files, weights_among
 from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
@@ -78,6 +79,7 @@ def load_model(
         trust_remote_code: run the modelling code that the repository brings.
 
     Raises:
+        ArchitectureError: its blocks hold a matrix that can't be quantized, or none.
         SpecError: no such device, or not so many; the directory or repository, its weights or its configuration are
             missing or unusable; or compute_dtype can't hold the weights.
     """
@@ -107,6 +109,7 @@ def load_model(
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     check_causal(model, name=path_or_id)
+    block_layers(model)  # a matrix that no cell would quantize is refused before anything is measured
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import ArchitectureError
-from kbit.models.architectures import (
+from kbit.models.architectures import Layer, block_layers, has_parallel_residual, text_config
+from kbit.models.roles import (
     ATTENTION_OUT,
     FFN_1,
     FFN_2,
+    FFN_FUSED,
     FFN_GATE,
     KEY,
     QKV,
     QUERY,
     VALUE,
-    Layer,
-    block_layers,
-    has_parallel_residual,
-    text_config,
+    block_roles,
+    up_rows,
 )
 from kbit.quantizer.storage import chunk_length, storage_dtype_of
 
@@ -33,7 +33,9 @@ def outlier_columns(
 
     Predecessors: value rows of QKV -> attention output -> FFN 1 -> FFN 2 -> the next block's QKV. With grouped queries
     each value row counts for every query head that reads it; in a gated FFN the up projection is FFN 1, and the gate
-    gets the same columns. With parallel residual branches FFN 1 follows the previous block's FFN 2, as QKV does.
+    gets the same columns. With parallel residual branches FFN 1 follows the previous block's FFN 2, as QKV does. In a
+    mixture of experts each expert's FFN 1 follows the attention output, and its FFN 2 its own FFN 1; all FFN 2 of a
+    block, side by side as one matrix, are what the next block follows.
 
     Args:
         model: a causal language model of known layer names (GPT-NeoX, OPT, GPT-2, BLOOM, Llama and those named like
@@ -53,44 +55,22 @@ def outlier_columns(
     columns: dict[str, Tensor | None] = {}
     previous: Tensor | None = None  # spread of the previous block's FFN 2
     for number in sorted({layer.block for layer in layers}):
-        roles = _roles(model, [layer for layer in layers if layer.block == number])
-        attention = _spread(roles[ATTENTION_OUT].weight, storage_dtype)
+        try:
+            block = block_roles(layer for layer in layers if layer.block == number)
+        except ArchitectureError as error:
+            raise _unknown(model, str(error)) from error
+        attention = _spread(block.attention[ATTENTION_OUT].weight, storage_dtype)
+        entering = previous if parallel else attention
         before = {
-            QKV: previous,
-            QUERY: previous,
-            KEY: previous,
-            VALUE: previous,
-            ATTENTION_OUT: _value_spread(model, roles, storage_dtype),
-            FFN_1: previous if parallel else attention,
-            FFN_GATE: previous if parallel else attention,
-            FFN_2: _spread(roles[FFN_1].weight, storage_dtype),
+            **dict.fromkeys((QKV, QUERY, KEY, VALUE), previous),
+            ATTENTION_OUT: _value_spread(model, block.attention, storage_dtype),
+            **dict.fromkeys((FFN_1, FFN_GATE, FFN_FUSED), entering),
         }
-        for role, layer in roles.items():
-            columns[layer.name] = _largest(before[role], layer, fraction)
-        previous = _spread(roles[FFN_2].weight, storage_dtype)
+        for role, layer, roles in block.layers():
+            spread = _up_spread(roles, storage_dtype) if role == FFN_2 else before[role]
+            columns[layer.name] = _largest(spread, layer, fraction)
+        previous = _spread_beside([roles[FFN_2].weight for roles in block.feed_forwards], storage_dtype)
     return {layer.name: columns[layer.name] for layer in layers}
-
-
-def _roles(model: nn.Module, layers: Iterable[Layer]) -> dict[str, Layer]:
-    """Return the layers of one block by role, each role once, none missing."""
-    roles: dict[str, Layer] = {}
-    for layer in layers:
-        role = layer.role
-        if role is None or role in roles:
-            why = (
-                "has a name whose role isn't known" if role is None else f"is a second {role} after {roles[role].name}"
-            )
-            raise _unknown(model, f"{layer.name} {why}")
-        roles[role] = layer
-    attention = {QKV} if QKV in roles else {QUERY, KEY, VALUE}
-    missing = (attention | {ATTENTION_OUT, FFN_1, FFN_2}) - roles.keys()
-    extra = {QUERY, KEY, VALUE} & roles.keys() if QKV in roles else set()
-    if missing or extra:
-        named = ", ".join(layer.name for layer in roles.values())
-        raise _unknown(
-            model, f"among {named} there is {'no ' + min(missing) if missing else 'a fused QKV and a ' + min(extra)}"
-        )
-    return roles
 
 
 def _unknown(model: nn.Module, what: str) -> ArchitectureError:
@@ -102,10 +82,28 @@ def _unknown(model: nn.Module, what: str) -> ArchitectureError:
 
 def _spread(weight: Tensor, storage_dtype: torch.dtype | None) -> Tensor:
     """Population standard deviation of each output row of [out, in], of the stored values: float64 [out]."""
-    dtype = storage_dtype_of(weight, storage_dtype)
-    rows = max(1, chunk_length(weight.device) // weight.shape[1])
-    parts = [weight[i : i + rows].to(dtype).double().std(dim=1, correction=0) for i in range(0, weight.shape[0], rows)]
+    return _spread_beside([weight], storage_dtype)
+
+
+def _spread_beside(weights: Sequence[Tensor], storage_dtype: torch.dtype | None) -> Tensor:
+    """Spread of the rows of matrices [out, in] that stand side by side, as one [out, sum of in]: float64 [out]."""
+    first = weights[0]
+    dtype = storage_dtype_of(first, storage_dtype)
+    rows = max(1, chunk_length(first.device) // sum(w.shape[1] for w in weights))
+    parts = []
+    for i in range(0, first.shape[0], rows):
+        beside = [w[i : i + rows].to(dtype).double() for w in weights]
+        # One matrix keeps its memory's order: sums in another order could change the last bit.
+        values = beside[0] if len(beside) == 1 else torch.cat(beside, dim=1)
+        parts.append(values.std(dim=1, correction=0))
     return torch.cat(parts)
+
+
+def _up_spread(roles: dict[str, Layer], storage_dtype: torch.dtype | None) -> Tensor:
+    """Spread of the rows of a feed-forward's FFN 1: float64 [FFN]."""
+    if FFN_FUSED in roles:
+        return up_rows(roles[FFN_FUSED], _spread(roles[FFN_FUSED].weight, storage_dtype))
+    return _spread(roles[FFN_1].weight, storage_dtype)
 
 
 def _value_spread(model: nn.Module, roles: dict[str, Layer], storage_dtype: torch.dtype | None) -> Tensor:

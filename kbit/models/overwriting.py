@@ -12,12 +12,11 @@ from kbit.models.architectures import Layer
 
 def overwrite(layer: Layer, weight: Tensor) -> Callable[[], None]:
     """Give a layer a weight [out_features, in_features], and keep the original on the host. Returns the way back."""
-    parameter = layer.parameter
-    original = parameter.detach().to("cpu", copy=True)
+    original = layer.weight.to("cpu", copy=True)
     layer.weight.copy_(weight)
 
     def undo() -> None:
-        parameter.detach().copy_(original)
+        layer.weight.copy_(original)
 
     return undo
 

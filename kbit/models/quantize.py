@@ -112,10 +112,14 @@ def quantize_model(
         raise ArchitectureError(f"{type(model).__name__} is packed in k bits already: restore or load the 16-bit model")
     if spec.calibrates and calibration is None:
         raise SpecError("method", spec.method, "one that does not calibrate, or give calibration=Calibrated(...)")
+    layers = [] if spec.is_baseline else block_layers(model)
+    if spec.calibrates and any(layer.stack is not None for layer in layers):
+        allowed = f"one that does not calibrate: an expert of {type(model).__name__} sees only the tokens sent to it"
+        raise SpecError("method", spec.method, allowed)
     if packed and not spec.is_baseline:
         if not spec.packs:
             raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
-        check_replaceable(model, block_layers(model))
+        check_replaceable(model, layers)
     tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
     model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
     shapes: dict[str, tuple[int, int]] = {}

@@ -24,14 +24,16 @@ def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
     has in several places.
 
     Raises:
-        ArchitectureError: a layer with other hooks or a forward of its own, whose weight another module has too, or
-            whose weight is no float16, bfloat16 or float32.
+        ArchitectureError: a matrix of a stack; or a layer with other hooks or a forward of its own, whose weight
+            another module has too, or whose weight is no float16, bfloat16 or float32.
     """
     modules = {id(module): module for module in model.modules()}.values()
     owners = Counter(key_of(p) for module in modules for p in module.parameters(recurse=False))
     for layer in layers:
         module = layer.module
-        if owners[key_of(layer.parameter)] > 1:
+        if layer.stack is not None:
+            why = "is one of the matrices of a stack (experts), which its module multiplies itself"
+        elif owners[key_of(layer.parameter)] > 1:
             why = "shares its weight with another module"
         elif layer.parameter.dtype not in LAYER_DTYPES:
             why = f"has weights of {layer.parameter.dtype}, not float16, bfloat16 or float32: cast the model"

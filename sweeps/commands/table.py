@@ -9,7 +9,7 @@ from sweeps.commands.selection import chosen_results
 from sweeps.errors import UserError
 from sweeps.files import make_directory, share_with_group
 from sweeps.options import Options
-from sweeps.results.table import load_results
+from sweeps.results.table import left_out, load_results
 
 
 def table(options: Options, console: Console) -> int:
@@ -29,6 +29,8 @@ def table(options: Options, console: Console) -> int:
         raise UserError(f"to={str(target)!r} can't be written: {error.strerror or error}") from error
     console.print(f"{len(results):,} rows, {len(results.columns)} columns: {path}", highlight=False, soft_wrap=True)
     unranked = [] if options.long else direction_warnings(results)
+    for note in left_out(options.out, options.asked_sweep):
+        console.print(escape(note), highlight=False, soft_wrap=True)
     for warning in [*mixture_warnings(load_results(options.out, long=True)), *unranked]:
         console.print(f"[yellow]{escape(warning)}[/]")
     return 0

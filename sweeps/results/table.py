@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,8 +15,10 @@ from sweeps.status import State
 from sweeps.store.parts import Samples, Store, decode_samples
 from sweeps.store.rows import measurement_row, recorded_state
 from sweeps.store.schema import Row, cell_columns, columns
-from sweeps.study.cell import Measurement
+from sweeps.study.cell import Measurement, ModelRef
 from sweeps.study.manifest import Manifest, load_manifests
+from sweeps.study.reading import superseded
+from sweeps.text import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +43,8 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
         long: one row per measurement; else one row per planned cell, with a column ``{eval}_{metric}`` and
             ``{eval}_{metric}_stderr`` for each metric, ``{eval}_{metric}_higher_is_better`` where only the task's
             definition says it, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four tasks are there. Where
-            launches planned an evaluation with different settings, the newest launch's count.
+            launches planned an evaluation with different settings, the newest launch's count. What was measured of an
+            earlier reading of a model's weights is left out (``sweeps.study.reading``).
         sweep: only the cells that this study planned.
 
     Raises:
@@ -79,6 +83,15 @@ def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataF
     return _wide(rows), _long(rows)
 
 
+def left_out(out: Path, sweep: str | None = None) -> list[str]:
+    """Say, per model, which cells ``load_results`` leaves out because they are of an earlier reading, and why."""
+    manifests = load_manifests(out, sweep)
+    cells = {m.cell.key: m.cell.model for _, m in planned(manifests).values()}
+    earlier = superseded(_models(manifests))
+    counts = Counter(model for model in cells.values() if model in earlier)
+    return [f"{counted(n, 'cell')} of {model.label} left out: {earlier[model]}" for model, n in counts.items()]
+
+
 def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, Samples]:
     """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
     table = Store(out=Path(out)).read(["measurement", "samples"], measurements=set(measurements))
@@ -96,6 +109,10 @@ def _manifests(out: Path, sweep: str | None) -> list[Manifest]:
     return manifests
 
 
+def _models(manifests: Sequence[Manifest]) -> Iterable[ModelRef]:
+    return (cell.model for manifest in manifests for cell in manifest.cells)
+
+
 def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
@@ -107,7 +124,10 @@ def _joined(manifests: Sequence[Manifest], stored: Mapping[str, Row], flight: In
     """Join what was planned with what is stored and in flight."""
     rows: list[Row] = []
     now = planned_now(manifests)
+    earlier = superseded(_models(manifests))
     for study, measurement in planned(manifests).values():
+        if measurement.cell.model in earlier:
+            continue
         row = stored.get(measurement.key)
         state = _state(row, measurement.key, flight)
         if measurement.key not in now and not state.is_final and measurement.key not in flight.held:

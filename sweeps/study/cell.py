@@ -55,6 +55,8 @@ class ModelRef:
         checkpoint: the revision that a study asks for by name ('step1000'); None where it asks for none. Its commit is
             identity, not its name.
         tokens_seen: tokens that the checkpoint was trained on; None where the family doesn't say.
+        reading: which of its matrices are taken (``kbit.models.readings``); identity, but where it is 1.
+        reading_reason: why earlier readings don't count.
     """
 
     family: str
@@ -66,13 +68,20 @@ class ModelRef:
     weights_hash: str | None = None
     checkpoint: str | None = None
     tokens_seen: int | None = None
+    reading: int = 1
+    reading_reason: str | None = None
 
     def __post_init__(self) -> None:
         if not (self.hub_id and self.commit) and not (self.path and self.weights_hash):
             raise ValueError(f"model {self.name}: needs a hub id and a commit, or a path and the hash of its weights")
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str | int]:
+        return self.origin if self.reading == 1 else {**self.origin, "reading": self.reading}
+
+    @property
+    def origin(self) -> dict[str, str | int]:
+        """What its files are, whatever is read of them."""
         if self.weights_hash:
             return {"weights": self.weights_hash}
         return {"hub": str(self.hub_id), "commit": str(self.commit)}
@@ -166,8 +175,8 @@ def cell_from_dict(model: ModelRef, data: Mapping[str, Any]) -> Cell:
 
 def model_to_dict(model: ModelRef) -> dict[str, object]:
     """A model as manifests and packs carry it; what came later is left out where there is none."""
-    later = ("checkpoint", "tokens_seen")
-    return {name: value for name, value in vars(model).items() if value is not None or name not in later}
+    later = {"checkpoint": None, "tokens_seen": None, "reading": 1, "reading_reason": None}
+    return {name: value for name, value in vars(model).items() if name not in later or value != later[name]}
 
 
 def eval_to_dict(spec: EvalSpec) -> dict[str, object]:

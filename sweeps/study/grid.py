@@ -67,6 +67,7 @@ def expand(
     models: Sequence[ModelRef],
     exclude: Sequence[Mapping[str, object]] = (),
     calibrations: Callable[[str], Sequence[Calibration]] = _no_calibration,
+    unfit: Callable[[ModelRef, Spec], SpecError | None] = lambda *_: None,
 ) -> Grid:
     """Expand to all cells of ``models`` x the union of ``blocks``, minus ``exclude``.
 
@@ -75,10 +76,11 @@ def expand(
         models: the study's.
         exclude: rules: axis values of the cells to leave out.
         calibrations: asked, with a method's name, for what a method that calibrates reads: a cell for each.
+        unfit: tells why a model can't be quantized so. The cell is left out with that reason, where others can.
 
     Raises:
         UserError: an unknown axis, a rule that can't be read, or a method that calibrates without data.
-        SpecError: a value that is not allowed.
+        SpecError: a value that is not allowed, or that none of the models can have.
     """
     rules = [_rule(rule, number) for number, rule in enumerate(exclude)]
     specs: list[Spec] = []
@@ -94,15 +96,24 @@ def expand(
         for m in models
         for e in invalid
     ]
+    misfits: dict[Spec, SpecError] = {}
+    fit: set[Spec] = set()
     for model in models:
         wanted = ((s, data) for s in unique for data in (calibrations(s.method) if s.calibrates else (None,)))
         for spec, data in wanted:
             cell = Cell(model=model, quant=spec, calibration=data)
             reason = next((why for when, why in rules if matches(cell.axes(), when)), None)
+            misfit = unfit(model, spec) if reason is None else None
+            if misfit is not None:
+                misfits[spec], reason = misfit, str(misfit)
             if reason is None:
+                fit.add(spec)
                 cells.append(cell)
             else:
                 excluded.append(Excluded(axes=cell.axes(), reason=reason))
+    for spec, misfit in misfits.items():
+        if spec not in fit:
+            raise misfit
     distinct = {cell.key: cell for cell in cells}
     duplicates = (len(specs) - len(unique)) * len(models) + len(cells) - len(distinct)
     return Grid(cells=tuple(distinct.values()), excluded=tuple(excluded), duplicates=duplicates)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -33,6 +33,7 @@ __all__ = [
     "file_hash",
     "first_content_hash",
     "local_model",
+    "model_config",
     "resolve_commit",
     "small_file",
 ]
@@ -45,6 +46,8 @@ _FAMILY_AND_SIZE: Final = re.compile(
 )
 _asked: Final[dict[tuple[str, str, str], str]] = {}
 """Branch or tag by (type, id, commit) that the hub resolved in this process: a fetch of the commit is one of it."""
+_configs: Final[dict[str, Mapping[str, Any]]] = {}
+"""config.json by the repository that the hub was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,29 @@ def small_file(repo_id: str, commit: str, name: str) -> Path | None:
         return Path(hf_hub_download(repo_id, name, revision=commit, local_files_only=_unreachable() is not None))
     except (errors.EntryNotFoundError, errors.HTTPError, OSError, ValueError):  # type: ignore[attr-defined]
         return None
+
+
+def model_config(repo_id: str, commit: str, *, ask: bool = True) -> Mapping[str, Any] | None:
+    """Return a hub model's config.json: from the local cache, else of the hub; None where it can't be had.
+
+    Args:
+        repo_id: the repository.
+        commit: 40 hexadecimal digits. The hub is asked for one commit of a repository per process: revisions of a
+            model are of one architecture, and there may be hundreds.
+        ask: whether to ask the hub.
+    """
+    directory = _repo_dir(repo_id, "model") / "snapshots" / commit
+    try:
+        return read_config(directory)
+    except CheckpointError:
+        pass
+    file = small_file(repo_id, commit, "config.json") if ask and repo_id not in _configs else None
+    if file is not None:
+        try:
+            _configs[repo_id] = read_config(file.parent)
+        except CheckpointError:
+            return None
+    return _configs.get(repo_id)
 
 
 def local_model(path: str | Path, *, key: str = "path", progress: Progress | None = None) -> LocalModel:

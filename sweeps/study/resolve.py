@@ -18,6 +18,7 @@ from sweeps.study.cell import UNRESOLVED, ModelRef
 from sweeps.study.evals import as_list, resolve_calibrations, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
+from sweeps.study.reading import check_packed, config_of, unfit, with_reading
 from sweeps.study.windows import check_windows
 
 
@@ -83,10 +84,14 @@ def build_study(
         raise UserError(f"sweep.name={name!r} is not valid: letters, digits, '.', '_' and '-', not a '.' or '-' first")
     if not sweep["quant"]:
         raise UserError("sweep.quant=[] is not valid: a study needs at least one block, e.g. {bits: 16}")
-    models = _models(config, resolver, progress)
+    models = [with_reading(model) for model in _models(config, resolver, progress)]
+    configs = {model: config_of(model) for model in models}
     found = partial(resolve_calibrations, config.calibration, config.eval, resolver)
-    grid = expand(sweep["quant"], models, sweep["exclude"], cache(found))
+    grid = expand(
+        sweep["quant"], models, sweep["exclude"], cache(found), lambda model, spec: unfit(configs[model], spec)
+    )
     evals = resolve_evals(config.eval, resolver, device, device_name)
+    check_packed(evals, configs)
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")

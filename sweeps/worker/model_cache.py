@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.evaluation.spec import EvalSpec
+from kbit.models.readings import reading_of
 from kbit.sources import source_to_dict
 from sweeps.study.cell import ModelRef, canonical_json, eval_to_dict
 
@@ -75,7 +76,7 @@ class Warm:
         from kbit.models.loading import load_model
 
         check_unchanged(model)
-        return load_model(
+        loaded = load_model(
             model.path or str(model.hub_id),
             revision=model.commit,
             device=self.device,
@@ -83,6 +84,8 @@ class Warm:
             gpus=self.gpus,
             trust_remote_code=self.trust_remote_code,
         )
+        check_reading(model, loaded)
+        return loaded
 
     def prepare(self, spec: EvalSpec, loaded: LoadedModel) -> PreparedEval:
         """Return requests and tokens, built once for all cells of models that share a tokenizer."""
@@ -142,6 +145,21 @@ def free_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def check_reading(model: ModelRef, loaded: LoadedModel) -> None:
+    """Refuse a model with a later reading than it was planned with: its numbers would go by an earlier one's key."""
+    from kbit.models.stacks import has_stacks
+
+    reading, reason = reading_of(loaded.model.config.to_dict())
+    if reading == 1 and has_stacks(loaded.model):
+        reason = f"its architecture {type(loaded.model).__name__} has experts that its config.json doesn't name"
+    elif reading <= model.reading:
+        return
+    raise ValueError(
+        f"{model.label} was planned with reading {model.reading} of its weights, but {reason}: "
+        "launch it again where its config.json can be read (mode=fetch gets it)"
+    )
 
 
 def check_unchanged(model: ModelRef) -> None:

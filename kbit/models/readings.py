@@ -1,0 +1,97 @@
+"""Readings: which of a checkpoint's matrices a version of this program takes, as part of a model's identity.
+
+Where a repair changes the numbers of some architectures, they get a higher reading and so other keys; what was measured
+under the earlier one counts as superseded. Every other model has reading 1, which is left out of its identity. What
+decides is config.json alone, so that planning can tell. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+Config = Mapping[str, Any]
+
+_NESTED: Final = ("text_config", "ffn_config")
+"""Parts of a configuration that may say what its language model is made of (composite models, DBRX)."""
+_EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What architectures call their number of experts."""
+_MIXTURES: Final = frozenset(
+    {
+        *("afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "dbrx", "deepseek_v2"),
+        *("deepseek_v3", "deepseek_v32", "deepseek_v4", "dots3_note", "dots3_note_text", "ernie4_5_moe", "exaone_moe"),
+        *("flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa"),
+        *("granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_text", "inkling_text"),
+        *("jamba", "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "llama4", "llama4_text"),
+        *("longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral"),
+        *("nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"),
+        *("qwen4_exp", "qwen4_exp_text", "solar_open", "zaya"),
+    }
+)
+"""Architectures that have experts where config.json doesn't say how many."""
+_WITHOUT_STACKS: Final = frozenset({"doge"})
+"""Architectures that keep their experts in embeddings, which are looked up."""
+_STACKED_HEADS: Final = frozenset({"recurrent_gemma", "zamba"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """A change of what is quantized, or how.
+
+    Attributes:
+        reading: the reading of the models that it touches.
+        reason: why what was measured before doesn't count, for people.
+        touches: tells from config.json whether it changed a model's numbers.
+    """
+
+    reading: int
+    reason: str
+    touches: Callable[[Config], bool]
+
+
+def has_experts(config: Config) -> bool:
+    """Tell whether a model is a mixture of experts that keeps them as matrices."""
+    parts = list(_parts(config))
+    if config.get("model_type") in _WITHOUT_STACKS:
+        return False
+    said = [part[name] for part in parts for name in _EXPERTS if name in part]
+    return any(_count(n) for n in said) if said else any(part.get("model_type") in _MIXTURES for part in parts)
+
+
+REPAIRS: Final = (
+    Repair(
+        reading=2,
+        reason="its experts (3-D parameters) were left in 16 bits, and some of its routers were quantized",
+        touches=has_experts,
+    ),
+    Repair(
+        reading=2,
+        reason="matrices that it keeps by head in 3-D parameters were left in 16 bits",
+        touches=lambda config: any(part.get("model_type") in _STACKED_HEADS for part in _parts(config)),
+    ),
+)
+"""Every repair that changed numbers. A later one of a model that has reading 2 has reading 3."""
+
+
+def reading_of(config: Config) -> tuple[int, str | None]:
+    """Return a model's reading, with the reason that supersedes the earlier ones; (1, None) for most.
+
+    Args:
+        config: the contents of config.json.
+    """
+    touching = [repair for repair in REPAIRS if repair.touches(config)]
+    if not touching:
+        return 1, None
+    return max(repair.reading for repair in touching), "; ".join(repair.reason for repair in touching)
+
+
+def _parts(config: Config) -> Iterator[Config]:
+    yield config
+    yield from (part for name in _NESTED if isinstance(part := config.get(name), Mapping))
+
+
+def _count(value: object) -> int:
+    """Return a number of experts, which a few architectures give by layer; 0 where there are none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return max((n for n in values if isinstance(n, int)), default=0)

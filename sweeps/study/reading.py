@@ -1,0 +1,90 @@
+"""What config.json says when a study is planned: a model's reading (``kbit.models.readings``), and what can't be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kbit.errors import CheckpointError, SpecError
+from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.spec import EvalSpec
+from kbit.models.checkpoint import read_config
+from kbit.models.orders import why_unordered
+from kbit.models.readings import has_experts, reading_of
+from kbit.spec import Spec
+from sweeps.errors import UserError
+from sweeps.study.cell import ModelRef, canonical_json
+from sweeps.study.hub import model_config
+
+
+def config_of(model: ModelRef, *, ask: bool = True) -> Mapping[str, Any] | None:
+    """Return a model's config.json; None where it isn't on this machine and the hub isn't, or can't be, asked."""
+    if model.path is None:
+        return model_config(str(model.hub_id), str(model.commit), ask=ask)
+    try:
+        return read_config(Path(model.path))
+    except (CheckpointError, OSError):
+        return None
+
+
+def with_reading(model: ModelRef, *, ask: bool = True) -> ModelRef:
+    """Return a model with the reading that this version gives it; as it is where its config.json can't be had.
+
+    A worker refuses a model that turns out to have a later reading than it was planned with.
+    """
+    config = config_of(model, ask=ask)
+    if config is None:
+        return model
+    reading, reason = reading_of(config)
+    return replace(model, reading=reading, reading_reason=reason)
+
+
+def unfit(config: Mapping[str, Any] | None, spec: Spec) -> SpecError | None:
+    """Return the error that a model would end a quantization with, as far as config.json tells; None for the others."""
+    if config is None or spec.is_baseline:
+        return None
+    fraction, why = spec.axis_values().get("outlier_fraction"), why_unordered(config)
+    if fraction and why is not None:
+        return SpecError("outlier_fraction", fraction, f"0, since {why}")
+    if spec.calibrates and has_experts(config):
+        why = "an expert sees only the tokens that are sent to it"
+        return SpecError("method", spec.method, f"one that does not calibrate, for {config.get('model_type')}: {why}")
+    return None
+
+
+def check_packed(evals: Iterable[EvalSpec], configs: Mapping[ModelRef, Mapping[str, Any] | None]) -> None:
+    """Refuse evaluations of layers held in k bits where a model has experts, which can't be held so.
+
+    Raises:
+        UserError: names the evaluation and the model.
+    """
+    packed = [spec.name for spec in evals if EVALUATORS[spec.kind].packed]
+    mixtures = [model.label for model, config in configs.items() if config is not None and has_experts(config)]
+    if packed and mixtures:
+        raise UserError(
+            f"eval {packed[0]!r} holds layers in k bits, and the experts of {mixtures[0]} can't be held so: measure it "
+            "in a study without mixtures of experts"
+        )
+
+
+def superseded(models: Iterable[ModelRef]) -> dict[ModelRef, str]:
+    """Return the models of an earlier reading, each with the reason why what was measured of it doesn't count.
+
+    A model is superseded where another has the same files and a later reading, or where its config.json on this
+    machine gives it a later one. The hub is not asked.
+
+    Args:
+        models: those of every manifest of a results directory.
+    """
+    found = dict.fromkeys(models)
+    latest: dict[str, ModelRef] = {}
+    for model in sorted((m for own in found for m in (own, with_reading(own, ask=False))), key=lambda m: m.reading):
+        latest[canonical_json(model.origin)] = model
+    newest = {model: latest[canonical_json(model.origin)] for model in found}
+    return {
+        model: f"{new.reading_reason} (reading {new.reading} of its weights counts)"
+        for model, new in newest.items()
+        if new.reading > model.reading
+    }
