@@ -101,6 +101,7 @@ _WHY: Final[Mapping[str, tuple[str, ...]]] = {
         "data2vec-text",
         "electra",
         "ernie",
+        "git",
         "gptj",
         "megatron-bert",
         "prophetnet",

@@ -30,6 +30,9 @@ _MIXTURES: Final = frozenset(
     }
 )
 """Architectures that have experts where config.json doesn't say how many."""
+_TOWERS: Final = ("vision_config", "audio_config")
+_WIDTHS: Final = ("hidden_size", "d_model", "n_embd")
+_DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "depth")
 _WITHOUT_STACKS: Final = frozenset({"doge"})
 """Architectures that keep their experts in embeddings, which are looked up."""
 _STACKED_HEADS: Final = frozenset({"recurrent_gemma", "zamba"})
@@ -59,6 +62,14 @@ def has_experts(config: Config) -> bool:
     return any(_count(n) for n in said) if said else any(part.get("model_type") in _MIXTURES for part in parts)
 
 
+def has_larger_tower(config: Config) -> bool:
+    """Tell whether a part that reads images or sounds may be larger than the text decoder; yes where it isn't said."""
+    text = config.get("text_config")
+    decoder = _size(text if isinstance(text, Mapping) else config)
+    towers = [part for name in _TOWERS if isinstance(part := config.get(name), Mapping)]
+    return any((_size(tower) or decoder) >= decoder for tower in towers)
+
+
 REPAIRS: Final = (
     Repair(
         reading=2,
@@ -69,6 +80,11 @@ REPAIRS: Final = (
         reading=2,
         reason="matrices that it keeps by head in 3-D parameters were left in 16 bits",
         touches=lambda config: any(part.get("model_type") in _STACKED_HEADS for part in _parts(config)),
+    ),
+    Repair(
+        reading=2,
+        reason="the part of it that reads images or sounds was quantized in place of its text decoder",
+        touches=has_larger_tower,
     ),
 )
 """Every repair that changed numbers. A later one of a model that has reading 2 has reading 3."""
@@ -89,6 +105,14 @@ def reading_of(config: Config) -> tuple[int, str | None]:
 def _parts(config: Config) -> Iterator[Config]:
     yield config
     yield from (part for name in _NESTED if isinstance(part := config.get(name), Mapping))
+
+
+def _size(part: Config) -> int:
+    """Return about how large a part is, in layers times width squared; 0 where that isn't said."""
+    width, depth = (
+        next((n for name in names if isinstance(n := part.get(name), int)), 0) for names in (_WIDTHS, _DEPTHS)
+    )
+    return depth * width**2
 
 
 def _count(value: object) -> int:

@@ -21,6 +21,7 @@ from sweeps.study.manifest import Manifest
 from sweeps.study.reading import check_packed, config_of, superseded, unfit, with_reading
 from tests.kbit.methods.one_shot import ScaledSpec
 
+TOWER = {"hidden_size": 64, "num_hidden_layers": 12}
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 8}
 
 
@@ -43,6 +44,10 @@ def local(path: Path, config: dict[str, object], **more: object) -> ModelRef:
         ({"model_type": "of_another_package", "n_routed_experts": 64}, 2),
         ({"model_type": "zamba"}, 2),
         ({"model_type": "doge", "num_experts": 16384}, 1),
+        ({"model_type": "git", "hidden_size": 64, "num_hidden_layers": 6, "vision_config": TOWER}, 2),
+        ({"model_type": "git", "hidden_size": 64, "num_hidden_layers": 24, "vision_config": TOWER}, 1),
+        ({"model_type": "git", "hidden_size": 64, "num_hidden_layers": 24, "vision_config": {}}, 2),
+        ({"model_type": "gemma3", "text_config": {**TOWER, "hidden_size": 80}, "vision_config": TOWER}, 1),
         ({"model_type": "llama"}, 1),
     ],
 )
