@@ -16,7 +16,8 @@ from sweeps.store.rows import recorded_state
 from sweeps.store.schema import Row
 from sweeps.study.cell import UNRESOLVED, Measurement, ModelRef
 from sweeps.study.hub import first_content_hash
-from sweeps.study.manifest import Manifest
+from sweeps.study.manifest import Manifest, load_manifests
+from sweeps.study.reading import superseded
 from sweeps.text import counted
 
 NEEDS_BOS: Final = ("gemma",)
@@ -42,7 +43,12 @@ def notices(store: Store, manifest: Manifest) -> list[str]:
         return list(_need_bos(manifest))
     stored = {row["measurement"] for row in rows if recorded_state(row).is_final}
     left = [m for m in manifest.wanted() if m.key not in stored]
-    return [*_changed_models(rows, left), *_changed_data(rows, left, manifest.sweep), *_need_bos(manifest)]
+    return [
+        *_changed_models(rows, left),
+        *_earlier_readings(store, rows, left),
+        *_changed_data(rows, left, manifest.sweep),
+        *_need_bos(manifest),
+    ]
 
 
 def _changed_models(rows: Sequence[Row], left: Sequence[Measurement]) -> Iterator[str]:
@@ -80,6 +86,21 @@ def _first_hash(path: str) -> str | None:
         return first_content_hash(Path(path))
     except (HubError, OSError):
         return None
+
+
+def _earlier_readings(store: Store, rows: Sequence[Row], left: Sequence[Measurement]) -> Iterator[str]:
+    """Say which models were measured under an earlier reading, and why that doesn't count."""
+    models = [model for model in dict.fromkeys(m.cell.model for m in left) if model.reading > 1]
+    if not models:
+        return
+    measured = {row["key"] for row in rows}
+    cells = {c.key: c.model for m in load_manifests(store.out) for c in m.cells if c.key in measured}
+    earlier = superseded([*cells.values(), *models])
+    for model in models:
+        old = [own for own in cells.values() if own in earlier and own.origin == model.origin]
+        if old:
+            count = counted(len(old), "earlier cell")
+            yield f"{count} of {model.label} stay and don't count, and it is measured again: {earlier[old[0]]}"
 
 
 def _changed_data(rows: Sequence[Row], left: Sequence[Measurement], sweep: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.models.readings import reading_of
 from kbit.spec import QuantSpec, Spec
 from sweeps.errors import UserError
+from sweeps.plan.notices import notices
 from sweeps.results.table import left_out, load_results
+from sweeps.store.parts import Store
+from sweeps.store.rows import Origin, run_row
 from sweeps.study.cell import Cell, ModelRef, content_key, model_to_dict
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
@@ -95,6 +99,31 @@ def test_tables_leave_out_what_is_superseded_and_say_so(tmp_path: Path) -> None:
     assert set(load_results(tmp_path / "out")["key"]) == kept
     [note] = left_out(tmp_path / "out")
     assert note.startswith("2 cells of mixture left out: its experts")
+
+
+def test_a_study_that_measures_a_model_again_says_why(tmp_path: Path) -> None:
+    mixture = local(tmp_path / "mixture", MIXTURE)
+    evaluation = EvalSpec(kind="perplexity", name="jargon", window=512, dataset="x", compute_dtype="float32")
+    quants = [QuantSpec(bits=16), QuantSpec(bits=4, dtype="int")]
+    store = Store(out=tmp_path / "out")
+
+    def study(model: ModelRef) -> Manifest:
+        cells = tuple(Cell(model=model, quant=quant) for quant in quants)
+        manifest = Manifest(sweep="s", cells=cells, evals=(evaluation,), excluded=(), config={})
+        manifest.save(store.out)
+        return manifest
+
+    def measure(manifest: Manifest) -> None:
+        for m in manifest.measurements():
+            row = {**run_row(m, Origin(sweep="s", pack="p"), datetime.now(UTC)), "status": "done", "metrics": {}}
+            store.write(row)
+
+    measure(study(mixture))
+    again = study(with_reading(mixture))
+    [notice] = notices(store, again)
+    assert notice.startswith("2 earlier cells of mixture stay and don't count, and it is measured again: its experts")
+    measure(again)
+    assert notices(store, again) == []
 
 
 def test_a_model_without_a_known_order_has_no_cells_with_outliers_beside_one_that_has(tmp_path: Path) -> None:
