@@ -133,8 +133,10 @@ def _matrices(module: nn.Module, path: str, where: str, *, among_experts: bool) 
     """Yield a module's own parameters of two or more dimensions that are no exceptions, by name."""
     if _is_linear(module):
         _weight(module, where)
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 2 and why_kept(module, path, name, parameter, among_experts=among_experts) is None:
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.ndim < 2:
+            continue
+        if why_kept(module, path, name, parameter, among_experts=among_experts) is None:
             yield name, parameter
 
 

@@ -46,7 +46,9 @@ class Stack:
 
 def stacks_of(module: nn.Module) -> dict[str, Stack]:
     """Return the stacks among a module's own parameters, by their names; empty for most modules."""
-    own = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2}
+    own = {name: p for name, p in module._parameters.items() if p is not None and p.ndim >= 2}
+    if not own or isinstance(module, nn.Linear):
+        return {}
     named = _BY_CLASS.get(type(module).__name__)
     if named is None:
         transposed = _orientation(module, own)

@@ -12,6 +12,7 @@ from typing import Final
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 VECTOR: Final = "a vector, whatever its dimensions"
 ROUTER: Final = "a router: small, and an error in it sends tokens to other experts"
@@ -44,13 +45,14 @@ def why_kept(module: nn.Module, path: str, name: str, parameter: Tensor, *, amon
         parameter: the parameter.
         among_experts: the model is a mixture of experts.
     """
+    if "Router" in type(module).__name__ or (among_experts and not _ROUTERS.isdisjoint(path.split("."))):
+        return ROUTER
+    if isinstance(module, nn.Linear | Conv1D):
+        return None
     kind = next((reason for kind, reason in _KINDS.items() if isinstance(module, kind)), None)
     if kind is not None:
         return kind
-    if "Router" in type(module).__name__ or (among_experts and not _ROUTERS.isdisjoint(path.split("."))):
-        return ROUTER
-    # A linear layer of one output is a matrix all the same, as it always was.
-    if not isinstance(module, nn.Linear) and parameter.numel() == max(parameter.shape):
+    if parameter.numel() == max(parameter.shape):
         return VECTOR
     full = f"{path}.{name}" if path else name
     return next((reason for pattern, reason in _NAMES.items() if re.search(pattern, full)), None)
