@@ -36,6 +36,8 @@ _DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers"
 _WITHOUT_STACKS: Final = frozenset({"doge"})
 """Architectures that keep their experts in embeddings, which are looked up."""
 _STACKED_HEADS: Final = frozenset({"recurrent_gemma", "zamba"})
+_WHOLE: Final = frozenset({"emu3", "mllama", "qwen3_5"})
+"""Composite architectures of which transformers' causal classes read the text alone, without experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,11 @@ REPAIRS: Final = (
         reading=2,
         reason="the part of it that reads images or sounds was quantized in place of its text decoder",
         touches=has_larger_tower,
+    ),
+    Repair(
+        reading=2,
+        reason="it was read without its vision tower, whose bits total_bits now counts",
+        touches=lambda config: config.get("model_type") in _WHOLE,
     ),
 )
 """Every repair that changed numbers. A later one of a model that has reading 2 has reading 3."""

@@ -27,8 +27,8 @@ from sweeps.study.hashes import Progress, file_hash
 __all__ = [
     "LocalModel",
     "cached_snapshot",
-    "check_cached",
     "check_jsonl",
+    "check_model",
     "fetch",
     "file_hash",
     "first_content_hash",
@@ -123,18 +123,18 @@ def cached_snapshot(repo_id: str, commit: str, repo_type: str = "model") -> Path
     return directory
 
 
-def check_cached(repo_id: str, commit: str) -> None:
-    """Refuse a hub model that can't be measured, as far as the local cache knows it.
+def check_model(repo_id: str, commit: str) -> None:
+    """Refuse a hub model that can't be measured, as far as config.json and weights in the local cache tell.
 
     Raises:
         HubError: says why, and what to do.
     """
-    directory = _repo_dir(repo_id, "model") / "snapshots" / commit
-    if not (directory / "config.json").is_file():
-        return
+    config = model_config(repo_id, commit)
     try:
-        check_config(read_config(directory))
-        if cached_snapshot(repo_id, commit) is not None:
+        if config is not None:
+            check_config(config)
+        directory = cached_snapshot(repo_id, commit)
+        if directory is not None:
             check_checkpoint(directory, model_files(directory))
     except CheckpointError as error:
         raise HubError(f"model {repo_id}@{commit} is not usable: {error}") from error

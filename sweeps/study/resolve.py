@@ -151,7 +151,7 @@ def _member(
         raise UserError(f"{member['key']}: needs `id` (a hub id) or `path` (a local directory)")
     progress(f"commit of {member['id']}")
     commit = resolver.commit(member["id"], checkpoint or member["revision"], "model")
-    hub.check_cached(member["id"], commit)
+    hub.check_model(member["id"], commit)
     return ModelRef(
         family=family,
         name=name,

@@ -486,23 +486,23 @@ def test_identifying_a_model_imports_no_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_a_cached_hub_model_that_cannot_be_measured_is_refused(offline: Path) -> None:
+def test_a_hub_model_that_cannot_be_measured_is_refused(offline: Path) -> None:
     commit = "1" * 40
     directory = offline / "models--owner--name" / "snapshots" / commit
-    hub.check_cached("owner/name", commit)  # nothing is known of it
+    hub.check_model("owner/name", commit)  # nothing is known of it
     write_model(directory)
-    hub.check_cached("owner/name", commit)
+    hub.check_model("owner/name", commit)
     for config, expected in (
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
         ({"n_layer": 1}, "n_layer=1"),
     ):
         write_model(directory, {"transformer.h.3.w": np.ones((2, 2), np.float16)}, **config)
         with pytest.raises(HubError, match=rf"owner/name@1+ is not usable.*{expected}"):
-            hub.check_cached("owner/name", commit)
+            hub.check_model("owner/name", commit)
     (directory / "model.safetensors").unlink()
     (directory / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(HubError, match="encoder-decoder"):
-        hub.check_cached("owner/name", commit)
+        hub.check_model("owner/name", commit)
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.w", "mtp.layers.0.w", "model.mtp_layers.0.w"])
