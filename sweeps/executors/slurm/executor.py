@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from sweeps.errors import UserError
 from sweeps.executors.base import Executor, Observation, Order
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.plan.packs import Pack, Plan
+
+
+_NOT_IN_PATHS: Final = {
+    "%": "takes % in the path of a log for a job's number",
+    "\\": "drops \\ from the path of a log, so that jobs can't write theirs and die",
+}
+"""Characters of a results directory that SLURM does not take as they are."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,9 @@ class Slurm(Executor[SlurmSettings]):
 
     def check_out(self, out: Path) -> None:
         """Refuse a directory that jobs can't be told of, or whose file system isn't there."""
-        if "%" in str(out):
-            raise UserError(f"out={str(out)!r}: SLURM takes % in a path for a job's number; choose another directory")
+        for character, why in _NOT_IN_PATHS.items():
+            if character in str(out):
+                raise UserError(f"out={str(out)!r}: SLURM {why}; choose a directory without {character}")
         if not out.parent.is_dir():
             raise UserError(
                 f"out={str(out)!r}: {out.parent} does not exist. Is its file system mounted? "

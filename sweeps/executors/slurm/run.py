@@ -15,6 +15,7 @@ from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, SchedulerError, UserErr
 from sweeps.executors.base import Order
 from sweeps.executors.slurm.context import launch_context
 from sweeps.executors.slurm.poison import record_poison
+from sweeps.executors.slurm.query.command import ignored_variables
 from sweeps.executors.slurm.query.reconcile import reconcile
 from sweeps.executors.slurm.settings import SlurmSettings, shape_text
 from sweeps.executors.slurm.show.logs import why_never_run
@@ -52,6 +53,11 @@ def submit_study(order: Order, slurm: SlurmSettings) -> int:
             submitted = submitter.submit(new_launch(), read_flight(store.out))
         except SchedulerError as error:
             raise UserError(f"executor=slurm: {error}. Nothing was submitted") from error
+    if ignored := ignored_variables():
+        console.print(
+            f"Ignored, here and in the check: {', '.join(ignored)}. Keys of executor= say what jobs ask for.",
+            highlight=False,
+        )
     _say(submitted, submitter, console)
     if order.options.watch:
         code = _watch(submitter, console)
@@ -100,7 +106,7 @@ def _say(submitted: Submitted, submitter: Submitter, console: Console) -> None:
     if submitted.error:
         text = f"{submitted.error}: {submitted.jobs} jobs were submitted; the same command submits the rest"
         console.print(f"[red]{escape(text)}[/]", highlight=False)
-    if launch is not None:
+    if launch is not None and submitted.jobs:
         waiting = "They wait for a preflight of a few minutes. " if slurm.preflight else ""
         console.print(
             f"Jobs are named {launch.chunk_name(0)[:-1]}*. {waiting}You can log out. mode=status says how they "

@@ -18,6 +18,7 @@ from sweeps.executors.slurm.context import LaunchContext
 from sweeps.executors.slurm.launch_plan import MOST_PER_CHUNK
 from sweeps.executors.slurm.node.job import PackJob, PreflightJob
 from sweeps.executors.slurm.query import query_jobs
+from sweeps.executors.slurm.query.command import COMMAND_SECONDS, own_environment
 from sweeps.files import make_directory
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.launch import Chunk, Launch
@@ -30,6 +31,8 @@ PREFLIGHT_MINUTES: Final = 15
 PREFLIGHT_WARNING_SECONDS: Final = 20
 """A preflight is short, and has nothing to finish."""
 HASH_BYTES_PER_SECOND: Final = 2e8
+_TIMED_OUT: Final = 124
+"""Exit code of coreutils' timeout where it ended the command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +116,9 @@ class Scripts:
 
         Args:
             array: the jobs.
-            kind: a class in place of submitit's SlurmExecutor.
+            kind: a class in place of ``SbatchExecutor``.
         """
-        import submitit
+        from sweeps.executors.slurm.submitit_executor import SbatchExecutor
 
         launch, slurm = self.launch, self.context.slurm
         shape = launch.shapes[array.shape]
@@ -126,7 +129,7 @@ class Scripts:
         additional["requeue" if slurm.requeues else "no-requeue"] = True
         if array.depends:
             parameters["dependency"] = "afterok:" + ":".join(array.depends)
-        executor = (kind or submitit.SlurmExecutor)(
+        executor = (kind or SbatchExecutor)(
             folder=array.folder, python=shlex.join(command), max_num_timeout=slurm.requeues + 1
         )
         executor.update_parameters(
@@ -275,11 +278,10 @@ def _checked(setup: Sequence[str], *, stop: bool) -> list[str]:
 
 @contextmanager
 def _own_environment() -> Iterator[None]:
-    """Drop the caller's SBATCH_ and SLURM_ variables meanwhile: they count more than what a job's script asks for."""
-    kept = dict(os.environ)
-    for name in kept:
-        if name.startswith(("SBATCH_", "SRUN_", "SLURM_")) and name != "SLURM_CONF":
-            del os.environ[name]
+    """Take the environment of SLURM's other commands meanwhile, so that what was checked is what is submitted."""
+    kept, own = dict(os.environ), own_environment()
+    os.environ.clear()
+    os.environ.update(own)
     try:
         yield
     finally:
@@ -289,6 +291,8 @@ def _own_environment() -> Iterator[None]:
 
 def _words(error: Exception) -> str:
     """Return what sbatch said, in one line."""
+    if getattr(error.__cause__, "returncode", None) == _TIMED_OUT:
+        return f"sbatch did not answer within {COMMAND_SECONDS:.0f} s"
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]

@@ -6,7 +6,8 @@ import os
 import pwd
 import re
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from sweeps.errors import SchedulerError
@@ -15,14 +16,38 @@ COMMAND_SECONDS: Final = 60.0
 """A controller that is down lets its clients retry for 10 to 20 s before they give up."""
 # Reasons hold commas and parentheses, other people's job names anything: the unit separator is in neither.
 SEPARATOR: Final = "\x1f"
-_USERS_FORMATS: Final = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
+_OF_COMMANDS: Final = ("SBATCH_", "SRUN_", "SALLOC_", "SLURM_", "SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
+_HOW_TO_REACH: Final = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+_OF_A_JOB: Final = ("SLURM_JOB", "SLURM_STEP", "SLURM_TASK", "SLURM_NODE", "SLURM_PROC", "SLURM_LOCAL", "SLURM_GTIDS")
+_WAITS: Final = (0.5, 2.0)
+"""Seconds before a second and a third try of a command that failed."""
+
+
+def own_environment() -> dict[str, str]:
+    """Return the environment without the user's variables that would decide what SLURM's commands do.
+
+    They count more than what a job's script asks for, and change what is printed. What says how to reach the cluster
+    stays.
+    """
+    ignored = {k for k in os.environ if k.startswith(_OF_COMMANDS) and k not in _HOW_TO_REACH}
+    return {k: v for k, v in os.environ.items() if k not in ignored}
+
+
+def ignored_variables() -> tuple[str, ...]:
+    """Return the variables of the user that ``own_environment`` leaves out, but for those that a job's shell has."""
+    left_out = sorted(os.environ.keys() - own_environment().keys())
+    in_job = "SLURM_JOB_ID" in os.environ
+    return tuple(k for k in left_out if not (in_job and k.startswith("SLURM_")) and not k.startswith(_OF_A_JOB))
 
 
 def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's commands. SchedulerError where it is missing or takes more than COMMAND_SECONDS."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_USERS_FORMATS)}
     # %s: epoch seconds, which no time zone can blur. SLURM_BITSTR_LEN=0: array ranges in full, not 64 characters.
-    environment |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}
+    environment: Mapping[str, str] = own_environment() | {
+        "LC_ALL": "C",
+        "SLURM_TIME_FORMAT": "%s",
+        "SLURM_BITSTR_LEN": "0",
+    }
     try:
         return subprocess.run(
             command,
@@ -43,8 +68,16 @@ def call(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def ask(command: Sequence[str]) -> str:
-    """Return standard output of one of SLURM's commands. SchedulerError where it fails, too."""
+    """Return standard output of one of SLURM's commands. SchedulerError where it fails three times, too.
+
+    A controller that doesn't answer is not asked again: its clients have tried for long enough.
+    """
     done = call(command)
+    for seconds in _WAITS:
+        if not done.returncode or "Unable to contact" in done.stderr:
+            break
+        time.sleep(seconds)
+        done = call(command)
     if done.returncode:
         raise SchedulerError(f"{command[0]} failed: {one_line(done.stderr or done.stdout)}")
     return done.stdout

@@ -17,6 +17,7 @@ from sweeps.launches.launch import Attempt, Chunk, Launch
 
 LINES_SHOWN: Final = 30
 MOST_LOGS_SHOWN: Final = 10
+_SLURMS_WORDS: Final = ("srun: ", "slurmstepd: ")
 
 
 def why_never_run(out: Path, measurements: Collection[str]) -> dict[str, set[str]]:
@@ -142,6 +143,8 @@ def _show_log(log: Path, console: Console) -> None:
 
 def _last(log: Path) -> str:
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # What SLURM says of the end ('srun: error: … Exited with exit code 1') hides the line that says why.
+    lines = [line for line in lines if not line.startswith(_SLURMS_WORDS)] or lines
     return f"{log} ends with: {lines[-1].strip()}" if lines else f"{log} is empty: is executor.setup right?"
 
 
