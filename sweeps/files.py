@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import stat
@@ -24,6 +25,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}): restore it, or move it out of the results directory") from error
+
+
+def list_files(directory: Path, pattern: str = "*") -> list[Path]:
+    """Return what a directory of the store holds under names that fit a pattern, sorted; nothing where it isn't there.
+
+    Files that are being written (their names begin with a dot) are left out.
+
+    Raises:
+        PermissionError: it can't be listed: who may not look into it must not take it for empty.
+        OSError: nor can it be for another reason, e.g. a stale mount.
+    """
+    try:
+        found = list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(p for p in found if fnmatch.fnmatch(p.name, pattern) and not p.name.startswith("."))
 
 
 def is_shared(directory: Path) -> bool:
@@ -114,7 +131,7 @@ def store_time(directory: Path) -> float:
 
 
 def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | None:
-    """Return whose a file is that this user may not use, and what its owner can do; None for another error.
+    """Return whose a file is that this user may not use, its mode and what its owner can do; None for another error.
 
     Args:
         error: what the system said.
@@ -132,7 +149,8 @@ def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | No
         owner = known.owner()
     except KeyError:
         owner = str(known.stat().st_uid)
+    mode = stat.filemode(known.stat().st_mode)
     return (
-        f"{path}: {error.strerror or error}. {known} belongs to {owner}, who shares a results directory with its group "
-        f"by chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"
+        f"{path}: {error.strerror or error}. {known} belongs to {owner} ({mode}), who shares a results directory with "
+        f"its group by chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"
     )

@@ -66,7 +66,7 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
 
         said = not_allowed(error, Path(str(cfg.out)))
         say_error(said or f"{error}: nothing that was stored is lost; the same command goes on from there")
-        return EXIT_FAILED
+        return EXIT_FAILED if said is None else EXIT_BAD_INPUT
     return code
 
 

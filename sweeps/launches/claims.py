@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import ClaimTakenError, LinkError, StoreError
-from sweeps.files import create_exclusively, read_json, store_time, write_atomically
+from sweeps.files import create_exclusively, list_files, read_json, store_time, write_atomically
 
 SILENT_SECONDS: Final = 900.0
 """A claim of another machine is void after this long without a heartbeat (by the store's own clock)."""
@@ -68,11 +68,11 @@ class Claims:
         return self.out / "claims"
 
     def last_number(self) -> int:
-        return max((int(p.stem) for p in self.directory.glob("[0-9]*.json")), default=0)
+        return max((int(p.stem) for p in list_files(self.directory, "[0-9]*.json")), default=0)
 
     def open(self, *, after: int = 0) -> list[Claim]:
         """Claims that were not released, in their order; only those with a number above ``after``."""
-        numbers = sorted(int(p.stem) for p in self.directory.glob("[0-9]*.json"))
+        numbers = sorted(int(p.stem) for p in list_files(self.directory, "[0-9]*.json"))
         return [self._load(n) for n in numbers if n > after and not self._path(n, "released").exists()]
 
     def create(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from sweeps.files import list_files
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launch_dir
@@ -144,7 +145,7 @@ def _settling(launch: Launch, pack: str, entry: JobRecord) -> bool:
     """Tell whether a pack that finished just now has not come into sight in the store yet."""
     if entry.ended != "lost" or abs(time.time() - entry.finished_at) >= SETTLE_SECONDS:
         return False
-    return next((launch.out / "packs").glob(f"{pack}-*.parquet"), None) is None
+    return not list_files(launch.out / "packs", f"{pack}-*.parquet")
 
 
 def _hold(flight: InFlight, queued: Collection[str], running: Collection[str]) -> None:

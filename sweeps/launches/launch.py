@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.files import read_json, write_atomically
+from sweeps.files import list_files, read_json, write_atomically
 from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
 from sweeps.store.schema import Scalar
@@ -171,7 +171,7 @@ class Launch:
         """Read every attempt at some packs, oldest first."""
         found: dict[str, list[Attempt]] = {}
         wanted = set(packs)
-        for path in (self.directory / "attempts").glob("*.json"):
+        for path in list_files(self.directory / "attempts", "*.json"):
             if path.name.partition("-")[0] not in wanted:
                 continue
             try:
@@ -247,7 +247,8 @@ def launch_dir(out: Path, launch: str) -> Path:
 
 def launches(out: Path) -> list[Launch]:
     """Return every launch of a results directory, oldest first."""
-    found = [Launch.load(out, p.parent.name) for p in (out / "launches").glob("*/launch.json")]
+    directories = list_files(out / "launches")
+    found = [Launch.load(out, d.name) for d in directories if (d / "launch.json").exists()]
     return sorted(found, key=lambda launch: launch.launched)
 
 

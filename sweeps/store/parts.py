@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sweeps.errors import StoreError
-from sweeps.files import make_directory, not_allowed, read_json, write_atomically
+from sweeps.files import list_files, make_directory, not_allowed, read_json, write_atomically
 from sweeps.status import FINAL
 from sweeps.store.schema import Row, arrow_schema
 
@@ -108,7 +108,7 @@ class Store:
         """Merge the parts of a finished pack into one file, then remove them."""
         import pyarrow as pa
 
-        read = {path: self._read(path, None) for path in self._files(f"parts/{pack}/*.parquet")}
+        read = {path: self._read(path, None) for path in self._parts(pack)}
         mine = {path: table for path, table in read.items() if table is not None}
         if not mine:
             return
@@ -137,7 +137,7 @@ class Store:
     def read_pack(self, pack: str, columns: Sequence[str]) -> list[Row]:
         """Return every stored row of one pack, without reading any other; dropped rows left out."""
         wanted = list(dict.fromkeys([*columns, "row_id"]))
-        files = [*self._files(f"parts/{pack}/*.parquet"), *self._files(f"packs/{pack}-*.parquet")]
+        files = [*self._parts(pack), *self._packs(pack)]
         tables = [table for path in files if (table := self._read(path, wanted)) is not None]
         dropped = self._dropped_ids()
         return [row for table in tables for row in table.to_pylist() if row["row_id"] not in dropped]
@@ -149,7 +149,7 @@ class Store:
 
     def _dropped_ids(self) -> set[str]:
         ids: set[str] = set()
-        for path in sorted((self.out / "dropped").glob("*.json")):
+        for path in list_files(self.out / "dropped", "*.json"):
             ids.update(read_json(path)["row_ids"])
         return ids
 
@@ -164,8 +164,12 @@ class Store:
         # While a pack is compacted, its rows lie both in parts and in the pack's file.
         return list({row["row_id"]: row for row in table.to_pylist()}.values())
 
-    def _files(self, pattern: str) -> list[Path]:
-        return sorted(p for p in self.out.glob(pattern) if not p.name.startswith("."))
+    def _parts(self, pack: str = "*") -> list[Path]:
+        directories = list_files(self.out / "parts", pack)
+        return [part for directory in directories for part in list_files(directory, "*.parquet")]
+
+    def _packs(self, pack: str = "*") -> list[Path]:
+        return list_files(self.out / "packs", f"{pack}-*.parquet")
 
     def _read_all(self, columns: list[str], measurements: Collection[str] | None) -> pa.Table:
         import pyarrow as pa
@@ -176,8 +180,8 @@ class Store:
         wanted = None if measurements is None else pa.array(sorted(measurements), pa.string())
         tables = [
             table if wanted is None else table.filter(pc.is_in(table.column("measurement"), wanted))
-            for pattern in ("parts/*/*.parquet", "packs/*.parquet")
-            for path in self._files(pattern)
+            for files in (self._parts, self._packs)
+            for path in files()
             if (table := self._read(path, columns)) is not None
         ]
         if not tables:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import Source
-from sweeps.files import read_json, write_atomically
+from sweeps.files import list_files, read_json, write_atomically
 from sweeps.study.cell import (
     Cell,
     Measurement,
@@ -112,8 +112,8 @@ def load_manifest(path: Path) -> Manifest:
 
 def load_manifests(out: Path, sweep: str | None = None) -> list[Manifest]:
     """Return all manifests of a results directory, or one study's, oldest first."""
-    paths = sorted(_directory(out).glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
-    manifests = [load_manifest(p) for p in paths if not p.name.startswith(".")]
+    paths = sorted(list_files(_directory(out), "*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    manifests = [load_manifest(p) for p in paths]
     return [m for m in manifests if sweep in (None, m.sweep)]
 
 

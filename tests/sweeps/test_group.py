@@ -164,3 +164,27 @@ def test_whose_a_file_is_and_what_its_owner_can_do_is_said(part: str, place: Pat
     assert f"{out / part}/" in said
     assert f"belongs to {first}" in said
     assert f"chmod -R g+rwX {out}" in said
+
+
+@pytest.mark.parametrize("mode", ["status", "plan", "cancel", "run"])
+@pytest.mark.parametrize("part", ["", "claims", "launches", "manifests", "packs", "parts", "dropped"])
+def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    part: str, mode: str, place: Path, python: str
+) -> None:
+    if (mode, part) in {("cancel", p) for p in ("manifests", "packs", "parts", "dropped")} | {("plan", "manifests")}:
+        pytest.skip(f"mode={mode} does not look into {part}")
+    first, second = USERS
+    out = Path(shutil.copytree(ROOT / "tests" / "data" / "earlier_results", place / "shared" / "results"))
+    Store(out=out).drop([], why="")
+    for path in [out, *out.rglob("*")]:
+        os.chown(path, first, GROUP)
+        path.chmod(0o2770 if path.is_dir() else 0o660)
+    (out / part).chmod(0o2700)
+    before = sorted(out.glob("[clp]*/**/*"))
+    asked = [f"out={out}", f"mode={mode}", *([] if mode in ("status", "cancel") else SMALL)]
+    refused = as_user(second, python, ROOT / "launch.py", *asked, cwd=place)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    (said,) = refused.stderr.splitlines()
+    assert f"belongs to {first} (drwx--S---)" in said or "can't be written" in said
+    assert str(out / part) in said
+    assert sorted(out.glob("[clp]*/**/*")) == before, "something was claimed, launched or measured"

@@ -18,7 +18,7 @@ from sweeps.errors import CodeChangedError, JobError, LoadError
 from sweeps.events import Crashed, Event, Measured, SmallerBatch, Stopped, event_to_dict
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.node.owners import lease_pack
-from sweeps.files import read_json
+from sweeps.files import list_files, read_json
 from sweeps.launches.claims import Claims
 from sweeps.launches.job_log import BUDGET
 from sweeps.launches.launch import Attempt, Chunk, Launch
@@ -156,9 +156,9 @@ class PackAttempt:
 
     def _load_errors(self) -> int:
         """Count earlier jobs, of any launch, that could not load this pack's model."""
-        ends = [
-            read_json(p).get("end") or {} for p in self.launch.out.glob(f"launches/*/attempts/{self.pack.id}-*.json")
-        ]
+        launched = list_files(self.launch.out / "launches")
+        files = (p for each in launched for p in list_files(each / "attempts", f"{self.pack.id}-*.json"))
+        ends = [read_json(p).get("end") or {} for p in files]
         return sum(1 for end in ends if end.get("load"))
 
     def _on_event(self, event: Event, worker: int) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from rich.console import Console
 
+from sweeps.files import list_files
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import load_launch
 from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
@@ -81,7 +82,7 @@ class _Block:
 def _block(launch: Launch, job_log: JobLog, chunk: Chunk) -> _Block | None:
     """Return what keeps an array from running for ever; None when nothing is known to."""
     problems = launch.preflight_problems(chunk.shape)
-    logs = sorted((launch.logs(chunk.number).parent / f"preflight-{chunk.shape}").glob("*_log.out"))
+    logs = list_files(launch.logs(chunk.number).parent / f"preflight-{chunk.shape}", "*_log.out")
     if problems:
         return _Block(text="preflight: " + "; ".join(problems), logs=logs)
     ended = all((entry := job_log.entries.get(p)) and entry.ended == "cancelled" for p in chunk.packs)
@@ -133,7 +134,7 @@ def _logs(launch: Launch, job_log: JobLog, pack: str) -> list[Path]:
     entry = job_log.entries.get(pack)
     if entry is None or not entry.job:
         return []
-    return sorted(launch.logs(launch.chunk_of(pack).number).glob(f"{entry.job}_*log*"))
+    return list_files(launch.logs(launch.chunk_of(pack).number), f"{entry.job}_*log*")
 
 
 def _show_log(log: Path, console: Console) -> None:
