@@ -8,6 +8,7 @@ import fnmatch
 import json
 import os
 import stat
+import time
 import uuid
 from pathlib import Path
 from typing import IO, Any
@@ -128,6 +129,17 @@ def store_time(directory: Path) -> float:
         return probe.stat().st_mtime
     finally:
         probe.unlink(missing_ok=True)
+
+
+def clock(directory: Path) -> float:
+    """Return ``store_time``, or this machine's own time where the directory can't be written.
+
+    What decides something is told by one clock. Who may only read has nothing better than the machine's.
+    """
+    try:
+        return store_time(directory)
+    except OSError:
+        return time.time()
 
 
 def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | None:

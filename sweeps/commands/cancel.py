@@ -6,8 +6,9 @@ from rich.console import Console
 
 from sweeps.commands.selection import chosen_results
 from sweeps.errors import UserError
-from sweeps.executors.base import EXECUTORS
-from sweeps.launches.in_flight import read_flight
+from sweeps.executors.base import EXECUTORS, with_jobs
+from sweeps.launches.claims import Claims
+from sweeps.launches.in_flight import load_launch, read_flight
 from sweeps.options import Options
 
 
@@ -17,18 +18,26 @@ def cancel(options: Options, console: Console) -> int:
     Raises:
         UserError: several studies have jobs and none was named, or an executor can't be asked.
     """
-    sweep, flight = options.asked_sweep, read_flight(options.out)
-    chosen = [la for la, _ in flight.launches if sweep in (None, la.sweep)]
-    studies = sorted({la.sweep for la in chosen})
-    if len(studies) > 1:
-        raise UserError(f"mode=cancel: {', '.join(studies)} have jobs: name one, e.g. sweep={studies[0]}")
+    sweep, out = options.asked_sweep, options.out
+    for executor in with_jobs(out):
+        # A job that was seen to end may have been put back into the queue since.
+        executor.observe(out)
+    flight = read_flight(out)
+    unsettled = {la.sweep for la, _ in flight.launches if sweep in (None, la.sweep)}
+    if len(unsettled) > 1:
+        first, *_ = names = sorted(unsettled)
+        raise UserError(f"mode=cancel: {', '.join(names)} have jobs: name one, e.g. sweep={first}")
+    # Of the study every launch, whatever is known of its jobs.
+    launched = {claim: la for claim in Claims(out=out).open() if claim.detached if (la := load_launch(out, claim))}
+    studies = unsettled or ({sweep} if sweep else {la.sweep for la in launched.values()})
+    chosen = {claim: la for claim, la in launched.items() if len(studies) == 1 and la.sweep in studies}
     if not chosen:
         named = f" of {sweep}" if sweep else ""
-        console.print(f"No jobs{named} in {options.out} are known to be queued or running.", highlight=False)
+        console.print(f"No jobs{named} in {out} are known to be queued or running.", highlight=False)
         return 0
     measurements = set(chosen_results(options, long=True)["measurement"]) if options.choice else None
     codes = []
-    for name in dict.fromkeys(flight.executors[la.id] for la in chosen):
-        its = [la for la in chosen if flight.executors[la.id] == name]
-        codes.append(EXECUTORS[name].cancel(options.out, its, console, measurements))
+    for name in dict.fromkeys(claim.executor for claim in chosen):
+        its = [la for claim, la in chosen.items() if claim.executor == name]
+        codes.append(EXECUTORS[name].cancel(out, its, console, measurements))
     return max(codes)

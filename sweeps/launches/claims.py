@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import ClaimTakenError, LinkError, StoreError
-from sweeps.files import create_exclusively, list_files, read_json, store_time, write_atomically
+from sweeps.files import clock, create_exclusively, list_files, read_json, write_atomically
 
 SILENT_SECONDS: Final = 900.0
 """A claim of another machine is void after this long without a heartbeat (by the store's own clock)."""
@@ -147,12 +146,7 @@ class Claims:
             return _process_start(claim.pid) == claim.pid_started
         beat = self._path(claim.number, "running")
         last = (beat if beat.exists() else self._path(claim.number, "json")).stat().st_mtime
-        try:
-            now = store_time(self.directory)
-        except OSError:
-            # Who may only read has nothing better than the machine's own clock.
-            now = time.time()
-        return now - last < SILENT_SECONDS
+        return clock(self.directory) - last < SILENT_SECONDS
 
 
 def _process_start(pid: int) -> str:

@@ -6,13 +6,13 @@ Reads files, and asks no scheduler: what each executor saw of its jobs it keeps 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
-from sweeps.files import list_files
+from sweeps.files import clock, list_files
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launch_dir
@@ -70,12 +70,13 @@ def read_flight(out: Path) -> InFlight:
     """Bring claims, attempts and ledgers together, without asking anybody."""
     claims = Claims(out=out)
     flight = InFlight()
+    now = cache(partial(clock, out))
     # In their order: what a later claim holds is that claim's.
     for claim in claims.open():
         if claim.detached:
             launch = load_launch(out, claim)
             if launch is not None:
-                _add_jobs(flight, launch, claim)
+                _add_jobs(flight, launch, claim, now)
             else:
                 _end(flight, claim.measurements, "lost")
         elif claims.is_alive(claim):
@@ -99,7 +100,7 @@ def load_launch(out: Path, claim: Claim) -> Launch | None:
         return None
 
 
-def _add_jobs(flight: InFlight, launch: Launch, claim: Claim) -> None:
+def _add_jobs(flight: InFlight, launch: Launch, claim: Claim, now: Callable[[], float]) -> None:
     job_log = JobLog.load(launch)
     if not job_log.settled(launch):
         flight.launches.append((launch, job_log))
@@ -113,7 +114,7 @@ def _add_jobs(flight: InFlight, launch: Launch, claim: Claim) -> None:
             running = _measuring(entry, attempts.get(pack, []))
             _hold(flight, set(keys) - running, running)
             continue
-        if _settling(launch, pack, entry):
+        if _settling(launch, pack, entry, now):
             _hold(flight, keys, ())
             continue
         if entry.ended == BUDGET:
@@ -141,9 +142,9 @@ def _measuring(entry: JobRecord | None, attempts: list[Attempt]) -> set[str]:
     return {last.measuring}
 
 
-def _settling(launch: Launch, pack: str, entry: JobRecord) -> bool:
+def _settling(launch: Launch, pack: str, entry: JobRecord, now: Callable[[], float]) -> bool:
     """Tell whether a pack that finished just now has not come into sight in the store yet."""
-    if entry.ended != "lost" or abs(time.time() - entry.finished_at) >= SETTLE_SECONDS:
+    if entry.ended != "lost" or not entry.finished_at or abs(now() - entry.finished_at) >= SETTLE_SECONDS:
         return False
     return not list_files(launch.out / "packs", f"{pack}-*.parquet")
 

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.files import list_files, read_json, write_atomically
+from sweeps.files import clock, list_files, read_json, write_atomically
 from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
 from sweeps.store.schema import Scalar
@@ -165,7 +165,7 @@ class Launch:
         """Return the packs that its user cancelled, all or one by one."""
         if self.cancelled():
             return frozenset(self.places)
-        return frozenset(p for path in self.directory.glob("cancelled-*.json") for p in read_json(path)["packs"])
+        return frozenset(p for path in list_files(self.directory, "cancelled-*.json") for p in read_json(path)["packs"])
 
     def attempts(self, packs: Collection[str]) -> dict[str, list[Attempt]]:
         """Read every attempt at some packs, oldest first."""
@@ -175,10 +175,10 @@ class Launch:
             if path.name.partition("-")[0] not in wanted:
                 continue
             try:
-                data = read_json(path)
+                data, touched = read_json(path), path.stat().st_mtime
             except FileNotFoundError:
                 continue
-            attempt = Attempt(launch=self, **data)
+            attempt = Attempt(launch=self, **data, touched=touched)
             found.setdefault(attempt.pack, []).append(attempt)
         return {pack: sorted(of_pack, key=lambda a: a.started) for pack, of_pack in found.items()}
 
@@ -197,8 +197,9 @@ class Attempt:
 
     Attributes:
         measuring: measurement in flight at the last word; None between measurements.
-        end: how it ended, by its own word: {'reason': 'finished' | 'walltime' | 'terminated' | 'gate' | 'error', ...};
-            None while it runs, and for ever when it was killed.
+        end: how it ended, by its own word: {'reason': 'finished' | 'walltime' | 'terminated' | 'gate' | 'data' |
+            'error', ...}; None while it runs, and for ever when it was killed.
+        touched: when it last said a word, by the store's clock. Times here are all by that clock.
     """
 
     launch: Launch = field(repr=False)
@@ -210,6 +211,7 @@ class Attempt:
     log: str
     measuring: str | None = None
     end: Mapping[str, Any] | None = None
+    touched: float = 0.0
 
     @classmethod
     def begin(cls, launch: Launch, pack: str, *, job: str, restart: int, host: str, log: Path) -> Attempt:
@@ -220,7 +222,7 @@ class Attempt:
             job=job,
             restart=restart,
             host=host,
-            started=time.time(),
+            started=clock(launch.directory),
             log=str(log),
         )
         attempt._write()
@@ -232,7 +234,7 @@ class Attempt:
 
     def ended(self, reason: str, **more: Scalar) -> Attempt:
         """Say how it ended."""
-        return replace(self, end={"reason": reason, "at": time.time(), **more})._write()
+        return replace(self, end={"reason": reason, "at": clock(self.launch.directory), **more})._write()
 
     def _write(self) -> Attempt:
         data = {k: getattr(self, k) for k in ("pack", "job", "restart", "host", "started", "log", "measuring", "end")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -74,7 +75,7 @@ class Scheduler:
         self.now = time.time()
         monkeypatch.setattr(reconciling, "query_jobs", self.query_jobs)
 
-    def query_jobs(self, names: object, since: float) -> JobSnapshot:
+    def query_jobs(self, names: object, since: float, **_: object) -> JobSnapshot:
         return JobSnapshot(at=self.now, queue=self.queue, accounting=self.accounting, problems=())
 
 
@@ -184,10 +185,99 @@ def test_a_cancelled_job_without_accounting_is_cancelled_and_not_lost(launch: La
     assert set(read_flight(launch.out).ended.values()) == {"cancelled"}
 
 
-def test_settled_launches_are_not_asked_about_again(launch: Launch, scheduler: Scheduler) -> None:
-    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "FAILED")])
+def test_launches_whose_jobs_finished_are_not_asked_about_again(launch: Launch, scheduler: Scheduler) -> None:
+    for pack in ("p1", "p2"):
+        Attempt.begin(launch, pack, job="7", restart=0, host="n1", log=launch.out / "log").ended("finished")
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "COMPLETED")])
     assert reconcile(launch.out) is not None
     assert reconcile(launch.out) is None
+
+
+def test_nor_are_those_whose_work_a_later_launch_holds(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.accounting = dict([job(0, "FAILED"), job(1, "FAILED")])
+    assert reconcile(launch.out) is not None
+    Claims(out=launch.out).create(2, launch="local", sweep="s", packs={"p1": ["m1"], "p2": ["m2", "m3"]})
+    assert reconcile(launch.out) is None
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "REQUEUE_HOLD"])
+def test_a_job_that_ended_and_was_requeued_by_hand_is_alive(launch: Launch, scheduler: Scheduler, state: str) -> None:
+    scheduler.accounting = dict([job(0, "FAILED"), job(1, "FAILED")])
+    reconcile(launch.out)
+    assert read_flight(launch.out).held == set()
+    scheduler.queue = dict([job(0, state, 1)])
+    scheduler.now += 1
+    reconcile(launch.out)
+    flight = read_flight(launch.out)
+    assert flight.held == {"m1"}
+    assert flight.ended == {"m2": "lost", "m3": "lost"}
+    assert [la.id for la, _ in flight.launches] == [launch.id]
+
+
+def test_an_older_look_does_not_revive_what_a_newer_one_saw_end(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.queue = dict([job(0, "RUNNING"), job(1, "RUNNING")])
+    reconcile(launch.out)
+    older = job_log.JobLog.load(launch)
+    scheduler.queue, scheduler.accounting = {}, dict([job(0, "FAILED"), job(1, "FAILED")])
+    scheduler.now += 1
+    reconcile(launch.out)
+    older.save(launch)
+    assert read_flight(launch.out).held == set()
+
+
+def test_work_is_proof_of_life_where_the_queue_shows_nothing(launch: Launch, scheduler: Scheduler) -> None:
+    attempt = Attempt.begin(launch, "p2", job="7_1", restart=0, host="n1", log=launch.out / "log")
+    scheduler.accounting = dict([job(0, "RUNNING"), job(1, "RUNNING")])
+    reconcile(launch.out)
+    path = next((launch.directory / "attempts").glob("p2-*"))
+    for _ in range(3):
+        scheduler.now += ABSENT_SECONDS
+        attempt.at("m2")
+        os.utime(path, (scheduler.now - 5, scheduler.now - 5))
+        reconcile(launch.out)
+    # The other job says nothing: accounting may call it RUNNING for ever.
+    assert read_flight(launch.out).ended == {"m1": "lost"}
+    scheduler.now += ABSENT_SECONDS - 6
+    reconcile(launch.out)
+    assert read_flight(launch.out).held == {"m2", "m3"}
+    scheduler.now += 2
+    reconcile(launch.out)
+    assert read_flight(launch.out).ended == {"m1": "lost", "m2": "lost", "m3": "lost"}
+
+
+def test_a_look_by_a_clock_that_was_ahead_freezes_nothing(launch: Launch, scheduler: Scheduler) -> None:
+    now = scheduler.now
+    scheduler.now = now + 3600
+    scheduler.queue = dict([job(0, "PENDING")])
+    reconcile(launch.out)
+    scheduler.now = now
+    scheduler.queue = dict([job(0, "RUNNING")])
+    reconcile(launch.out)
+    known = job_log.JobLog.load(launch)
+    assert known.looked == now
+    assert known.entries["p1"].state == "RUNNING"
+    # The job that neither look knew is given up in its time, neither an hour later nor at once.
+    assert read_flight(launch.out).held == {"m1", "m2", "m3"}
+    scheduler.now = now + ABSENT_SECONDS
+    reconcile(launch.out)
+    assert read_flight(launch.out).ended == {"m2": "lost", "m3": "lost"}
+
+
+def test_times_that_decide_are_the_stores(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    attempt = Attempt.begin(launch, "p1", job="7_0", restart=0, host="n1", log=launch.out / "log").ended("finished")
+    assert attempt.end is not None
+    assert attempt.started == pytest.approx(launch.directory.stat().st_mtime, abs=10)
+    assert attempt.end["at"] == pytest.approx(launch.directory.stat().st_mtime, abs=10)
+    asked: list[float | None] = []
+
+    def query_jobs(*_: object, at: float | None = None, **__: object) -> JobSnapshot:
+        asked.append(at)
+        return JobSnapshot(at=at or 0.0, queue={}, accounting={}, problems=())
+
+    monkeypatch.setattr(reconciling, "query_jobs", query_jobs)
+    reconcile(launch.out)
+    assert asked == [pytest.approx(launch.directory.stat().st_mtime, abs=10)]
 
 
 def test_a_job_says_itself_what_it_is_measuring(launch: Launch, scheduler: Scheduler) -> None:
@@ -296,7 +386,7 @@ def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(
     assert read_flight(launch.out).held == set()
     stored.unlink()
     later = time.time() + SETTLE_SECONDS
-    monkeypatch.setattr(inflight.time, "time", lambda: later)
+    monkeypatch.setattr(inflight, "clock", lambda _: later)
     assert read_flight(launch.out).ended["m1"] == "lost"
 
 

@@ -95,7 +95,9 @@ class JobSnapshot:
     problems: tuple[str, ...]
 
 
-def query_jobs(names: Collection[str], since: float) -> JobSnapshot:
+def query_jobs(
+    names: Collection[str], since: float, *, at: float | None = None, accounted: Collection[str] | None = None
+) -> JobSnapshot:
     """Ask squeue and sacct about jobs by name: at most two calls whatever the number.
 
     Never raises for a scheduler that is down: what could not be asked is None.
@@ -103,21 +105,23 @@ def query_jobs(names: Collection[str], since: float) -> JobSnapshot:
     Args:
         names: jobs' names; those that the scheduler doesn't know are no error.
         since: epoch seconds before which none of them was submitted.
+        at: now by the clock that ``since`` is of; None is this machine's.
+        accounted: which of them accounting is asked about; None is all.
     """
-    at = time.time()
+    at = time.time() if at is None else at
     if not names:
         return JobSnapshot(at=at, queue={}, accounting={}, problems=())
-    wanted = frozenset(names)
-    squeue, sacct = _commands(wanted, math.ceil(max(0.0, at - since) + MARGIN_SECONDS))
+    wanted, recorded = frozenset(names), frozenset(names if accounted is None else accounted)
+    seconds = math.ceil(max(0.0, at - since) + MARGIN_SECONDS)
     queue: Jobs | None = None
     accounting: Jobs | None = None
     problems = []
     try:
-        queue = read_queue(ask(squeue), wanted)
+        queue = read_queue(ask(_squeue(wanted)), wanted)
     except SchedulerError as error:
         problems.append(str(error))
     try:
-        accounting = read_accounting(ask(sacct), wanted)
+        accounting = read_accounting(ask(_sacct(recorded, seconds)), recorded) if recorded else {}
     except SchedulerError as error:
         problems.append(str(error))
     seen = [*(queue or {}).values(), *(accounting or {}).values()]
@@ -129,19 +133,25 @@ def query_jobs(names: Collection[str], since: float) -> JobSnapshot:
     )
 
 
-def _commands(names: Collection[str], seconds: int) -> tuple[list[str], list[str]]:
-    """Return commands that ask squeue and sacct about jobs of these names; sacct about so many seconds back."""
+def _by_name(names: Collection[str]) -> list[str]:
     joined = ",".join(sorted(names))
     # Names too many for a command line are picked out of everybody's.
-    by_name = [f"--name={joined}"] if len(joined.encode()) <= MOST_ARGUMENT else []
+    return [f"--name={joined}"] if len(joined.encode()) <= MOST_ARGUMENT else []
+
+
+def _squeue(names: Collection[str]) -> list[str]:
+    """Return the command that asks squeue about jobs of these names."""
     # Without --array: squeue 22.05 loses the last of '0-98:2' when it takes ranges apart itself.
-    squeue = ["squeue", "--all", "--noheader", "--states=all", *by_name]
-    squeue.append("--Format=" + ",".join(f"{name}:{SEPARATOR}" for name in _QUEUE_FIELDS))
-    sacct = ["sacct", "--duplicates", "--allocations", "--allusers", "--noheader", "--parsable2", *by_name]
+    squeue = ["squeue", "--all", "--noheader", "--states=all", *_by_name(names)]
+    return [*squeue, "--Format=" + ",".join(f"{name}:{SEPARATOR}" for name in _QUEUE_FIELDS)]
+
+
+def _sacct(names: Collection[str], seconds: int) -> list[str]:
+    """Return the command that asks sacct about jobs of these names, so many seconds back."""
+    sacct = ["sacct", "--duplicates", "--allocations", "--allusers", "--noheader", "--parsable2", *_by_name(names)]
     # Relative times, so that no time zone matters; --state without an end would mean 'in that state at the start'.
     sacct += [f"--starttime=now-{seconds}seconds", "--endtime=now+1days", f"--state={_SACCT_STATES}"]
-    sacct += [f"--delimiter={SEPARATOR}", "--format=" + ",".join(_ACCOUNT_FIELDS)]
-    return squeue, sacct
+    return [*sacct, f"--delimiter={SEPARATOR}", "--format=" + ",".join(_ACCOUNT_FIELDS)]
 
 
 def read_queue(text: str, wanted: Collection[str]) -> dict[tuple[str, int], JobState]:

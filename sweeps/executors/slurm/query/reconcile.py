@@ -8,14 +8,16 @@ kept. Where a look need not show a job at all (another user's, another cluster's
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from sweeps.executors.slurm.query.jobs import JobSnapshot, JobState, query_jobs
 from sweeps.executors.slurm.query.where import in_sight
-from sweeps.launches.claims import Claims
+from sweeps.files import clock
+from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import load_launch, read_flight
 from sweeps.launches.job_log import ABSENT, BUDGET, SUBMITTING, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch
@@ -39,30 +41,53 @@ _DIED_AS: Final = ("FAILED", "TIMEOUT", "COMPLETED", ABSENT)
 
 
 def reconcile(out: Path) -> JobSnapshot | None:
-    """Ask the scheduler about every launch that isn't settled, in at most two calls, and write down what it says.
+    """Ask the scheduler about every launch whose jobs may still work, in at most two calls; write down what it says.
+
+    A launch that is not settled is asked about in the queue and in accounting. One whose jobs ended before their work
+    was finished is looked for in the queue alone: a job that ended can be requeued by hand.
 
     Returns what was seen; None where there was nothing to ask about.
     """
     claims = Claims(out=out)
-    asked = [
-        (launch, job_log, claim)
-        for claim in claims.open()
-        if claim.executor == "slurm"
-        for launch in [load_launch(out, claim)]
-        if launch is not None
-        for job_log in [JobLog.load(launch)]
-        if not job_log.settled(launch)
-    ]
+    asked: list[tuple[Launch, JobLog, Claim]] = []
+    taken: set[str] = set()
+    for claim in reversed(claims.open()):
+        launch = load_launch(out, claim) if claim.executor == "slurm" else None
+        if launch is not None:
+            job_log = JobLog.load(launch)
+            if not job_log.settled(launch) or _may_come_back(job_log, claim, taken):
+                asked.append((launch, job_log, claim))
+        taken |= claim.measurements
     if not asked:
         return None
-    names = [launch.chunk_name(c.number) for launch, _, _ in asked for c in launch.chunks]
-    snapshot = query_jobs(names, min(launch.launched for launch, _, _ in asked))
+    names = [name for launch, _, _ in asked for name in (*_chunk_names(launch), *_preflight_names(launch))]
+    unsettled = [name for launch, job_log, _ in asked if not job_log.settled(launch) for name in _chunk_names(launch)]
+    # By the store's clock: those of the machines that look differ.
+    since = min(launch.settings.store_launched or launch.launched for launch, _, _ in asked)
+    snapshot = query_jobs(names, since, at=clock(out), accounted=unsettled)
     if snapshot.queue is not None:
-        for launch, job_log, claim in asked:
+        for launch, job_log, claim in reversed(asked):
             submitting = launch.submitted() is None and claims.is_alive(claim)
             _update(launch, job_log, snapshot, submitting)
             job_log.save(launch)
     return snapshot
+
+
+def _chunk_names(launch: Launch) -> list[str]:
+    return [launch.chunk_name(c.number) for c in launch.chunks]
+
+
+def _preflight_names(launch: Launch) -> list[str]:
+    return [launch.preflight_name(shape) for shape in range(len(launch.shapes))]
+
+
+def _may_come_back(job_log: JobLog, claim: Claim, taken: AbstractSet[str]) -> bool:
+    """Tell whether a job of a launch that is over has work that it did not finish and that no later launch holds."""
+    return any(
+        not job_log.entries[pack].finished_at and not taken >= set(keys)
+        for pack, keys in claim.packs.items()
+        if pack in job_log.entries
+    )
 
 
 def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | None:
@@ -85,22 +110,40 @@ def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | 
 
 def _update(launch: Launch, job_log: JobLog, snapshot: JobSnapshot, submitting: bool) -> None:
     """Update one launch's job log after a look at the queue that succeeded."""
+    assert snapshot.queue is not None
+    job_log.clamp(snapshot.at)
     job_log.looked = snapshot.at
+    job_log.preflights = {
+        name: (job.job, job.state, job.reason)
+        for (name, _), job in snapshot.queue.items()
+        if job.live and name in _preflight_names(launch)
+    }
     open_packs = [p for p in launch.places if not job_log.entries.get(p, JobRecord(state="")).ended]
-    attempts = launch.attempts(open_packs)
-    cancelled = launch.cancelled_packs()
-    for pack in open_packs:
-        before = job_log.entries.get(pack)
-        entry = _entry(launch.places[pack], before, snapshot, submitting, cancelled=pack in cancelled)
+    attempts, cancelled = launch.attempts(open_packs), launch.cancelled_packs()
+    for pack, place in launch.places.items():
+        queued = snapshot.queue.get(place)
+        if pack not in open_packs:
+            if queued is not None and queued.live:
+                # It had ended, and was requeued by hand since.
+                job_log.entries[pack] = _from_job(queued, snapshot.at, ended=None)
+            continue
+        before, tried = job_log.entries.get(pack), attempts.get(pack, [])
+        entry = _entry(place, before, snapshot, submitting, cancelled=pack in cancelled, tried=tried)
         if entry.state == ABSENT and not in_sight(launch):
             continue
         if entry.ended is not None:
-            entry = _with_last_words(entry, attempts.get(pack, []))
+            entry = _with_last_words(entry, tried)
         job_log.entries[pack] = entry
 
 
 def _entry(
-    place: tuple[str, int], before: JobRecord | None, snapshot: JobSnapshot, submitting: bool, *, cancelled: bool
+    place: tuple[str, int],
+    before: JobRecord | None,
+    snapshot: JobSnapshot,
+    submitting: bool,
+    *,
+    cancelled: bool,
+    tried: Sequence[Attempt],
 ) -> JobRecord:
     assert snapshot.queue is not None
     queued = snapshot.queue.get(place)
@@ -115,6 +158,9 @@ def _entry(
         return JobRecord(state=SUBMITTING)
     known = before or JobRecord(state=ABSENT)
     since = known.absent_since or snapshot.at
+    if tried and tried[-1].end is None:
+        # A job that says a word is alive, whatever the queue shows. Accounting alone may say RUNNING for ever.
+        since = max(since, min(tried[-1].touched, snapshot.at))
     ended = "cancelled" if cancelled else "lost" if snapshot.at - since >= ABSENT_SECONDS else None
     return replace(known, state=ABSENT, reason="", absent_since=since, ended=ended)
 

@@ -79,7 +79,8 @@ def cancel_measurements(out: Path, chosen: Sequence[Launch], console: Console, m
 def _live_jobs(launches: Sequence[Launch], if_unknown: str = "Nothing was cancelled") -> list[JobState]:
     """Return the jobs of launches that are queued or running, or raise that SLURM can't be asked."""
     names = [n for la in launches for n in _job_names(la)]
-    snapshot = query_jobs(names, min(la.launched for la in launches))
+    # The queue knows whatever can be cancelled.
+    snapshot = query_jobs(names, 0.0, accounted=())
     if snapshot.queue is None:
         raise UserError(f"mode=cancel: {'; '.join(snapshot.problems)}. {if_unknown}")
     return [job for job in snapshot.queue.values() if not job.terminal]
