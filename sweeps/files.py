@@ -155,13 +155,17 @@ def not_allowed(error: OSError, out: Path, path: Path | None = None) -> str | No
         return None
     # A directory that may not be looked into keeps to itself whose its files are.
     known = next((p for p in (path, *path.parents) if os.access(p, os.F_OK)), Path("/"))
-    if known.stat().st_uid == os.geteuid():
-        return None
+    about = known.stat()
+    mode = stat.filemode(about.st_mode)
+    if about.st_uid == os.geteuid():
+        is_closed = not about.st_mode & stat.S_IRUSR or (
+            stat.S_ISDIR(about.st_mode) and not about.st_mode & stat.S_IXUSR
+        )
+        return f"{path}: {error.strerror}. {known} is your own ({mode}): chmod -R u+rwX {out}" if is_closed else None
     try:
         owner = known.owner()
     except KeyError:
-        owner = str(known.stat().st_uid)
-    mode = stat.filemode(known.stat().st_mode)
+        owner = str(about.st_uid)
     return (
         f"{path}: {error.strerror or error}. {known} belongs to {owner} ({mode}), who shares a results directory with "
         f"its group by chmod -R g+rwX {out} and find {out} -type d -exec chmod g+s {{}} +"

@@ -131,7 +131,7 @@ def test_a_damaged_file_is_reported_and_an_unreadable_one_is_not_taken_for_missi
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(pq, "ParquetFile", refuse)
-    with pytest.raises(StoreError, match=r"can't be used by you: .* belongs to .* Nothing was changed"):
+    with pytest.raises(StoreError, match="Permission denied"):
         store.read()
 
 
