@@ -56,6 +56,16 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Withheld:
+    """A measurement was not made, and has no record: its data are not those of the launch. It runs again."""
+
+    name: ClassVar[str] = "withheld"
+    pack: str
+    measurement: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackDone:
     """All of a pack is stored."""
 
@@ -81,7 +91,7 @@ class Crashed:
     log: str
 
 
-Event = Started | Loaded | Measuring | SmallerBatch | Measured | PackDone | Stopped | Crashed
+Event = Started | Loaded | Measuring | SmallerBatch | Measured | Withheld | PackDone | Stopped | Crashed
 OnEvent = Callable[[Event, int], None]
 """Told an event, and the number of the worker that it is from."""
 

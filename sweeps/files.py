@@ -67,6 +67,17 @@ def make_directory(path: Path) -> None:
     share_with_group(*reversed(missing))
 
 
+def require_directory(out: Path) -> None:
+    """Refuse to make a results directory anew that was there when the work began.
+
+    Raises:
+        FileNotFoundError: it was renamed, removed or unmounted.
+    """
+    if not out.is_dir():
+        why = "it is gone: was it renamed, or its file system unmounted? It is not made anew for results"
+        raise FileNotFoundError(errno.ENOENT, why, str(out))
+
+
 def open_log(path: Path) -> IO[bytes]:
     """Open a log to append to it; its directory is made, and a group that shares the place shares it."""
     make_directory(path.parent)

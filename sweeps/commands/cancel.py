@@ -28,16 +28,16 @@ def cancel(options: Options, console: Console) -> int:
         first, *_ = names = sorted(unsettled)
         raise UserError(f"mode=cancel: {', '.join(names)} have jobs: name one, e.g. sweep={first}")
     # Of the study every launch, whatever is known of its jobs.
-    launched = {claim: la for claim in Claims(out=out).open() if claim.detached if (la := load_launch(out, claim))}
-    studies = unsettled or ({sweep} if sweep else {la.sweep for la in launched.values()})
-    chosen = {claim: la for claim, la in launched.items() if len(studies) == 1 and la.sweep in studies}
+    launched = [(c, la) for c in Claims(out=out).open() if c.detached if (la := load_launch(out, c))]
+    studies = unsettled or ({sweep} if sweep else {la.sweep for _, la in launched})
+    chosen = [(c, la) for c, la in launched if len(studies) == 1 and la.sweep in studies]
     if not chosen:
         named = f" of {sweep}" if sweep else ""
         console.print(f"No jobs{named} in {out} are known to be queued or running.", highlight=False)
         return 0
     measurements = set(chosen_results(options, long=True)["measurement"]) if options.choice else None
     codes = []
-    for name in dict.fromkeys(claim.executor for claim in chosen):
-        its = [la for claim, la in chosen.items() if claim.executor == name]
+    for name in dict.fromkeys(c.executor for c, _ in chosen):
+        its = [la for c, la in chosen if c.executor == name]
         codes.append(EXECUTORS[name].cancel(out, its, console, measurements))
     return max(codes)

@@ -16,6 +16,7 @@ from sweeps.options import Options
 from sweeps.plan.notices import notices
 from sweeps.store.parts import Store
 from sweeps.study.resolve import build_study
+from sweeps.text import counted
 
 
 def run(options: Options, console: Console) -> int:
@@ -43,7 +44,7 @@ def run(options: Options, console: Console) -> int:
         # What dead jobs held is free only once that is known.
         for other in with_jobs(store.out):
             status.update(f"asking {other.title} about earlier jobs")
-            for problem in other.observe(store.out, partial(_waiting, other.title, status.update)).problems:
+            for problem in other.observe(store.out, partial(_waiting, other.title, console, status.update)).problems:
                 console.print(f"[yellow]{escape(problem)}[/]", highlight=False)
         # What became of the jobs decides what status= chooses.
         order = replace(order, manifest=chosen_part(options.choice, options.out, study.manifest))
@@ -55,5 +56,8 @@ def run(options: Options, console: Console) -> int:
     return executor.run(order)
 
 
-def _waiting(title: str, say: Callable[[str], None], jobs: int) -> None:
-    say(f"waiting to be sure: {title} does not know {jobs} job(s)")
+def _waiting(title: str, console: Console, say: Callable[[str], None], jobs: int, seconds: float) -> None:
+    text = f"waiting to be sure, {seconds:.0f} s at most: {title} does not know {counted(jobs, 'job')}"
+    say(text)
+    if not console.is_terminal:
+        console.print(text, highlight=False)

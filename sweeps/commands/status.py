@@ -54,9 +54,9 @@ def status(options: Options, console: Console) -> int:
     executors = with_jobs(options.out)
     for executor in executors:
         executor.show(flight, console)
-    cancelled = {m for m, how in flight.ended.items() if how == State.CANCELLED}
+    ended = {m for m, how in flight.ended.items() if how in (State.CANCELLED, State.LOST)}
     for executor in executors:
-        blocked = executor.blocked(options.out, flight.queued | cancelled)
+        blocked = executor.blocked(options.out, flight.queued | ended)
         if blocked:
             results = _say_blocked(blocked, results, chosen_results(options, long=True), console)
     # A cell that failed in two studies failed once.
@@ -84,7 +84,7 @@ def _say_blocked(
     blocked: Mapping[str, set[str]], results: pd.DataFrame, long: pd.DataFrame, console: Console
 ) -> pd.DataFrame:
     """Say which cells wait for what failed; returns the other cells."""
-    waiting = long[long["status"].isin([State.CANCELLED, State.QUEUED])]
+    waiting = long[long["status"].isin([State.CANCELLED, State.LOST, State.QUEUED])]
     for why, measurements in blocked.items():
         keys = set(waiting.loc[waiting["measurement"].isin(measurements), "key"])
         if keys:

@@ -142,7 +142,7 @@ class Executor(ABC, Generic[S]):
     # What follows is asked about whatever a results directory holds, so it needs no settings.
 
     @classmethod
-    def observe(cls, out: Path, waiting: Callable[[int], None] | None = None) -> Observation:
+    def observe(cls, out: Path, waiting: Callable[[int, float], None] | None = None) -> Observation:
         """Write down how its unsettled jobs do, and how they ended.
 
         Args:

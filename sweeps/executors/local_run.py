@@ -64,7 +64,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         provenance=launch_provenance(launch, manifest.name),
     )
     try:
-        _execute(order, plan, claim, workers, job, left)
+        withheld = _execute(order, plan, claim, workers, job, left)
     except KeyboardInterrupt:
         console.print("\n[yellow]interrupted[/]: finished measurements are stored; the same command runs the rest.")
         return EXIT_INTERRUPTED
@@ -81,7 +81,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         _say_spent(order, unfinished)
     code = _ending(store, manifest, console, figures=True)
     order.mirror_tables()
-    return code
+    return EXIT_FAILED if withheld else code
 
 
 def _unfinished(store: Store, plan: Plan) -> int:
@@ -108,8 +108,8 @@ def who_holds(store: Store) -> list[str]:
     return here
 
 
-def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings: WorkerSettings, left: float) -> None:
-    """Run packs until they are done, or until ``left`` device-seconds are spent."""
+def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings: WorkerSettings, left: float) -> bool:
+    """Run packs until they are done, or until ``left`` device-seconds are spent; tell whether data had changed."""
     store, console = order.store, order.console
     claims = Claims(out=store.out)
     view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
@@ -138,6 +138,7 @@ def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return bool(view.withheld)
 
 
 def _interrupt(*_: object) -> None:

@@ -11,7 +11,9 @@ jobs that outlive their launch ends pack by pack, by what is written down of the
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +24,15 @@ from typing import Final
 
 from sweeps.errors import ClaimTakenError, LinkError, StoreError
 from sweeps.files import clock, create_exclusively, list_files, read_json, write_atomically
+from sweeps.launches.launch import launches
+
+log = logging.getLogger(__name__)
 
 SILENT_SECONDS: Final = 900.0
 """A claim of another machine is void after this long without a heartbeat (by the store's own clock)."""
+
+_REPORTED: Final[set[Path]] = set()
+"""Damaged claims that were already said to be so in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +75,14 @@ class Claims:
         return self.out / "claims"
 
     def last_number(self) -> int:
-        return max((int(p.stem) for p in list_files(self.directory, "[0-9]*.json")), default=0)
+        # Whatever stands beside a claim that was moved away: a number is never given twice, for jobs go by it.
+        return max((int(p.name.partition(".")[0]) for p in list_files(self.directory, "[0-9]*.*")), default=0)
 
     def open(self, *, after: int = 0) -> list[Claim]:
         """Claims that were not released, in their order; only those with a number above ``after``."""
-        numbers = sorted(int(p.stem) for p in list_files(self.directory, "[0-9]*.json"))
-        return [self._load(n) for n in numbers if n > after and not self._path(n, "released").exists()]
+        released = {p.stem for p in list_files(self.directory, "[0-9]*.released")}
+        files = [p for p in list_files(self.directory, "[0-9]*.json") if p.stem not in released and int(p.stem) > after]
+        return [claim for path in files for claim in self._read(path)]
 
     def create(
         self,
@@ -131,6 +141,49 @@ class Claims:
             return set(read_json(self._path(claim.number, "running"))["running"])
         except FileNotFoundError:
             return set()
+
+    def _read(self, path: Path) -> list[Claim]:
+        """Return a claim; of a damaged one what the launches' own files say of it.
+
+        Raises:
+            StoreError: it is damaged, and no launch's files say what it held.
+        """
+        try:
+            return [self._load(int(path.stem))]
+        except StoreError as error:
+            rebuilt = self._rebuilt(int(path.stem))
+            if not rebuilt:
+                raise StoreError(
+                    f"{path} is damaged, and no launch's files say what it held, as is so for a run on one machine. "
+                    f"If that run still goes on, end it, or it is computed twice; then rename the file to "
+                    f"{path.name}.damaged. What is stored stays, what was in flight is measured again"
+                ) from error
+        if path not in _REPORTED:
+            _REPORTED.add(path)
+            launches = ", ".join(claim.launch for claim in rebuilt)
+            log.warning("%s is damaged: what it held is taken from the files of launch %s", path, launches)
+        return rebuilt
+
+    def _rebuilt(self, number: int) -> list[Claim]:
+        """Return claims of the launches of jobs that no readable claim names."""
+        named = set()
+        for path in list_files(self.directory, "[0-9]*.json"):
+            with contextlib.suppress(StoreError):
+                named.add(self._load(int(path.stem)).launch)
+        orphans = [launch for launch in launches(self.out) if launch.id not in named]
+        return [
+            Claim(
+                number=number,
+                launch=launch.id,
+                sweep=launch.sweep,
+                executor="slurm",  # whose launches have such files
+                host="",
+                pid=0,
+                pid_started="",
+                packs={p: tuple(m.key for m in launch.pack(p).measurements()) for c in launch.chunks for p in c.packs},
+            )
+            for launch in orphans
+        ]
 
     def _load(self, number: int) -> Claim:
         data = read_json(self._path(number, "json"))

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from sweeps.files import clock, list_files, read_json, write_atomically
+from sweeps.files import clock, list_files, read_json, require_directory, write_atomically
 from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
 from sweeps.store.schema import Scalar
@@ -238,6 +238,7 @@ class Attempt:
 
     def _write(self) -> Attempt:
         data = {k: getattr(self, k) for k in ("pack", "job", "restart", "host", "started", "log", "measuring", "end")}
+        require_directory(self.launch.directory)
         path = self.launch.directory / "attempts" / f"{self.pack}-{self.job}-{self.restart}.json"
         write_atomically(path, json.dumps(data).encode())
         return self

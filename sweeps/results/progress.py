@@ -14,12 +14,13 @@ from typing import Final, Self
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from sweeps.events import Crashed, Event, Measured, PackDone, Started
+from sweeps.events import Crashed, Event, Measured, PackDone, Started, Withheld
 from sweeps.store.schema import Row
 
 LINE_SECONDS: Final = 15.0
@@ -98,6 +99,7 @@ class RunView:
     console: Console
     cells: Mapping[str, int]
     failed: dict[str, str] = field(default_factory=dict)
+    withheld: set[str] = field(default_factory=set)
     diverged: int = 0
     measured: int = 0
     _left: dict[str, int] = field(default_factory=dict)
@@ -132,6 +134,10 @@ class RunView:
                 self._current[worker] = event.label
             case Measured():
                 self._on_row(event.row)
+            case Withheld():
+                if event.why not in self.withheld:
+                    self.console.print(f"[yellow]not measured:[/] {escape(event.why)}", highlight=False)
+                self.withheld.add(event.why)
             case PackDone():
                 self._current.pop(worker, None)
             case Crashed():

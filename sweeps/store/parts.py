@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sweeps.errors import StoreError
-from sweeps.files import list_files, make_directory, not_allowed, read_json, write_atomically
+from sweeps.files import list_files, make_directory, not_allowed, read_json, require_directory, write_atomically
 from sweeps.status import FINAL
 from sweeps.store.schema import Row, arrow_schema
 
@@ -59,9 +59,11 @@ class Store:
 
     Attributes:
         out: the directory; made on first write.
+        made: it was there when the work began; where it is gone since, e.g. renamed, it is not made anew.
     """
 
     out: Path
+    made: bool = False
     damaged: list[Path] = field(default_factory=list, compare=False)
 
     def check_writable(self) -> None:
@@ -237,6 +239,8 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        if self.made:
+            require_directory(self.out)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         write_atomically(path, sink.getvalue().to_pybytes())

@@ -31,9 +31,10 @@ from sweeps.events import (
     PackDone,
     Started,
     Stopped,
+    Withheld,
     event_from_dict,
 )
-from sweeps.files import open_log
+from sweeps.files import open_log, require_directory
 from sweeps.plan.packs import Pack
 from sweeps.provenance import import_environment
 from sweeps.store.parts import Store
@@ -116,6 +117,8 @@ class WorkerPool:
             WriteError: results can't be written.
             KeyboardInterrupt: the user stopped it; finished measurements are stored, workers are gone.
         """
+        require_directory(self.store.out)
+        self.store = replace(self.store, made=True)
         self._queue = deque(packs)
         slots = [_Slot(number=i, log=self.log(i)) for i in range(min(self.workers.count, len(packs)))]
         try:
@@ -248,6 +251,9 @@ class WorkerPool:
                 slot.measuring = event.measurement
             case Measured():
                 slot.measured.add(event.row["measurement"])
+                slot.measuring = None
+            case Withheld():
+                slot.measured.add(event.measurement)
                 slot.measuring = None
             case PackDone():
                 slot.pack = None

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
-from sweeps.errors import EXIT_IO, EXIT_LOAD, StoreError
-from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped
+from sweeps.errors import EXIT_IO, EXIT_LOAD, DataChangedError, StoreError
+from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped, Withheld
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
@@ -148,6 +148,9 @@ class Worker:
             loaded = self._load(cell.model, dtype)
             began = time.perf_counter()
             handle = self._quantize(loaded, cell, packed=packed)
+        except DataChangedError as error:
+            self._withhold(pack, measurements, error)
+            return True
         except Exception as error:
             self._record_failure(pack, measurements, error, started)
             return True
@@ -170,6 +173,9 @@ class Worker:
             check_device(measurement.eval, self.device)
             prepared = self._warm.prepare(measurement.eval, loaded)
             result, seconds = self._evaluate(pack, prepared, loaded)
+        except DataChangedError as error:
+            self._withhold(pack, [measurement], error)
+            return
         except Exception as error:
             self._record_failure(pack, [measurement], error, started)
             return
@@ -265,6 +271,12 @@ class Worker:
         if is_lost(error):
             # A new worker goes on with the rest.
             sys.exit(f"the device is lost to this process: {error}")
+
+    def _withhold(self, pack: Pack, measurements: Sequence[Measurement], error: DataChangedError) -> None:
+        """Leave no record of what was not measured: with its data back, the same command measures it."""
+        print(f"{measurements[0].cell.label}: not measured: {error}", file=sys.stderr, flush=True)
+        for measurement in measurements:
+            self.emit(Withheld(pack=pack.id, measurement=measurement.key, why=str(error)))
 
     def _record(self, row: Row) -> None:
         self._storing(lambda: self.store.write(row))

@@ -117,7 +117,7 @@ class Slurm(Executor[SlurmSettings]):
         return submit_study(order, self.settings)
 
     @classmethod
-    def observe(cls, out: Path, waiting: Callable[[int], None] | None = None) -> Observation:
+    def observe(cls, out: Path, waiting: Callable[[int, float], None] | None = None) -> Observation:
         from sweeps.executors.slurm.query.reconcile import reconcile, reconcile_twice
 
         snapshot = reconcile(out) if waiting is None else reconcile_twice(out, waiting)

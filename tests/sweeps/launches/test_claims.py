@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.errors import ClaimTakenError
+from sweeps.errors import ClaimTakenError, StoreError
 from sweeps.launches import claims as claims_module
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import read_flight
@@ -26,6 +26,24 @@ def test_a_number_is_given_once(tmp_path: Path) -> None:
         claims.create(1, launch="b", sweep="s", packs={"p": ["m2"]})
     assert claims.open() == [first]
     assert claims.last_number() == 1
+
+
+def test_a_number_is_not_given_again_where_its_claim_was_moved_away(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
+    (path,) = claims.directory.glob("*.json")
+    path.rename(path.with_name(path.name + ".damaged"))
+    assert claims.open() == []
+    assert claims.last_number() == 1
+
+
+def test_a_damaged_claim_of_one_machine_says_what_moving_it_does(tmp_path: Path) -> None:
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
+    (path,) = claims.directory.glob("*.json")
+    path.write_text("{")
+    with pytest.raises(StoreError, match=rf"{path} is damaged.*end it, or it is computed twice; then rename the file"):
+        read_flight(tmp_path)
 
 
 def test_a_released_claim_holds_nothing_and_lost_nothing(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from kbit.sources import LocalFile
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import EXIT_IO, EXIT_LOAD
-from sweeps.events import Event, Stopped
+from sweeps.events import Event, Stopped, Withheld
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
@@ -216,14 +216,15 @@ def test_unreadable_data_fail_the_measurement_and_not_the_run(tmp_path: Path) ->
     assert (failed["gpus"], failed["oom_rung"]) == (0, 0)
 
 
-def test_data_that_changed_since_the_launch_are_refused(tmp_path: Path) -> None:
+def test_data_that_changed_since_the_launch_leave_no_record_and_the_rest_goes_on(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("word " * 3000)
     changed = evaluation(source=LocalFile(path=str(text), sha256="0" * 64))
     bench = Bench(tmp_path / "r")
-    bench.worker.run_pack(pack_of(BASELINE, evals=(changed,)))
-    (row,) = bench.rows()
-    assert (row["status"], row["error_type"]) == ("failed", "DataChangedError")
+    bench.worker.run_pack(pack_of(BASELINE, evals=(changed, evaluation("other"))))
+    assert {r["eval"]: r["status"] for r in bench.rows()} == {"other": "done"}
+    (withheld,) = [e for e in bench.events if isinstance(e, Withheld)]
+    assert "text.txt changed since the study was launched" in withheld.why
 
 
 class Process:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Final
 
 from sweeps.errors import CodeChangedError, JobError, LoadError
-from sweeps.events import Crashed, Event, Measured, SmallerBatch, Stopped, event_to_dict
+from sweeps.events import Crashed, Event, Measured, SmallerBatch, Stopped, Withheld, event_to_dict
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.executors.slurm.node.owners import lease_pack
 from sweeps.files import list_files, read_json
@@ -38,6 +38,10 @@ SIGNAL_SLACK: Final = 90.0
 GRACE_SECONDS: Final = 1800.0
 """After a preemption's warning SLURM leaves some time; a job that ends in it by itself is not requeued, so it waits."""
 
+LONG_SECONDS: Final = 1e6
+"""Longer than any measurement."""
+MOST_GOING_ON: Final = 3
+"""Answers in a row by which a job that was told to end just runs: then nobody will end it."""
 MOST_LOAD_ERRORS: Final = 3
 """When so many jobs could not load a pack's model it is the model's fault, and recorded as such."""
 _ASK_SECONDS: Final = 10.0
@@ -57,6 +61,9 @@ class PackAttempt:
     claim: int
     _reason: str | None = None
     _measured: int = 0
+    _withheld: str | None = None
+    _retaken: bool = False
+    _claims_seen: int = 0
     _execution: Execution | None = None
     _attempt: Attempt = field(init=False)
 
@@ -95,9 +102,18 @@ class PackAttempt:
         raise SystemExit(f"ended by SLURM ({reason}); what was finished is stored")
 
     def _measure(self, log: Path) -> str:
-        left = self.pack.without(self._not_mine())
-        if left is None:
-            return "finished"
+        while True:
+            self._retaken, self._claims_seen = False, Claims(out=self.launch.out).last_number()
+            left = self.pack.without(self._not_mine())
+            if left is None:
+                return "finished"
+            outcome = self._run(left, log)
+            if outcome != "asked":
+                return outcome
+            if self._reason or not self._retaken:
+                return self._reason or "terminated"
+
+    def _run(self, left: Pack, log: Path) -> str:
         settings = self.launch.settings
         shape = self.launch.shapes[self.chunk.shape]
         on_gpu = settings.device == "cuda"
@@ -127,8 +143,7 @@ class PackAttempt:
             until=min(self._job_end() - END_MARGIN, allowance_ends(self.launch, self._attempt)),
             pin=False,
         )
-        outcome = "asked" if self._reason else self._execution.run()
-        return (self._reason or "terminated") if outcome == "asked" else outcome
+        return "asked" if self._reason else self._execution.run()
 
     def _not_mine(self) -> set[str]:
         """Return the pack's measurements that are not to be measured here.
@@ -163,10 +178,21 @@ class PackAttempt:
 
     def _on_event(self, event: Event, worker: int) -> None:
         self._measured += isinstance(event, Measured)
+        if isinstance(event, Withheld):
+            self._withheld = event.why
         _print_event(event, worker)
 
     def _beat(self, running: Sequence[str]) -> None:
         self._attempt = self._attempt.at(running[0] if running else None)
+        claims = Claims(out=self.launch.out)
+        if not self._retaken and claims.last_number() > self._claims_seen:
+            # A launch that took this job for dead: what it claimed is its own from here on.
+            self._claims_seen, later = claims.last_number(), claims.open(after=self._claims_seen)
+            mine = {m.key for m in self.pack.measurements()}
+            self._retaken = any(not claim.measurements.isdisjoint(mine) for claim in later)
+            if self._retaken and self._execution is not None:
+                print("a later launch took over some of this pack: going on with the rest", flush=True)
+                self._execution.stop(LONG_SECONDS)
 
     def _listen(self) -> Callable[[int, FrameType | None], object]:
         """Take SLURM's signals; return submitit's handler, which puts the job back into the queue."""
@@ -178,10 +204,15 @@ class PackAttempt:
         return requeue
 
     def _on_warning(self, *_: object) -> None:
-        """Handle SIGUSR2: the walltime is near; or, on some clusters, a preemption, which SLURM itself requeues."""
+        """Handle SIGUSR2: the walltime is near; or, on some clusters, a preemption, which SLURM itself requeues.
+
+        Where neither is so, somebody sent it by hand or by mistake, and the job goes on.
+        """
         left = self._job_end() - time.time()
         if left <= self.launch.settings.signal_seconds + SIGNAL_SLACK:
             self._stop("walltime", max(5.0, left - END_MARGIN))
+        elif _goes_on():
+            print("SIGUSR2, but SLURM does not say that this job ends: going on", flush=True)
         else:
             self._stop("preempted", self._kill_seconds(), ends=self._kill_time())
 
@@ -246,6 +277,9 @@ class PackAttempt:
         if problem is not None:
             self._end("gate", error=problem)
             raise JobError(f"{self.pack.model.label}: {problem}; its quantized cells don't run")
+        if self._withheld is not None:
+            self._end("data", error=self._withheld)
+            return "data"
         self._end("finished")
         return "finished"
 
@@ -295,26 +329,51 @@ def code_problems(launch: Launch) -> list[str]:
 
 
 def _await_end() -> None:
-    """Wait where SLURM still lets the job run although it was told to end: a preemption's grace time."""
-    deadline = time.time() + GRACE_SECONDS
-    command = ["squeue", "--noheader", "--jobs", job_id(), "--format", "%T"]
-    while time.time() < deadline:
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            # A controller that is busy or away says nothing of the job.
-            if asked.returncode == 0 and asked.stdout.strip() != "RUNNING":
+    """Wait where SLURM still lets the job run although it was told to end: a preemption's grace time.
+
+    A job of which SLURM keeps saying that it just runs was told so by somebody else, and does not keep its GPU.
+    """
+    deadline, going_on = time.time() + GRACE_SECONDS, 0
+    while time.time() < deadline and going_on < MOST_GOING_ON:
+        about = _about_this_job()
+        if about is not None:
+            if about.get("JobState") != "RUNNING":
                 return
-            if "Invalid job id" in asked.stderr:
-                return
-        except (OSError, subprocess.TimeoutExpired) as error:
-            print(f"squeue can't be asked: {error}", file=sys.stderr, flush=True)
+            going_on = going_on + 1 if _is_unmarked(about) else 0
         time.sleep(_ASK_SECONDS)
+
+
+def _about_this_job() -> dict[str, str] | None:
+    """Return what the controller says of this job; None where it does not answer. A job that it forgot has no state."""
+    command = ["scontrol", "--oneliner", "show", "job", job_id()]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"scontrol can't be asked: {error}", file=sys.stderr, flush=True)
+        return None
+    if "Invalid job id" in asked.stderr:
+        return {}
+    if asked.returncode:
+        return None
+    pairs = (word.partition("=") for word in asked.stdout.split())
+    return {name: value for name, equals, value in pairs if equals}
+
+
+def _goes_on() -> bool:
+    """Tell whether SLURM says that this job runs and is not to end."""
+    about = _about_this_job()
+    return about is not None and about.get("JobState") == "RUNNING" and _is_unmarked(about)
+
+
+def _is_unmarked(about: dict[str, str]) -> bool:
+    """Tell whether a job is not being preempted; a cluster that does not say so is not taken for saying no."""
+    return about.get("PreemptTime") in ("None", "N/A", "(null)")
 
 
 def _print_event(event: Event, worker: int) -> None:
     match event:
         case Measured(row=row):
             print(f"{row['status']:9} {row['model']} {row['label']} {row['eval']}", flush=True)
-        case Crashed() | SmallerBatch() | Stopped():
+        case Crashed() | SmallerBatch() | Stopped() | Withheld():
             said = {name: value for name, value in event_to_dict(event).items() if name != "pack"}
             print({**said, "worker": worker}, flush=True)

@@ -65,6 +65,9 @@ def reconcile(out: Path) -> JobSnapshot | None:
     # By the store's clock: those of the machines that look differ.
     since = min(launch.settings.store_launched or launch.launched for launch, _, _ in asked)
     snapshot = query_jobs(names, since, at=clock(out), accounted=unsettled)
+    if snapshot.queue is None and not unsettled:
+        # What ended stays so; that the scheduler can't be asked, e.g. where there is none, is no news.
+        return None
     if snapshot.queue is not None:
         for launch, job_log, claim in reversed(asked):
             submitting = launch.submitted() is None and claims.is_alive(claim)
@@ -90,19 +93,20 @@ def _may_come_back(job_log: JobLog, claim: Claim, taken: AbstractSet[str]) -> bo
     )
 
 
-def reconcile_twice(out: Path, waiting: Callable[[int], None]) -> JobSnapshot | None:
+def reconcile_twice(out: Path, waiting: Callable[[int, float], None]) -> JobSnapshot | None:
     """Reconcile; where jobs are unknown to the scheduler, again until it says more or enough time has passed.
 
     Args:
         out: directory of results.
-        waiting: told how many jobs are unknown, before each wait.
+        waiting: told how many jobs are unknown and how many seconds it may take, before each wait.
     """
     snapshot = reconcile(out)
     while snapshot is not None and snapshot.queue is not None:
-        absent = len(read_flight(out).absent())
+        absent = read_flight(out).absent()
         if not absent:
             break
-        waiting(absent)
+        since = max(entry.absent_since or snapshot.at for _, entry in absent)
+        waiting(len(absent), max(LOOK_SECONDS, ABSENT_SECONDS - (snapshot.at - since)))
         time.sleep(LOOK_SECONDS)
         snapshot = reconcile(out)
     return snapshot

@@ -22,10 +22,14 @@ _SLURMS_WORDS: Final = ("srun: ", "slurmstepd: ")
 
 
 def why_never_run(out: Path, measurements: Collection[str]) -> dict[str, set[str]]:
-    """Return which queued or cancelled measurements can't run, by what the job that theirs wait for failed of."""
+    """Return which measurements can't run, by why: the job that theirs wait for failed, or their data changed."""
     found: dict[str, set[str]] = {}
     wanted = set(measurements)
     for claim, launch, job_log in _launches(out):
+        mine = {pack: wanted.intersection(keys) for pack, keys in claim.packs.items() if not wanted.isdisjoint(keys)}
+        for pack, tried in launch.attempts(mine).items():
+            if (tried[-1].end or {}).get("reason") == "data":
+                found.setdefault(str((tried[-1].end or {})["error"]), set()).update(mine[pack])
         for chunk in launch.chunks:
             block = _block(launch, job_log, chunk)
             if block is None:

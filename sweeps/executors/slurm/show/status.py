@@ -31,6 +31,10 @@ def show_jobs(flight: InFlight, console: Console) -> None:
     for reason, count in reasons.most_common():
         if reason not in _ORDINARY:
             console.print(f"  {count} pending for {_IN_WORDS.get(reason, reason)}", highlight=False)
+    for _, job_log in flight.launches:
+        for job, state, reason in job_log.preflights.values():
+            why = f" for {reason}" if reason not in _ORDINARY else ""
+            console.print(f"  the preflight is job {job}: {state.lower()}{why}", highlight=False, markup=False)
     if any(e.state == "ABSENT" and not e.ended for _, job_log in flight.launches for e in job_log.entries.values()):
         console.print(
             "  absent: SLURM doesn't know them just now; when it still doesn't half a minute later, they are lost"
