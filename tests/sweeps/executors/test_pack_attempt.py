@@ -129,6 +129,7 @@ def test_what_an_earlier_launch_did_not_get_done_is_measured_again(
 def pool(out: Path, *, beats: list[list[str]] | None = None, **settings: Any) -> WorkerPool:
     values = {"batch_tokens": 2048, "trust_remote_code": False, "provenance": {}, **settings}
     told = [] if beats is None else beats
+    out.mkdir(exist_ok=True)  # as the launch has it
     return WorkerPool(
         store=Store(out=out),
         workers=Workers(device="cpu", count=1, threads=1),

@@ -231,6 +231,7 @@ class Process:
     """The worker's process, as a pool starts it."""
 
     def __init__(self, out: Path, **settings: Any) -> None:
+        out.mkdir(parents=True, exist_ok=True)  # as the launch has it
         read, write = os.pipe()
         values = {"batch_tokens": 2048, "provenance": {}, "trust_remote_code": False, **settings}
         arguments = WorkerArguments(out=str(out), device="cpu", threads=1, settings=WorkerSettings(**values))
