@@ -54,6 +54,10 @@ def _main() -> int:
         say_error(str(error))
         return EXIT_BAD_INPUT
     register()
+    if {"-sc", "--shell-completion"} & set(sys.argv[1:]):
+        from sweeps.completion import complete_values
+
+        complete_values()
     # Hydra then raises its errors instead of printing them and leaving with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []

@@ -145,6 +145,8 @@ class Config:
     cell: Raw = None
     where: Raw = None
     status: Raw = None
+    yes: bool = False
+    undo: bool = False
     to: str | None = None
     long: bool = False
     watch: bool = False

@@ -31,6 +31,7 @@ class Options:
         order: in which cells run (sweeps.plan.order).
         budget: device-seconds that the study may spend; None is without end.
         script: whether mode=plan shows the scripts of jobs.
+        yes, undo: mode=drop doesn't ask; it takes the last drop back.
         executor: keys of the chosen executor, which checks them (sweeps.executors.base).
     """
 
@@ -45,6 +46,8 @@ class Options:
     long: bool
     watch: bool
     script: bool
+    yes: bool
+    undo: bool
     trust_remote_code: bool
     asked_sweep: str | None
     study: StudyConfig
@@ -76,6 +79,8 @@ class Options:
             long=given["long"],
             watch=given["watch"],
             script=given["script"],
+            yes=given["yes"],
+            undo=given["undo"],
             trust_remote_code=given["trust_remote_code"],
             asked_sweep=_asked_sweep(given["sweep"], overrides),
             study=StudyConfig(**{name: given[name] for name in ("sweep", "models", "path", "eval", "calibration")}),

@@ -31,6 +31,7 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     "script": ("plan",),
     "by": ("status",),
     **dict.fromkeys(("to", "long"), ("table",)),
+    **dict.fromkeys(("yes", "undo"), ("drop",)),
 }
 """Top-level key, or group, to the modes that obey it."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from sweeps.commands.ask import observed_flight
 from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_results
@@ -17,6 +16,7 @@ from sweeps.launches.claimer import plan_study
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
 from sweeps.plan.packs import Packing
+from sweeps.results.state_table import StateCounts
 from sweeps.results.superseded import newest_launches, what_superseded
 from sweeps.status import FAILURES, State
 from sweeps.store.parts import Store
@@ -37,17 +37,7 @@ def status(options: Options, console: Console) -> int:
     results = chosen_by_study(options) if by_study else chosen_results(options)
     states = [s for s in reversed(State) if (results["status"] == s).any()]
     console.print(f"Cells in {options.out}:", highlight=False, soft_wrap=True)
-    table = Table()
-    groups = list(options.by) or ["sweep"]
-    for name in groups:
-        table.add_column(name)
-    for state in [*states, "all"]:
-        table.add_column(state, justify="right")
-    for values, group in results.groupby(groups, dropna=False, sort=True):
-        counts = group["status"].value_counts()
-        numbers = [str(counts.get(s, 0) or "") for s in states]
-        table.add_row(*("-" if _is_na(v) else str(v) for v in values), *numbers, str(len(group)))
-    console.print(table)
+    StateCounts.of(results, options.by or ("sweep",), states).show(console)
     _say_left(options, flight, console)
     for claim in flight.local:
         console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
@@ -105,9 +95,3 @@ def _explain_states(results: pd.DataFrame, console: Console) -> None:
         count = int((results["status"] == state).sum())
         if count and state is not State.FAILED:
             console.print(f"[yellow]{count} {state}:[/] {escape(state.advice)}", highlight=False)
-
-
-def _is_na(value: Any) -> bool:
-    import pandas as pd
-
-    return bool(pd.isna(value))

@@ -2,7 +2,7 @@
 
     OUT/parts/PACK/*.parquet   one part per measurement, one directory per pack
     OUT/packs/*.parquet        the parts of a finished pack, compacted into one
-    OUT/dropped/*.json         row ids that `mode=drop` retired; the rows stay on disk
+    OUT/dropped/*.json         row ids that `mode=drop` retired, but for NAME.undone beside it; the rows stay on disk
     OUT/manifests/*.json       what each study planned (sweeps.study.manifest);  OUT/claims: who is at it
     (sweeps.launches.claims)
 
@@ -26,7 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sweeps.errors import StoreError
-from sweeps.files import list_files, make_directory, not_allowed, read_json, require_directory, write_atomically
+from sweeps.files import (
+    list_files,
+    make_directory,
+    not_allowed,
+    read_json,
+    require_directory,
+    store_time,
+    write_atomically,
+)
 from sweeps.status import FINAL
 from sweeps.store.schema import Row, arrow_schema
 
@@ -146,14 +154,26 @@ class Store:
 
     def drop(self, row_ids: Iterable[str], why: str) -> None:
         """Retire rows: they stay on disk and no longer count, so that their measurements run again."""
-        record = {"row_ids": sorted(row_ids), "why": why}
+        record = {"row_ids": sorted(row_ids), "why": why, "at": store_time(self.out)}
         write_atomically(self.out / "dropped" / f"{uuid.uuid4().hex}.json", json.dumps(record).encode())
 
+    def undo_drop(self) -> tuple[int, str] | None:
+        """Take the last drop back that stands; return how many rows count again and why they were dropped."""
+        drops = {path: read_json(path) for path in self._drops()}
+        if not drops:
+            return None
+        last = max(drops, key=lambda p: (drops[p].get("at", p.stat().st_mtime), p.name))
+        write_atomically(last.with_suffix(".undone"), b"")
+        return len(drops[last]["row_ids"]), drops[last]["why"]
+
+    def _drops(self) -> list[Path]:
+        """Return the drops that stand."""
+        found = list_files(self.out / "dropped", "*")
+        undone = {path.stem for path in found if path.suffix == ".undone"}
+        return [path for path in found if path.suffix == ".json" and path.stem not in undone]
+
     def _dropped_ids(self) -> set[str]:
-        ids: set[str] = set()
-        for path in list_files(self.out / "dropped", "*.json"):
-            ids.update(read_json(path)["row_ids"])
-        return ids
+        return {row_id for path in self._drops() for row_id in read_json(path)["row_ids"]}
 
     def row_ids(self, measurements: Collection[str]) -> list[str]:
         """Return every stored row of some measurements, those that don't count included."""

@@ -40,7 +40,7 @@ ASKED = [
     ["mode=logs"],
     [*TINY, "mode=fetch"],
     ["mode=sync", "tracking=offline"],
-    ["mode=drop", "where={bits: 4}"],
+    ["mode=drop", "where={bits: 4}", "yes=true"],
     ["mode=drop", "cell=×"],  # noqa: RUF001
 ]
 

@@ -303,7 +303,7 @@ def _put_nan_into(path: Path) -> None:
 
 def test_dropped_cells_run_again_and_their_rows_stay(small: Path, launch: Launch) -> None:
     before = set(all_row_ids(small).index)
-    dropped = launch(f"out={small}", "mode=drop", "where={bits: 3, dtype: int}")
+    dropped = launch(f"out={small}", "mode=drop", "where={bits: 3, dtype: int}", "yes=true")
     assert "Retired 1 measurement" in dropped.stdout, dropped.stderr
     assert load_results(small)["status"].value_counts().to_dict() == {"done": 12, "missing": 1}
     assert launch(f"out={small}", *SMALL).returncode == 0
