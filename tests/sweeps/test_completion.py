@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_the_line_of_the_readme_installs_it_in_bash() -> None:
     assert 'eval "$(python launch.py -sc install=bash)"' in (ROOT / "README.md").read_text()
     script = f"""
         cd {ROOT}
-        python() {{ {sys.executable} "$@"; }}
+        PATH={Path(sys.executable).parent}:$PATH
         eval "$(python launch.py -sc install=bash)"
         complete -p python
         COMP_LINE="python launch.py mode=st" COMP_POINT=24 COMP_CWORD=2
