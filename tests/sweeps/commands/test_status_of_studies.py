@@ -33,11 +33,10 @@ def change_weights(model: Path) -> None:
 
 def counts(shown: str, study: str) -> dict[str, int]:
     """The row of a study in the table of mode=status, by state."""
-    lines = [re.split(r"[│┃|]", line) for line in shown.splitlines() if re.search(r"[│┃|]", line)]
-    cells = [[c.strip() for c in line] for line in lines]
-    head = next(line for line in cells if "sweep" in line)
-    row = next(line for line in cells if study in line)
-    return {name: int(n) for name, n in zip(head, row, strict=True) if n.isdigit()}
+    lines = [line.split() for line in shown.splitlines() if line.strip()]
+    head = next(words for words in lines if words[0] == "sweep")
+    row = next(words for words in lines if words[0] == study and len(words) == len(head))
+    return {name: int(n) for name, n in zip(head[1:], row[1:], strict=True) if int(n)}
 
 
 def left(launch: Launch, study: str, *args: str) -> int:
@@ -87,7 +86,7 @@ def test_changed_weights_supersede_cells_and_status_says_by_what_also_after_a_dr
     ), shown
     assert left(launch, "study", mine, QUANT) == 2
     assert launch(*BASE, mine, QUANT, "sweep.name=study").returncode == 0
-    assert launch("mode=drop", "out=r", "where={bits: 16}").returncode == 0
+    assert launch("mode=drop", "out=r", "where={bits: 16}", "yes=true").returncode == 0
     shown = launch("mode=status", "out=r").stdout
     assert counts(shown, "study") == {"done": 2, "missing": 1, "superseded": 3, "all": 6}
     assert left(launch, "study", mine, QUANT) == 1
