@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.evaluation.spec import EvalSpec
-from kbit.models.readings import reading_of
 from kbit.sources import source_to_dict
 from sweeps.study.cell import ModelRef, canonical_json, eval_to_dict
 
@@ -149,6 +148,7 @@ def free_memory(device: str) -> None:
 
 def check_reading(model: ModelRef, loaded: LoadedModel) -> None:
     """Refuse a model with a later reading than it was planned with: its numbers would go by an earlier one's key."""
+    from kbit.models.readings import reading_of
     from kbit.models.stacks import has_stacks
 
     reading, reason = reading_of(loaded.model.config.to_dict())
