@@ -16,6 +16,7 @@ from sweeps.files import clock, list_files
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launch_dir
+from sweeps.store.parts import Store
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ def read_flight(out: Path) -> InFlight:
             _hold(flight, claim.measurements - running, running)
         else:
             _end(flight, claim.measurements, "lost")
+    if flight.ended:
+        # What was dropped was stored: its work did not end without a record.
+        for measurement in Store(out=out).dropped(flight.ended):
+            del flight.ended[measurement]
     return flight
 
 

@@ -166,6 +166,14 @@ class Store:
         write_atomically(last.with_suffix(".undone"), b"")
         return len(drops[last]["row_ids"]), drops[last]["why"]
 
+    def dropped(self, measurements: Collection[str]) -> set[str]:
+        """Return which of some measurements have a row that was dropped."""
+        ids = self._dropped_ids()
+        if not ids:
+            return set()
+        table = self._read_all(["row_id", "measurement"], measurements)
+        return {row["measurement"] for row in table.to_pylist() if row["row_id"] in ids}
+
     def _drops(self) -> list[Path]:
         """Return the drops that stand."""
         found = list_files(self.out / "dropped", "*")

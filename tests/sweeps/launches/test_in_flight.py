@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from sweeps.launches.in_flight import SETTLE_SECONDS, job_counts, read_flight
 from sweeps.launches.job_log import JobLog
 from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape
+from sweeps.store.parts import Store
 
 SETTINGS = JobSettings(
     device="cpu",
@@ -191,6 +193,18 @@ def test_launches_whose_jobs_finished_are_not_asked_about_again(launch: Launch, 
     scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "COMPLETED")])
     assert reconcile(launch.out) is not None
     assert reconcile(launch.out) is None
+
+
+def test_what_was_dropped_is_missing_and_not_lost(launch: Launch, scheduler: Scheduler) -> None:
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "COMPLETED")])
+    store = Store(out=launch.out)
+    for pack, measurement in (("p1", "m1"), ("p2", "m2")):
+        row = {"sweep": "s", "pack": pack, "measurement": measurement, "status": "done"}
+        store.write({**row, "finished": datetime.now(UTC)})
+    reconcile(launch.out)
+    assert read_flight(launch.out).ended == dict.fromkeys(["m1", "m2", "m3"], "lost")
+    store.drop(store.row_ids({"m1"}), why="wrong")
+    assert read_flight(launch.out).ended == dict.fromkeys(["m2", "m3"], "lost")
 
 
 def test_nor_are_those_whose_work_a_later_launch_holds(launch: Launch, scheduler: Scheduler) -> None:
