@@ -121,7 +121,9 @@ def test_login_node_dies_after_the_preflight_was_submitted(study: Study) -> str:
 
 @side_by_side
 def test_a_job_that_slurm_does_not_know(study: Study) -> str:
-    """It is lost after two looks half a minute apart; when it starts all the same, it finds its work taken over."""
+    """It is lost after two looks half a minute apart, until it is seen again; when it starts all the same, it finds its
+    work taken over.
+    """
     args = (*TINY, "executor.extra={hold: true}")
     study.submit(*args)
     mystery = odd_answers(study.home / "mystery", squeue="| sed s/PENDING/MYSTERY/", sacct="| sed s/PENDING/MYSTERY/")
@@ -140,8 +142,12 @@ def test_a_job_that_slurm_does_not_know(study: Study) -> str:
     assert "squeue failed" in text
     text, counts = look(study, forgetful)
     assert counts == {"lost": TINY_CELLS}
-    again = study.launch(*args)
-    assert "1 job submitted" in again.stdout
+    known_again = study.launch(*args)
+    assert f"nothing to submit. {TINY_CELLS} in flight" in known_again.stdout
+    look(study, forgetful)
+    time.sleep(ABSENT_SECONDS)
+    again = study.start(*args, env=forgetful).communicate(timeout=120)[0]
+    assert "1 job submitted" in again, again
     study.release()
     study.wait_idle()
     study.assert_whole(cells=TINY_CELLS)
