@@ -68,13 +68,13 @@ def make_directory(path: Path) -> None:
 
 
 def require_directory(out: Path) -> None:
-    """Refuse to make a results directory anew that was there when the work began.
+    """Refuse to recreate a results directory that existed when the work began.
 
     Raises:
         FileNotFoundError: it was renamed, removed or unmounted.
     """
     if not out.is_dir():
-        why = "it is gone: was it renamed, or its file system unmounted? It is not made anew for results"
+        why = "it is gone: was it renamed, or its file system unmounted? It is not recreated for results"
         raise FileNotFoundError(errno.ENOENT, why, str(out))
 
 

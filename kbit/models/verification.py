@@ -59,7 +59,7 @@ def check_complete(model: PreTrainedModel, info: Mapping[str, Any], stored: Mapp
         )
     in_files, on_purpose = _in_files(model, stored)
     in_model = _numel(dict(model.named_parameters()))
-    # Buffers may be in the files or not: some are made anew where they are not.
+    # Buffers may be in the files or not: the model makes some of those that are missing.
     allowed = {in_model, _numel(model.state_dict())}
     if allowed.isdisjoint({in_files, in_files - sum(tensor.numel for tensor in on_purpose)}):
         left_out = f", of which transformers leaves out {_list(t.name for t in on_purpose)}" if on_purpose else ""

@@ -67,7 +67,7 @@ class Store:
 
     Attributes:
         out: the directory; made on first write.
-        made: it was there when the work began; where it is gone since, e.g. renamed, it is not made anew.
+        made: it existed when the work began. If it is gone since then, e.g. renamed, it is not recreated.
     """
 
     out: Path

@@ -148,14 +148,20 @@ def test_two_users_work_in_one_directory_whatever_their_umask(place: Path, pytho
     assert [p for p in [out.parent, out, *out.rglob("*")] if not p.is_symlink() and not alike(p)] == []
 
 
-@pytest.mark.parametrize("part", ["packs", "manifests", "dropped"])
-def test_whose_a_file_is_and_what_its_owner_can_do_is_said(part: str, place: Path, python: str) -> None:
-    first, second = USERS
+def results_of(user: int, place: Path) -> Path:
+    """A results directory of one user's that the group shares."""
     out = Path(shutil.copytree(ROOT / "tests" / "data" / "earlier_results", place / "shared" / "results"))
     Store(out=out).drop([], why="")
     for path in [out, *out.rglob("*")]:
-        os.chown(path, first, GROUP)
+        os.chown(path, user, GROUP)
         path.chmod(0o2770 if path.is_dir() else 0o660)
+    return out
+
+
+@pytest.mark.parametrize("part", ["packs", "manifests", "dropped"])
+def test_whose_a_file_is_and_what_its_owner_can_do_is_said(part: str, place: Path, python: str) -> None:
+    first, second = USERS
+    out = results_of(first, place)
     for path in (out / part).iterdir():
         path.chmod(0o600)
     refused = as_user(second, python, ROOT / "launch.py", f"out={out}", "mode=status", cwd=place)
@@ -174,11 +180,7 @@ def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     if (mode, part) in {("cancel", p) for p in ("manifests", "packs", "parts", "dropped")} | {("plan", "manifests")}:
         pytest.skip(f"mode={mode} does not look into {part}")
     first, second = USERS
-    out = Path(shutil.copytree(ROOT / "tests" / "data" / "earlier_results", place / "shared" / "results"))
-    Store(out=out).drop([], why="")
-    for path in [out, *out.rglob("*")]:
-        os.chown(path, first, GROUP)
-        path.chmod(0o2770 if path.is_dir() else 0o660)
+    out = results_of(first, place)
     (out / part).chmod(0o2700)
     before = sorted(out.glob("[clp]*/**/*"))
     asked = [f"out={out}", f"mode={mode}", *([] if mode in ("status", "cancel") else SMALL)]

@@ -268,7 +268,7 @@ def _checked(setup: Sequence[str], *, stop: bool) -> list[str]:
     """Return the user's shell lines so that the job's log names each that fails; with ``stop`` it ends the job."""
     if not setup:
         return []
-    end = "; no job of this study starts: mend it and launch again" if stop else ""
+    end = "; no job of this study starts: fix it and launch again" if stop else ""
     said = f'echo "executor.setup: exit code $code of: $(sed -n "${{line}}p" "$0"){end}" >&2'
     # What a file that is sourced does inside counts by that file's exit code alone.
     here = '[ "${#BASH_SOURCE[@]}" -eq 1 ]'
