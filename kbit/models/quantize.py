@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
 from kbit.methods.protocol import method_of
-from kbit.models.architectures import block_layers, key_of
+from kbit.models.architectures import key_of
 from kbit.models.overwriting import restore
 from kbit.models.whole import WholeModel
 from kbit.packed.linear import KBitLinear
@@ -112,7 +112,9 @@ def quantize_model(
         raise ArchitectureError(f"{type(model).__name__} is packed in k bits already: restore or load the 16-bit model")
     if spec.calibrates and calibration is None:
         raise SpecError("method", spec.method, "one that does not calibrate, or give calibration=Calibrated(...)")
-    layers = [] if spec.is_baseline else block_layers(model)
+    tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
+    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
+    layers = [] if spec.is_baseline else model_pass.layers
     if spec.calibrates and any(layer.stack is not None for layer in layers):
         allowed = f"one that does not calibrate: an expert of {type(model).__name__} sees only the tokens sent to it"
         raise SpecError("method", spec.method, allowed)
@@ -120,8 +122,6 @@ def quantize_model(
         if not spec.packs:
             raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
         check_replaceable(model, layers)
-    tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
-    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
     shapes: dict[str, tuple[int, int]] = {}
     hashed = hashlib.sha256()
     undo: list[Callable[[], None]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -63,9 +64,14 @@ class WholeModel:
     storage_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
 
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The layers of all blocks, in order; looked for once."""
+        return block_layers(self.module)
+
     def blocks(self) -> Iterator[WholeBlock]:
         of_block: dict[int, list[Layer]] = {}
-        for layer in block_layers(self.module):
+        for layer in self.layers:
             of_block.setdefault(layer.block, []).append(layer)
         for number, module in enumerate(decoder_blocks(self.module)[1]):
             layers = tuple(of_block.get(number, ()))
