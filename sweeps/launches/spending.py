@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Final
 
 from sweeps.events import Crashed, Event, Measured, Measuring, PackDone, Started, Stopped
+from sweeps.files import clock
 from sweeps.launches.job_log import JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launches
 from sweeps.plan.cost import load_seconds
@@ -121,12 +122,13 @@ def _moment(value: datetime | str) -> datetime:
 def _jobs_spending(launch: Launch) -> Spending:
     job_log = JobLog.load(launch)
     attempts = launch.attempts(launch.places)
+    now = clock(launch.out)
     spent = held = 0.0
     for chunk in launch.chunks:
         devices = max(1, launch.shapes[chunk.shape].gpus)
         for pack in chunk.packs:
             entry = job_log.entries.get(pack, JobRecord(state=""))
-            used = devices * pack_seconds(attempts.get(pack, []), entry)
+            used = devices * pack_seconds(attempts.get(pack, []), entry, now)
             spent += used
             if entry.ended is None:
                 held += max(0.0, _allowed(launch, pack, devices) - used)
@@ -142,26 +144,25 @@ def _allowed(launch: Launch, pack: str, devices: int) -> float:
     return devices * (load_seconds(planned.model) + planned.seconds)
 
 
-def pack_seconds(attempts: list[Attempt], entry: JobRecord) -> float:
+def pack_seconds(attempts: list[Attempt], entry: JobRecord, now: float) -> float:
     """Return for how long the jobs of one pack held their devices.
 
     Args:
         attempts: oldest first.
         entry: the scheduler's last word, which bounds an attempt that died without one of its own.
+        now: by the store's clock, as all times of attempts are.
     """
-    if not attempts:
-        return 0.0
-    now = time.time() if entry.ended is None else entry.seen
+    last = now if entry.ended is None else entry.seen
     seconds = 0.0
     for attempt, following in pairwise([*attempts, None]):
         assert attempt is not None
-        end = (attempt.end or {}).get("at") or (following.started if following else now)
+        end = (attempt.end or {}).get("at") or (following.started if following else last)
         seconds += max(0.0, float(end) - attempt.started)
     return seconds
 
 
 def allowance_ends(launch: Launch, attempt: Attempt) -> float:
-    """Return the epoch seconds at which an attempt has spent its pack's allowance; infinity where it has none.
+    """Return when an attempt has spent its pack's allowance, by this machine's clock; infinity where it has none.
 
     Earlier attempts at the pack had their part of it.
     """
@@ -170,6 +171,7 @@ def allowance_ends(launch: Launch, attempt: Attempt) -> float:
         return math.inf
     others = launch.attempts([attempt.pack]).get(attempt.pack, [])
     earlier = [a for a in others if (a.job, a.restart) != (attempt.job, attempt.restart)]
-    used = pack_seconds(earlier, JobRecord(state="", ended="requeued", seen=attempt.started))
+    now = clock(launch.out)
+    used = pack_seconds(earlier, JobRecord(state="", ended="requeued", seen=attempt.started), now)
     devices = max(1, launch.shapes[launch.chunk_of(attempt.pack).shape].gpus)
-    return attempt.started + allowance / devices - used
+    return time.time() + allowance / devices - used - (now - attempt.started)

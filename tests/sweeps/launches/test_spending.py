@@ -118,6 +118,14 @@ def test_a_requeued_job_has_what_earlier_attempts_left_of_its_share(launch: Laun
     assert allowance_ends(launch, second) == math.inf
 
 
+def test_a_node_whose_clock_is_off_has_the_same_share(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    budgeted = with_budget(launch)
+    attempt = at(budgeted, "p1", 30.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    assert allowance_ends(budgeted, attempt) - time.time() == pytest.approx(600 / 2 - 30, abs=2)
+
+
 def test_what_a_job_did_not_begin_for_its_budget_is_nobodys_and_runs_next_time(
     launch: Launch,  # noqa: F811
     scheduler: Scheduler,  # noqa: F811
