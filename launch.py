@@ -74,6 +74,8 @@ def _main() -> int:
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(dispatch)()
+    except BrokenPipeError:
+        raise
     except Exception as error:
         # Hydra stumbles over some arguments with exceptions of any kind; what a mode raises is not its doing.
         if composed and not isinstance(error, HydraException | OmegaConfBaseException):

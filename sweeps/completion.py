@@ -9,13 +9,13 @@ from hydra.plugins.completion_plugin import CompletionPlugin
 
 from sweeps.commands import MODES
 from sweeps.config import Config
-from sweeps.status import State
+from sweeps.status import RETRY, State
 from sweeps.worker.devices import DEVICES
 
 VALUES: Final[Mapping[str, Sequence[str]]] = {
     "mode": tuple(MODES),
     "status": tuple(State),
-    "retry": ("lost", "failed", "oom", "diverged", "all", "none"),
+    "retry": (*RETRY, "all", "none"),
     "executor.device": DEVICES,
     **{name: ("true", "false") for name, field in Config.__dataclass_fields__.items() if field.type == "bool"},
 }

@@ -15,6 +15,7 @@ import launch as command
 from kbit.spec import METHODS
 from sweeps.config import DEMO_DIR
 from sweeps.study.grid import LATER_METHODS
+from tests.sweeps.commands.test_run import SMALL
 
 MODEL = DEMO_DIR / "models" / "neox-xs"
 
@@ -59,6 +60,12 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     yield run
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+def test_a_command_leaves_the_loggers_of_its_process_as_they_are(ask: Ask) -> None:
+    before = logging.getLogger("sweeps.a_module_that_was_imported_before")
+    assert ask("mode=plan", *SMALL).code == 0
+    assert not before.disabled
 
 
 CASES: dict[str, tuple[list[str], list[str]]] = {

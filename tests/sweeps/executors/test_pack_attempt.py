@@ -185,20 +185,20 @@ def test_a_pack_belongs_to_the_first_array_that_takes_it(tmp_path: Path, monkeyp
     assert sorted(p.name for p in (run.launch.directory / "owners").iterdir()) == ["other", run.pack.id]
 
 
-SQUEUE = """#!/bin/sh
+SCONTROL = """#!/bin/sh
 echo asked >> {asked}
 case $(wc -l < {asked}) in
   1) echo "Unable to contact slurm controller" >&2; exit 1;;
-  2) echo RUNNING;;
-  *) echo COMPLETING;;
+  2) echo JobId=7 JobState=RUNNING PreemptTime=2026-01-01T00:00:00;;
+  *) echo JobId=7 JobState=COMPLETING PreemptTime=2026-01-01T00:00:00;;
 esac
 """
 
 
-def test_a_squeue_that_fails_once_does_not_end_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_fails_once_does_not_end_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tmp_path / "asked"
-    script = tmp_path / "squeue"
-    script.write_text(SQUEUE.format(asked=asked))
+    script = tmp_path / "scontrol"
+    script.write_text(SCONTROL.format(asked=asked))
     script.chmod(0o755)
     environment: Mapping[str, str] = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     for name, value in environment.items():
