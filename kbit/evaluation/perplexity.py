@@ -43,17 +43,20 @@ class PerplexityEval:
         """Loss in nats a scored token, perplexity and bits per byte; samples 'nats' float32 and 'tokens' int32, one a
         window.
         """
-        from kbit.evaluation.scoring import TokenScorer
+        from kbit.evaluation.scoring import TokenBatch, TokenScorer
 
         scorer = TokenScorer(model)
         count, length = self.windows.shape
         batch = max(1, batch_tokens // length)
-        nats = np.empty(count, dtype=np.float64)
+        scored = []
         for start in range(0, count, batch):
             ids = self.windows[start : start + batch]
             rows, positions = np.indices((len(ids), length - 1)).reshape(2, -1)
-            scored, _ = scorer.score(ids, rows, positions, ids[:, 1:].reshape(-1), greedy=False)
-            nats[start : start + len(ids)] = scored.reshape(len(ids), length - 1).sum(1, dtype=np.float64)
+            tokens = TokenBatch.of(ids, rows * length + positions, ids[:, 1:].reshape(-1))
+            scored.append(scorer.score(tokens, greedy=False)[0])
+        # A GPU is waited for here, once.
+        of_tokens = np.concatenate([nats.cpu().numpy() for nats in scored]).reshape(count, length - 1)
+        nats = of_tokens.sum(1, dtype=np.float64)
         metrics, stderr = summarize(nats, length - 1, self.window_bytes)
         return EvalResult(
             metrics=metrics,
