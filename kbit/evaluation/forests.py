@@ -88,26 +88,29 @@ class Tree:
         return self
 
 
-def grow_trees(sequences: Sequence[Sequence[int]], *, row: int = ROW) -> Iterator[Tree]:
-    """Yield trees of at most ``row`` tokens, or of one sequence, that hold each of the distinct sequences once.
+def grow_trees(sequences: Sequence[list[int]], *, row: int = ROW) -> Iterator[Tree]:
+    """Yield trees that hold each of the distinct sequences once.
 
-    Two neighbours in the order of their tokens share a tree where they have at least ``LEAST_SHARED`` in common.
+    Two neighbours in the order of their tokens share a tree where they have at least ``LEAST_SHARED`` in common. A tree
+    has at most ``row`` tokens, or twice those of its first sequence, so that long ones share too.
     """
-    tree = Tree()
-    before: Sequence[int] = ()
+    tree, limit = Tree(), 0
+    before: list[int] = []
     for member in sorted(range(len(sequences)), key=lambda index: sequences[index]):
         ids = sequences[member]
         shared = common_prefix(before, ids)
-        if tree.members and (shared < LEAST_SHARED or len(tree.tokens) + len(ids) - shared > row):
+        if tree.members and (shared < LEAST_SHARED or len(tree.tokens) + len(ids) - shared > limit):
             yield tree.close()
             tree = Tree()
-        tree.add(member, ids, shared if tree.members else 0)
+        if not tree.members:
+            shared, limit = 0, max(row, 2 * len(ids))
+        tree.add(member, ids, shared)
         before = ids
     if tree.members:
         yield tree.close()
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
     """Return how many tokens two sequences have in common at their beginning."""
     length = min(len(a), len(b))
     if a[:length] == b[:length]:

@@ -108,7 +108,7 @@ class TokenScorer:
         """
         if self.separable:
             ids, places = self._put(batch.ids), self._put(batch.places)
-            with self._following(batch.forest, ids) as options:
+            with self._following(batch.forest) as options:
                 states = self.base(ids, use_cache=False, **options).last_hidden_state
             # Those of a model spread over GPUs may lie on another than its inputs.
             return self._by_chunks(states.flatten(0, 1)[places.to(states.device)], batch, greedy)
@@ -116,7 +116,7 @@ class TokenScorer:
         for row in range(len(batch.ids)):
             one, mine = batch.row(row)
             ids, places = self._put(one.ids), self._put(one.places)
-            with self._following(one.forest, ids) as options:
+            with self._following(one.forest) as options:
                 logits = self.model(ids, use_cache=False, **options).logits[0]
             numbers.append(mine)
             parts.append(_nats(logits[places.to(logits.device)], one.of_target, one.targets, greedy))
@@ -133,15 +133,13 @@ class TokenScorer:
             parts.append(_nats(self.head(piece), batch.of_target[mine] - number * chunk, batch.targets[mine], greedy))
         return _in_order(order, parts)
 
-    def _following(
-        self, forest: Forest | None, ids: torch.Tensor
-    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
+    def _following(self, forest: Forest | None) -> AbstractContextManager[dict[str, torch.Tensor]]:
         """Return the arguments of a forward pass in which each token follows what the forest says."""
         if forest is None:
             return nullcontext({})
         positions = self._put(forest.positions)
         mask = forest_mask(self._put(forest.ends), self.model.dtype)
-        return placed(self.base, ids, positions, mask)
+        return placed(self.base, positions, mask)
 
     def _put(self, array: NDArray[Any]) -> torch.Tensor:
         """Copy an array to the model's inputs; to a GPU without waiting for what it does."""

@@ -41,7 +41,5 @@ def summarize_logits(logits: Tensor, *, impl: str = "auto") -> tuple[Tensor, Ten
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(columns))
         with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-            summarize_rows[(rows,)](
-                logits, largest, log_sum, best, logits.stride(0), columns, BLOCK=block, num_warps=8
-            )
+            summarize_rows[(rows,)](logits, largest, log_sum, best, logits.stride(0), columns, BLOCK=block, num_warps=8)
     return largest, log_sum, best

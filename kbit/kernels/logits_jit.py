@@ -1,6 +1,6 @@
 """Triton: the largest logit of each row, where it is, and the log of the sum of exponentials, in one reading."""
 
-# ruff: noqa: N803
+# ruff: noqa: N803, PLR0913
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
