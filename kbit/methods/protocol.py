@@ -8,7 +8,7 @@ block's inputs are those of the quantized model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,9 @@ from kbit.models.architectures import Layer
 from kbit.spec import Spec
 
 Undo = Callable[[], None]
+Fitted = MutableMapping[tuple[str, Spec, torch.dtype | None], Tensor]
+"""Codebooks that were fitted to a model's tensors, float32 on the host: by layer, by storage dtype, and by the spec, of
+which the axes that the fit does not depend on have one value each."""
 
 
 class Stored(Protocol):
@@ -73,6 +76,10 @@ class ModelPass(Protocol):
     @property
     def storage_dtype(self) -> torch.dtype | None:
         """The checkpoint's 16-bit dtype; None takes each weight's own, or float16."""
+
+    @property
+    def fitted(self) -> Fitted:
+        """What cells fitted to this model's tensors: a method looks there first, and adds what it fits."""
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks in forward order, each once."""
