@@ -287,7 +287,9 @@ class Originals:
             kept = self._kept[id(layer.parameter)]
             if kept.is_beside or not kept.locked:
                 continue
-            stream = self._streams.setdefault(kept.home, torch.cuda.Stream(kept.home))  # type: ignore[no-untyped-call]
+            if kept.home not in self._streams:
+                self._streams[kept.home] = torch.cuda.Stream(kept.home)  # type: ignore[no-untyped-call]
+            stream = self._streams[kept.home]
             if kept.home not in first:
                 stream.wait_stream(torch.cuda.current_stream(kept.home))  # an evaluation may still read the weights
                 first.add(kept.home)
