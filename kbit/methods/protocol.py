@@ -8,7 +8,7 @@ block's inputs are those of the quantized model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from kbit.doors import load
 from kbit.models.activations import Activations
 from kbit.models.architectures import Layer
+from kbit.models.originals import Fitted
 from kbit.spec import Spec
 
 Undo = Callable[[], None]
-Fitted = MutableMapping[tuple[str, Spec, torch.dtype | None], Tensor]
-"""Codebooks that were fitted to a model's tensors, float32 on the host: by layer, by storage dtype, and by the spec, of
-which the axes that the fit does not depend on have one value each."""
 
 
 class Stored(Protocol):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -22,7 +22,6 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kbit.methods.protocol import Fitted, Stored, Undo
 from kbit.models.architectures import Layer, block_layers
 from kbit.models.outliers import outlier_columns
 from kbit.models.overwriting import is_same_memory
@@ -35,6 +34,10 @@ SPARE_OF_HOST: Final = 0.1
 """Of the machine's memory, which stays available beside page-locked originals: locked pages can't be swapped out."""
 _PORTABLE: Final = 1
 """cudaHostRegisterPortable: page-locked for every GPU."""
+
+Fitted = MutableMapping[tuple[str, Spec, torch.dtype | None], Tensor]
+"""Codebooks that were fitted to a model's tensors, float32 on the host: by layer, by storage dtype, and by the spec, of
+which the axes that the fit does not depend on have one value each."""
 
 
 class Place(StrEnum):
@@ -164,23 +167,21 @@ class Originals:
         self._left = dict(self._changed)
         self._send_ahead()
 
-    def way_back(self) -> Undo:
+    def way_back(self) -> Callable[[], None]:
         """Return what restores the model as long as no later cell was begun."""
         self._cell += 1
         cell = self._cell
         return lambda: self.restore() if self._cell == cell else None
 
-    def put(self, layer: Layer, stored: Stored, *, packed: bool) -> None:
-        """Give a layer what is stored of it: its working weight, or a module in its place."""
+    def put(self, layer: Layer, write: Callable[[], object], *, packed: bool) -> None:
+        """Have a layer's working weight written, or a module put in its place where `packed`."""
         self._await(layer.name)
         # Before it is written: whatever happens meanwhile, it is known to be changed.
         self._changed[layer.name] = layer
         self._left.pop(layer.name, None)
+        write()
         if packed:
-            stored.pack(self.model, layer)
-            del self._changed[layer.name]  # what is packed leaves the parameter with its original
-        else:
-            stored.put(layer)
+            del self._changed[layer.name]  # what was replaced has a parameter with its original
 
     def finish(self) -> None:
         """End a cell's quantizing: what only an earlier cell changed gets its original back."""

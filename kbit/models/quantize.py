@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -129,11 +130,12 @@ def quantize_model(
         count = _Count(parameters=_parameters(model))
         for layer, stored in () if not layers else method_of(spec)(model_pass, spec, tokens):
             count.add(layer, stored)
+            write = partial(stored.pack, model, layer) if packed else partial(stored.put, layer)
             if originals is not None:
-                originals.put(layer, stored, packed=packed)
+                originals.put(layer, write, packed=packed)
             else:
-                undo.append(stored.pack(model, layer) if packed else stored.put(layer))
-            del stored  # before the next one is made
+                undo.append(write())
+            del stored, write  # before the next one is made
         if originals is not None:
             originals.finish()
     except BaseException:

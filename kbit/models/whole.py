@@ -11,10 +11,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kbit.methods.protocol import Fitted
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
-from kbit.models.originals import Originals
+from kbit.models.originals import Fitted, Originals
 from kbit.models.outliers import outlier_columns
 
 OUTSIDE: Final = -1
