@@ -135,6 +135,7 @@ def measure(setting: Setting, specs: Sequence[QuantSpec], *, say: Callable[[str]
                 equal=equal,
             )
             found.append(switch)
+        del expected  # a model's size
     return table(found, setting, rates, notes)
 
 

@@ -345,23 +345,22 @@ def host_room(needed: int) -> Room:
     return Room(needed=needed, free=free, total=total)
 
 
-def _lock_pages(owner: object, host: Tensor) -> bool:
+def _lock_pages(owner: _Kept, host: Tensor) -> bool:
     """Page-lock a host tensor's memory as long as its owner lives; tell whether it could be.
 
     torch's own page-locked allocator rounds sizes up to powers of two, and keeps what is freed.
     """
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(cudart.cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE)) != 0:
+    if cudart.cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE) != cudart.cudaError.success:
         # CUDA tells the next who asks of a failure once more: that is torch, after a launch.
         with suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
+            torch.zeros(1, device=owner.home)
         return False
     # The finalizer holds the tensor: memory is unlocked before it is freed, and not while it is copied from.
-    weakref.finalize(owner, _unlock_pages, cudart, host).atexit = False
+    weakref.finalize(owner, _unlock_pages, host, owner.home).atexit = False
     return True
 
 
-def _unlock_pages(cudart: object, host: Tensor) -> None:
-    torch.cuda.synchronize()
-    unregister: Callable[[int], object] = cudart.cudaHostUnregister  # type: ignore[attr-defined]
-    unregister(host.data_ptr())
+def _unlock_pages(host: Tensor, home: torch.device) -> None:
+    torch.cuda.synchronize(home)
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[no-untyped-call]
