@@ -157,6 +157,15 @@ def test_stacks_of_experts_and_other_architectures(name: str, place: Place | Non
     check_sequence(build(name).to(device), build(name).to(device), [(spec, False) for spec in specs], place)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_each_kind_of_cell_after_each_other(name: str, place: Place | None) -> None:
+    device = "cpu" if place is None else "cuda"
+    kinds = [(INT4, False), (INT4, True), (OTHER[0], False), (OTHER[1], False), (PLAIN[0], False), (OUTLIERS[1], False)]
+    cells = [both for first in kinds for second in kinds for both in (first, second)]
+    check_sequence(tiny(name).to(device), tiny(name).to(device), cells, place)
+
+
 def test_a_weight_tied_within_the_blocks_stays_tied() -> None:
     def tied() -> nn.Module:
         torch.manual_seed(0)
