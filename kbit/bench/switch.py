@@ -22,7 +22,8 @@ from kbit.bench.decode import PRESETS, Architecture
 from kbit.bench.report import Record, Table, device_name
 from kbit.bench.timing import copy_rate
 from kbit.models.architectures import block_layers
-from kbit.models.originals import Originals, Place
+from kbit.models.originals import Originals
+from kbit.models.places import Place
 from kbit.models.quantize import QuantHandle, quantize_model
 from kbit.quantizer.blockwise import dequantize, quantize
 from kbit.spec import QuantSpec

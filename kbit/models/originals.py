@@ -11,13 +11,8 @@ the buffers: on a GPU by a stream of its own, so that the copies of later blocks
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -25,58 +20,12 @@ from torch import Tensor, nn
 from kbit.models.architectures import Layer, block_layers
 from kbit.models.outliers import outlier_columns
 from kbit.models.overwriting import is_same_memory
+from kbit.models.places import Place, Room, gpu_room, host_like, host_room, lock_pages, place_for
 from kbit.spec import Spec
-
-SPARE_OF_GPU: Final = 0.25
-"""Of a GPU's memory, which stays free beside model and originals: for activations, logits and caches of evaluations.
-One that needs more has the originals moved off (``Originals.make_room``)."""
-SPARE_OF_HOST: Final = 0.1
-"""Of the machine's memory, which stays available beside page-locked originals: locked pages can't be swapped out."""
-_PORTABLE: Final = 1
-"""cudaHostRegisterPortable: page-locked for every GPU."""
 
 Fitted = MutableMapping[tuple[str, Spec, torch.dtype | None], Tensor]
 """Codebooks that were fitted to a model's tensors, float32 on the host: by layer, by storage dtype, and by the spec, of
 which the axes that the fit does not depend on have one value each."""
-
-
-class Place(StrEnum):
-    """Where the originals of weights on a GPU are kept. Those of weights on a CPU lie beside them in host memory."""
-
-    GPU = "beside the weights on the GPU"
-    LOCKED = "page-locked host memory"
-    HOST = "host memory"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """Memory in bytes, of a GPU or of the machine.
-
-    Attributes:
-        needed: by the originals of the weights there.
-        free: without them.
-        total: all there is.
-    """
-
-    needed: int
-    free: int
-    total: int
-
-    def leaves(self, share: float) -> bool:
-        """Tell whether this share of all stays free beside the originals."""
-        return self.free - self.needed >= share * self.total
-
-
-def place_for(gpus: Sequence[Room], host: Room) -> Place:
-    """Decide where the originals of weights on GPUs are kept: the rule.
-
-    On the GPUs where each has a quarter of its memory left then; else in page-locked host memory where the machine has
-    a tenth of its memory left; else in host memory as it is, which takes as much as a cell takes without kept
-    originals. Against the limit of a control group locked pages count as others do.
-    """
-    if all(gpu.leaves(SPARE_OF_GPU) for gpu in gpus):
-        return Place.GPU
-    return Place.LOCKED if host.leaves(SPARE_OF_HOST) else Place.HOST
 
 
 @dataclass(kw_only=True, eq=False)
@@ -273,10 +222,10 @@ class Originals:
         return place_for([Room(needed=1, free=0, total=1)], host_room(nbytes))
 
     def _to_host(self, kept: _Kept, values: Tensor) -> None:
-        host = torch.empty_like(values, device="cpu")
+        host = host_like(values)
         if self.place is Place.LOCKED:
             began = time.perf_counter()
-            kept.locked = _lock_pages(kept, host)
+            kept.locked = lock_pages(host, owner=kept, gpu=kept.home)
             self.lock_seconds += time.perf_counter() - began
         host.copy_(values)
         kept.values = host
@@ -325,42 +274,3 @@ class Originals:
         for kept in self._kept.values():
             if kept.parameter.device != kept.home:
                 kept.parameter.data = kept.values.to(kept.home, non_blocking=kept.locked)
-
-
-def gpu_room(device: torch.device, needed: int) -> Room:
-    """Return the memory of a GPU; what torch's allocator holds in reserve is free."""
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Room(needed=needed, free=free, total=total)
-
-
-def host_room(needed: int) -> Room:
-    """Return the machine's memory (proc(5), MemAvailable); none is free where that can't be read."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kilobytes = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines)}
-    free, total = (1024 * kilobytes.get(key, 0) for key in ("MemAvailable", "MemTotal"))
-    return Room(needed=needed, free=free, total=total)
-
-
-def _lock_pages(owner: _Kept, host: Tensor) -> bool:
-    """Page-lock a host tensor's memory as long as its owner lives; tell whether it could be.
-
-    torch's own page-locked allocator rounds sizes up to powers of two, and keeps what is freed.
-    """
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if cudart.cudaHostRegister(host.data_ptr(), host.nbytes, _PORTABLE) != cudart.cudaError.success:
-        # CUDA tells the next who asks of a failure once more: that is torch, after a launch.
-        with suppress(RuntimeError):
-            torch.zeros(1, device=owner.home)
-        return False
-    # The finalizer holds the tensor: memory is unlocked before it is freed, and not while it is copied from.
-    weakref.finalize(owner, _unlock_pages, host, owner.home).atexit = False
-    return True
-
-
-def _unlock_pages(host: Tensor, home: torch.device) -> None:
-    torch.cuda.synchronize(home)
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[no-untyped-call]

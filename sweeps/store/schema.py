@@ -88,7 +88,7 @@ def columns() -> tuple[Column, ...]:
         _c("seconds", "float64", "evaluating", "s"),
         _c("quantize_seconds", "float64", "quantizing the model, shared by the cell's evaluations", "s"),
         _c("load_seconds", "float64", "loading the model, shared by the pack", "s"),
-        _c("peak_memory_bytes", "int64", "peak of the device without kept originals, or of the process on a CPU", "byte"),
+        _c("peak_memory_bytes", "int64", "peak of the device, or of the process on a CPU", "byte"),
         _c("started", "timestamp", "start", "UTC"),
         _c("finished", "timestamp", "end", "UTC"),
         _c("commit", "string", "git commit of the project, or its version where it is installed"),

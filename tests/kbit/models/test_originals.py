@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,8 @@ from kbit import KBitLinear, QuantSpec, quantize_model
 from kbit.errors import ArchitectureError, SpecError, WeightError
 from kbit.methods.blockwise import StoredCodes, quantize_layers
 from kbit.models.architectures import block_layers
-from kbit.models.originals import Originals, Place, Room, place_for
+from kbit.models.originals import Originals
+from kbit.models.places import Place, Room, host_like, place_for
 from kbit.models.quantize import Calibrated, QuantHandle
 from kbit.models.whole import WholeModel
 from kbit.quantizer.blockwise import quantize
@@ -305,6 +307,17 @@ def test_the_rule_of_where_originals_lie() -> None:
     assert place_for([plenty, plenty], small) is Place.GPU
     assert place_for([plenty, short], host) is Place.LOCKED
     assert place_for([short], small) is Place.HOST
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_memory_to_be_locked_has_pages_of_its_own_and_the_order_of_the_weight(dtype: torch.dtype) -> None:
+    values = [torch.randn(7, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype).t(), torch.randn(3, 40, 50, dtype=dtype)]
+    hosts = [host_like(v) for v in values]
+    for host, v in zip(hosts, values, strict=True):
+        assert (host.shape, host.stride(), host.dtype) == (v.shape, v.stride(), v.dtype)
+        assert host.data_ptr() % resource.getpagesize() == 0
+        assert host.untyped_storage().nbytes() >= host.storage_offset() * host.itemsize + resource.getpagesize()
+        assert torch.equal(host.copy_(v), v)
 
 
 @needs_gpu
