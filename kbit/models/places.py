@@ -96,8 +96,8 @@ def host_like(values: Tensor) -> Tensor:
 def lock_pages(host: Tensor, *, owner: object, gpu: torch.device) -> bool:
     """Page-lock the memory of a ``host_like`` tensor as long as its owner lives; tell whether it could be.
 
-    A GPU copies from such memory at the rate of its link, without the CPU. torch's own page-locked allocator rounds sizes
-    up to powers of two, and keeps what is freed.
+    A GPU copies from such memory at the rate of its link. torch's own page-locked allocator rounds sizes up to powers
+    of two, and keeps what is freed.
     """
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if cudart.cudaHostRegister(host.data_ptr(), _in_pages(host.nbytes), _PORTABLE) != cudart.cudaError.success:
