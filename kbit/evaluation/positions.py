@@ -44,8 +44,8 @@ def _by_position_ids(_: Any, positions: torch.Tensor, mask: torch.Tensor) -> Ite
 def _by_alibi(base: Any, positions: torch.Tensor, mask: torch.Tensor) -> Iterator[Arguments]:
     """BLOOM has no position ids: a method of the model makes attention's biases, one for each key.
 
-    Biases and mask become one tensor, [batch, heads, length, length], once for all layers, and attention one fused
-    operation: the model's own writes and reads its scores, float32 too, several times.
+    Biases and mask become one tensor, [batch, heads, length, length], once for all layers, and attention and GELU one
+    fused operation each: the model's own write and read their operands several times.
     """
 
     def build(mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,15 +57,16 @@ def _by_alibi(base: Any, positions: torch.Tensor, mask: torch.Tensor) -> Iterato
 
     plain = base.build_alibi_tensor
     base.build_alibi_tensor = build
-    attentions = [block.self_attention for block in base.h]
-    for attention in attentions:
-        attention.forward = partial(_fused_bloom, attention)
+    parts = [part for block in base.h for part in (block.self_attention, block.mlp.gelu_impl)]
+    for block in base.h:
+        block.self_attention.forward = partial(_fused_bloom, block.self_attention)
+        block.mlp.gelu_impl.forward = partial(functional.gelu, approximate="tanh")
     try:
         yield {"attention_mask": mask}
     finally:
         del base.build_alibi_tensor
-        for attention in attentions:
-            del attention.forward
+        for part in parts:
+            del part.forward
 
 
 def _fused_bloom(
