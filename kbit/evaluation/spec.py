@@ -122,6 +122,7 @@ class EvalResult:
         dataset_hash: SHA-256 of what was evaluated (the tokens of a text set, the requests of a task): provenance.
         higher_is_better: direction of metrics that the kind doesn't declare, or declares otherwise, where the data's
             own definition gives it (a task's ``metric_list``).
+        also: results that came with this one, by kind (``Evaluator.brings``): of the same data under the same settings.
     """
 
     metrics: Mapping[str, float]
@@ -132,6 +133,7 @@ class EvalResult:
     n_tokens: int
     dataset_hash: str
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    also: Mapping[str, EvalResult] = field(default_factory=dict)
 
 
 def _whole_number(key: str, value: int | None, least: int) -> None:
