@@ -99,7 +99,7 @@ class AgreementEval:
             raise ValueError("agreement is measured against a model's 16-bit form: call refer with it first")
         compare = _compare_separate if self.reference.separable else _compare_whole
         scorer, head = TokenScorer(model), self.reference.head.original()
-        parts = []
+        parts: list[TokenAgreement] = []
         for start, ids in self.text.batches(batch_tokens):
             parts += compare(scorer, ids, self.reference.states[start : start + len(ids)], head)
         count, length = self.text.windows.shape
@@ -131,7 +131,7 @@ def prepare_agreement(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_siz
 def compare_in_pieces(logits: Tensor, reference: Tensor, targets: Tensor) -> Iterator[TokenAgreement]:
     """Yield ``compare_logits`` of some tokens at a time: on a CPU as many as its cache holds, on a GPU all."""
     rows = len(targets) if logits.is_cuda else max(1, CACHED // logits.shape[-1])
-    for piece in zip(*(x.split(rows) for x in (logits, reference, targets)), strict=True):
+    for piece in zip(*(torch.split(x, rows) for x in (logits, reference, targets)), strict=True):
         yield compare_logits(*piece)
 
 
@@ -209,7 +209,7 @@ def _compare_separate(
     targets = torch.from_numpy(ids[:, 1:].reshape(-1))
     # Perplexity's own pieces: matrix products of other sizes may differ in the last bit.
     chunk = max(1, scoring.HEAD_CHUNK // int(scorer.head.weight.shape[0]))
-    pieces = (x.split(chunk) for x in (states, kept.view(-1, kept.shape[-1]), targets))
+    pieces = (torch.split(x, chunk) for x in (states, kept.view(-1, kept.shape[-1]), targets))
     for now, before, of_piece in zip(*pieces, strict=True):
         yield from compare_in_pieces(scorer.head(now), head(before.to(now.device)), of_piece)
 
@@ -238,7 +238,7 @@ def _compare_whole(
         second = head(before[None].to(scorer.head.weight.device))
         both = _hooked(scorer, row, lambda _module, _args, output, second=second: torch.cat([output, second]))
         chunk = max(1, scoring.HEAD_CHUNK // both.shape[-1])
-        pieces = (x.split(chunk) for x in (both[0, :-1], both[1, :-1], torch.from_numpy(row[1:])))
+        pieces = (torch.split(x, chunk) for x in (both[0, :-1], both[1, :-1], torch.from_numpy(row[1:])))
         for now, of_reference, of_piece in zip(*pieces, strict=True):
             yield from compare_in_pieces(now, of_reference, of_piece)
 

@@ -97,9 +97,7 @@ AGREEMENT: Final = Evaluator(
     # Of one pass: the 16-bit model's is made once for all cells of a loaded model.
     tokens="kbit.evaluation.predicted:text_tokens",
     metrics=(
-        MetricSpec(
-            name="kl", title="KL divergence from 16-bit", unit="nats/token", higher_is_better=False, decimals=5
-        ),
+        MetricSpec(name="kl", title="KL divergence from 16-bit", unit="nats/token", higher_is_better=False, decimals=5),
         MetricSpec(
             name="kl_median", title="Median KL divergence from 16-bit", unit="nats", higher_is_better=False, decimals=5
         ),
@@ -112,9 +110,7 @@ AGREEMENT: Final = Evaluator(
         ),
         MetricSpec(name="top_token", title="Same top token as 16-bit", higher_is_better=True, decimals=4),
         # Signed: probability that the text's own tokens lost is negative.
-        MetricSpec(
-            name="p_change", title="Change of p(target) from 16-bit", higher_is_better=True, decimals=5
-        ),
+        MetricSpec(name="p_change", title="Change of p(target) from 16-bit", higher_is_better=True, decimals=5),
         MetricSpec(
             name="p_change_rms", title="RMS change of p(target) from 16-bit", higher_is_better=False, decimals=5
         ),
