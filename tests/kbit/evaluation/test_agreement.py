@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,14 @@ def test_a_full_disk_is_an_error_and_kills_nobody(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system here whose size refuses a file at once")
+def test_room_for_a_file_is_taken_up_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
+    there = os.statvfs("/dev/shm")
+    with pytest.raises(OSError, match="No space left"):
+        reference.host_rows((max(2**33, 2 * there.f_blocks * there.f_frsize),), torch.uint8)
 
 
 @pytest.mark.parametrize("name", ["neox", "llama-tied", "Gemma 2's cap"])
