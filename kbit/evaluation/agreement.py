@@ -236,7 +236,9 @@ def _compare_whole(
     """
     for row, before in zip(ids, kept, strict=True):
         second = head(before[None].to(scorer.head.weight.device))
-        both = _hooked(scorer, row, lambda _module, _args, output, second=second: torch.cat([output, second]))
+        both = _hooked(
+            scorer, row, lambda _module, _args, output, second=second: torch.cat([output, second.to(output.device)])
+        )
         chunk = max(1, scoring.HEAD_CHUNK // both.shape[-1])
         pieces = (torch.split(x, chunk) for x in (both[0, :-1], both[1, :-1], torch.from_numpy(row[1:])))
         for now, of_reference, of_piece in zip(*pieces, strict=True):

@@ -97,13 +97,19 @@ AGREEMENT: Final = Evaluator(
     # Of one pass: the 16-bit model's is made once for all cells of a loaded model.
     tokens="kbit.evaluation.predicted:text_tokens",
     metrics=(
-        MetricSpec(name="kl", title="KL divergence from 16-bit", unit="nats/token", higher_is_better=False, decimals=5),
         MetricSpec(
-            name="kl_median", title="Median KL divergence from 16-bit", unit="nats", higher_is_better=False, decimals=5
+            name="kl", title="Divergence from 16-bit (KL)", unit="nats/token", higher_is_better=False, decimals=5
+        ),
+        MetricSpec(
+            name="kl_median",
+            title="Median divergence from 16-bit (KL)",
+            unit="nats",
+            higher_is_better=False,
+            decimals=5,
         ),
         MetricSpec(
             name="kl_p99",
-            title="99th percentile of KL divergence from 16-bit",
+            title="99th percentile of divergence from 16-bit (KL)",
             unit="nats",
             higher_is_better=False,
             decimals=4,
@@ -112,7 +118,10 @@ AGREEMENT: Final = Evaluator(
         # Signed: probability that the text's own tokens lost is negative.
         MetricSpec(name="p_change", title="Change of p(target) from 16-bit", higher_is_better=True, decimals=5),
         MetricSpec(
-            name="p_change_rms", title="RMS change of p(target) from 16-bit", higher_is_better=False, decimals=5
+            name="p_change_rms",
+            title="Change of p(target) from 16-bit, root mean square",
+            higher_is_better=False,
+            decimals=5,
         ),
     ),
     settings=PERPLEXITY.settings,

@@ -114,7 +114,7 @@ class EvalResult:
         metrics: value by metric ('loss' in nats per token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
         stderr: standard error by metric, where there is one.
         samples: outcome of every sample: bool arrays for right or wrong, float32 or int32 arrays otherwise; a text set
-            has 'nats' and 'tokens' of each window.
+            has 'tokens' of each window, and 'nats', or means by the metric's name.
         diverged: the model gave values that are not finite, or a loss above ln(vocabulary) + 1. A result, not a
             failure.
         n_samples: documents, or windows.

@@ -31,7 +31,7 @@ class Warm:
         device, gpus, trust_remote_code: as in ``kbit.models.loading.load_model``.
         holds: the model that is loaded, with its compute dtype.
         load_seconds: what loading it took.
-        total_seconds: what loading took so far, failures too.
+        total_seconds: what loading took so far, failures and ``refer`` too.
     """
 
     device: str
@@ -123,7 +123,12 @@ class Warm:
         # An earlier one goes first: two at once may not fit.
         self._references.pop(key, None)
         comparing = cast("ComparingEval", self.prepare(spec, loaded))
-        self._references[key] = (batch_tokens, comparing.refer(loaded.model, batch_tokens=batch_tokens))
+        began = time.perf_counter()
+        try:
+            self._references[key] = (batch_tokens, comparing.refer(loaded.model, batch_tokens=batch_tokens))
+        finally:
+            # As loading, it is once for all cells, and no cell's own time.
+            self.total_seconds += time.perf_counter() - began
 
     def calibration(self, calibration: Calibration, loaded: LoadedModel) -> Tensor:
         """Return token windows, drawn once for all cells of models that share a tokenizer: int64 [samples, length]."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from analysis.metrics import metric_columns, parse_metric
-from sweeps import load_results
+from analysis.significance import compare
+from sweeps import load_results, load_samples
 from tests.conftest import Launch
 
 
@@ -22,10 +23,7 @@ def test_a_study_has_the_columns_and_a_finished_one_measures_agreement_alone(tmp
     assert set(long["status"]) == {"done"}
     # Perplexity kept its key: what was measured stayed.
     assert (long.groupby("eval")["launch"].nunique() == 1).all()
-    assert (
-        long.set_index("eval")["launch"]["jargon"].iloc[0]
-        != long.set_index("eval")["launch"]["jargon_agreement"].iloc[0]
-    )
+    assert long["launch"].nunique() == 2
     wide = load_results(tmp_path / "r").set_index("label")
     names = ["kl", "kl_median", "kl_p99", "top_token", "p_change", "p_change_rms"]
     metrics = [m for m in metric_columns(wide) if m.eval == "jargon_agreement"]
@@ -36,7 +34,12 @@ def test_a_study_has_the_columns_and_a_finished_one_measures_agreement_alone(tmp
     assert wide["jargon_agreement_kl_stderr"].notna().all()
     assert "jargon_agreement_kl_median_stderr" not in wide or wide["jargon_agreement_kl_median_stderr"].isna().all()
     kl = parse_metric("jargon_agreement_kl", wide)
-    assert (kl.label, kl.higher_is_better) == ("KL divergence from 16-bit on jargon_agreement (nats/token)", False)
+    assert (kl.label, kl.higher_is_better) == ("Divergence from 16-bit (KL) on jargon_agreement (nats/token)", False)
     assert parse_metric("jargon_agreement_kl_p99", wide).eval == "jargon_agreement"
+    cells = long[(long["eval"] == "jargon_agreement") & (long["bits"] == 4)].set_index("dtype")
+    samples = load_samples(tmp_path / "r", cells["measurement"])
+    found = compare(*(samples[cells.loc[dtype, "measurement"]] for dtype in ("int", "float")), "kl")
+    by_dtype = wide[wide["bits"] == 4].set_index("dtype")["jargon_agreement_kl"]
+    assert abs(found.difference - (by_dtype["int"] - by_dtype["float"])) < 1e-6
     again = launch(*small, kinds, "mode=plan")
     assert "to do  0" in " ".join(again.stdout.split("\n")), again.stdout

@@ -124,6 +124,7 @@ def test_what_is_kept_goes_with_the_model_that_it_is_of(tmp_path: Path) -> None:
     loaded = warm.load(packs[0].model, "float32")
     assert warm.lacks_reference(spec, loaded, batch_tokens=1024)
     warm.refer(spec, loaded, batch_tokens=1024)
+    assert warm.total_seconds > warm.load_seconds  # no cell's own time
     first: Any = warm.prepare(spec, loaded)
     kept = weakref.ref(first.reference)
     assert not warm.lacks_reference(spec, loaded, batch_tokens=1024)
