@@ -3,6 +3,7 @@
   python -m kbit.bench               quantize and dequantize; on an NVIDIA GPU also the fused product x W^T
   python -m kbit.bench --roofline    the paper's Figure 16, measured: ceilings, batch 1 to 64, 3 to 8 and 16 bits
   python -m kbit.bench --model       a decode step of an OPT-shaped model: latency, memory and size by precision
+  python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
 
 Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
 """
@@ -19,13 +20,13 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import latency, quantizers, roofline
+from kbit.bench import evaluation, latency, quantizers, roofline
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Report, Table, device_name, environment
-from kbit.bench.timing import measure_ceilings
+from kbit.bench.timing import cpu_flops, measure_ceilings
 from kbit.data_types import MAX_BITS, MIN_BITS, named_dtypes
 from kbit.kernels.availability import IMPLS
 from kbit.quantizer.blockwise import quantize
@@ -40,6 +41,8 @@ _CPU_DTYPES: Final = ("int", "float", "quantile")
 _DEFAULT_MODEL: Final = "opt-6.7b"
 _BATCH: Final = 1
 _CONTEXT: Final = 128
+_DOCUMENTS: Final = 1000
+_BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,7 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     torch.set_num_threads(args.threads)
     name, run = (
-        ("roofline", _roofline) if args.roofline else ("decode", _decode) if args.model else ("kernels", _kernels)
+        ("roofline", _roofline)
+        if args.roofline
+        else ("decode", _decode)
+        if args.model
+        else ("evaluation", _evaluation)
+        if args.evaluation
+        else ("kernels", _kernels)
     )
     tables = run(args, say)
     report = Report(
@@ -85,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(PRESETS),
         help=f"a decode step of random weights in this shape (GPU; {_DEFAULT_MODEL} where none is named)",
     )
+    mode.add_argument(
+        "--evaluation",
+        metavar="MODEL",
+        help=f"tasks on random weights in a shape ({', '.join(evaluation.SHAPES)}) or on a model's directory",
+    )
     mode.add_argument("--only", choices=("quantizers", "matmul"), help="one half of the default run")
     every = parser.add_argument_group("any run")
     every.add_argument("--out", type=Path, metavar="DIR", help="write tables, numbers and figures there")
@@ -114,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=latency.COMPILE_MODES,
         help=f"torch.compile's, for 16 bits and k bits alike (default {latency.COMPILE_MODES[0]})",
     )
+    tasks = parser.add_argument_group("--evaluation")
+    tasks.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK=FILE",
+        help=f"a task ({', '.join(evaluation.TASKS)}, or its YAML file) and its documents, JSONL",
+    )
+    tasks.add_argument("--documents", type=int, help=f"first ones of each task (default {_DOCUMENTS})")
+    tasks.add_argument("--tokenizer", metavar="DIR", help="for a shape: the directory of a tokenizer")
+    tasks.add_argument("--batch-tokens", type=int, help="tokens in a batch of ours (default: as in a study)")
     return parser
 
 
@@ -131,6 +155,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     _check_device(parser, args)
     _check_numbers(parser, args)
     _fill_in(args)
+    if args.evaluation:
+        _check_evaluation(parser, args)
     if args.model and args.context > PRESETS[args.model].positions:
         parser.error(f"--context {args.context}: {args.model} has positions for {PRESETS[args.model].positions} tokens")
     if args.out is not None:
@@ -148,6 +174,21 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(str(error))
 
 
+def _check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.tasks:
+        parser.error("--evaluation needs --tasks TASK=FILE.jsonl ...")
+    if args.evaluation in evaluation.SHAPES and args.tokenizer is None:
+        parser.error(f"--evaluation {args.evaluation}: random weights have no tokenizer; --tokenizer DIR names one")
+    for name in (args.tokenizer, args.evaluation if args.evaluation not in evaluation.SHAPES else None):
+        if name is not None and not Path(name).is_dir():
+            parser.error(f"{name!r} is no directory, and none of {', '.join(evaluation.SHAPES)}")
+    for text in args.tasks:
+        try:
+            evaluation.task_spec(text, 1)
+        except ValueError as error:
+            parser.error(f"--tasks {error}")
+
+
 def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
     needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
@@ -155,6 +196,9 @@ def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name in ("batch", "context", "compile_mode"):
         if getattr(args, name) is not None and not args.model:
             parser.error(f"--{name.replace('_', '-')} belongs to --model")
+    for name in ("tasks", "documents", "tokenizer", "batch_tokens"):
+        if getattr(args, name) is not None and not args.evaluation:
+            parser.error(f"--{name.replace('_', '-')} belongs to --evaluation")
     if needs and args.device != "cuda":
         parser.error(f"{needs} needs an NVIDIA GPU: its kernels run nowhere else (--device is {args.device})")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -162,7 +206,7 @@ def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("blocksize", "values", "repeats", "threads", "batch", "context"):
+    for name in ("blocksize", "values", "repeats", "threads", "batch", "context", "documents", "batch_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1 is needed")
     for bits in args.bits or ():
@@ -175,6 +219,18 @@ def _fill_in(args: argparse.Namespace) -> None:
     args.batch, args.context = args.batch or _BATCH, args.context or _CONTEXT
     args.compile_mode = args.compile_mode or latency.COMPILE_MODES[0]
     args.bits = args.bits and list(dict.fromkeys(args.bits))
+
+
+def _evaluation(args: argparse.Namespace, say: Say) -> list[Table]:
+    dtype = torch.float16 if args.device == "cuda" else torch.float32
+    say(f"{args.evaluation}: making it")
+    model, tokenizer = evaluation.make_model(args.evaluation, args.tokenizer, device=args.device, dtype=dtype)
+    tasks = [evaluation.task_spec(text, args.documents or _DOCUMENTS) for text in args.tasks]
+    tokens = args.batch_tokens or _BATCH_TOKENS[args.device]
+    found = evaluation.measure(model, tokenizer, tasks=tasks, batch_tokens=tokens, say=say)
+    device = f"{device_name(args.device)}, {str(dtype).removeprefix('torch.')}"
+    ceiling = measure_ceilings().flops if args.device == "cuda" else cpu_flops()
+    return [evaluation.table(found, shape=args.evaluation, device=device, ceiling=ceiling, batch_tokens=tokens)]
 
 
 def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:

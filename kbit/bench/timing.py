@@ -25,6 +25,7 @@ _LARGE: Final = 2**28
 """Values that are copied and read for the ceilings: 512 MB in float16."""
 _SQUARE: Final = 8192
 """Side of the matrices whose product stands for the most that cuBLAS reaches."""
+_CPU_SQUARE: Final = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,13 @@ def measure_ceilings() -> Ceilings:
     product = torch.empty(_SQUARE, _SQUARE, device="cuda", dtype=torch.float16)
     seconds = graph_seconds(lambda _: torch.matmul(square[0], square[1], out=product), 1)
     return Ceilings(copy=copy_rate(_LARGE, device="cuda"), read=read_rate(), flops=2 * _SQUARE**3 / seconds)
+
+
+def cpu_flops() -> float:
+    """Floating-point operations a second of a large float32 product on this CPU, with torch's threads."""
+    square = torch.randn(2, _CPU_SQUARE, _CPU_SQUARE)
+    seconds = call_seconds(lambda: square[0] @ square[1], device="cpu", repeats=_REPLAYS)
+    return 2 * _CPU_SQUARE**3 / seconds
 
 
 def read_rate() -> float:

@@ -15,19 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from kbit.evaluation import scoring
 from kbit.evaluation.perplexity import PerplexityEval, prepare_perplexity
 from kbit.evaluation.reference import KeptHead, Reference, host_rows
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.spec import EvalResult, EvalSpec
+from kbit.kernels.logits import summarize_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CACHED: Final = 2**17
-"""Logits that a CPU compares at once: half a megabyte, which stays in its cache from one operation to the next."""
+COMPARED_AT_ONCE: Final = {"cpu": 2**17, "cuda": 2**24}
+"""Logits that are compared at once, of each side. In float32 they are half a megabyte on a CPU, which stays in its
+cache from one operation to the next, and 64 MB on a GPU, where several times as much is made of them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,8 +130,8 @@ def prepare_agreement(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_siz
 
 
 def compare_in_pieces(logits: Tensor, reference: Tensor, targets: Tensor) -> Iterator[TokenAgreement]:
-    """Yield ``compare_logits`` of some tokens at a time: on a CPU as many as its cache holds, on a GPU all."""
-    rows = len(targets) if logits.is_cuda else max(1, CACHED // logits.shape[-1])
+    """Yield ``compare_logits`` of some tokens at a time."""
+    rows = max(1, COMPARED_AT_ONCE.get(logits.device.type, COMPARED_AT_ONCE["cpu"]) // logits.shape[-1])
     for piece in zip(*(torch.split(x, rows) for x in (logits, reference, targets)), strict=True):
         yield compare_logits(*piece)
 
@@ -147,18 +148,26 @@ def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenA
         targets: int64 [n].
     """
     targets, reference = targets.to(logits.device)[:, None], reference.to(logits.device)
-    log_p, log_p16 = (functional.log_softmax(x.float(), -1) for x in (logits, reference))
+    (log_p, nats, best), (log_p16, _, best16) = (_log_softmax(x, targets) for x in (logits, reference))
     p16 = log_p16.exp()
-    of_target = log_p.gather(1, targets)[:, 0]
-    change = of_target.exp() - p16.gather(1, targets)[:, 0]
+    change = nats.neg().exp() - p16.gather(1, targets)[:, 0]
     terms = (log_p16 - log_p).mul_(p16)
     kl = terms.sum(-1)
     if kl.isnan().any():
         kl = terms.masked_fill_(p16 == 0, 0).sum(-1)
-    # Of equals both give the first; on a CPU max is faster than argmax.
-    same = (logits.max(-1).indices == reference.max(-1).indices).float().masked_fill_(kl.isnan(), math.nan)
-    on_host = (x.cpu().numpy() for x in (kl, same, change, -of_target))
+    same = (best == best16).float().masked_fill_(kl.isnan(), math.nan)
+    on_host = (x.cpu().numpy() for x in (kl, same, change, nats))
     return TokenAgreement(**dict(zip((f.name for f in fields(TokenAgreement)), on_host, strict=True)))
+
+
+def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ln p [n, vocabulary] and -ln p(target) [n] in float32, and the most probable token [n], lowest of equals.
+
+    The steps are those by which perplexity scores, so that its nats are the same to the bit.
+    """
+    largest, log_sum, best = summarize_logits(logits)
+    nats = (largest - logits.gather(1, targets)[:, 0].float()) + log_sum
+    return (logits.float() - largest[:, None]).sub_(log_sum[:, None]), nats, best
 
 
 def summarize(
@@ -208,7 +217,7 @@ def _compare_separate(
     states = _separate_states(scorer, ids).reshape(-1, kept.shape[-1])
     targets = torch.from_numpy(ids[:, 1:].reshape(-1))
     # Perplexity's own pieces: matrix products of other sizes may differ in the last bit.
-    chunk = max(1, scoring.HEAD_CHUNK // int(scorer.head.weight.shape[0]))
+    chunk = scorer.chunk(states.device)
     pieces = (torch.split(x, chunk) for x in (states, kept.view(-1, kept.shape[-1]), targets))
     for now, before, of_piece in zip(*pieces, strict=True):
         yield from compare_in_pieces(scorer.head(now), head(before.to(now.device)), of_piece)
@@ -239,10 +248,7 @@ def _compare_whole(
         both = _hooked(
             scorer, row, lambda _module, _args, output, second=second: torch.cat([output, second.to(output.device)])
         )
-        chunk = max(1, scoring.HEAD_CHUNK // both.shape[-1])
-        pieces = (torch.split(x, chunk) for x in (both[0, :-1], both[1, :-1], torch.from_numpy(row[1:])))
-        for now, of_reference, of_piece in zip(*pieces, strict=True):
-            yield from compare_in_pieces(now, of_reference, of_piece)
+        yield from compare_in_pieces(both[0, :-1], both[1, :-1], torch.from_numpy(row[1:]))
 
 
 def _hooked(scorer: TokenScorer, row: NDArray[np.int64], hook: Callable[..., Tensor | None]) -> Tensor:

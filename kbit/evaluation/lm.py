@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import TemplateLM
 
 from kbit.evaluation.generation import generate
-from kbit.evaluation.requests import RequestEncoder, sum_windows
+from kbit.evaluation.requests import RequestEncoder, ScoringPlan, sum_windows
 from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.sharing import SHARED, sharing
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -49,15 +50,19 @@ class KbitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self.encoder.encode([string], special=add_special_tokens)[string]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return self.encoder.plan([r.args for r in requests]).run(self.scorer, batch_tokens=self.batch_tokens)
+        return self._run(self.encoder.plan([r.args for r in requests]))
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self.encoder.plan_tokens(pairs).run(self.scorer, batch_tokens=self.batch_tokens)
+        return self._run(self.encoder.plan_tokens(pairs))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         plan, owners = self.encoder.plan_windows([r.args[0] for r in requests])
-        return sum_windows(plan.run(self.scorer, batch_tokens=self.batch_tokens), owners, len(requests))
+        return sum_windows(self._run(plan), owners, len(requests))
+
+    def _run(self, plan: ScoringPlan) -> list[tuple[float, bool]]:
+        share = sharing(self.scorer, plan, batch_tokens=self.batch_tokens) == SHARED
+        return plan.run(self.scorer, batch_tokens=self.batch_tokens, share=share)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         arguments = [r.args for r in requests]

@@ -44,16 +44,18 @@ class PerplexityEval:
         """Loss in nats a scored token, perplexity and bits per byte; samples 'nats' float32 and 'tokens' int32, one a
         window.
         """
-        from kbit.evaluation.scoring import TokenScorer
+        from kbit.evaluation.scoring import TokenBatch, TokenScorer
 
         scorer = TokenScorer(model)
         count, length = self.windows.shape
-        nats = np.empty(count, dtype=np.float64)
-        for start, ids in self.batches(batch_tokens):
+        scored = []
+        for _, ids in self.batches(batch_tokens):
             rows, positions = np.indices((len(ids), length - 1)).reshape(2, -1)
-            scored, _ = scorer.score(ids, rows, positions, ids[:, 1:].reshape(-1), greedy=False)
-            nats[start : start + len(ids)] = scored.reshape(len(ids), length - 1).sum(1, dtype=np.float64)
-        return self.result(nats)
+            tokens = TokenBatch.of(ids, rows * length + positions, ids[:, 1:].reshape(-1))
+            scored.append(scorer.score(tokens, greedy=False)[0])
+        # A GPU is waited for here, once.
+        of_tokens = np.concatenate([nats.cpu().numpy() for nats in scored]).reshape(count, length - 1)
+        return self.result(of_tokens.sum(1, dtype=np.float64))
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield the windows by batches of at most ``batch_tokens`` tokens, or one window, each with its first's

@@ -8,15 +8,18 @@ compares encodings, scores and metrics with HFLM's.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.forests import Forest, Tree, fill_rows, grow_trees, size_of
+from kbit.evaluation.scoring import TokenBatch, TokenScorer
 
 ENCODE_BATCH: Final = 1000
 
@@ -37,43 +40,100 @@ class ScoringPlan:
     owners: list[list[tuple[int, list[int]]]]
     count: int
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(ids) for ids in self.inputs)
+    def count_tokens(self, *, share: bool) -> int:
+        """Return the tokens that go through the model, without padding."""
+        return sum(map(size_of, self.shared)) if share else sum(map(len, self.inputs))
 
     @property
     def largest_id(self) -> int:
         targets = (max(target) for owners in self.owners for _, target in owners)
         return max(max(max(ids) for ids in self.inputs), *targets) if self.inputs else 0
 
-    def run(self, scorer: TokenScorer, *, batch_tokens: int) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives the continuation) of each request, in order."""
-        results: list[tuple[float, bool]] = [(float("nan"), False)] * self.count
-        start = 0
-        while start < len(self.inputs):
-            length = len(self.inputs[start])
-            stop = min(len(self.inputs), start + max(1, batch_tokens // length))
-            self._run_batch(scorer, start, stop, results)
-            start = stop
+    @cached_property
+    def apart(self) -> list[list[Tree]]:
+        """Rows of one input each, longest first."""
+        trees = [Tree() for _ in self.inputs]
+        for number, (tree, ids) in enumerate(zip(trees, self.inputs, strict=True)):
+            tree.add(number, ids, 0)
+        return [[tree.close()] for tree in trees]
+
+    @cached_property
+    def shared(self) -> list[list[Tree]]:
+        """Rows in which inputs that begin alike share their beginning, the fullest first."""
+        return fill_rows(list(grow_trees(self.inputs)))
+
+    def run(self, scorer: TokenScorer, *, batch_tokens: int, share: bool) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives the continuation) of each request, in order.
+
+        Args:
+            scorer: of the model.
+            batch_tokens: most tokens in a batch, padding included, or one row.
+            share: beginnings that inputs have in common go through the model once.
+        """
+        return self.run_rows(scorer, self.shared if share else self.apart, batch_tokens=batch_tokens, share=share)
+
+    def run_rows(
+        self, scorer: TokenScorer, rows: Sequence[list[Tree]], *, batch_tokens: int, share: bool
+    ) -> list[tuple[float, bool]]:
+        """Score the requests of some rows; the others are NaN and False."""
+        results: list[tuple[float, bool]] = [(math.nan, False)] * self.count
+        batches = list(self._batches(rows, batch_tokens, share))
+        scored = [scorer.score(batch.tokens) for batch in batches]
+        # A GPU is waited for here, once.
+        for batch, (nats, greedy) in zip(batches, scored, strict=True):
+            ends = np.cumsum(batch.lengths)[:-1]
+            of_requests = zip(
+                batch.requests, np.split(nats.cpu().numpy(), ends), np.split(greedy.cpu().numpy(), ends), strict=True
+            )
+            for request, of_request, is_greedy in of_requests:
+                results[request] = (-float(of_request.sum(dtype=np.float64)), bool(is_greedy.all()))
         return results
 
-    def _run_batch(self, scorer: TokenScorer, start: int, stop: int, results: list[tuple[float, bool]]) -> None:
-        inputs, owners = self.inputs[start:stop], self.owners[start:stop]
-        padded = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
-        rows, positions, targets, requests = [], [], [], []
-        for row, (ids, of_input) in enumerate(zip(inputs, owners, strict=True)):
-            padded[row, : len(ids)] = ids
-            for request, target in of_input:
-                rows.append(np.full(len(target), row))
-                positions.append(np.arange(len(ids) - len(target), len(ids)))
-                targets.append(target)
-                requests.append(request)
-        flat = (np.concatenate(part) for part in (rows, positions, targets))
-        nats, greedy = scorer.score(padded, *flat)
-        ends = np.cumsum([len(target) for target in targets])[:-1]
-        per_request = zip(requests, np.split(nats, ends), np.split(greedy, ends), strict=True)
-        for request, of_request, is_greedy in per_request:
-            results[request] = (-float(of_request.sum(dtype=np.float64)), bool(is_greedy.all()))
+    def _batches(self, rows: Sequence[list[Tree]], batch_tokens: int, share: bool) -> Iterator[_Batch]:
+        start = 0
+        while start < len(rows):
+            length = size_of(rows[start])
+            stop = min(len(rows), start + max(1, batch_tokens // length))
+            yield self._batch(rows[start:stop], length, share)
+            start = stop
+
+    def _batch(self, rows: Sequence[list[Tree]], length: int, share: bool) -> _Batch:
+        """Lay rows of at most ``length`` tokens out for a forward pass."""
+        ids, positions = np.zeros((2, len(rows), length), dtype=np.int64)
+        ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (len(rows), 1))
+        at, targets, requests = [], [], []
+        for row, trees in enumerate(rows):
+            first = 0
+            for tree in trees:
+                last = first + len(tree.tokens)
+                ids[row, first:last] = tree.tokens
+                positions[row, first:last] = tree.positions
+                ends[row, first:last] = np.asarray(tree.ends) + first
+                for member, path in zip(tree.members, tree.paths, strict=True):
+                    for request, target in self.owners[member]:
+                        at.append(np.asarray(path[len(path) - len(target) :]) + (row * length + first))
+                        targets.append(target)
+                        requests.append(request)
+                first = last
+        return _Batch(
+            tokens=TokenBatch.of(
+                ids,
+                np.concatenate(at),
+                np.concatenate(targets),
+                forest=Forest(positions=positions, ends=ends) if share else None,
+            ),
+            requests=requests,
+            lengths=[len(target) for target in targets],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Rows for one forward pass; the requests whose targets are scored, one after another, and their numbers."""
+
+    tokens: TokenBatch
+    requests: list[int]
+    lengths: list[int]
 
 
 class RequestEncoder:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
-HEAD_CHUNK: Final = 2**24
-"""Logits computed at once (float32: 64 MB, and as much again for their log-softmax): with a vocabulary of 250,000
-those of 67 tokens, not of a batch.
+from kbit.evaluation.forests import Forest, forest_mask
+from kbit.evaluation.positions import placed
+from kbit.kernels.logits import summarize_logits
+
+_LEAST_CHUNK: Final = 2**24
+HEAD_CHUNK: Final = {"cpu": _LEAST_CHUNK, "cuda": 2**27}
+"""Logits computed at once: 32 or 256 MB of 16 bits. On a CPU their float32 copies should stay small; on a GPU the
+head, which is read for each chunk, should meet enough tokens (with a vocabulary of 250,000: 535).
 """
 PROBE_TOKENS: Final = 4
 LOGIT_CHANGES: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -20,16 +26,65 @@ cap is too weak for a comparison to show.
 """
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenBatch:
+    """Tokens for one forward pass, and what is scored on them.
+
+    Attributes:
+        ids: int64 [rows, length], right-padded with any token.
+        places: int64 [m], ascending: where predictions are made, row x length + position; position t predicts the token
+            that follows it.
+        of_target: int64 [n], the index in ``places`` of each target.
+        targets: int64 [n], the tokens that are scored. Several may be scored at one place.
+        forest: what each token follows, where rows are no plain sequences.
+    """
+
+    ids: NDArray[np.int64]
+    places: NDArray[np.int64]
+    of_target: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    forest: Forest | None = None
+
+    @classmethod
+    def of(
+        cls,
+        ids: NDArray[np.int64],
+        at: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        *,
+        forest: Forest | None = None,
+    ) -> TokenBatch:
+        """Return the batch of targets, int64 [n], at places, int64 [n]."""
+        places, of_target = np.unique(at, return_inverse=True)
+        return cls(ids=ids, places=places, of_target=of_target, targets=targets, forest=forest)
+
+    def row(self, row: int) -> tuple[TokenBatch, NDArray[np.int64]]:
+        """Return one row as a batch, and which targets of this one are its own."""
+        length = self.ids.shape[1]
+        first, last = np.searchsorted(self.places, (row * length, (row + 1) * length))
+        mine = np.flatnonzero((self.of_target >= first) & (self.of_target < last))
+        one = TokenBatch(
+            ids=self.ids[row : row + 1],
+            places=self.places[first:last] - row * length,
+            of_target=self.of_target[mine] - first,
+            targets=self.targets[mine],
+            forest=None if self.forest is None else self.forest.row(row),
+        )
+        return one, mine
+
+
 class TokenScorer:
     """Scores chosen tokens of right-padded batches with a transformers causal language model in eval mode.
 
-    The base model runs once per batch; its head is applied to the scored positions only, a chunk at a time, with a
-    float32 log-softmax. Padding is on the right and attention causal, so no scored position sees it, and no attention
-    mask is passed (lm-eval's HFLM does the same). A model spread over several GPUs takes its inputs where its embedding
-    lies.
+    The base model runs once per batch; its head is applied to the scored positions only, each once, a chunk at a time.
+    Of the logits only their log-sum-exp in float32, the targets' and the largest are kept. Padding is on the right and
+    attention causal, so no scored position sees it, and no attention mask is passed (lm-eval's HFLM does the same). A
+    model spread over several GPUs takes its inputs where its embedding lies.
+
+    Nothing here waits for a GPU: results stay there until the caller asks for them.
 
     Models that do more to their logits than apply the head (soft caps, scales) are found by their configuration, and
-    by comparing on a few tokens; theirs are computed by the model itself, one sequence at a time.
+    by comparing on a few tokens; theirs are computed by the model itself, one row at a time.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,47 +96,61 @@ class TokenScorer:
         self.separable = self.head is not None and self._head_gives_logits()
 
     @torch.inference_mode()
-    def score(
-        self,
-        input_ids: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        targets: NDArray[np.int64],
-        *,
-        greedy: bool = True,
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def score(self, batch: TokenBatch, *, greedy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats of each target, and whether the model's most probable token is that target.
 
         Args:
-            input_ids: int64 [batch, length], right-padded with any token.
-            rows: int64 [n]: the row where each prediction is made.
-            positions: int64 [n]: where in the row; position t predicts the token at t + 1.
-            targets: int64 [n]: the tokens that are scored.
-            greedy: False spares looking for the most probable token; the second array is then empty.
+            batch: tokens, places and targets.
+            greedy: False spares looking for the most probable token; the second tensor is then empty.
 
         Returns:
-            float32 [n], -ln p(target), and bool [n]. What is not finite stays so.
+            float32 [n], -ln p(target), and bool [n], on the device of the head. What is not finite stays so.
         """
-        ids, row, position, target = (
-            torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (input_ids, rows, positions, targets)
-        )
         if self.separable:
-            states = self.base(ids, use_cache=False).last_hidden_state
+            ids, places = self._put(batch.ids), self._put(batch.places)
+            with self._following(batch.forest) as options:
+                states = self.base(ids, use_cache=False, **options).last_hidden_state
             # Those of a model spread over GPUs may lie on another than its inputs.
-            hidden = states[row.to(states.device), position.to(states.device)]
-            chunk = max(1, HEAD_CHUNK // int(self.head.weight.shape[0]))
-            pieces = zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True)
-            parts = [_nats(self.head(piece), of_piece, greedy) for piece, of_piece in pieces]
-            return np.concatenate([nats for nats, _ in parts]), np.concatenate([best for _, best in parts])
-        nats = np.empty(len(targets), dtype=np.float32)
-        best = np.empty(len(targets) if greedy else 0, dtype=np.bool_)
-        for index in range(len(ids)):
-            chosen = np.flatnonzero(rows == index)
-            logits = self.model(ids[index : index + 1], use_cache=False).logits[0, position[row == index]]
-            nats[chosen], of_row = _nats(logits, target[row == index], greedy)
-            if greedy:
-                best[chosen] = of_row
-        return nats, best
+            return self._by_chunks(states.flatten(0, 1)[places.to(states.device)], batch, greedy)
+        numbers, parts = [], []
+        for row in range(len(batch.ids)):
+            one, mine = batch.row(row)
+            ids, places = self._put(one.ids), self._put(one.places)
+            with self._following(one.forest) as options:
+                logits = self.model(ids, use_cache=False, **options).logits[0]
+            numbers.append(mine)
+            parts.append(_nats(logits[places.to(logits.device)], one.of_target, one.targets, greedy))
+        return _in_order(np.concatenate(numbers), parts)
+
+    def chunk(self, device: torch.device) -> int:
+        """Return how many hidden states on a device meet the head at once."""
+        return max(1, HEAD_CHUNK.get(device.type, _LEAST_CHUNK) // int(self.head.weight.shape[0]))
+
+    def _by_chunks(self, hidden: torch.Tensor, batch: TokenBatch, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score hidden states [places, hidden]."""
+        chunk = self.chunk(hidden.device)
+        order = np.argsort(batch.of_target, kind="stable")
+        starts = np.searchsorted(batch.of_target[order], np.arange(0, len(hidden) + chunk, chunk))
+        parts = []
+        for number, piece in enumerate(torch.split(hidden, chunk)):
+            mine = order[starts[number] : starts[number + 1]]
+            parts.append(_nats(self.head(piece), batch.of_target[mine] - number * chunk, batch.targets[mine], greedy))
+        return _in_order(order, parts)
+
+    def _following(self, forest: Forest | None) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        """Return the arguments of a forward pass in which each token follows what the forest says."""
+        if forest is None:
+            return nullcontext({})
+        positions = self._put(forest.positions)
+        mask = forest_mask(self._put(forest.ends), self.model.dtype)
+        return placed(self.base, positions, mask)
+
+    def _put(self, array: NDArray[Any]) -> torch.Tensor:
+        """Copy an array to the model's inputs; to a GPU without waiting for what it does."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def _head_gives_logits(self) -> bool:
@@ -102,8 +171,29 @@ class TokenScorer:
         )
 
 
-def _nats(logits: torch.Tensor, targets: torch.Tensor, greedy: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    targets = targets.to(logits.device)
-    nats = functional.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
-    best = (logits.argmax(-1) == targets).cpu().numpy() if greedy else np.empty(0, dtype=np.bool_)
-    return nats, best
+def _in_order(
+    numbers: NDArray[np.int64], parts: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what was scored by parts, in the order of the batch's targets; ``numbers`` int64 [n] are those scored."""
+    nats, best = (torch.cat(list(of_all)) for of_all in zip(*parts, strict=True))
+    if (numbers[:-1] < numbers[1:]).all():
+        return nats, best
+    back = torch.from_numpy(np.argsort(numbers)).to(nats.device, non_blocking=True)
+    return nats[back], best[back] if len(best) else best
+
+
+def _nats(
+    logits: torch.Tensor, of_target: NDArray[np.int64], targets: NDArray[np.int64], greedy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return nats float32 [n] and, if greedy, whether each target is the most probable token, bool [n].
+
+    Args:
+        logits: [places, vocabulary].
+        of_target: int64 [n], the place of each target.
+        targets: int64 [n].
+        greedy: whether the second is wanted; it is empty otherwise.
+    """
+    place, target = (torch.from_numpy(a).to(logits.device, non_blocking=True) for a in (of_target, targets))
+    largest, log_sum, best = summarize_logits(logits)
+    nats = (largest[place] - logits[place, target].float()) + log_sum[place]
+    return nats, best[place] == target if greedy else best[:0].bool()

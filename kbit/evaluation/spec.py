@@ -122,6 +122,8 @@ class EvalResult:
         dataset_hash: SHA-256 of what was evaluated (the tokens of a text set, the requests of a task): provenance.
         higher_is_better: direction of metrics that the kind doesn't declare, or declares otherwise, where the data's
             own definition gives it (a task's ``metric_list``).
+        prefixes: of a task: whether beginnings that requests share went through the model once, else why not
+            (``kbit.evaluation.sharing``).
         also: results that came with this one, by kind (``Evaluator.brings``): of the same data under the same settings.
     """
 
@@ -133,6 +135,7 @@ class EvalResult:
     n_tokens: int
     dataset_hash: str
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    prefixes: str | None = None
     also: Mapping[str, EvalResult] = field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ from kbit.evaluation.evaluators import TASK
 from kbit.evaluation.generation import generate
 from kbit.evaluation.requests import RequestEncoder, ScoringPlan, sum_windows
 from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.sharing import SHARED, sharing
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.evaluation.tasks import build_task
 
@@ -41,12 +42,15 @@ _DECLARED: Final = {metric.name: metric.higher_is_better for metric in TASK.metr
 
 @dataclass(kw_only=True)
 class Answers:
-    """The model's response to each request of one type, whether it is made of numbers, and the tokens that it took."""
+    """The model's response to each request of one type, whether it is made of numbers, the tokens that it took, and
+    whether beginnings were shared (``kbit.evaluation.sharing``).
+    """
 
     responses: list[Any] = field(default_factory=list)
     defined: list[bool] = field(default_factory=list)
     finite: bool = True
     tokens: int = 0
+    prefixes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +81,11 @@ class TaskEval:
             instance.resps, instance.filtered_resps = [], {}
         undefined: set[int] = set()
         finite, tokens = True, 0
+        prefixes: list[str] = []
         for kind, instances in self.requests.items():
             answers = self._answer(kind, instances, model, batch_tokens)
             finite, tokens = finite and answers.finite, tokens + answers.tokens
+            prefixes += [] if answers.prefixes is None else [answers.prefixes]
             for instance, response, defined in zip(instances, answers.responses, answers.defined, strict=True):
                 instance.resps.append(response)
                 if not defined:
@@ -95,6 +101,7 @@ class TaskEval:
             n_tokens=tokens,
             dataset_hash=self.dataset_hash,
             higher_is_better=found.higher_is_better,
+            prefixes="; ".join(dict.fromkeys(prefixes)) or None,
         )
 
     def _answer(self, kind: str, instances: list[Any], model: PreTrainedModel, batch_tokens: int) -> Answers:
@@ -107,7 +114,10 @@ class TaskEval:
                 tokens=generated.tokens,
             )
         plan, owners = self.plans[kind]
-        scored: list[Any] = plan.run(TokenScorer(model), batch_tokens=batch_tokens)
+        scorer = TokenScorer(model)
+        prefixes = sharing(scorer, plan, batch_tokens=batch_tokens)
+        share = prefixes == SHARED
+        scored: list[Any] = plan.run(scorer, batch_tokens=batch_tokens, share=share)
         values = [value for value, _ in scored]
         if kind == "loglikelihood_rolling":
             scored = values = sum_windows(scored, owners, len(instances))
@@ -115,7 +125,8 @@ class TaskEval:
             responses=scored,
             defined=[not math.isnan(value) for value in values],
             finite=all(map(math.isfinite, values)),
-            tokens=plan.tokens,
+            tokens=plan.count_tokens(share=share),
+            prefixes=prefixes,
         )
 
 

@@ -111,6 +111,7 @@ def result_columns(result: EvalResult) -> Row:
         "n_samples": result.n_samples,
         "n_tokens": result.n_tokens,
         "dataset_hash": result.dataset_hash,
+        "prefixes": result.prefixes,
     }
 
 

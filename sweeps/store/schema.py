@@ -113,6 +113,7 @@ def columns() -> tuple[Column, ...]:
         _c("higher_is_better", "map<string,bool>", "direction of metrics that no kind declares, by the task"),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 2),
         _cell("calibration_seed", "int64", "seed of the draw of calibration data, by which replicates differ"),
+        _c("prefixes", "string", "of a task: shared where requests shared their beginnings, else why not"),
     )
 
 

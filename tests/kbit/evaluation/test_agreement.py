@@ -216,8 +216,8 @@ def test_pieces_of_logits_change_nothing(model: Any, tokenizer: Any, monkeypatch
     compared = prepared(tokenizer, limit=600).refer(model, batch_tokens=600)
     with quantize_model(model, INT4, storage_dtype=torch.float16):
         whole = compared.run(model, batch_tokens=600)
-        monkeypatch.setattr(scoring, "HEAD_CHUNK", 7 * VOCAB)
-        monkeypatch.setattr(agreement, "CACHED", 3 * VOCAB)
+        monkeypatch.setattr(scoring, "HEAD_CHUNK", {"cpu": 7 * VOCAB})
+        monkeypatch.setattr(agreement, "COMPARED_AT_ONCE", {"cpu": 3 * VOCAB})
         pieces = compared.run(model, batch_tokens=600)
     assert pieces.metrics == pytest.approx(whole.metrics, rel=1e-5, abs=1e-7)
 

@@ -25,7 +25,7 @@ from transformers import (
 from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, prepare, scoring
 from kbit.evaluation.perplexity import summarize
-from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.scoring import TokenBatch, TokenScorer
 from kbit.evaluation.texts import encode_text, read_documents
 from kbit.sources import LocalFile
 from tests import ROOT
@@ -225,7 +225,7 @@ def test_a_model_that_changes_its_logits_is_scored_by_its_own(config: Any) -> No
     ids = np.arange(24).reshape(2, 12) % 64
     rows, positions = np.indices((2, 11)).reshape(2, -1)
     scorer = TokenScorer(model)
-    nats, greedy = scorer.score(ids, rows, positions, ids[:, 1:].reshape(-1))
+    nats, greedy = scorer.score(TokenBatch.of(ids, rows * 12 + positions, ids[:, 1:].reshape(-1)))
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids)).logits[:, :-1].reshape(22, 64)
     expected = functional.cross_entropy(logits, torch.from_numpy(ids[:, 1:].reshape(-1)), reduction="none")
@@ -293,7 +293,7 @@ def test_every_family_is_scored_as_by_its_own_logits(assets: Path, name: str) ->
         ids[row, length:] = 0
     rows = np.concatenate([np.full(length - 1, row) for row, length in enumerate(lengths)])
     positions = np.concatenate([np.arange(length - 1) for length in lengths])
-    nats, _ = scorer.score(ids, rows, positions, ids[rows, positions + 1])
+    nats, _ = scorer.score(TokenBatch.of(ids, rows * 40 + positions, ids[rows, positions + 1]))
     expected = []
     for row, length in enumerate(lengths):
         alone = torch.from_numpy(ids[row : row + 1, :length])

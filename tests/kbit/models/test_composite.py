@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, MptConfig
 
 from kbit import QuantSpec, quantize_model
-from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.scoring import TokenBatch, TokenScorer
 from kbit.models.architectures import block_layers, decoder_blocks
 from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.loading import load_model
@@ -40,7 +40,7 @@ def test_a_composite_checkpoint_is_read_whole_and_scored_by_its_language_part(ch
     assert all(torch.equal(value, expected[name].float()) for name, value in loaded.model.state_dict().items())
     ids = np.arange(24).reshape(2, 12)
     rows, positions = np.indices((2, 11)).reshape(2, -1)
-    nats, _ = TokenScorer(loaded.model).score(ids, rows, positions, ids[:, 1:].reshape(-1))
+    nats, _ = TokenScorer(loaded.model).score(TokenBatch.of(ids, rows * 12 + positions, ids[:, 1:].reshape(-1)))
     with torch.inference_mode():
         logits = loaded.model(torch.from_numpy(ids)).logits[:, :-1].reshape(22, VOCABULARY)
     plain = functional.cross_entropy(logits, torch.from_numpy(ids[:, 1:].reshape(-1)), reduction="none")
