@@ -41,6 +41,8 @@ class DataType:
             CPU; a data-dependent one's takes a ``kbit.quantizer.source.Source`` and the spec, and returns the codebook
             of that tensor on the tensor's device. Either is float32 [2 to 2^bits], sorted, distinct, within [-1, 1].
         data_dependent: each tensor has a codebook of its own, whose bits count.
+        of_blocks: a data-dependent codebook depends on how the tensor is cut into blocks, and on how their absmax are
+            stored. Without it, one fitted to a tensor serves every block size.
         has_zero: every codebook of the type has an exact 0.
         axes: from the number of bits and the optional axes as they were given, the ones that apply to this type, with
             their resolved values.
@@ -48,6 +50,7 @@ class DataType:
 
     values: str | Callable[..., Any]
     data_dependent: bool = False
+    of_blocks: bool = True
     has_zero: bool = True
     axes: Callable[[int, Mapping[str, Any]], dict[str, Any]] = _no_axes
 
@@ -75,7 +78,7 @@ DTYPES: Final = Door[DataType](
         "int": DataType(values="kbit.quantizer.codebooks:int_values"),
         "float": DataType(values="kbit.quantizer.codebooks:float_values", axes=_float_axes),
         "dynamic": DataType(values="kbit.quantizer.codebooks:dynamic_values", axes=_dynamic_axes),
-        "quantile": DataType(values="kbit.quantizer.codebooks:quantile_values", data_dependent=True),
+        "quantile": DataType(values="kbit.quantizer.codebooks:quantile_values", data_dependent=True, of_blocks=False),
         "normal": DataType(values="kbit.quantizer.codebooks:normal_values"),
         "lloyd": DataType(values="kbit.quantizer.lloyd:lloyd_values", data_dependent=True, has_zero=False),
         "file": DataType(values="kbit.quantizer.codebooks:file_values", axes=_file_axes, has_zero=False),

@@ -3,6 +3,7 @@
   python -m kbit.bench               quantize and dequantize; on an NVIDIA GPU also the fused product x W^T
   python -m kbit.bench --roofline    the paper's Figure 16, measured: ceilings, batch 1 to 64, 3 to 8 and 16 bits
   python -m kbit.bench --model       a decode step of an OPT-shaped model: latency, memory and size by precision
+  python -m kbit.bench --switch      changing the cell of a loaded OPT-shaped model, by data type; bits are compared
   python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
 
 Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
@@ -20,7 +21,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import evaluation, latency, quantizers, roofline
+from kbit.bench import evaluation, latency, quantizers, roofline, switch
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
@@ -39,6 +40,8 @@ _MATMUL_BITS: Final = (3, 4, 5, 6, 8)
 _CPU_BITS: Final = (3, 4, 8)
 _CPU_DTYPES: Final = ("int", "float", "quantile")
 _DEFAULT_MODEL: Final = "opt-6.7b"
+_AUTO: Final = "auto"
+_SWITCH_BITS: Final = (4,)
 _BATCH: Final = 1
 _CONTEXT: Final = 128
 _DOCUMENTS: Final = 1000
@@ -56,15 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {what}", file=sys.stderr, flush=True)
 
     torch.set_num_threads(args.threads)
-    name, run = (
-        ("roofline", _roofline)
-        if args.roofline
-        else ("decode", _decode)
-        if args.model
-        else ("evaluation", _evaluation)
-        if args.evaluation
-        else ("kernels", _kernels)
-    )
+    name, run = _chosen(args)
     tables = run(args, say)
     report = Report(
         name=name,
@@ -79,6 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in report.write(args.out):
             say(f"written: {path}")
     say("done")
+    if any(record.get("equal") == 0 for table in tables for record in table.records):
+        raise SystemExit("kept originals gave other bits than a freshly loaded model")
+
+
+def _chosen(args: argparse.Namespace) -> tuple[str, Callable[[argparse.Namespace, Say], list[Table]]]:
+    """Return the run's name and function."""
+    if args.roofline:
+        return "roofline", _roofline
+    if args.model:
+        return "decode", _decode
+    if args.evaluation:
+        return "evaluation", _evaluation
+    return ("switch", _switch) if args.switch else ("kernels", _kernels)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
         const=_DEFAULT_MODEL,
         choices=tuple(PRESETS),
         help=f"a decode step of random weights in this shape (GPU; {_DEFAULT_MODEL} where none is named)",
+    )
+    mode.add_argument(
+        "--switch",
+        nargs="?",
+        const=_AUTO,
+        choices=(_AUTO, *switch.SHAPES),
+        help=f"change the cell of a model of random weights in this shape ({_AUTO}: {_DEFAULT_MODEL} on a GPU, "
+        f"{switch.SMALL.name} on a CPU)",
     )
     mode.add_argument(
         "--evaluation",
@@ -165,7 +181,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         except OSError as error:
             parser.error(f"--out {args.out}: {error.strerror}; name a directory that can be written")
     try:
-        if args.device == "cuda" and args.only != "quantizers":
+        if args.device == "cuda" and args.only != "quantizers" and not args.switch:
             for shape in args.shapes or SHAPES:
                 check_shape(shape, args.blocksize)
         for impl in args.impl:
@@ -215,9 +231,11 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def _fill_in(args: argparse.Namespace) -> None:
-    """Defaults of options that only --model takes, and each width once."""
+    """Defaults of options that only --model takes, the shape of --switch, and each width once."""
     args.batch, args.context = args.batch or _BATCH, args.context or _CONTEXT
     args.compile_mode = args.compile_mode or latency.COMPILE_MODES[0]
+    if args.switch == _AUTO:
+        args.switch = _DEFAULT_MODEL if args.device == "cuda" else switch.SMALL.name
     args.bits = args.bits and list(dict.fromkeys(args.bits))
 
 
@@ -282,6 +300,18 @@ def _decode(args: argparse.Namespace, say: Say) -> list[Table]:
     if not steps:
         raise SystemExit(f"{args.model}: no precision fits this GPU's free memory")
     return [latency.table(steps, setting, ceilings, device=device_name("cuda"))]
+
+
+def _switch(args: argparse.Namespace, say: Say) -> list[Table]:
+    specs = [
+        QuantSpec(bits=bits, dtype=dtype, blocksize=args.blocksize)
+        for dtype in args.dtypes or switch.DTYPES
+        for bits in args.bits or _SWITCH_BITS
+    ]
+    setting = switch.Setting(
+        model=switch.SHAPES[args.switch], blocksize=args.blocksize, device=args.device, repeats=args.repeats
+    )
+    return [switch.measure(setting, specs, say=say)]
 
 
 if __name__ == "__main__":

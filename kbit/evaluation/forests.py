@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 ROW: Final = 256
 """Tokens in a row: attention's cost grows with it, and what doesn't fill it is padding."""
-LEAST_SHARED: Final = 4
-"""Fewer tokens in common tie no two sequences to one row: that would cost more in padding than it saves."""
+LEAST_SHARED: Final = 8
+LEAST_SHARE: Final = 0.15
+"""Fewer tokens in common, or a smaller part of a sequence, tie no two sequences to one row: large trees that save
+little leave more of the rows empty.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,15 +94,17 @@ class Tree:
 def grow_trees(sequences: Sequence[list[int]], *, row: int = ROW) -> Iterator[Tree]:
     """Yield trees that hold each of the distinct sequences once.
 
-    Two neighbours in the order of their tokens share a tree where they have at least ``LEAST_SHARED`` in common. A tree
-    has at most ``row`` tokens, or twice those of its first sequence, so that long ones share too.
+    Two neighbours in the order of their tokens share a tree where they have at least ``LEAST_SHARED`` tokens and
+    ``LEAST_SHARE`` of the second in common. A tree has at most ``row`` tokens, or twice those of its first sequence, so
+    that long ones share too.
     """
     tree, limit = Tree(), 0
     before: list[int] = []
     for member in sorted(range(len(sequences)), key=lambda index: sequences[index]):
         ids = sequences[member]
         shared = common_prefix(before, ids)
-        if tree.members and (shared < LEAST_SHARED or len(tree.tokens) + len(ids) - shared > limit):
+        is_close = shared >= max(LEAST_SHARED, LEAST_SHARE * len(ids))
+        if tree.members and not (is_close and len(tree.tokens) + len(ids) - shared <= limit):
             yield tree.close()
             tree = Tree()
         if not tree.members:

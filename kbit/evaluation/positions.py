@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
+from torch.nn import functional
 
 Arguments = dict[str, torch.Tensor]
 Place = Callable[[Any, torch.Tensor, torch.Tensor], AbstractContextManager[Arguments]]
+
+
+def is_masked_anyway(base: Any) -> bool:
+    """Tell whether a model's attention takes a tensor of biases also without a mask, so that one costs nothing more."""
+    return _type_of(base) in PLACES
 
 
 def placed(base: Any, positions: torch.Tensor, mask: torch.Tensor) -> AbstractContextManager[Arguments]:
@@ -20,8 +27,12 @@ def placed(base: Any, positions: torch.Tensor, mask: torch.Tensor) -> AbstractCo
         positions: int64 [batch, length].
         mask: [batch, 1, length, length], added to attention's scores.
     """
-    place: Place = PLACES.get(str(getattr(base.config, "model_type", "")), _by_position_ids)
+    place: Place = PLACES.get(_type_of(base), _by_position_ids)
     return place(base, positions, mask)
+
+
+def _type_of(base: Any) -> str:
+    return str(getattr(base.config, "model_type", ""))
 
 
 @contextmanager
@@ -31,19 +42,39 @@ def _by_position_ids(_: Any, positions: torch.Tensor, mask: torch.Tensor) -> Ite
 
 @contextmanager
 def _by_alibi(base: Any, positions: torch.Tensor, mask: torch.Tensor) -> Iterator[Arguments]:
-    """BLOOM has no position ids: a method of the model makes its biases from a mask of one number a token."""
+    """BLOOM has no position ids: a method of the model makes attention's biases, one for each key.
+
+    Biases and mask become one tensor, [batch, heads, length, length], once for all layers, and attention one fused
+    operation: the model's own writes and reads its scores, float32 too, several times.
+    """
 
     def build(mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
         ones = torch.ones(1, 2, dtype=torch.int64, device=mask.device)
         slopes: torch.Tensor = plain(ones, num_heads, torch.float32)[:, 0, 1]  # a head's bias at position 1
-        return (slopes[None, :, None] * positions[:, None, :]).reshape(-1, 1, positions.shape[1]).to(dtype)
+        # As the model does, in its dtype: the product first, then the mask.
+        bias = (slopes[None, :, None, None] * positions[:, None, None, :]).to(dtype)
+        return bias + mask
 
     plain = base.build_alibi_tensor
     base.build_alibi_tensor = build
+    attentions = [block.self_attention for block in base.h]
+    for attention in attentions:
+        attention.forward = partial(_fused_bloom, attention)
     try:
         yield {"attention_mask": mask}
     finally:
         del base.build_alibi_tensor
+        for attention in attentions:
+            del attention.forward
+
+
+def _fused_bloom(
+    attention: Any, hidden: torch.Tensor, residual: torch.Tensor, alibi: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Compute a BLOOM attention layer on [batch, length, hidden], without a cache, in eval mode."""
+    query, key, value = attention._reshape(attention.query_key_value(hidden))
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=alibi)
+    return residual + attention.dense(mixed.transpose(1, 2).flatten(2)), None
 
 
 PLACES: Final[Mapping[str, Place]] = {"bloom": _by_alibi}

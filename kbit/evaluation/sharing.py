@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kbit.evaluation.forests import Tree, size_of
+from kbit.evaluation.positions import is_masked_anyway
 from kbit.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def sharing(scorer: TokenScorer, plan: ScoringPlan, *, batch_tokens: int) -> str
     if not plan.inputs:
         return NOTHING
     saved = 1 - plan.count_tokens(share=True) / plan.count_tokens(share=False)
-    if saved < LEAST_SAVED:
+    if saved < LEAST_SAVED and not is_masked_anyway(scorer.base):
         return NOTHING
     depth = max(map(len, plan.inputs))
     known = _VERDICTS.get(scorer.model)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
+from kbit.data_types import data_type
 from kbit.methods.protocol import ModelPass, Undo
 from kbit.models.architectures import Layer
-from kbit.models.overwriting import overwrite
+from kbit.models.overwriting import rewrite
 from kbit.packed.replacing import pack_layer
 from kbit.quantizer.blockwise import QuantizedTensor, dequantize, quantize
 from kbit.quantizer.codebooks import is_data_dependent
@@ -36,7 +36,7 @@ class StoredCodes:
         return not is_data_dependent(self.tensor.spec)
 
     def put(self, layer: Layer) -> Undo:
-        return overwrite(layer, dequantize(self.tensor))
+        return rewrite(layer, lambda working: dequantize(self.tensor, out=working))
 
     def pack(self, model: nn.Module, layer: Layer) -> Undo:
         return pack_layer(model, layer, self.tensor)
@@ -54,14 +54,29 @@ def quantize_layers(
     columns = model.outlier_columns(spec.outlier_fraction) if spec.outlier_fraction else {}
     for block in model.blocks():
         for layer in block.layers:
-            yield layer, StoredCodes(tensor=_quantized(layer, spec, columns.get(layer.name), model.storage_dtype))
+            yield layer, StoredCodes(tensor=_quantized(layer, spec, columns.get(layer.name), model))
 
 
-def _quantized(
-    layer: Layer, spec: QuantSpec, columns: Tensor | None, storage_dtype: torch.dtype | None
-) -> QuantizedTensor:
+def _quantized(layer: Layer, spec: QuantSpec, columns: Tensor | None, model: ModelPass) -> QuantizedTensor:
+    key = (layer.name, _what_fits(spec), model.storage_dtype)
     try:
-        return quantize(layer.weight, spec, outlier_columns=columns, storage_dtype=storage_dtype)
+        q = quantize(
+            layer.weight,
+            spec,
+            outlier_columns=columns,
+            storage_dtype=model.storage_dtype,
+            fitted=model.fitted.get(key),
+        )
     except ValueError as error:
         error.add_note(f"in layer {layer.name}")
         raise
+    if is_data_dependent(spec) and key not in model.fitted:
+        model.fitted[key] = q.codebook.to("cpu", copy=True)
+    return q
+
+
+def _what_fits(spec: QuantSpec) -> QuantSpec:
+    """Return the spec with the axes that no fitted codebook of its data type depends on at one value each."""
+    if data_type(str(spec.dtype), spec.codebook).of_blocks:
+        return spec
+    return replace(spec, blocksize=None, scheme="block", absmax_dtype="float16")

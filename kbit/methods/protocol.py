@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kbit.doors import load
 from kbit.models.activations import Activations
 from kbit.models.architectures import Layer
+from kbit.models.originals import Fitted
 from kbit.spec import Spec
 
 Undo = Callable[[], None]
@@ -73,6 +74,10 @@ class ModelPass(Protocol):
     @property
     def storage_dtype(self) -> torch.dtype | None:
         """The checkpoint's 16-bit dtype; None takes each weight's own, or float16."""
+
+    @property
+    def fitted(self) -> Fitted:
+        """What cells fitted to this model's tensors: a method looks there first, and adds what it fits."""
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks in forward order, each once."""

@@ -26,6 +26,9 @@ class Layer:
         block: the block's number.
         module: nn.Linear, or transformers' Conv1D (GPT-2), whose weight is stored [in, out]; or what holds the stack.
         stack, number: the stack and the place in it; None for a linear layer.
+        original: the parameter's values as they were loaded, where they are kept (``kbit.models.originals``), on any
+            device; None where nothing but the parameter holds them.
+        reads_original: the parameter may hold other values now, and ``weight`` is the original's, on its device.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Layer:
     module: nn.Module
     stack: Stack | None = None
     number: int | None = None
+    original: Tensor | None = None
+    reads_original: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -43,11 +48,21 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as [out_features, in_features]: a view of the parameter."""
-        weight = self.parameter.detach()
+        """The weight that is to be quantized, [out_features, in_features]: a view of the parameter, or the original."""
+        if self.original is not None and self.reads_original:
+            return self.matrix(self.original)
+        return self.working
+
+    @property
+    def working(self) -> Tensor:
+        """What the model computes with, [out_features, in_features]: a view of the parameter."""
+        return self.matrix(self.parameter.detach())
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Return the layer's matrix [out_features, in_features] among values of the parameter's shape: a view."""
         if self.stack is not None and self.number is not None:
-            return self.stack.matrix(weight, self.number)
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+            return self.stack.matrix(values, self.number)
+        return values.t() if isinstance(self.module, Conv1D) else values
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

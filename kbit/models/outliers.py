@@ -27,7 +27,11 @@ from kbit.quantizer.storage import chunk_length, storage_dtype_of
 
 
 def outlier_columns(
-    model: nn.Module, fraction: float, *, storage_dtype: torch.dtype | None = None
+    model: nn.Module,
+    fraction: float,
+    *,
+    storage_dtype: torch.dtype | None = None,
+    layers: Sequence[Layer] | None = None,
 ) -> dict[str, Tensor | None]:
     """Return the input dimensions of each layer that stay in 16 bits, from its predecessor's original weights.
 
@@ -42,6 +46,7 @@ def outlier_columns(
             them).
         fraction: of the input dimensions, above 0 and below 1.
         storage_dtype: 16-bit dtype the weights are cast to first; None is each weight's own, or float16.
+        layers: the model's, with their original weights; None finds them.
 
     Returns:
         By layer name, in the order of ``block_layers``: int32 [max(1, round(fraction · in))] ascending (a half rounds
@@ -50,7 +55,7 @@ def outlier_columns(
     Raises:
         ArchitectureError: layers whose roles or shapes aren't known: outlier_fraction must then be 0.
     """
-    layers = block_layers(model)
+    layers = block_layers(model) if layers is None else layers
     parallel = has_parallel_residual(model)
     columns: dict[str, Tensor | None] = {}
     previous: Tensor | None = None  # spread of the previous block's FFN 2

@@ -11,14 +11,30 @@ from kbit.models.architectures import Layer
 
 
 def overwrite(layer: Layer, weight: Tensor) -> Callable[[], None]:
-    """Give a layer a weight [out_features, in_features], and keep the original on the host. Returns the way back."""
-    original = layer.weight.to("cpu", copy=True)
-    layer.weight.copy_(weight)
+    """Give a layer a weight [out_features, in_features]. Returns the way back.
 
-    def undo() -> None:
-        layer.weight.copy_(original)
+    The original is kept on the host, unless it is kept already (``Layer.original``).
+    """
+    return rewrite(layer, lambda working: working.copy_(weight))
 
-    return undo
+
+def rewrite(layer: Layer, fill: Callable[[Tensor], object]) -> Callable[[], None]:
+    """As ``overwrite``, with a function that writes the weight's values into the layer's own memory."""
+    original = layer.original
+    if original is not None:
+        kept = original
+        if is_same_memory(layer.parameter, kept):
+            layer.parameter.data = torch.empty_like(kept)
+        fill(layer.working)
+        return lambda: _copy(layer, layer.matrix(kept))
+    before = layer.working.to("cpu", copy=True)
+    fill(layer.working)
+    return lambda: _copy(layer, before)
+
+
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors begin at the same address of a device."""
+    return a.device == b.device and a.data_ptr() == b.data_ptr()
 
 
 @torch.no_grad()
@@ -27,3 +43,7 @@ def restore(undo: list[Callable[[], None]]) -> None:
     while undo:
         undo[-1]()
         undo.pop()
+
+
+def _copy(layer: Layer, values: Tensor) -> None:
+    layer.working.copy_(values)

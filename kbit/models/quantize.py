@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
-from kbit.methods.protocol import method_of
-from kbit.models.architectures import key_of
+from kbit.methods.protocol import Stored, method_of
+from kbit.models.architectures import Layer, key_of
+from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
 from kbit.models.whole import WholeModel
 from kbit.packed.linear import KBitLinear
@@ -84,6 +87,7 @@ def quantize_model(
     storage_dtype: torch.dtype | None = None,
     packed: bool = False,
     calibration: Calibrated | None = None,
+    originals: Originals | None = None,
 ) -> QuantHandle:
     """Quantize a model's attention and FFN layers: those that ``kbit.models.architectures.block_layers`` lists.
 
@@ -91,6 +95,9 @@ def quantize_model(
     layers by ``KBitLinear`` modules, which hold k bits per weight. GPT-2's Conv1D weights are transposed to [out, in]
     first. The originals are kept on the host until ``restore``; on the device there are never more than the model and
     one layer's quantized and dequantized (packed: quantized and laid out) forms, besides what the method itself needs.
+
+    For many cells of one model, one after another, `originals` keeps the weights once. Then a cell need not be restored
+    before the next one: it is quantized from them, and the results are the same to the bit.
 
     Args:
         model: a causal language model on any device, in its 16-bit dtype or one that was cast up from it.
@@ -100,54 +107,92 @@ def quantize_model(
         packed: hold the layers in k bits. Such a model is for inference: call it under torch.no_grad(), without which
             torch.compile traces a backward that these layers don't have.
         calibration: for a method that calibrates.
+        originals: ``Originals(model=model)``, the same for all cells. A handle then restores nothing once a later cell
+            was begun.
 
     Raises:
         ArchitectureError: no layers to quantize, or they are quantized already; spec.outlier_fraction > 0 and the
             layers' order isn't known; packed, and a layer has hooks or a forward of its own, shares its weight with
             another, or is float64.
         SpecError: a method that calibrates without calibration; packed, and the method's layers can't be packed.
+        ValueError: `originals` of another model.
         WeightError: a weight with NaN or infinite values. Whatever the error, the model has its original weights again.
     """
-    if any(isinstance(module, KBitLinear) for module in model.modules()):
-        raise ArchitectureError(f"{type(model).__name__} is packed in k bits already: restore or load the 16-bit model")
-    if spec.calibrates and calibration is None:
-        raise SpecError("method", spec.method, "one that does not calibrate, or give calibration=Calibrated(...)")
+    if originals is not None and originals.model is not model:
+        raise ValueError("originals are another model's: make them of this one, Originals(model=model)")
     tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
-    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
-    layers = [] if spec.is_baseline else model_pass.layers
-    if spec.calibrates and any(layer.stack is not None for layer in layers):
-        allowed = f"one that does not calibrate: an expert of {type(model).__name__} sees only the tokens sent to it"
-        raise SpecError("method", spec.method, allowed)
-    if packed and not spec.is_baseline:
-        if not spec.packs:
-            raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
-        check_replaceable(model, layers)
-    shapes: dict[str, tuple[int, int]] = {}
-    hashed = hashlib.sha256()
-    undo: list[Callable[[], None]] = []
-    parameters, stored_bits, quantized = _parameters(model), 0, 0
+    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype, originals=originals)
+    undo = [] if originals is None else [originals.way_back()]
     try:
-        for layer, stored in () if spec.is_baseline else method_of(spec)(model_pass, spec, tokens):
-            shapes[layer.name] = (layer.weight.shape[0], layer.weight.shape[1])
-            quantized += layer.weight.numel()
-            stored_bits += stored.nbits
-            if stored.codebook is not None and (len(shapes) == 1 or not stored.shares_codebook):
-                hashed.update(stored.codebook.cpu().numpy().astype("<f4").tobytes())
-            undo.append(stored.pack(model, layer) if packed else stored.put(layer))
-            del stored  # before the next one is made
+        if originals is not None:
+            originals.begin(spec, packed=packed)
+        layers = _checked(model_pass, spec, packed=packed, calibrated=calibration is not None)
+        count = _Count(parameters=_parameters(model))
+        for layer, stored in () if not layers else method_of(spec)(model_pass, spec, tokens):
+            count.add(layer, stored)
+            write = partial(stored.pack, model, layer) if packed else partial(stored.put, layer)
+            if originals is not None:
+                originals.put(layer, write, packed=packed)
+            else:
+                undo.append(write())
+            del stored, write  # before the next one is made
+        if originals is not None:
+            originals.finish()
     except BaseException:
         restore(undo)
         raise
-    rest = BASELINE_BITS * (parameters - quantized)
-    return QuantHandle(
-        spec=spec,
-        layers=shapes,
-        bits_per_param=stored_bits / quantized if quantized else float(BASELINE_BITS),
-        total_bits=stored_bits + rest,
-        total_bits_nominal=quantized * spec.bits_per_param_nominal + rest,
-        codebook_hash=hashed.hexdigest() if shapes else None,
-        _undo=undo,
-    )
+    return count.handle(spec, undo)
+
+
+def _checked(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:
+    """Return the layers to quantize, none for the baseline; raise where the method can't take this model."""
+    name = type(model.module).__name__
+    if any(isinstance(module, KBitLinear) for module in model.module.modules()):
+        raise ArchitectureError(f"{name} is packed in k bits already: restore or load the 16-bit model")
+    if spec.is_baseline:
+        return []
+    if spec.calibrates and not calibrated:
+        raise SpecError("method", spec.method, "one that does not calibrate, or give calibration=Calibrated(...)")
+    layers = model.layers
+    if spec.calibrates and any(layer.stack is not None for layer in layers):
+        allowed = f"one that does not calibrate: an expert of {name} sees only the tokens sent to it"
+        raise SpecError("method", spec.method, allowed)
+    if packed:
+        if not spec.packs:
+            raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
+        check_replaceable(model.module, layers)
+    return layers
+
+
+@dataclass(kw_only=True, eq=False)
+class _Count:
+    """What is counted of a model's layers while they are quantized; ``parameters`` are the whole model's."""
+
+    parameters: int
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stored_bits: int = 0
+    quantized: int = 0
+    hashed: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, layer: Layer, stored: Stored) -> None:
+        weight = layer.working
+        self.shapes[layer.name] = (weight.shape[0], weight.shape[1])
+        self.quantized += weight.numel()
+        self.stored_bits += stored.nbits
+        if stored.codebook is not None and (len(self.shapes) == 1 or not stored.shares_codebook):
+            self.hashed.update(stored.codebook.cpu().numpy().astype("<f4").tobytes())
+
+    def handle(self, spec: Spec, undo: list[Callable[[], None]]) -> QuantHandle:
+        rest = BASELINE_BITS * (self.parameters - self.quantized)
+        return QuantHandle(
+            spec=spec,
+            layers=self.shapes,
+            bits_per_param=self.stored_bits / self.quantized if self.quantized else float(BASELINE_BITS),
+            total_bits=self.stored_bits + rest,
+            total_bits_nominal=self.quantized * spec.bits_per_param_nominal + rest,
+            codebook_hash=self.hashed.hexdigest() if self.shapes else None,
+            _undo=undo,
+        )
 
 
 def _parameters(model: nn.Module) -> int:

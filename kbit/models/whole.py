@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
+from kbit.models.originals import Fitted, Originals
 from kbit.models.outliers import outlier_columns
 
 OUTSIDE: Final = -1
@@ -58,16 +59,22 @@ class WholeModel:
         module: the model.
         storage_dtype: see ``kbit.methods.protocol.ModelPass``.
         compute_dtype: what calibration computes in; None is the model's dtype.
+        originals: its weights, where they are kept; None reads the parameters.
     """
 
     module: nn.Module
     storage_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
+    originals: Originals | None = None
 
     @cached_property
     def layers(self) -> list[Layer]:
         """The layers of all blocks, in order; looked for once."""
-        return block_layers(self.module)
+        return block_layers(self.module) if self.originals is None else self.originals.layers
+
+    @cached_property
+    def fitted(self) -> Fitted:
+        return {} if self.originals is None else self.originals.fitted
 
     def blocks(self) -> Iterator[WholeBlock]:
         of_block: dict[int, list[Layer]] = {}
@@ -75,11 +82,15 @@ class WholeModel:
             of_block.setdefault(layer.block, []).append(layer)
         for number, module in enumerate(decoder_blocks(self.module)[1]):
             layers = tuple(of_block.get(number, ()))
+            if self.originals is not None:
+                self.originals.arrive(layers)
             yield WholeBlock(number=number, layers=layers, module=module, dtype=self.compute_dtype)
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> Activations:
         """Run the model once per batch, and keep what enters its blocks."""
+        if self.originals is not None:
+            self.originals.finish()  # what an earlier cell left
         modules = decoder_blocks(self.module)[1]
         hidden: list[Tensor] = []
         arguments: list[list[BlockArguments]] = [[] for _ in modules]
@@ -106,6 +117,8 @@ class WholeModel:
         return Activations(hidden=hidden, arguments=arguments)
 
     def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
+        if self.originals is not None:
+            return self.originals.outlier_columns(fraction, self.storage_dtype)
         return outlier_columns(self.module, fraction, storage_dtype=self.storage_dtype)
 
     @property
@@ -121,7 +134,10 @@ class WholeModel:
 
     def _outside(self, module: nn.Module | None) -> Layer | None:
         name = next((n for n, m in self.module.named_modules() if m is module), None)
-        return None if module is None or name is None else Layer(name=name, block=OUTSIDE, module=module)
+        if module is None or name is None:
+            return None
+        layer = Layer(name=name, block=OUTSIDE, module=module)
+        return layer if self.originals is None else self.originals.outside(layer)
 
 
 @contextmanager

@@ -49,21 +49,27 @@ def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
 
 
 def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[], None]:
-    """Put a KBitLinear in the layer's place, and the layer's weight on the host. Returns the way back."""
+    """Put a KBitLinear in the layer's place. Returns the way back.
+
+    The layer's weight goes to the host; or its parameter holds the original where that is kept (``Layer.original``),
+    and who keeps it moves it back.
+    """
     module, parameter = layer.module, layer.parameter
     bias = dict(module.named_parameters(recurse=False)).get("bias")
     before = parameter.dtype
     packed = KBitLinear.from_quantized(q, bias=bias, dtype=before)
     packed.train(module.training)
     _pass_on_hook(module, packed)
-    parameter.data = parameter.data.to("cpu")
+    parameter.data = parameter.data.to("cpu") if layer.original is None else layer.original
     replace(model, module, packed)
 
     def undo() -> None:
         if packed.codes.is_meta:
             raise ValueError(f"{layer.name} is on the meta device: move the model to a real one before restoring it")
-        # A layer that was not cast keeps a bias of another dtype than its weight's.
-        module.to(packed.codes.device, None if packed.dtype == before else packed.dtype).train(packed.training)
+        if layer.original is None:
+            # A layer that was not cast keeps a bias of another dtype than its weight's.
+            module.to(packed.codes.device, None if packed.dtype == before else packed.dtype)
+        module.train(packed.training)
         replace(model, packed, module)
 
     return undo

@@ -81,6 +81,7 @@ def quantize(
     outlier_columns: Tensor | list[int] | None = None,
     storage_dtype: torch.dtype | None = None,
     impl: str = "auto",
+    fitted: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight block by block.
 
@@ -93,10 +94,12 @@ def quantize(
         storage_dtype: float16 or bfloat16; None is the weight's own, or float16 if it is wider.
         impl: 'torch' is this reference; 'triton' are kernels for NVIDIA GPUs that give the same, to the bit; 'auto' is
             the faster one that runs on the weight's device.
+        fitted: the codebook of a data-dependent type that was fitted to this weight before, as ``q.codebook`` has it,
+            on any device; it is not changed. None fits it.
 
     Returns:
         The quantized tensor, on the weight's device. Beside it and the weight about 20 MB are used; with nested absmax
-        also, while they are made, about 20 bytes per block.
+        also, while they are made, about 20 bytes per block; what a codebook's fit takes, its function says.
 
     Raises:
         SpecError: the spec is the 16-bit baseline, or `storage_dtype` has not 16 bits.
@@ -104,7 +107,9 @@ def quantize(
             don't exist.
         ValueError: `impl` is unknown or can't run on the weight's device.
     """
-    q, bad = quantize_async(weight, spec, outlier_columns=outlier_columns, storage_dtype=storage_dtype, impl=impl)
+    q, bad = quantize_async(
+        weight, spec, outlier_columns=outlier_columns, storage_dtype=storage_dtype, impl=impl, fitted=fitted
+    )
     if bad is not None and bool(bad):  # last, as it waits for a kernel
         raise non_finite("weight", q.storage_dtype)
     return q
@@ -118,6 +123,7 @@ def quantize_async(
     outlier_columns: Tensor | list[int] | None = None,
     storage_dtype: torch.dtype | None = None,
     impl: str = "auto",
+    fitted: Tensor | None = None,
 ) -> tuple[QuantizedTensor, Tensor | None]:
     """``quantize``, but where one kernel does all, the caller waits for it to hear whether all values are finite.
 
@@ -136,7 +142,9 @@ def quantize_async(
     impl = _chosen(impl, weight.device)
     mean = mean16(weight, dtype) if spec.center else None
     source = Source(weight, dtype, columns, mean)
-    own = fitted_codebook(spec, source) if is_data_dependent(spec) else None
+    own = None
+    if is_data_dependent(spec):
+        own = fitted_codebook(spec, source) if fitted is None else fitted.to(source.device, copy=True)
     values = fixed_codebook(spec, weight.device) if own is None else own
     blocks = Blocks.of(tuple(weight.shape), spec)
     bad = None
@@ -163,7 +171,7 @@ def quantize_async(
 
 
 @torch.no_grad()
-def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
+def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = None) -> Tensor:
     """Return the weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
 
     codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
@@ -172,14 +180,21 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
     Args:
         q: the quantized weight.
         impl: as in ``quantize``.
+        out: of that shape, dtype and device: it is written to, and returned. Where it is contiguous no other memory is
+            used for the values.
 
     Raises:
-        ValueError: `impl` is unknown or can't run on its device; the codes aren't as many as `q` has values.
+        ValueError: `impl` is unknown or can't run on its device; the codes aren't as many as `q` has values; `out` has
+            another shape, dtype or device.
     """
     device, nbytes = q.codes.device, packed_bytes(q.numel, q.spec.bits)
     impl = _chosen(impl, device)
     if q.codes.numel() != nbytes:
         raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
+    if out is not None and (out.shape, out.dtype, out.device) != (torch.Size(q.shape), q.dtype, device):
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, not {q.dtype} {list(q.shape)} on {device}"
+        )
     packed = Packed(
         codes=q.codes,
         absmax=load_absmax(q.absmax),
@@ -188,19 +203,21 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
         bits=q.spec.bits,
         blocks=q.blocks,
     )
+    straight = out is not None and out.is_contiguous()
+    values = out if out is not None and straight else torch.empty(q.shape, dtype=q.dtype, device=device)
     if impl == "triton":
         from kbit.kernels.blockwise import dequantize_values  # triton may be absent
 
-        narrow = q.dtype if q.dtype in (torch.float16, torch.bfloat16, torch.float32) else q.storage_dtype
-        out = torch.empty(q.shape, dtype=narrow, device=device)
-        dequantize_values(packed, out, dtype=q.storage_dtype)
-        out = out.to(q.dtype)
+        loads = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        narrow = values if loads else torch.empty(q.shape, dtype=q.storage_dtype, device=device)
+        dequantize_values(packed, narrow, dtype=q.storage_dtype)
+        if narrow is not values:
+            values.copy_(narrow)
     else:
-        out = torch.empty(q.shape, dtype=q.dtype, device=device)
-        _fill(out.view(-1), packed, q.storage_dtype)
+        _fill(values.view(-1), packed, q.storage_dtype)
     if q.kept_columns is not None and q.kept_values is not None:
-        out[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
-    return out
+        values[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
+    return values if out is None or straight else out.copy_(values)
 
 
 def _chosen(impl: str, device: torch.device) -> str:

@@ -83,9 +83,9 @@ def chunk_length(device: torch.device) -> int:
     return (1 << 17) * min(torch.get_num_threads(), 8) if device.type == "cpu" else 1 << 21
 
 
-def chunks(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield a flat tensor cast to `dtype`, a chunk at a time, so that no copy of all of it is made."""
-    step = chunk_length(flat.device)
+def chunks(flat: Tensor, dtype: torch.dtype, *, times: int = 1) -> Iterator[Tensor]:
+    """Yield a flat tensor cast to `dtype`, `times` chunks at a time, so that no copy of all of it is made."""
+    step = times * chunk_length(flat.device)
     for start in range(0, flat.numel(), step):
         yield flat[start : start + step].to(dtype)
 

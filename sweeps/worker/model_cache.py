@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kbit.calibration import Calibration
     from kbit.evaluation.prepared import ComparingEval, PreparedEval
     from kbit.models.loading import LoadedModel
+    from kbit.models.originals import Originals
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,7 @@ class Warm:
     load_seconds: float = 0.0
     total_seconds: float = 0.0
     _loaded: LoadedModel | None = None
+    _originals: Originals | None = None
     _failed: tuple[tuple[ModelRef, str], Exception] | None = None
     _prepared: dict[str, PreparedEval] = field(default_factory=dict)
     _windows: dict[str, Tensor] = field(default_factory=dict)
@@ -48,7 +50,7 @@ class Warm:
     """Evaluations that have what they compare the loaded model with, each with the batch in which it was taken."""
 
     def load(self, model: ModelRef, dtype: str) -> LoadedModel:
-        """Return the model with this compute dtype.
+        """Return the model with this compute dtype, as the last cell left it (``as_loaded``).
 
         Raises:
             ValueError, HubError: a local model that has changed since the launch, or one that can't be loaded; the same
@@ -60,7 +62,7 @@ class Warm:
             raise self._failed[1]
         if self._loaded is None or self.holds != wanted:
             # The old model goes first: two at once may not fit.
-            self._loaded = self.holds = None
+            self._loaded = self._originals = self.holds = None
             self._references.clear()
             free_memory(self.device)
             began = time.perf_counter()
@@ -74,6 +76,31 @@ class Warm:
                 self.total_seconds += self.load_seconds
             self.holds = wanted
         return self._loaded
+
+    def originals(self, loaded: LoadedModel) -> Originals:
+        """Return what the cells of the loaded model begin from."""
+        from kbit.models.originals import Originals
+
+        if self._originals is None or self._originals.model is not loaded.model:
+            self._originals = Originals(model=loaded.model)
+        return self._originals
+
+    def as_loaded(self) -> None:
+        """Make sure that the loaded model is in its 16-bit form now: no cell's weights, no cell's modules."""
+        if self._originals is not None:
+            self._originals.restore()
+
+    def make_room(self) -> bool:
+        """Move what is kept of the model beside it off the GPUs, for as long as it is loaded; tell whether it was."""
+        moved = self._originals is not None and self._originals.make_room()
+        if moved:
+            free_memory(self.device)
+        return moved
+
+    @property
+    def kept_gpu_bytes(self) -> int:
+        """Bytes of GPU memory that hold the originals of the loaded model, which no cell needs there."""
+        return 0 if self._originals is None else self._originals.gpu_bytes
 
     def _read(self, model: ModelRef, dtype: str) -> LoadedModel:
         from kbit.models.loading import load_model
@@ -116,7 +143,7 @@ class Warm:
         return taken_in != batch_tokens
 
     def refer(self, spec: EvalSpec, loaded: LoadedModel, *, batch_tokens: int) -> None:
-        """Give an evaluation that lacks it the loaded model, which is in its 16-bit form; until another is loaded."""
+        """Give an evaluation that lacks it the loaded model in its 16-bit form; until another model is loaded."""
         if not self.lacks_reference(spec, loaded, batch_tokens=batch_tokens):
             return
         key = _key(eval_to_dict(spec), loaded)
@@ -124,6 +151,7 @@ class Warm:
         self._references.pop(key, None)
         comparing = cast("ComparingEval", self.prepare(spec, loaded))
         began = time.perf_counter()
+        self.as_loaded()
         try:
             self._references[key] = (batch_tokens, comparing.refer(loaded.model, batch_tokens=batch_tokens))
         finally:

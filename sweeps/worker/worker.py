@@ -1,4 +1,4 @@
-"""A worker runs packs: load a model once; for each cell quantize, measure, restore; record every measurement at once.
+"""A worker runs packs: load a model once; for each cell quantize, measure; record every measurement at once.
 
 ``python -m sweeps.worker`` is the process around it (``sweeps.worker.__main__``). Only functions that compute import
 torch.
@@ -162,17 +162,15 @@ class Worker:
             self._record_failure(pack, measurements, error, started)
             return True
         quantize_seconds = 0.0 if cell.quant.is_baseline else time.perf_counter() - began
-        try:
-            for measurement in measurements:
-                if self.stop.asked():
-                    return False
-                self._measure(pack, measurement, loaded, handle, quantize_seconds)
-        finally:
-            handle.restore()
+        # The model stays as it is: the next cell begins from its kept originals.
+        for measurement in measurements:
+            if self.stop.asked():
+                return False
+            self._measure(pack, measurement, loaded, handle, quantize_seconds)
         return True
 
     def _refer(self, pack: Pack, measurements: list[Measurement], loaded: LoadedModel) -> list[Measurement]:
-        """Take what the cell is compared with from the model, which is in its 16-bit form, once for all its cells.
+        """Take what the cell is compared with from the model in its 16-bit form, once for all its cells.
 
         Return the measurements that are left: where that fails, those that need it have failed.
         """
@@ -215,7 +213,7 @@ class Worker:
             "seconds": seconds,
             "quantize_seconds": quantize_seconds,
             "load_seconds": self._warm.load_seconds,
-            "peak_memory_bytes": peak_memory(self.gpus),
+            "peak_memory_bytes": peak_memory(self.gpus) - self._warm.kept_gpu_bytes,
         }
         self._record(row)
         self._has_measured = True
@@ -241,8 +239,10 @@ class Worker:
         return result, self._brought.keep(spec, result, seconds)
 
     def _within_memory(self, pack: Pack, run: Callable[[], T]) -> T:
-        """Return what ``run`` does; where memory runs out, try again with half the batch, which then stays for the
-        model.
+        """Return what ``run`` does.
+
+        Where memory runs out, try again: first with the model's originals off the GPU, then with half the batch. Either
+        stays so for the model.
         """
         from kbit.memory import is_out_of_memory
 
@@ -251,7 +251,11 @@ class Worker:
                 return run()
             except Exception as error:
                 held = self._warm.holds
-                if held is None or self._batch <= MIN_BATCH_TOKENS or not is_out_of_memory(error):
+                if held is None or not is_out_of_memory(error):
+                    raise
+                if self._has_made_room(error):
+                    continue
+                if self._batch <= MIN_BATCH_TOKENS:
                     raise
                 recover(error, self.device)
             self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
@@ -326,6 +330,7 @@ class Worker:
     def _quantize(self, loaded: LoadedModel, cell: Cell, *, packed: bool) -> QuantHandle:
         import torch
 
+        from kbit.memory import is_out_of_memory
         from kbit.models.quantize import Calibrated, quantize_model
 
         calibrated = None
@@ -335,9 +340,26 @@ class Worker:
                 tokens=self._warm.calibration(cell.calibration, loaded),
                 dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
             )
-        return quantize_model(
-            loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed, calibration=calibrated
-        )
+        while True:
+            try:
+                return quantize_model(
+                    loaded.model,
+                    cell.quant,
+                    storage_dtype=loaded.storage_dtype,
+                    packed=packed,
+                    calibration=calibrated,
+                    originals=self._warm.originals(loaded),
+                )
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._has_made_room(error):
+                    raise
+
+    def _has_made_room(self, error: Exception) -> bool:
+        """Where GPU memory ran out, move the model's originals off it; tell whether there were any."""
+        if self.device != "cuda":
+            return False
+        recover(error, self.device)
+        return self._warm.make_room()
 
     def _storing(self, write: Callable[[], None]) -> None:
         """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""

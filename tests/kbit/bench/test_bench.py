@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from analysis import style
 from kbit import QuantSpec, quantize
-from kbit.bench import figure
+from kbit.bench import figure, switch
 from kbit.bench.__main__ import main
 from kbit.bench.decode import PRESETS, Architecture, Compiler, Decoder, plain_linear, random_source
 from kbit.bench.latency import Setting, Step, dequantized, kbit_linear, measure_step, sizes
@@ -96,6 +96,8 @@ def test_the_files_hold_every_number_and_where_it_comes_from(cpu_run: tuple[str,
         ("--shapes 4096", "'4096' is no ROWSxCOLUMNS"),
         ("--model gpt-5", "choose from"),
         ("--model --roofline", "not allowed with"),
+        ("--switch --model", "not allowed with"),
+        ("--switch opt-9b", "choose from"),
         ("--bits 9", "2 to 8 are possible"),
         ("--bits 16", "16 bits are measured in any case"),
         ("--blocksize 0", "at least 1"),
@@ -245,6 +247,44 @@ def test_the_table_of_decode_steps_has_ratios_to_16_bits_and_to_the_limit_of_byt
     assert found.records[1]["limit_seconds"] == pytest.approx(1450 / CEILINGS.read)
     alone = decode_table(steps[1:], setting, CEILINGS, device="a GPU")
     assert alone.records[0]["speedup"] is None
+
+
+# Changing the cell.
+
+
+def test_a_run_that_changes_cells_compares_their_bits_and_has_their_limits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--switch", "--device", "cpu", "--repeats", "1", "--bits", "3", "--dtypes", "int", "quantile"]
+    main([*options, "--out", str(tmp_path)])
+    assert "small" in capsys.readouterr().out
+    report = json.loads((tmp_path / "switch.json").read_text())
+    plain, fitted = report["switch"]
+    assert (plain["dtype"], fitted["dtype"]) == ("int", "quantile")
+    assert plain["equal"] == fitted["equal"] == 1
+    moved = switch.SMALL.linear_weights * (2 * 4 + 2 * 3.25 / 8)  # float32 on a CPU
+    assert plain["later_limit_seconds"] == pytest.approx(moved / plain["copy_bytes_per_second"])
+    assert plain["first_limit_seconds"] == plain["later_limit_seconds"]
+    assert fitted["first_limit_seconds"] > fitted["later_limit_seconds"]
+    assert all(r["later_seconds"] > r["later_limit_seconds"] for r in report["switch"])
+
+
+def test_the_table_of_switches_has_the_link_as_a_limit_and_says_where_bits_differ() -> None:
+    rates = switch.Rates(copy=100e9, link=1e9)
+    model = switch.random_model(TINY, "cpu")
+    spec = QuantSpec(bits=4, dtype="int")
+    values = TINY.linear_weights
+    near, far = (switch.limit_seconds(model, spec, rates, linked=linked, first=True) for linked in (False, True))
+    assert near == pytest.approx(values * (8 + 2 * 4.25 / 8) / 100e9)
+    assert far == pytest.approx(values * 4 / 1e9)
+    found = switch.Switch(
+        spec=spec, place="x", first=2.0, later=1.0, first_limit=0.5, later_limit=0.25, old=8.0, equal=False
+    )
+    setting = switch.Setting(model=TINY, blocksize=64, device="cpu", repeats=1)
+    made = switch.table([found], setting, rates, ["a note"])
+    assert made.body[0][1:] == ["2.000", "0.500", "4.0x", "1.000", "0.250", "4.0x", "8.000", "8.0x", "NO"]
+    assert made.records[0]["equal"] == 0
+    assert "1.0 GB/s" in made.notes[1]
 
 
 # The roofline.

@@ -220,7 +220,9 @@ def assert_as_hflm(model: Any, task: str, prepared: TaskEval) -> None:
     theirs = hflm(model, prepared.encoder.tokenizer).loglikelihood(instances, disable_tqdm=True)
     plan, _ = prepared.plans["loglikelihood"]
     scorer = TokenScorer(model)
-    assert sharing(scorer, plan, batch_tokens=2048) == (NOTHING if task == "lambada_openai" else SHARED)
+    assert sharing(scorer, plan, batch_tokens=2048) == (
+        NOTHING if task == "lambada_openai" and model.config.model_type != "bloom" else SHARED
+    )
     for share in (False, True):
         ours = plan.run(scorer, batch_tokens=2048, share=share)
         np.testing.assert_allclose([v for v, _ in ours], [v for v, _ in theirs], rtol=1e-4, atol=1e-3)

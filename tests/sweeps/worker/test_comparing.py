@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -148,6 +149,18 @@ def test_what_is_kept_goes_with_the_model_that_it_is_of(tmp_path: Path) -> None:
     assert found["neox-xs", 16] == found["neox-s", 16] == 0
     assert found["neox-xs", 4] > 0
     assert found["neox-s", 4] > 0
+
+
+def test_after_a_cell_without_it_the_16_bit_side_is_still_the_16_bit_models(tmp_path: Path) -> None:
+    fresh = Bench(tmp_path / "fresh")
+    fresh.worker.run_pack(pack_of(INT3, evals=(agreement(),)))
+    pack = pack_of(INT4, INT3)
+    (int4, _), (int3, _) = pack.items
+    bench = Bench(tmp_path / "after")
+    bench.worker.run_pack(dataclasses.replace(pack, items=((int4, (evaluation(),)), (int3, (agreement(),)))))
+    (expected,) = fresh.rows()
+    (found,) = [row for row in bench.rows() if row["eval"] == "jargon_agreement"]
+    assert found["metrics"] == expected["metrics"]
 
 
 def test_in_smaller_batches_the_16_bit_side_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
+from kbit.models.loading import load_model
 from kbit.sources import LocalFile
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
@@ -33,6 +35,7 @@ from sweeps.worker.settings import WorkerArguments, WorkerSettings
 from sweeps.worker.time_budget import LEAST_SCALE, Pace
 from sweeps.worker.worker import Worker
 from tests.conftest import ROOT
+from tests.kbit.tiny_models import bits_of, identical
 
 NEOX_XS = DEMO_DIR / "models" / "neox-xs"
 BASELINE, INT4, INT3 = QuantSpec(bits=16), QuantSpec(bits=4, dtype="int"), QuantSpec(bits=3, dtype="int")
@@ -225,6 +228,53 @@ def test_data_that_changed_since_the_launch_leave_no_record_and_the_rest_goes_on
     assert {r["eval"]: r["status"] for r in bench.rows()} == {"other": "done"}
     (withheld,) = [e for e in bench.events if isinstance(e, Withheld)]
     assert "text.txt changed since the study was launched" in withheld.why
+
+
+OF_A_RUN = {
+    *("row_id", "pack", "started", "finished"),
+    *("seconds", "quantize_seconds", "load_seconds", "peak_memory_bytes"),
+}
+"""Columns that say how and when a row was computed."""
+
+
+def test_cells_of_a_pack_have_the_rows_of_each_cell_with_a_model_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EVALUATORS._entries, "packed", dataclasses.replace(EVALUATORS["perplexity"], packed=True))
+    evals = (evaluation(), evaluation("of-packed", kind="packed"))
+    quants = [
+        INT4,
+        QuantSpec(bits=3, dtype="quantile"),
+        QuantSpec(bits=3, dtype="quantile", blocksize=256),
+        BASELINE,
+        QuantSpec(bits=4, dtype="float", outlier_fraction=0.02),
+        QuantSpec(bits=3, dtype="lloyd", outlier_fraction=0.02),
+    ]
+    together = Bench(tmp_path / "together")
+    together.worker.run_pack(pack_of(*quants, evals=evals))
+    for number, quant in enumerate(quants):
+        alone = Bench(tmp_path / "alone")
+        alone.worker.run_pack(pack_of(quant, evals=evals, name=f"pack{number}"))
+    expected = {row["measurement"]: row for row in alone.rows()}
+    assert len(expected) == len(together.rows()) == 2 * len(quants)
+    for row in together.rows():
+        assert row["status"] == "done"
+        other = expected[row["measurement"]]
+        assert {k: v for k, v in row.items() if k not in OF_A_RUN} == {
+            k: v for k, v in other.items() if k not in OF_A_RUN
+        }
+
+
+def test_the_model_is_in_its_16_bit_form_when_it_is_asked_for(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.worker.run_pack(pack_of(BASELINE, INT4))
+    warm = bench.worker._warm
+    model = warm.load(*warm.holds).model if warm.holds else None
+    assert model is not None
+    true = load_model(str(NEOX_XS), device="cpu", compute_dtype="float32").model
+    assert not identical(bits_of(model), bits_of(true))
+    warm.as_loaded()
+    assert identical(bits_of(model), bits_of(true))
 
 
 class Process:
