@@ -1,4 +1,4 @@
-"""Evaluations: perplexity of text sets, zero-shot tasks of lm-eval. One evaluation a file.
+"""Evaluations: perplexity of text sets, zero-shot tasks of lm-eval, agreement with 16 bits. One evaluation a file.
 
 Names are loaded when first used, so that ``import kbit.evaluation.spec`` loads no torch.
 """

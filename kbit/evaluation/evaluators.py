@@ -52,6 +52,10 @@ class Evaluator:
         modules: what must be importable where it runs, besides torch and transformers.
         packed: it measures the model with its layers held in k bits, not with their dequantized weights.
         identity_of_device: the device belongs to the measurement's identity, since the number is one of the device.
+        compares: it compares a model with its 16-bit form, from which it takes what it needs before the model is
+            quantized: what is prepared is a ``kbit.evaluation.prepared.ComparingEval``.
+        brings: kinds whose results, of the same data under the same settings, come with its own
+            (``EvalResult.also``): where both are due, the model runs once.
     """
 
     data: Data
@@ -64,6 +68,8 @@ class Evaluator:
     modules: tuple[str, ...] = ()
     packed: bool = False
     identity_of_device: bool = False
+    compares: bool = False
+    brings: tuple[str, ...] = ()
 
     def key(self, name: str) -> str:
         """Return the setting that a field of the spec comes from, for messages."""
@@ -83,6 +89,45 @@ PERPLEXITY: Final = Evaluator(
         _BITS_PER_BYTE,
     ),
     settings={"window": "window", "limit": "tokens", "bos": "bos"},
+)
+
+AGREEMENT: Final = Evaluator(
+    data="text",
+    prepare="kbit.evaluation.agreement:prepare_agreement",
+    # Of one pass: the 16-bit model's is made once for all cells of a loaded model.
+    tokens="kbit.evaluation.predicted:text_tokens",
+    metrics=(
+        MetricSpec(
+            name="kl", title="Divergence from 16-bit (KL)", unit="nats/token", higher_is_better=False, decimals=5
+        ),
+        MetricSpec(
+            name="kl_median",
+            title="Median divergence from 16-bit (KL)",
+            unit="nats",
+            higher_is_better=False,
+            decimals=5,
+        ),
+        MetricSpec(
+            name="kl_p99",
+            title="99th percentile of divergence from 16-bit (KL)",
+            unit="nats",
+            higher_is_better=False,
+            decimals=4,
+        ),
+        MetricSpec(name="top_token", title="Same top token as 16-bit", higher_is_better=True, decimals=4),
+        # Signed: probability that the text's own tokens lost is negative.
+        MetricSpec(name="p_change", title="Change of p(target) from 16-bit", higher_is_better=True, decimals=5),
+        MetricSpec(
+            name="p_change_rms",
+            title="Change of p(target) from 16-bit, root mean square",
+            higher_is_better=False,
+            decimals=5,
+        ),
+    ),
+    settings=PERPLEXITY.settings,
+    suffix="_agreement",
+    compares=True,
+    brings=("perplexity",),
 )
 
 TASK: Final = Evaluator(
@@ -108,7 +153,9 @@ TASK: Final = Evaluator(
 )
 
 EVALUATORS: Final[Door[Evaluator]] = Door(
-    "kbit_sweep.evaluations", "eval.kinds", {"perplexity": PERPLEXITY, "task": TASK}
+    "kbit_sweep.evaluations",
+    "eval.kinds",
+    {"perplexity": PERPLEXITY, "task": TASK, "agreement": AGREEMENT},
 )
 
 

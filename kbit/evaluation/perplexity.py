@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +48,26 @@ class PerplexityEval:
 
         scorer = TokenScorer(model)
         count, length = self.windows.shape
-        batch = max(1, batch_tokens // length)
         scored = []
-        for start in range(0, count, batch):
-            ids = self.windows[start : start + batch]
+        for _, ids in self.batches(batch_tokens):
             rows, positions = np.indices((len(ids), length - 1)).reshape(2, -1)
             tokens = TokenBatch.of(ids, rows * length + positions, ids[:, 1:].reshape(-1))
             scored.append(scorer.score(tokens, greedy=False)[0])
         # A GPU is waited for here, once.
         of_tokens = np.concatenate([nats.cpu().numpy() for nats in scored]).reshape(count, length - 1)
-        nats = of_tokens.sum(1, dtype=np.float64)
+        return self.result(of_tokens.sum(1, dtype=np.float64))
+
+    def batches(self, batch_tokens: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield the windows by batches of at most ``batch_tokens`` tokens, or one window, each with its first's
+        number.
+        """
+        batch = max(1, batch_tokens // self.windows.shape[1])
+        for start in range(0, len(self.windows), batch):
+            yield start, self.windows[start : start + batch]
+
+    def result(self, nats: NDArray[np.float64]) -> EvalResult:
+        """Return what ``run`` does, of the nats [n] of each window's scored tokens."""
+        count, length = self.windows.shape
         metrics, stderr = summarize(nats, length - 1, self.window_bytes)
         return EvalResult(
             metrics=metrics,

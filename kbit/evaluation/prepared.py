@@ -24,6 +24,20 @@ class PreparedEval(Protocol):
         """
 
 
+class ComparingEval(PreparedEval, Protocol):
+    """An evaluation that compares a model with its 16-bit form: what is prepared where ``Evaluator.compares``.
+
+    Its ``run`` raises ValueError: ``refer`` returns the one that runs.
+    """
+
+    def refer(self, model: PreTrainedModel, *, batch_tokens: int) -> PreparedEval:
+        """Take from ``model``, in its 16-bit form and in eval mode, what others are compared with.
+
+        The evaluation that is returned is for other forms of this very model, in the same compute dtype. Run with the
+        same ``batch_tokens`` on the 16-bit form, it finds no difference, to the bit.
+        """
+
+
 class Prepare(Protocol):
     """The function that ``Evaluator.prepare`` names: it reads and encodes what a spec evaluates."""
 
@@ -43,6 +57,8 @@ def prepare(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size: int) ->
     Raises:
         SpecError: a limit below one window; few-shot examples that a task or local data can't give.
         ValueError: data that are missing, malformed or too short, naming file, line and field.
+
+    What compares (``Evaluator.compares``) is a ``ComparingEval``: ``refer`` comes before ``run``.
     """
     function: Prepare = load(EVALUATORS[spec.kind].prepare)
     return function(spec, tokenizer, context=context, vocab_size=vocab_size)

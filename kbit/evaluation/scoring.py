@@ -122,9 +122,13 @@ class TokenScorer:
             parts.append(_nats(logits[places.to(logits.device)], one.of_target, one.targets, greedy))
         return _in_order(np.concatenate(numbers), parts)
 
+    def chunk(self, device: torch.device) -> int:
+        """Return how many hidden states on a device meet the head at once."""
+        return max(1, HEAD_CHUNK.get(device.type, _LEAST_CHUNK) // int(self.head.weight.shape[0]))
+
     def _by_chunks(self, hidden: torch.Tensor, batch: TokenBatch, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Score hidden states [places, hidden]."""
-        chunk = max(1, HEAD_CHUNK.get(hidden.device.type, _LEAST_CHUNK) // int(self.head.weight.shape[0]))
+        chunk = self.chunk(hidden.device)
         order = np.argsort(batch.of_target, kind="stable")
         starts = np.searchsorted(batch.of_target[order], np.arange(0, len(hidden) + chunk, chunk))
         parts = []

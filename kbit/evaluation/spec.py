@@ -114,7 +114,7 @@ class EvalResult:
         metrics: value by metric ('loss' in nats per token, 'perplexity', 'bits_per_byte', 'acc', ...); inf and NaN too.
         stderr: standard error by metric, where there is one.
         samples: outcome of every sample: bool arrays for right or wrong, float32 or int32 arrays otherwise; a text set
-            has 'nats' and 'tokens' of each window.
+            has 'tokens' of each window, and 'nats', or means by the metric's name.
         diverged: the model gave values that are not finite, or a loss above ln(vocabulary) + 1. A result, not a
             failure.
         n_samples: documents, or windows.
@@ -124,6 +124,7 @@ class EvalResult:
             own definition gives it (a task's ``metric_list``).
         prefixes: of a task: whether beginnings that requests share went through the model once, else why not
             (``kbit.evaluation.sharing``).
+        also: results that came with this one, by kind (``Evaluator.brings``): of the same data under the same settings.
     """
 
     metrics: Mapping[str, float]
@@ -135,6 +136,7 @@ class EvalResult:
     dataset_hash: str
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     prefixes: str | None = None
+    also: Mapping[str, EvalResult] = field(default_factory=dict)
 
 
 def _whole_number(key: str, value: int | None, least: int) -> None:

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 Outcomes = NDArray[np.bool_] | NDArray[np.float32] | NDArray[np.int32]
 Samples = dict[str, Outcomes]
-"""Per-sample outcomes by name: bool for right or wrong, float32 nats, int32 tokens."""
+"""Per-sample outcomes by name: bool for right or wrong, float32 nats and means, int32 tokens."""
 
 
 class EncodedSample(TypedDict):

@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import source_to_dict
 from sweeps.study.cell import ModelRef, canonical_json, eval_to_dict
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kbit.calibration import Calibration
-    from kbit.evaluation.prepared import PreparedEval
+    from kbit.evaluation.prepared import ComparingEval, PreparedEval
     from kbit.models.loading import LoadedModel
     from kbit.models.originals import Originals
 
@@ -31,7 +32,7 @@ class Warm:
         device, gpus, trust_remote_code: as in ``kbit.models.loading.load_model``.
         holds: the model that is loaded, with its compute dtype.
         load_seconds: what loading it took.
-        total_seconds: what loading took so far, failures too.
+        total_seconds: what loading took so far, failures and ``refer`` too.
     """
 
     device: str
@@ -45,6 +46,8 @@ class Warm:
     _failed: tuple[tuple[ModelRef, str], Exception] | None = None
     _prepared: dict[str, PreparedEval] = field(default_factory=dict)
     _windows: dict[str, Tensor] = field(default_factory=dict)
+    _references: dict[str, tuple[int, PreparedEval]] = field(default_factory=dict)
+    """Evaluations that have what they compare the loaded model with, each with the batch in which it was taken."""
 
     def load(self, model: ModelRef, dtype: str) -> LoadedModel:
         """Return the model with this compute dtype, as the last cell left it (``as_loaded``).
@@ -60,6 +63,7 @@ class Warm:
         if self._loaded is None or self.holds != wanted:
             # The old model goes first: two at once may not fit.
             self._loaded = self._originals = self.holds = None
+            self._references.clear()
             free_memory(self.device)
             began = time.perf_counter()
             try:
@@ -114,17 +118,45 @@ class Warm:
         return loaded
 
     def prepare(self, spec: EvalSpec, loaded: LoadedModel) -> PreparedEval:
-        """Return requests and tokens, built once for all cells of models that share a tokenizer."""
+        """Return requests and tokens, built once for all cells of models that share a tokenizer.
+
+        What compares has the loaded model's reference, if ``refer`` was called.
+        """
         from kbit.evaluation import prepare
         from sweeps.study.snapshot import check_data
 
         context, vocab_size = loaded.context, loaded.vocab_size
         # Where data are read from is no part of a spec's equality, but decides what is there.
         key = _key(eval_to_dict(spec), loaded)
+        if key in self._references:
+            return self._references[key][1]
         if key not in self._prepared:
             check_data(f"eval {spec.name}", spec.source)
             self._prepared[key] = prepare(spec, loaded.tokenizer, context=context, vocab_size=vocab_size)
         return self._prepared[key]
+
+    def lacks_reference(self, spec: EvalSpec, loaded: LoadedModel, *, batch_tokens: int) -> bool:
+        """Tell whether an evaluation compares with the 16-bit model, and was given none in this batch."""
+        if not EVALUATORS[spec.kind].compares:
+            return False
+        taken_in, _ = self._references.get(_key(eval_to_dict(spec), loaded), (None, None))
+        return taken_in != batch_tokens
+
+    def refer(self, spec: EvalSpec, loaded: LoadedModel, *, batch_tokens: int) -> None:
+        """Give an evaluation that lacks it the loaded model in its 16-bit form; until another model is loaded."""
+        if not self.lacks_reference(spec, loaded, batch_tokens=batch_tokens):
+            return
+        key = _key(eval_to_dict(spec), loaded)
+        # An earlier one goes first: two at once may not fit.
+        self._references.pop(key, None)
+        comparing = cast("ComparingEval", self.prepare(spec, loaded))
+        began = time.perf_counter()
+        self.as_loaded()
+        try:
+            self._references[key] = (batch_tokens, comparing.refer(loaded.model, batch_tokens=batch_tokens))
+        finally:
+            # As loading, it is once for all cells, and no cell's own time.
+            self.total_seconds += time.perf_counter() - began
 
     def calibration(self, calibration: Calibration, loaded: LoadedModel) -> Tensor:
         """Return token windows, drawn once for all cells of models that share a tokenizer: int64 [samples, length]."""

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
@@ -35,10 +36,10 @@ from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.devices import check_device
 from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
+from sweeps.worker.sharing import Brought, bringers_first
 from sweeps.worker.time_budget import Pace
 
 if TYPE_CHECKING:
-    from kbit.evaluation.prepared import PreparedEval
     from kbit.models.loading import LoadedModel
     from kbit.models.quantize import QuantHandle
 
@@ -47,6 +48,7 @@ MIN_BATCH_TOKENS: Final = 256
 """A batch is not halved below this when memory runs out: one sequence takes about as much."""
 
 Emit = Callable[[Event], None]
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -92,6 +94,7 @@ class Worker:
     _warm: Warm = field(init=False)
     _has_measured: bool = False
     _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
+    _brought: Brought = field(default_factory=Brought)
 
     def __post_init__(self) -> None:
         if self.device == "cpu":
@@ -138,7 +141,8 @@ class Worker:
         """Measure a cell; tell whether all of it was measured. If not, the worker was asked to stop."""
         if self.stop.asked():
             return False
-        measurements = [Measurement(cell=cell, eval=spec) for spec in evals]
+        measurements = [Measurement(cell=cell, eval=spec) for spec in bringers_first(evals)]
+        self._brought = Brought(due=evals)
         # Where loading or quantizing kills the process, its first measurement is the suspect.
         first = measurements[0].key
         self.emit(Started(pack=pack.id, cell=cell.key, label=cell.label, measurement=first))
@@ -146,6 +150,9 @@ class Worker:
         try:
             dtype, packed = form
             loaded = self._load(cell.model, dtype)
+            measurements = self._refer(pack, measurements, loaded)
+            if not measurements:
+                return True
             began = time.perf_counter()
             handle = self._quantize(loaded, cell, packed=packed)
         except DataChangedError as error:
@@ -162,6 +169,28 @@ class Worker:
             self._measure(pack, measurement, loaded, handle, quantize_seconds)
         return True
 
+    def _refer(self, pack: Pack, measurements: list[Measurement], loaded: LoadedModel) -> list[Measurement]:
+        """Take what the cell is compared with from the model in its 16-bit form, once for all its cells.
+
+        Return the measurements that are left: where that fails, those that need it have failed.
+        """
+        left = []
+        for measurement in measurements:
+            spec, started = measurement.eval, datetime.now(UTC)
+            try:
+                if self._warm.lacks_reference(spec, loaded, batch_tokens=self._batch):
+                    self.emit(Measuring(pack=pack.id, measurement=measurement.key))
+                    self._within_memory(pack, partial(self._make_reference, spec, loaded))
+                left.append(measurement)
+            except DataChangedError as error:
+                self._withhold(pack, [measurement], error)
+            except Exception as error:
+                self._record_failure(pack, [measurement], error, started)
+        return left
+
+    def _make_reference(self, spec: EvalSpec, loaded: LoadedModel) -> None:
+        self._warm.refer(spec, loaded, batch_tokens=self._batch)
+
     def _measure(
         self, pack: Pack, measurement: Measurement, loaded: LoadedModel, handle: QuantHandle, quantize_seconds: float
     ) -> None:
@@ -169,8 +198,7 @@ class Worker:
         self.emit(Measuring(pack=pack.id, measurement=measurement.key))
         try:
             check_device(measurement.eval, self.device)
-            prepared = self._warm.prepare(measurement.eval, loaded)
-            result, seconds = self._evaluate(pack, prepared, loaded)
+            result, seconds = self._brought.take(measurement.eval) or self._evaluate(pack, measurement, loaded)
         except DataChangedError as error:
             self._withhold(pack, [measurement], error)
             return
@@ -190,23 +218,37 @@ class Worker:
         self._record(row)
         self._has_measured = True
 
-    def _evaluate(self, pack: Pack, prepared: PreparedEval, loaded: LoadedModel) -> tuple[EvalResult, float]:
-        """Evaluate; return the result and the seconds it took.
+    def _evaluate(self, pack: Pack, measurement: Measurement, loaded: LoadedModel) -> tuple[EvalResult, float]:
+        """Evaluate; return the result and the seconds it took, or its share of them where others came with it."""
+        import torch
+
+        spec = measurement.eval
+
+        def run() -> tuple[EvalResult, float]:
+            if measurement.cell.quant.is_baseline:
+                # Again where the batch was halved since: in equal batches the baseline differs from itself in no bit.
+                self._make_reference(spec, loaded)
+            prepared = self._warm.prepare(spec, loaded)
+            reset_peak_memory(self.gpus)
+            torch.manual_seed(SEED)
+            began = time.perf_counter()
+            result = prepared.run(loaded.model, batch_tokens=self._batch)
+            return result, time.perf_counter() - began
+
+        result, seconds = self._within_memory(pack, run)
+        return result, self._brought.keep(spec, result, seconds)
+
+    def _within_memory(self, pack: Pack, run: Callable[[], T]) -> T:
+        """Return what ``run`` does.
 
         Where memory runs out, try again: first with the model's originals off the GPU, then with half the batch. Either
         stays so for the model.
         """
-        import torch
-
         from kbit.memory import is_out_of_memory
 
         while True:
-            reset_peak_memory(self.gpus)
-            torch.manual_seed(SEED)
-            began = time.perf_counter()
             try:
-                result = prepared.run(loaded.model, batch_tokens=self._batch)
-                return result, time.perf_counter() - began
+                return run()
             except Exception as error:
                 held = self._warm.holds
                 if held is None or not is_out_of_memory(error):

@@ -91,6 +91,20 @@ LATER: list[dict[str, Any]] = [
         "label": "16-bit",
         "key": "91916f4b0866d198983dcd329ffa2aa2413352b2436a5e49830a5932c16321e2",
     },
+    {
+        "quant": {"bits": 3, "dtype": "int"},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "agreement", "name": "jargon_agreement", "window": 512, "dataset": "sha256:" + "c" * 64},
+            **{"compute_dtype": "float32"},
+        },
+        "canonical": {
+            **{"method": "blockwise", "bits": 3, "dtype": "int", "blocksize": 64, "scheme": "block"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+        },
+        "label": "int3 b64",
+        "key": "0eecdbfa58727ffbdc8c29f6aa6de7244232129526ff5d23f64be4e1a7c29f87",
+    },
 ]
 
 

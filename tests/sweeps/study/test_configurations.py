@@ -83,6 +83,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         for name, m in members.members.items()
     ]
     evals = [*as_list(list(cfg.eval.perplexity), ""), *as_list(list(cfg.eval.tasks), "")]
+    evals += [name for names in (cfg.eval.kinds or {}).values() for name in as_list(list(names), "")]
     return grid.expand(raw["quant"], models, raw.get("exclude", ())), len(evals)
 
 
@@ -90,14 +91,14 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
     ("study", "models", "cells", "measurements"),
     [
         ("demo", 3, 129, 387),
-        ("fig2_bit_scaling", 26, 182, 910),
-        ("fig3_data_types", 8, 40, 200),
-        ("fig3_block_size", 8, 64, 320),
-        ("fig4_proxy", 8, 40, 200),
+        ("fig2_bit_scaling", 26, 182, 1092),
+        ("fig3_data_types", 8, 40, 240),
+        ("fig3_block_size", 8, 64, 384),
+        ("fig4_proxy", 8, 40, 240),
         ("table1_gptq", 8, 32, 32),
-        ("fig12_exponent_bits", 8, 224, 1120),
-        ("centering", 26, 442, 2210),
-        ("paper_all", 41, 8118, 40590),
+        ("fig12_exponent_bits", 8, 224, 1344),
+        ("centering", 26, 442, 2652),
+        ("paper_all", 41, 8118, 48708),
     ],
 )
 def test_study_expands_to_what_it_says(study: str, models: int, cells: int, measurements: int) -> None:
@@ -154,6 +155,14 @@ def test_evaluations_name_sets_that_are_known(name: str) -> None:
     assert set(cfg.perplexity) <= set(cfg.sets)
     assert {"pile_cc", "wikitext2", "commoncrawl_sample"} <= set(cfg.sets)
     assert {"lambada_openai", "piqa", "hellaswag", "winogrande"} <= set(cfg.task_data)
+
+
+def test_agreement_is_the_papers_and_follows_the_text_sets_of_perplexity() -> None:
+    assert composed("eval=paper").eval.kinds == {"agreement": ["pile_cc"]}
+    assert composed("eval=paper", "eval.perplexity=[wikitext2]").eval.kinds == {"agreement": ["wikitext2"]}
+    assert composed("eval=paper", "eval.kinds.agreement=[]").eval.kinds == {"agreement": []}
+    for name in ("demo", "perplexity", "wikitext2"):
+        assert composed(f"eval={name}").eval.kinds is None
 
 
 def test_families_can_be_chosen_for_any_study() -> None:
