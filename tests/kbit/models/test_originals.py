@@ -19,7 +19,7 @@ from kbit.errors import ArchitectureError, SpecError, WeightError
 from kbit.methods.blockwise import StoredCodes, quantize_layers
 from kbit.models.architectures import block_layers
 from kbit.models.originals import Originals
-from kbit.models.places import Place, Room, host_like, place_for
+from kbit.models.places import Place, Room, host_like, lock_pages, place_for
 from kbit.models.quantize import Calibrated, QuantHandle
 from kbit.models.whole import WholeModel
 from kbit.quantizer.blockwise import quantize
@@ -337,16 +337,22 @@ def test_originals_on_a_gpu_give_up_its_memory(packed: bool) -> None:
     check_sequence(model, fresh, [(INT4, packed), (PLAIN[2], False), (INT4, not packed)])
 
 
+class Owner:
+    """What page-locked memory belongs to."""
+
+
 @needs_gpu
 def test_page_locked_memory_is_given_back_with_its_owner() -> None:
     model = tiny("opt").cuda()
     originals = Originals(model=model, place=Place.LOCKED)
     cell(model, INT4, originals)
-    hosts = [layer.original for layer in originals.layers]
-    assert all(host is not None and host.is_pinned() for host in hosts)
+    hosts = [layer.original for layer in originals.layers if layer.original is not None]
     assert originals.lock_seconds > 0
+    other, gpu = Owner(), torch.device("cuda")
+    # What is locked can't be locked again. Tensor.is_pinned asks about the storage's first page, which is not.
+    assert not any(lock_pages(host, owner=other, gpu=gpu) for host in hosts)
     del originals
-    assert not any(host.is_pinned() for host in hosts if host is not None)
+    assert all(lock_pages(host, owner=other, gpu=gpu) for host in hosts)
 
 
 def test_the_demo_models_cells_in_the_order_of_a_study() -> None:
