@@ -21,7 +21,7 @@ demo: $(VENV)/installed  ## the embedded study: real models, real text, a table 
 BESIDE := tests/slurm tests/sweeps/commands/test_run.py
 test: $(VENV)/installed  ## the tests, but for the slow ones
 	@log=$$(mktemp); $(BIN)/python -m pytest $(BESIDE) -m 'not slow' >$$log 2>&1 & beside=$$!; status=0; \
-	$(BIN)/python -m pytest $(BESIDE:%=--ignore %) -m 'not slow' || status=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE:%=--ignore %) -m 'not slow' || status=$$?; \
 	echo "Tests of $(BESIDE):"; wait $$beside || status=$$?; cat $$log; rm -f $$log; exit $$status
 
 test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting

@@ -20,20 +20,20 @@ from kbit.evaluation.perplexity import PerplexityEval, prepare_perplexity
 from kbit.evaluation.reference import KeptHead, Reference, host_rows
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.spec import EvalResult, EvalSpec
-from kbit.kernels.logits import summarize_logits
+from kbit.kernels.logits import Summary, divergence, runs_kernels, summarize_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPARED_AT_ONCE: Final = {"cpu": 2**17, "cuda": 2**24}
-"""Logits that are compared at once, of each side. In float32 they are half a megabyte on a CPU, which stays in its
-cache from one operation to the next, and 64 MB on a GPU, where several times as much is made of them.
+"""Logits that are compared at once without kernels, of each side. In float32 they are half a megabyte on a CPU, which
+stays in its cache from one operation to the next, and 64 MB on a GPU, where several times as much is made of them.
 """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenAgreement:
-    """What is compared at each scored token; arrays of one shape, float32.
+    """What is compared at each scored token; tensors of one shape, float32, where the logits were.
 
     Attributes:
         kl: KL(p16 || pk) in nats.
@@ -42,15 +42,26 @@ class TokenAgreement:
         nats: -ln pk(target).
     """
 
+    kl: Tensor
+    top_token: Tensor
+    p_change: Tensor
+    nats: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowAgreement:
+    """The same on the host: float32 [windows, tokens]."""
+
     kl: NDArray[np.float32]
     top_token: NDArray[np.float32]
     p_change: NDArray[np.float32]
     nats: NDArray[np.float32]
 
     @classmethod
-    def joined(cls, parts: list[TokenAgreement]) -> TokenAgreement:
-        """Put arrays one after the other."""
-        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+    def joined(cls, parts: list[TokenAgreement], *, windows: int) -> WindowAgreement:
+        """Put what was compared one after the other. A GPU is waited for here, once."""
+        tensors = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
+        return cls(**{name: tensor.cpu().numpy().reshape(windows, -1) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,15 +115,14 @@ class AgreementEval:
         for start, ids in self.text.batches(batch_tokens):
             parts += compare(scorer, ids, self.reference.states[start : start + len(ids)], head)
         count, length = self.text.windows.shape
-        tokens = TokenAgreement.joined(parts)
-        by_window = TokenAgreement(**{f.name: getattr(tokens, f.name).reshape(count, -1) for f in fields(tokens)})
+        by_window = WindowAgreement.joined(parts, windows=count)
         perplexity = self.text.result(by_window.nats.sum(1, dtype=np.float64))
         metrics, stderr, samples = summarize(by_window)
         return EvalResult(
             metrics=metrics,
             stderr=stderr,
             samples={**samples, "tokens": np.full(count, length - 1, dtype=np.int32)},
-            diverged=not np.isfinite(tokens.kl).all(),
+            diverged=not np.isfinite(by_window.kl).all(),
             n_samples=count,
             n_tokens=perplexity.n_tokens,
             dataset_hash=self.text.dataset_hash,
@@ -130,48 +140,58 @@ def prepare_agreement(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_siz
 
 
 def compare_in_pieces(logits: Tensor, reference: Tensor, targets: Tensor) -> Iterator[TokenAgreement]:
-    """Yield ``compare_logits`` of some tokens at a time."""
+    """Yield ``compare_logits`` of some tokens at a time, or of all where kernels make no copies."""
+    reference, targets = (x.to(logits.device, non_blocking=True) for x in (reference, targets))
+    if runs_kernels(logits.device):
+        yield compare_logits(logits, reference, targets)
+        return
     rows = max(1, COMPARED_AT_ONCE.get(logits.device.type, COMPARED_AT_ONCE["cpu"]) // logits.shape[-1])
     for piece in zip(*(torch.split(x, rows) for x in (logits, reference, targets)), strict=True):
         yield compare_logits(*piece)
 
 
-def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenAgreement:
+def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor, *, impl: str = "auto") -> TokenAgreement:
     """Compare a model's logits with the 16-bit model's.
 
     A token that the 16-bit model gives no probability at all adds nothing to the KL divergence, whatever the other
-    gives it. What is not finite otherwise stays so.
+    gives it. What is not finite otherwise stays so. The steps to the nats are those by which perplexity scores, so that
+    they are the same to the bit.
 
     Args:
         logits: [n, vocabulary], of any dtype.
         reference: the 16-bit model's, the same.
         targets: int64 [n].
+        impl: as of ``kbit.kernels.logits.summarize_logits``.
     """
-    targets, reference = targets.to(logits.device)[:, None], reference.to(logits.device)
-    (log_p, nats, best), (log_p16, _, best16) = (_log_softmax(x, targets) for x in (logits, reference))
-    p16 = log_p16.exp()
-    change = nats.neg().exp() - p16.gather(1, targets)[:, 0]
-    terms = (log_p16 - log_p).mul_(p16)
-    kl = terms.sum(-1)
-    if kl.isnan().any():
-        kl = terms.masked_fill_(p16 == 0, 0).sum(-1)
-    same = (best == best16).float().masked_fill_(kl.isnan(), math.nan)
-    on_host = (x.cpu().numpy() for x in (kl, same, change, nats))
-    return TokenAgreement(**dict(zip((f.name for f in fields(TokenAgreement)), on_host, strict=True)))
+    now, before = (summarize_logits(x, impl=impl) for x in (logits, reference))
+    nats, nats16 = (_nats(x, summary, targets) for x, summary in ((logits, now), (reference, before)))
+    if runs_kernels(logits.device, impl):
+        kl = divergence(logits, reference, now, before)
+    else:
+        log_p, log_p16 = _log_softmax(logits, now), _log_softmax(reference, before)
+        p16 = log_p16.exp()
+        terms = log_p16.sub_(log_p).mul_(p16)
+        kl = terms.sum(-1)
+        if kl.isnan().any():
+            kl = terms.masked_fill_(p16 == 0, 0).sum(-1)
+    same = (now[2] == before[2]).float().masked_fill_(kl.isnan(), math.nan)
+    return TokenAgreement(kl=kl, top_token=same, p_change=nats.neg().exp() - nats16.neg().exp(), nats=nats)
 
 
-def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ln p [n, vocabulary] and -ln p(target) [n] in float32, and the most probable token [n], lowest of equals.
+def _log_softmax(logits: Tensor, summary: Summary) -> Tensor:
+    """Return ln p [n, vocabulary] in float32."""
+    largest, log_sum, _ = summary
+    return (logits.float() - largest[:, None]).sub_(log_sum[:, None])
 
-    The steps are those by which perplexity scores, so that its nats are the same to the bit.
-    """
-    largest, log_sum, best = summarize_logits(logits)
-    nats = (largest - logits.gather(1, targets)[:, 0].float()) + log_sum
-    return (logits.float() - largest[:, None]).sub_(log_sum[:, None]), nats, best
+
+def _nats(logits: Tensor, summary: Summary, targets: Tensor) -> Tensor:
+    """Return -ln p(target), float32 [n]."""
+    largest, log_sum, _ = summary
+    return (largest - logits.gather(1, targets[:, None])[:, 0].float()) + log_sum
 
 
 def summarize(
-    tokens: TokenAgreement,
+    tokens: WindowAgreement,
 ) -> tuple[dict[str, float], dict[str, float], dict[str, NDArray[np.float32]]]:
     """Metrics, their standard errors over windows, and samples: means of each window.
 

@@ -1,9 +1,9 @@
-"""What scoring needs of logits: their largest, where it is, and the log of the sum of their exponentials."""
+"""What scoring needs of logits: their largest, where it is, the log of the sum of exponentials, and divergences."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Final
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,35 +11,95 @@ from torch import Tensor
 from kbit.kernels.availability import why_not_triton
 
 _BLOCK: Final = 4096
+_WARPS: Final = 8
+
+Summary = tuple[Tensor, Tensor, Tensor]
+"""Of each row of logits l: m = max_j l_j, float32; ln sum_j exp(l_j - m), float32; the lowest j with l_j = m, int64."""
 
 
-def summarize_logits(logits: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """Return m = max_j l_j, ln sum_j exp(l_j - m), and the lowest j with l_j = m, of each row of logits.
+def summarize_logits(logits: Tensor, *, impl: str = "auto") -> Summary:
+    """Return the summary of each row of logits.
 
-    So -ln p(t) = (m - l_t) + ln sum. A NaN or +inf makes the sum NaN. On an NVIDIA GPU the logits are read once, as
-    they are; elsewhere a float32 copy is made.
+    With it -ln p(t) = (m - l_t) + ln sum. A NaN or +inf makes the sum NaN. On an NVIDIA GPU the logits are read once,
+    as they are; elsewhere a float32 copy is made.
 
     Args:
         logits: [rows, vocabulary] of any floating dtype; computed in float32.
         impl: 'torch', 'triton', or 'auto' for Triton's kernel where it runs.
-
-    Returns:
-        float32 [rows], float32 [rows], int64 [rows].
     """
-    if impl == "torch" or (impl == "auto" and why_not_triton(logits.device) is not None):
+    if not runs_kernels(logits.device, impl):
         values = logits.float()
         largest, best = values.max(-1)
         return largest, (values - largest[:, None]).exp_().sum(-1).log_(), best
-    import triton
-
     from kbit.kernels.logits_jit import summarize_rows
 
     rows, columns = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = _row_by_row(logits)
     largest, log_sum = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     best = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        block = min(_BLOCK, triton.next_power_of_2(columns))
-        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-            summarize_rows[(rows,)](logits, largest, log_sum, best, logits.stride(0), columns, BLOCK=block, num_warps=8)
+        with _on(logits):
+            summarize_rows[(rows,)](
+                logits,
+                largest,
+                log_sum,
+                best,
+                logits.stride(0),
+                columns,
+                BLOCK=_block(columns),
+                num_warps=_WARPS,
+            )
     return largest, log_sum, best
+
+
+def divergence(logits: Tensor, reference: Tensor, of_logits: Summary, of_reference: Summary) -> Tensor:
+    """Return KL(p || q) in nats of each row, p of ``reference`` and q of ``logits``, by Triton's kernel.
+
+    A token of p = 0 adds nothing. What is not finite otherwise stays so.
+
+    Args:
+        logits: [rows, vocabulary], where ``runs_kernels``.
+        reference: the same.
+        of_logits: the summary of the first.
+        of_reference: that of the second.
+
+    Returns:
+        float32 [rows].
+    """
+    from kbit.kernels.logits_jit import diverge_rows
+
+    rows, columns = logits.shape
+    logits, reference = _row_by_row(logits), _row_by_row(reference)
+    kl = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        with _on(logits):
+            diverge_rows[(rows,)](
+                logits,
+                reference,
+                *of_logits[:2],
+                *of_reference[:2],
+                kl,
+                logits.stride(0),
+                reference.stride(0),
+                columns,
+                BLOCK=_block(columns),
+                num_warps=_WARPS,
+            )
+    return kl
+
+
+def runs_kernels(device: torch.device, impl: str = "auto") -> bool:
+    """Tell whether Triton's kernels are to run on a device; 'triton' says so anywhere."""
+    return impl == "triton" or (impl == "auto" and why_not_triton(device) is None)
+
+
+def _row_by_row(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _block(columns: int) -> int:
+    return min(_BLOCK, 1 << (columns - 1).bit_length())
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,4 +1,6 @@
-"""Triton: the largest logit of each row, where it is, and the log of the sum of exponentials, in one reading."""
+"""Triton: the largest logit of each row, where it is, and the log of the sum of exponentials, in one reading; and the
+KL divergence of two rows, in one more.
+"""
 
 # ruff: noqa: N803, PLR0913
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -30,3 +32,34 @@ def summarize_rows(logits_ptr, largest_ptr, log_sum_ptr, best_ptr, stride, colum
     tl.store(largest_ptr + row, most)
     tl.store(log_sum_ptr + row, tl.log(total))
     tl.store(best_ptr + row, tl.min(tl.where(largest == most, best, columns), axis=0))
+
+
+@triton.jit
+def diverge_rows(
+    logits_ptr,
+    reference_ptr,
+    largest_ptr,
+    log_sum_ptr,
+    reference_largest_ptr,
+    reference_log_sum_ptr,
+    kl_ptr,
+    stride,
+    reference_stride,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """Sum p (ln p - ln q) over row `program_id`, p of `reference` and q of `logits`; where p is 0, nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    largest, log_sum = tl.load(largest_ptr + row), tl.load(log_sum_ptr + row)
+    reference_largest, reference_log_sum = tl.load(reference_largest_ptr + row), tl.load(reference_log_sum_ptr + row)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + offset
+        is_inside = column < columns
+        x = tl.load(logits_ptr + row * stride + column, mask=is_inside, other=0.0).to(tl.float32)
+        y = tl.load(reference_ptr + row * reference_stride + column, mask=is_inside, other=float("-inf")).to(tl.float32)
+        log_p = (y - reference_largest) - reference_log_sum
+        p = tl.exp(log_p)
+        total += tl.where(p == 0, 0.0, p * (log_p - ((x - largest) - log_sum)))
+    tl.store(kl_ptr + row, tl.sum(total, axis=0))

@@ -24,7 +24,7 @@ from transformers import (
 
 from kbit.errors import SpecError
 from kbit.evaluation import EvalSpec, agreement, prepare, reference, scoring
-from kbit.evaluation.agreement import AgreementEval, TokenAgreement, compare_logits, prepare_agreement, summarize
+from kbit.evaluation.agreement import AgreementEval, WindowAgreement, compare_logits, prepare_agreement, summarize
 from kbit.evaluation.perplexity import PerplexityEval
 from kbit.evaluation.scoring import TokenScorer
 from kbit.models.quantize import quantize_model
@@ -327,12 +327,12 @@ def test_standard_errors_match_resampling_of_windows() -> None:
     kl, change = random.exponential(scale, (300, 40)), random.normal(0.01, 0.02 * scale, (300, 40))
     same = (random.random((300, 40)) < 1 / (1 + 0.1 * scale)).astype(np.float32)
     tokens = {"kl": kl.astype(np.float32), "top_token": same, "p_change": change.astype(np.float32)}
-    _, stderr, _ = summarize(TokenAgreement(**tokens, nats=tokens["kl"]))
+    _, stderr, _ = summarize(WindowAgreement(**tokens, nats=tokens["kl"]))
     resampled = random.integers(0, 300, (2000, 300))
     spread = {name: values[resampled].mean((1, 2)).std() for name, values in tokens.items()}
     spread["p_change_rms"] = np.sqrt((change**2).mean(1)[resampled].mean(1)).std()
     assert stderr == pytest.approx(spread, rel=0.1)
-    first = TokenAgreement(**{name: values[:1] for name, values in {**tokens, "nats": tokens["kl"]}.items()})
+    first = WindowAgreement(**{name: values[:1] for name, values in {**tokens, "nats": tokens["kl"]}.items()})
     assert summarize(first)[1] == {}
 
 

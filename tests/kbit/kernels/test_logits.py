@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kbit.evaluation.agreement import compare_logits
 from kbit.kernels.interpreter import interpreted
 from kbit.kernels.logits import summarize_logits
 from tests import ROOT
@@ -69,3 +70,40 @@ def test_rows_may_lie_apart(impl: str) -> None:
     for logits in (wide[:, :211], wide.T):
         found = summarize_logits(logits, impl=impl)
         assert all(torch.allclose(a, b) for a, b in zip(found, summarize_logits(logits.contiguous()), strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("distance", [0.0, 1e-2, 1.0])
+def test_the_divergence_is_that_of_float64(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int], distance: float
+) -> None:
+    torch.manual_seed(0)
+    reference = (3 * torch.randn(shape)).to(dtype)
+    logits = (reference + distance * torch.randn(shape)).to(dtype)
+    targets = torch.randint(0, shape[1], shape[:1])
+    found = compare_logits(logits.to(DEVICE), reference.to(DEVICE), targets.to(DEVICE), impl=impl)
+    log_q, log_p = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
+    truth = (log_p.exp() * (log_p - log_q)).sum(-1)
+    # By definition from log-softmax in float32, of which a logarithm of 10 has half a millionth of error.
+    np.testing.assert_allclose(found.kl.cpu(), truth, rtol=1e-4, atol=5e-7)
+    if distance == 0:
+        assert not found.kl.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_has_no_probability_adds_nothing_and_what_is_not_finite_stays_so(impl: str) -> None:
+    reference, logits = torch.zeros(4, 5000), torch.zeros(4, 5000)
+    reference[0, 7] = logits[0, 7] = float("-inf")  # impossible to both
+    logits[1, 8] = float("-inf")  # to the second alone
+    reference[2, 9] = float("nan")
+    logits[3, 9] = float("nan")
+    found = compare_logits(
+        logits.to(DEVICE), reference.to(DEVICE), torch.zeros(4, dtype=torch.int64).to(DEVICE), impl=impl
+    )
+    kl = found.kl.cpu()
+    assert float(kl[0]) == 0.0
+    assert kl[1] == float("inf")
+    assert kl[2:].isnan().all()
+    assert found.top_token.cpu()[2:].isnan().all()
