@@ -17,7 +17,8 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
-# Those mostly wait for processes, so they run in parallel with the others; what they print comes at the end.
+# Those mostly wait for processes, so they run in parallel with the others; what they print comes at the end. The others
+# run in two processes, a file in one.
 BESIDE := tests/slurm tests/sweeps/commands/test_run.py
 test: $(VENV)/installed  ## the tests, but for the slow ones
 	@log=$$(mktemp); $(BIN)/python -m pytest $(BESIDE) -m 'not slow' >$$log 2>&1 & beside=$$!; status=0; \
