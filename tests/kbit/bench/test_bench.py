@@ -33,6 +33,7 @@ from kbit.bench.quantizers import table as quantizers_table
 from kbit.bench.roofline import Roofline
 from kbit.bench.timing import Ceilings
 from kbit.kernels.tiles import tile, untile
+from tests import ROOT
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 TINY = Architecture(name="tiny", hidden=64, ffn=128, layers=5, heads=2, vocab=96, positions=32)
@@ -98,6 +99,13 @@ def test_the_files_hold_every_number_and_where_it_comes_from(cpu_run: tuple[str,
         ("--model --roofline", "not allowed with"),
         ("--switch --model", "not allowed with"),
         ("--switch opt-9b", "choose from"),
+        ("--tasks piqa=x.jsonl", "--tasks belongs to --evaluation"),
+        ("--evaluation opt-1.3b", "--evaluation needs --tasks"),
+        ("--evaluation opt-1.3b --tasks piqa=x.jsonl", "--tokenizer DIR names one"),
+        ("--evaluation opt-9b --tasks piqa=x.jsonl", "'opt-9b' is no directory, and none of pythia-160m"),
+        ("--evaluation sweeps --tasks pique=x.jsonl", "'pique' is none of lambada_openai, piqa"),
+        ("--evaluation sweeps --tasks piqa=x.jsonl", "'x.jsonl' is no file"),
+        ("--evaluation sweeps --documents 0 --tasks piqa=x.jsonl", "at least 1"),
         ("--bits 9", "2 to 8 are possible"),
         ("--bits 16", "16 bits are measured in any case"),
         ("--blocksize 0", "at least 1"),
@@ -108,7 +116,10 @@ def test_the_files_hold_every_number_and_where_it_comes_from(cpu_run: tuple[str,
         ("--device cpu --impl cuda --values 64", "cuda"),
     ],
 )
-def test_bad_input_is_refused_with_the_reason(options: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused_with_the_reason(
+    options: str, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
         main(options.split())
     assert end.value.code == 2
@@ -138,6 +149,24 @@ def test_a_weight_repeated_is_the_layout_of_the_matrix_repeated() -> None:
     long = repeated(tile(quantize(strip, spec), torch.float16), 3)
     assert long.n == 384
     assert torch.equal(untile(long), untile(tile(quantize(strip.repeat(3, 1), spec), torch.float16)))
+
+
+def test_tasks_are_timed_beside_hflm_with_equal_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = ROOT / "sweeps" / "demo"
+    tasks = [f"{demo}/tasks/{name}.yaml={demo}/text/{name}.jsonl" for name in ("jargon_choice", "jargon_lastword")]
+    model = str(demo / "models" / "neox-xs")
+    main(["--evaluation", model, "--tasks", *tasks, "--documents", "12", "--out", str(tmp_path), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("HFLM s", "of ceiling", "jargon_choice", "jargon_lastword", "together"))
+    choice, last = json.loads((tmp_path / "evaluation.json").read_text())["evaluation"]
+    assert (choice["sharing"], last["sharing"]) == ("shared", "nothing to share")
+    assert choice["tokens"] < 0.8 * choice["tokens_apart"]
+    assert last["tokens"] == last["tokens_apart"]
+    for record in (choice, last):
+        assert record["documents"] == 12
+        assert record["rms"] < 1e-3
+        assert record["moved"] == 0
+        assert min(record[name] for name in ("peer", "ours", "first", "encoding", "flops", "ceiling_flops")) > 0
 
 
 # The decode step.
