@@ -14,6 +14,7 @@ from typing import Any
 
 from sweeps.errors import UnreachableError, UserError, did_you_mean
 from sweeps.study import hub
+from sweeps.study.begins import check_begins
 from sweeps.study.cell import UNRESOLVED, ModelRef
 from sweeps.study.evals import as_list, resolve_calibrations, resolve_evals
 from sweeps.study.grid import expand
@@ -96,6 +97,7 @@ def build_study(
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
     check_windows(grid.cells, progress)
+    check_begins((cell.model for cell in grid.cells), evals)
     calibrates = any(cell.calibration is not None for cell in grid.cells)
     settings = {key: value for key, value in vars(config).items() if key != "calibration" or calibrates}
     manifest = Manifest(sweep=name, cells=grid.cells, evals=tuple(evals), excluded=grid.excluded, config=settings)

@@ -98,7 +98,7 @@ def _length(model: ModelRef, asked: int) -> int | None:
     """Return the tokens of a window; None where config.json leaves the context to the architecture's own default."""
     from kbit.models.limits import named_context
 
-    config = _file(model, "config.json")
+    config = model_file(model, "config.json")
     context = None if config is None else named_context(_namespace(json.loads(config.read_bytes())))
     return None if context is None else min(context, asked)
 
@@ -113,10 +113,10 @@ def _namespace(config: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def _tokenizer_file(model: ModelRef) -> Path | None:
-    return _file(model, "tokenizer.json")
+    return model_file(model, "tokenizer.json")
 
 
-def _file(model: ModelRef, name: str) -> Path | None:
+def model_file(model: ModelRef, name: str) -> Path | None:
     """Return a file of a model that is here, or can be fetched."""
     if model.path is not None:
         path = Path(model.path) / name
