@@ -35,8 +35,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """The command in this process, in a directory with a user's files: faster than one process per message."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    # A command owns the logging of its process; other tests read it.
+    loggers = {logger: logger.level for logger in (logging.getLogger(), logging.getLogger("analysis"))}
+    handlers = logging.getLogger().handlers[:]
     (tmp_path / "table.csv").write_text("a,b\n")
     (tmp_path / "table.json").write_text("[]")
     (tmp_path / "file").write_text("")
@@ -58,8 +59,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return Said(code, said.out, said.err)
 
     yield run
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    logging.getLogger().handlers[:] = handlers
+    for logger, level in loggers.items():
+        logger.setLevel(level)
 
 
 def test_a_command_leaves_the_loggers_of_its_process_as_they_are(ask: Ask) -> None:
