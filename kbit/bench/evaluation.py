@@ -11,18 +11,17 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
 from kbit.bench.report import Record, Table
-from kbit.evaluation.requests import RequestEncoder, ScoringPlan
-from kbit.evaluation.scoring import TokenScorer
-from kbit.evaluation.sharing import SHARED, sharing
 from kbit.evaluation.spec import EvalSpec
-from kbit.evaluation.tasks import build_task
 from kbit.sources import source_from_dict
+
+if TYPE_CHECKING:
+    from kbit.evaluation.requests import ScoringPlan
 
 SHAPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "pythia-160m": {
@@ -127,7 +126,10 @@ def measure(
     say: Callable[[str], None],
 ) -> list[Timed]:
     """Time tasks."""
+    # Late, as the other benchmarks need no lm-eval.
     from lm_eval.models.huggingface import HFLM
+
+    from kbit.evaluation.tasks import build_task
 
     with contextlib.redirect_stderr(io.StringIO()):
         peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=HFLM_BATCH, max_length=_CONTEXT)
@@ -153,6 +155,10 @@ def _ours(
     name: str,
     batch_tokens: int,
 ) -> Timed:
+    from kbit.evaluation.requests import RequestEncoder
+    from kbit.evaluation.scoring import TokenScorer
+    from kbit.evaluation.sharing import SHARED, sharing
+
     theirs, seconds = peer
 
     def encode() -> ScoringPlan:

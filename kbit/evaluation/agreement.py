@@ -20,7 +20,7 @@ from kbit.evaluation.perplexity import PerplexityEval, prepare_perplexity
 from kbit.evaluation.reference import KeptHead, Reference, host_rows
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.spec import EvalResult, EvalSpec
-from kbit.kernels.logits import Summary, divergence, runs_kernels, summarize_logits
+from kbit.kernels.logits import Summary, divergence, runs_kernels, summarize_logits, target_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,7 +164,8 @@ def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor, *, impl: 
         impl: as of ``kbit.kernels.logits.summarize_logits``.
     """
     now, before = (summarize_logits(x, impl=impl) for x in (logits, reference))
-    nats, nats16 = (_nats(x, summary, targets) for x, summary in ((logits, now), (reference, before)))
+    rows = torch.arange(len(targets), device=logits.device)
+    nats, nats16 = (target_nats(x, s, rows, targets) for x, s in ((logits, now), (reference, before)))
     if runs_kernels(logits.device, impl):
         kl = divergence(logits, reference, now, before)
     else:
@@ -182,12 +183,6 @@ def _log_softmax(logits: Tensor, summary: Summary) -> Tensor:
     """Return ln p [n, vocabulary] in float32."""
     largest, log_sum, _ = summary
     return (logits.float() - largest[:, None]).sub_(log_sum[:, None])
-
-
-def _nats(logits: Tensor, summary: Summary, targets: Tensor) -> Tensor:
-    """Return -ln p(target), float32 [n]."""
-    largest, log_sum, _ = summary
-    return (largest - logits.gather(1, targets[:, None])[:, 0].float()) + log_sum
 
 
 def summarize(

@@ -52,7 +52,7 @@ class PerplexityEval:
         for _, ids in self.batches(batch_tokens):
             rows, positions = np.indices((len(ids), length - 1)).reshape(2, -1)
             tokens = TokenBatch.of(ids, rows * length + positions, ids[:, 1:].reshape(-1))
-            scored.append(scorer.score(tokens, greedy=False)[0])
+            scored.append(scorer.score(tokens)[0])
         # A GPU is waited for here, once.
         of_tokens = np.concatenate([nats.cpu().numpy() for nats in scored]).reshape(count, length - 1)
         return self.result(of_tokens.sum(1, dtype=np.float64))

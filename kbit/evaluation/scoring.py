@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kbit.evaluation.forests import Forest, forest_mask
 from kbit.evaluation.positions import placed
-from kbit.kernels.logits import summarize_logits
+from kbit.kernels.logits import summarize_logits, target_nats
 
 _LEAST_CHUNK: Final = 2**24
 HEAD_CHUNK: Final = {"cpu": _LEAST_CHUNK, "cuda": 2**27}
@@ -96,12 +96,11 @@ class TokenScorer:
         self.separable = self.head is not None and self._head_gives_logits()
 
     @torch.inference_mode()
-    def score(self, batch: TokenBatch, *, greedy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats of each target, and whether the model's most probable token is that target.
 
         Args:
             batch: tokens, places and targets.
-            greedy: False spares looking for the most probable token; the second tensor is then empty.
 
         Returns:
             float32 [n], -ln p(target), and bool [n], on the device of the head. What is not finite stays so.
@@ -111,7 +110,7 @@ class TokenScorer:
             with self._following(batch.forest) as options:
                 states = self.base(ids, use_cache=False, **options).last_hidden_state
             # Those of a model spread over GPUs may lie on another than its inputs.
-            return self._by_chunks(states.flatten(0, 1)[places.to(states.device)], batch, greedy)
+            return self._by_chunks(states.flatten(0, 1)[places.to(states.device)], batch)
         numbers, parts = [], []
         for row in range(len(batch.ids)):
             one, mine = batch.row(row)
@@ -119,14 +118,14 @@ class TokenScorer:
             with self._following(one.forest) as options:
                 logits = self.model(ids, use_cache=False, **options).logits[0]
             numbers.append(mine)
-            parts.append(_nats(logits[places.to(logits.device)], one.of_target, one.targets, greedy))
+            parts.append(_nats(logits[places.to(logits.device)], one.of_target, one.targets))
         return _in_order(np.concatenate(numbers), parts)
 
     def chunk(self, device: torch.device) -> int:
         """Return how many hidden states on a device meet the head at once."""
         return max(1, HEAD_CHUNK.get(device.type, _LEAST_CHUNK) // int(self.head.weight.shape[0]))
 
-    def _by_chunks(self, hidden: torch.Tensor, batch: TokenBatch, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _by_chunks(self, hidden: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Score hidden states [places, hidden]."""
         chunk = self.chunk(hidden.device)
         order = np.argsort(batch.of_target, kind="stable")
@@ -134,7 +133,7 @@ class TokenScorer:
         parts = []
         for number, piece in enumerate(torch.split(hidden, chunk)):
             mine = order[starts[number] : starts[number + 1]]
-            parts.append(_nats(self.head(piece), batch.of_target[mine] - number * chunk, batch.targets[mine], greedy))
+            parts.append(_nats(self.head(piece), batch.of_target[mine] - number * chunk, batch.targets[mine]))
         return _in_order(order, parts)
 
     def _following(self, forest: Forest | None) -> AbstractContextManager[dict[str, torch.Tensor]]:
@@ -179,21 +178,19 @@ def _in_order(
     if (numbers[:-1] < numbers[1:]).all():
         return nats, best
     back = torch.from_numpy(np.argsort(numbers)).to(nats.device, non_blocking=True)
-    return nats[back], best[back] if len(best) else best
+    return nats[back], best[back]
 
 
 def _nats(
-    logits: torch.Tensor, of_target: NDArray[np.int64], targets: NDArray[np.int64], greedy: bool
+    logits: torch.Tensor, of_target: NDArray[np.int64], targets: NDArray[np.int64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return nats float32 [n] and, if greedy, whether each target is the most probable token, bool [n].
+    """Return nats, float32 [n], and whether each target is the most probable token, bool [n].
 
     Args:
         logits: [places, vocabulary].
         of_target: int64 [n], the place of each target.
         targets: int64 [n].
-        greedy: whether the second is wanted; it is empty otherwise.
     """
     place, target = (torch.from_numpy(a).to(logits.device, non_blocking=True) for a in (of_target, targets))
-    largest, log_sum, best = summarize_logits(logits)
-    nats = (largest[place] - logits[place, target].float()) + log_sum[place]
-    return nats, best[place] == target if greedy else best[:0].bool()
+    summary = summarize_logits(logits)
+    return target_nats(logits, summary, place, target), summary[2][place] == target

@@ -20,7 +20,7 @@ Summary = tuple[Tensor, Tensor, Tensor]
 def summarize_logits(logits: Tensor, *, impl: str = "auto") -> Summary:
     """Return the summary of each row of logits.
 
-    With it -ln p(t) = (m - l_t) + ln sum. A NaN or +inf makes the sum NaN. On an NVIDIA GPU the logits are read once,
+    A NaN or +inf makes the sum NaN. On an NVIDIA GPU the logits are read once,
     as they are; elsewhere a float32 copy is made.
 
     Args:
@@ -50,6 +50,19 @@ def summarize_logits(logits: Tensor, *, impl: str = "auto") -> Summary:
                 num_warps=_WARPS,
             )
     return largest, log_sum, best
+
+
+def target_nats(logits: Tensor, summary: Summary, rows: Tensor, targets: Tensor) -> Tensor:
+    """Return -ln p(target) = (m - l_target) + ln sum, float32 [n].
+
+    Args:
+        logits: [rows, vocabulary].
+        summary: of the logits.
+        rows: int64 [n], the row of each target.
+        targets: int64 [n].
+    """
+    largest, log_sum, _ = summary
+    return (largest[rows] - logits[rows, targets].float()) + log_sum[rows]
 
 
 def divergence(logits: Tensor, reference: Tensor, of_logits: Summary, of_reference: Summary) -> Tensor:
