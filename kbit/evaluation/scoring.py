@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 from kbit.evaluation.forests import Forest, forest_mask
 from kbit.evaluation.positions import placed
 from kbit.kernels.logits import summarize_logits, target_nats
+from kbit.models.sizes import LOGITS_AT_ONCE
 
-_LEAST_CHUNK: Final = 2**24
-HEAD_CHUNK: Final = {"cpu": _LEAST_CHUNK, "cuda": 2**27}
-"""Logits computed at once: 32 or 256 MB of 16 bits. On a CPU their float32 copies should stay small; on a GPU the
-head, which is read for each chunk, should meet enough tokens (with a vocabulary of 250,000: 535).
-"""
+HEAD_CHUNK: Final = LOGITS_AT_ONCE
 PROBE_TOKENS: Final = 4
 LOGIT_CHANGES: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Fields of configurations (Gemma 2, Cohere, Granite) by which a model changes what its head gives; near zero a soft
@@ -123,7 +120,7 @@ class TokenScorer:
 
     def chunk(self, device: torch.device) -> int:
         """Return how many hidden states on a device meet the head at once."""
-        return max(1, HEAD_CHUNK.get(device.type, _LEAST_CHUNK) // int(self.head.weight.shape[0]))
+        return max(1, HEAD_CHUNK.get(device.type, HEAD_CHUNK["cpu"]) // int(self.head.weight.shape[0]))
 
     def _by_chunks(self, hidden: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Score hidden states [places, hidden]."""
