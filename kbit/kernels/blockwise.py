@@ -5,7 +5,6 @@ Importing this imports triton.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from kbit.kernels import blockwise_jit as jit
 from kbit.kernels.codes_jit import plant_tree
 from kbit.kernels.interpreter import interpreted
+from kbit.kernels.launching import on
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax, nest
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.codebooks import codebook, fixed_codebook
@@ -88,7 +88,7 @@ def quantize_values(source: Source, blocks: Blocks, spec: QuantSpec, values: Ten
     """
     flat = source.flat if source.flat.dtype in _LOADED else source.flat.to(source.dtype)
     words = flat.new_empty(-(-packed_bytes(flat.numel(), spec.bits) // 4), dtype=torch.int32)
-    with _on(flat.device):
+    with on(flat.device):
         tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
         taken = _Taken(flat=flat, blocks=blocks, dtype=source.dtype, mean=source.mean, kept=_mask(source))
         if taken.kept is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
@@ -120,7 +120,7 @@ class _Taken(NamedTuple):
 
 def midpoint_tree(values: Tensor, bits: int) -> Tensor:
     """Return a codebook's midpoints as a search tree: float32 [2^bits] (``codes_jit.plant_tree``)."""
-    with _on(values.device):
+    with on(values.device):
         tree = values.new_empty(1 << bits)
         plant_tree[(1,)](values, tree, values.numel(), BITS=bits, num_warps=1, enable_fp_fusion=False)
     return tree
@@ -138,7 +138,7 @@ def dequantize_values(packed: Packed, out: Tensor, *, dtype: torch.dtype) -> Non
     """Fill `out`, contiguous and of 16 or 32 bits per value, with what packed codes stand for, rounded to `dtype`."""
     count, words, blocks = out.numel(), _as_words(packed.codes), packed.blocks
     absmax, mean = packed.absmax, packed.mean
-    with _on(out.device):
+    with on(out.device):
         jit.dequantize_values[(triton.cdiv(count, 8 * _OCTETS),)](
             words,
             absmax,
@@ -314,7 +314,3 @@ def _as_words(codes: Tensor) -> Tensor:
 
 def _index(count: int) -> Any:
     return tl.int32 if count < _WIDE else tl.int64
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from kbit.kernels.availability import why_not_triton
+from kbit.kernels.launching import on
 
 _BLOCK: Final = 4096
 _WARPS: Final = 8
@@ -38,7 +38,7 @@ def summarize_logits(logits: Tensor, *, impl: str = "auto") -> Summary:
     largest, log_sum = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     best = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        with _on(logits):
+        with on(logits.device):
             summarize_rows[(rows,)](
                 logits,
                 largest,
@@ -85,7 +85,7 @@ def divergence(logits: Tensor, reference: Tensor, of_logits: Summary, of_referen
     logits, reference = _row_by_row(logits), _row_by_row(reference)
     kl = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        with _on(logits):
+        with on(logits.device):
             diverge_rows[(rows,)](
                 logits,
                 reference,
@@ -112,7 +112,3 @@ def _row_by_row(logits: Tensor) -> Tensor:
 
 def _block(columns: int) -> int:
     return min(_BLOCK, 1 << (columns - 1).bit_length())
-
-
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -7,6 +7,7 @@ codebook.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -25,6 +26,8 @@ LEAST_CHANGE: Final = 1e-6
 CHUNK: Final = 512
 """Sorted values whose sum is kept: a sum up to any value adds at most one chunk to kept ones. These take 1/16 byte a
 value, and each of a round's 2^k sums adds up to a chunk. The sums are exact, so that this changes no codebook."""
+ROUNDS_AHEAD: Final = 10
+"""Rounds to ask a GPU for before the first is looked at: it is not waited for, and up to nine are wasted."""
 SLICE: Final = 1 << 24
 """Values that are summed at a time: their float64 copies take 128 MB each."""
 HIGH_BITS: Final = 20
@@ -49,25 +52,31 @@ def lloyd_values(source: Source, spec: QuantSpec) -> Tensor:
     Raises:
         WeightError: a value is NaN or infinite.
     """
-    scaled = _Sorted(_scaled(source, spec))
+    scaled = SortedValues(_scaled(source, spec))
     if not scaled.count:
         return torch.tensor([0.0, 1.0], dtype=torch.float32, device=source.device)
-    values = scaled.quantiles([(2 * i + 1) / 2 ** (spec.bits + 1) for i in range(2**spec.bits)])
-    before = None
-    for _ in range(MOST_ROUNDS):
-        ends = scaled.counts_up_to((values[:-1] + values[1:]) / 2)
-        counts = np.diff([0, *ends, scaled.count])
-        sums, squares = (np.diff(part, prepend=0.0) for part in scaled.sums([*ends, scaled.count]))
-        error = float((squares - 2 * values * sums + counts * values**2).sum())
-        if before is not None and before - error <= LEAST_CHANGE * before:
-            break
-        before = error
-        values = np.where(counts > 0, sums / np.maximum(counts, 1), values)
-    fitted = torch.unique(torch.from_numpy(values).float().clamp_(-1, 1) + 0.0)
+    fitted = torch.unique(_iterated(scaled, spec.bits).float().clamp_(-1, 1) + 0.0)
     if fitted.numel() == 1:
         fitted = torch.unique(torch.tensor([0.0, float(fitted), 1.0], dtype=torch.float32))
     on_device: Tensor = fitted.to(source.device)
     return on_device
+
+
+def _iterated(scaled: SortedValues, bits: int) -> Tensor:
+    """Return the values at which the iteration ends: float64 [2^bits], on the CPU."""
+    values = scaled.quantiles([(2 * i + 1) / 2 ** (bits + 1) for i in range(2**bits)])
+    before, left = math.inf, MOST_ROUNDS
+    while left:
+        rounds, values = scaled.rounds(values, most=left)
+        left -= len(rounds)
+        for of_round in rounds.cpu().unbind():
+            began_with, counts, sums, squares = of_round.numpy()
+            # NumPy sums these few in one order wherever the tensor lies: the end must not depend on the device.
+            error = float((squares - 2 * began_with * sums + counts * began_with**2).sum())
+            if before - error <= LEAST_CHANGE * before < math.inf:
+                return of_round[0]
+            before = error
+    return values.cpu()
 
 
 def _scaled(source: Source, spec: QuantSpec) -> Tensor:
@@ -86,48 +95,74 @@ def _scaled(source: Source, spec: QuantSpec) -> Tensor:
     return torch.cat(parts)
 
 
-class _Sorted:
-    """Values in order, and their sums and sums of squares up to any of them."""
+class SortedValues:
+    """Values in order, and their sums and sums of squares up to any of them.
+
+    Attributes:
+        values: float32 [n], ascending.
+        count: n.
+        before: int64 [4, chunks + 1]: of the sums of y and of y^2 before each chunk, the high and the low bits.
+    """
 
     def __init__(self, values: Tensor) -> None:
         # On a CPU NumPy sorts ten times as fast as torch, which also makes indices.
         on_cpu = values.device.type == "cpu"
-        self._values = torch.from_numpy(np.sort(values.numpy())) if on_cpu else values.sort().values
+        self.values = torch.from_numpy(np.sort(values.numpy())) if on_cpu else values.sort().values
         self.count = values.numel()
-        chunks = torch.cat([_chunk_sums(part) for part in torch.split(self._values, SLICE)], dim=1)
-        self._before = torch.cat([chunks.new_zeros(4, 1), chunks.cumsum(1)], dim=1)
+        chunks = torch.cat([_chunk_sums(part) for part in torch.split(self.values, SLICE)], dim=1)
+        self.before = torch.cat([chunks.new_zeros(4, 1), chunks.cumsum(1)], dim=1)
+        self._in_chunk = torch.arange(CHUNK, device=values.device)
+        self._none, self._all = torch.tensor([[0], [self.count]], device=values.device)
 
-    def quantiles(self, at: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def quantiles(self, at: Sequence[float]) -> Tensor:
         """Exact empirical quantiles with linear interpolation: float64 [m]."""
         position = torch.tensor(at, dtype=torch.float64) * (self.count - 1)
         low = position.floor().long()
         pair = torch.stack([low, (low + 1).clamp(max=self.count - 1)])
-        first, second = self._values[pair.to(self._values.device)].double().cpu()
-        quantiles: np.ndarray[tuple[int], np.dtype[np.float64]] = (first + (position - low) * (second - first)).numpy()
-        return quantiles
+        pairs = self.values[pair.to(self.values.device)].double()
+        return pairs[0] + (position - low).to(pairs.device) * (pairs[1] - pairs[0])
 
-    def counts_up_to(self, limits: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
-        """Return how many values are at most each limit."""
-        wide = torch.from_numpy(limits)
+    def rounds(self, values: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
+        """Run a few rounds: as many at once as don't make the device wait.
+
+        Args:
+            values: float64 [m], ascending: those to begin with.
+            most: rounds that are left.
+
+        Returns:
+            float64 [rounds, 4, m], of each round its values, and the counts, sums and sums of squares of what is
+            nearest to each; and float64 [m], the values after the last one.
+        """
+        from kbit.kernels.availability import why_not_triton  # kernels import the reference
+
+        if self.values.is_cuda and why_not_triton(self.values.device) is None:
+            from kbit.kernels.lloyd import lloyd_rounds
+
+            history = lloyd_rounds(self, values, min(most, ROUNDS_AHEAD))
+            return history[:-1], history[-1, 0]
+        ends = torch.cat([self._counts_up_to((values[:-1] + values[1:]) / 2), self._all])
+        zero = values.new_zeros(1)
+        counts = torch.diff(ends, prepend=self._none).double()
+        sums, squares = (torch.diff(part, prepend=zero) for part in self._sums(ends))
+        after = torch.where(counts > 0, sums / counts.clamp(min=1), values)
+        return torch.stack([values, counts, sums, squares])[None], after
+
+    def _counts_up_to(self, limits: Tensor) -> Tensor:
+        """Return how many values are at most each limit: int64 [m]."""
         # A value is at most a limit where it is at most the largest float32 that is.
-        narrow = wide.float()
-        narrow = torch.where(narrow.double() > wide, narrow.nextafter(torch.tensor(-torch.inf)), narrow)
-        ends: list[int] = torch.searchsorted(self._values, narrow.to(self._values.device), right=True).tolist()
-        return ends
+        narrow = limits.float()
+        narrow = torch.where(narrow.double() > limits, narrow.nextafter(torch.full_like(narrow, -torch.inf)), narrow)
+        return torch.searchsorted(self.values, narrow, right=True)
 
-    def sums(self, ends: Sequence[int]) -> tuple[list[float], list[float]]:
-        """Return the sum of the first n values, and of their squares, for each n."""
-        upto = torch.tensor(ends, device=self._values.device)
-        chunk = upto // CHUNK
-        places = chunk.unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=upto.device)
-        rest = self._values[places.clamp(max=self.count - 1)].double() * (places < upto.unsqueeze(1))
-        total = self._before[:, chunk] + torch.stack([part.sum(-1) for part in _fixed(rest)])
-        high_y, low_y, high_square, low_square = total.tolist()
-        unit = 1 << (HIGH_BITS + LOW_BITS)
-        return (
-            [((h << LOW_BITS) + low) / unit for h, low in zip(high_y, low_y, strict=True)],
-            [((h << LOW_BITS) + low) / unit for h, low in zip(high_square, low_square, strict=True)],
+    def _sums(self, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the first n values, and of their squares, for each n: float64 [m], correctly rounded."""
+        chunk = ends // CHUNK
+        places = chunk.unsqueeze(1) * CHUNK + self._in_chunk
+        rest = self.values[places.clamp(max=self.count - 1)].double() * (places < ends.unsqueeze(1))
+        high_y, low_y, high_square, low_square = self.before[:, chunk] + torch.stack(
+            [part.sum(-1) for part in _fixed(rest)]
         )
+        return _float64(high_y, low_y), _float64(high_square, low_square)
 
 
 def _fixed(values: Tensor) -> Iterator[Tensor]:
@@ -137,6 +172,13 @@ def _fixed(values: Tensor) -> Iterator[Tensor]:
         high = scaled.floor()
         yield high.long()
         yield (scaled - high).mul_(2.0**LOW_BITS).floor_().long()
+
+
+def _float64(high: Tensor, low: Tensor) -> Tensor:
+    """Return high and low bits as one number: one addition of two exact ones, so it is rounded once."""
+    carried = high + (low >> LOW_BITS)
+    rest = low & ((1 << LOW_BITS) - 1)
+    return (carried.double() * 2.0**LOW_BITS + rest.double()) * 2.0 ** -(HIGH_BITS + LOW_BITS)
 
 
 def _chunk_sums(values: Tensor) -> Tensor:
