@@ -5,7 +5,8 @@ ValueError
 ├── WeightError         a tensor can't be quantized
 └── ArchitectureError   the layers to quantize can't be told
 Exception
-└── CheckpointError     weights are missing, of an unknown format, or damaged
+├── CheckpointError     weights are missing, of an unknown format, or damaged
+└── NotStreamableError  a checkpoint has to be loaded whole
 RuntimeError
 └── CudaError           a kernel can't be compiled, loaded or launched
 """
@@ -37,6 +38,10 @@ class ArchitectureError(ValueError):
 
 class CheckpointError(Exception):
     """Weights that are missing, of an unknown format, or damaged."""
+
+
+class NotStreamableError(Exception):
+    """A checkpoint whose weights can't be read one by one, so that it has to be loaded whole; says why."""
 
 
 class CudaError(RuntimeError):

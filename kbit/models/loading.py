@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,13 +18,15 @@ from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
 from kbit.models.refusals import check_checkpoint
-from kbit.models.stored import stored_dtype, stored_tensors
+from kbit.models.stored import Stored, stored_dtype, stored_tensors
 from kbit.models.tokenizers import tokenizer_hash
 from kbit.models.verification import check_causal, check_complete, check_range
 from kbit.quantizer.storage import STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +85,97 @@ def load_model(
         SpecError: no such device, or not so many; the directory or repository, its weights or its configuration are
             missing or unusable; or compute_dtype can't hold the weights.
     """
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise SpecError("compute_dtype", compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
+    check_device(device, gpus)
+    found = find_checkpoint(
+        path_or_id, revision=revision, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
+    )
+    loaded, info = found.read(_from_pretrained)
+    model = loaded.model
+    check_complete(model, info, found.stored, name=path_or_id)
+    check_range(model, found.stored, found.storage_dtype, name=path_or_id)
+    place(model, device, found.compute_dtype, gpus=gpus)
+    check_causal(model, name=path_or_id)
+    block_layers(model)  # a matrix that no cell would quantize is refused before anything is measured
+    return loaded
+
+
+def check_device(device: str, gpus: int = 1) -> None:
+    """Refuse a device, or a number of GPUs, that torch doesn't find (SpecError)."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SpecError("device", device, "'cpu' on this machine: torch finds no GPU")
     if gpus > 1 and (device != "cuda" or gpus > torch.cuda.device_count()):
         found = torch.cuda.device_count()
         raise SpecError("gpus", gpus, f"1, or with device='cuda' as many as torch finds, which is {found}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that can be measured, of which nothing is read but its headers.
+
+    Attributes:
+        name: what the user calls it.
+        directory: where it lies.
+        files: names of its files (``model_files``).
+        stored: its tensors, by name.
+        storage_dtype: the 16-bit dtype that its weights are cast to.
+        compute_dtype: that of activations and arithmetic.
+        remote_code: its own code may be run.
+    """
+
+    name: str
+    directory: Path
+    files: Sequence[str]
+    stored: Mapping[str, Stored]
+    storage_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    remote_code: bool
+
+    def read(self, read: Callable[[Any, Path, Checkpoint], tuple[PreTrainedModel, T]]) -> tuple[LoadedModel, T]:
+        """Have a model made, and load its tokenizer.
+
+        Args:
+            read: given transformers' auto class that loads the model, a directory with nothing but its files, and this;
+                gives the model, and whatever else.
+
+        Raises:
+            SpecError: transformers can't load it.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoTokenizer
+
+        # Whatever else lies in the directory is not hashed, so it must decide nothing.
+        with only(self.directory, self.files) as view:
+            try:
+                # Whether mistral-common happens to be installed must not decide the tokenizer.
+                tokenizer = AutoTokenizer.from_pretrained(
+                    view, trust_remote_code=self.remote_code, mistral_format=False
+                )
+                model, rest = read(_auto_class(view, self.remote_code), view, self)
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                if is_out_of_memory(error):
+                    raise  # nothing is wrong with the checkpoint
+                said = str(error).replace(str(view), self.name)
+                allowed = f"a causal language model that transformers can load; it says: {said}"
+                raise SpecError("path", self.name, allowed) from error
+        model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(self.directory)
+        model.eval()  # type: ignore[no-untyped-call]
+        model.requires_grad_(False)
+        of_tokenizer = [self.directory / n for n in ("config.json", *obeyed_files(self.files))]
+        loaded = LoadedModel(
+            model=model,
+            tokenizer=tokenizer,
+            storage_dtype=self.storage_dtype,
+            tokenizer_hash=tokenizer_hash(tokenizer, of_tokenizer),
+        )
+        return loaded, rest
+
+
+def find_checkpoint(
+    path_or_id: str, *, revision: str | None, compute_dtype: str, trust_remote_code: bool
+) -> Checkpoint:
+    """Find a checkpoint, and check what its configuration and headers say; arguments and errors as ``load_model``'s."""
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise SpecError("compute_dtype", compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
     directory = _directory(path_or_id, revision)
     names = _model_files(directory, path_or_id, trust_remote_code)
     stored = stored_tensors(weights_among(directory, names))
@@ -98,23 +184,14 @@ def load_model(
     if compute not in (storage, torch.float32):
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
         raise SpecError("compute_dtype", compute_dtype, allowed)
-    # Whatever else lies in the directory is not hashed, so it must decide nothing.
-    with only(directory, names) as view:
-        model, tokenizer, info = _read(view, path_or_id, storage, trust_remote_code)
-    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(directory)
-    of_tokenizer = [directory / n for n in ("config.json", *obeyed_files(names))]
-    check_complete(model, info, stored, name=path_or_id)
-    check_range(model, stored, storage, name=path_or_id)
-    place(model, device, compute, gpus=gpus)
-    model.eval()  # type: ignore[no-untyped-call]
-    model.requires_grad_(False)
-    check_causal(model, name=path_or_id)
-    block_layers(model)  # a matrix that no cell would quantize is refused before anything is measured
-    return LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
+    return Checkpoint(
+        name=path_or_id,
+        directory=directory,
+        files=names,
+        stored=stored,
         storage_dtype=storage,
-        tokenizer_hash=tokenizer_hash(tokenizer, of_tokenizer),
+        compute_dtype=compute,
+        remote_code=trust_remote_code,
     )
 
 
@@ -154,23 +231,15 @@ def _model_files(directory: Path, name: str, remote_code: bool) -> Sequence[str]
     return names
 
 
-def _read(directory: Path, name: str, storage: torch.dtype, remote_code: bool) -> tuple[PreTrainedModel, Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-
-    try:
-        # Whether mistral-common happens to be installed must not decide the tokenizer.
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=remote_code, mistral_format=False)
-        loaded: Any = _auto_class(directory, remote_code).from_pretrained(
-            directory, dtype=storage, trust_remote_code=remote_code, weights_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise  # nothing is wrong with the checkpoint
-        said = str(error).replace(str(directory), name)
-        raise SpecError("path", name, f"a causal language model that transformers can load; it says: {said}") from error
-    model, info = loaded
-    return model, tokenizer, info
+def _from_pretrained(auto_class: Any, directory: Path, found: Checkpoint) -> tuple[PreTrainedModel, Any]:
+    loaded: tuple[PreTrainedModel, Any] = auto_class.from_pretrained(
+        directory,
+        dtype=found.storage_dtype,
+        trust_remote_code=found.remote_code,
+        weights_only=True,
+        output_loading_info=True,
+    )
+    return loaded
 
 
 def _auto_class(directory: Path, remote_code: bool) -> Any:

@@ -17,7 +17,19 @@ from kbit.errors import CheckpointError, SpecError
 from kbit.models.checkpoint import is_buffer, safetensors_header
 from kbit.quantizer.storage import STORAGE_DTYPES
 
-_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES: Final = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""What safetensors calls the dtypes that checkpoints and packed models have."""
 _FLOATS: Final = ("F", "BF")
 """How safetensors' names of floating-point dtypes begin; masks and indices (BOOL, I64, U8) are no weights."""
 
@@ -90,7 +102,7 @@ def _tensors(file: Path) -> list[Stored]:
         return [
             Stored(
                 name=t.name,
-                dtype=_DTYPES.get(t.dtype, torch.float32) if t.dtype.startswith(_FLOATS) else None,
+                dtype=SAFETENSORS_DTYPES.get(t.dtype, torch.float32) if t.dtype.startswith(_FLOATS) else None,
                 shape=t.shape,
                 file=file,
             )

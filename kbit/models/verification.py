@@ -60,7 +60,7 @@ def check_complete(model: PreTrainedModel, info: Mapping[str, Any], stored: Mapp
     in_files, on_purpose = _in_files(model, stored)
     in_model = _numel(dict(model.named_parameters()))
     # Buffers may be in the files or not: the model makes some of those that are missing.
-    allowed = {in_model, _numel(model.state_dict())}
+    allowed = {in_model, _numel(model.state_dict(keep_vars=True))}
     if allowed.isdisjoint({in_files, in_files - sum(tensor.numel for tensor in on_purpose)}):
         left_out = f", of which transformers leaves out {_list(t.name for t in on_purpose)}" if on_purpose else ""
         raise SpecError(
@@ -83,19 +83,39 @@ def check_range(model: PreTrainedModel, stored: Mapping[str, Stored], storage: t
     wider = [t for t in stored.values() if t.dtype is not None and torch.finfo(t.dtype).max > largest]
     if not wider or all(_is_finite(p) for p in model.parameters()):
         return
-    found = []
-    for tensor, values in values_of(wider):
-        beyond = values[torch.isinf(values.to(storage)) & torch.isfinite(values)]
-        if beyond.numel():
-            found.append(f"{tensor.name} has {beyond[beyond.abs().argmax()].item():g}")
+    beyond = ((tensor.name, _beyond(values, values.to(storage))) for tensor, values in values_of(wider))
+    found = [f"{tensor} has {value:g}" for tensor, value in beyond if value is not None]
     if found:
-        way_out = "Save it in bfloat16, whose range is wider: model.to(torch.bfloat16).save_pretrained(DIR)"
-        raise SpecError(
-            "path",
-            name,
-            f"a checkpoint whose values {STORAGE_DTYPES[storage]}, which its weights are cast to, can hold (up to "
-            f"{largest:g}); {_list(found)}. {way_out if storage == torch.float16 else 'Clip these values'}",
-        )
+        raise _out_of_range(name, storage, found)
+
+
+def check_arrived(tensor: str, values: Tensor, stored: Tensor, *, name: str) -> None:
+    """Check that no finite value of one tensor, as its file has it, became infinite in the 16-bit dtype.
+
+    Raises:
+        SpecError: names the tensor and its largest value.
+    """
+    if not values.is_floating_point() or torch.finfo(values.dtype).max <= torch.finfo(stored.dtype).max:
+        return
+    if not _is_finite(stored) and (value := _beyond(values, stored)) is not None:
+        raise _out_of_range(name, stored.dtype, [f"{tensor} has {value:g}"])
+
+
+def _beyond(values: Tensor, stored: Tensor) -> float | None:
+    """Return the largest of the finite values that became infinite as they are stored; None where there is none."""
+    beyond = values[torch.isinf(stored) & torch.isfinite(values)]
+    return beyond[beyond.abs().argmax()].item() if beyond.numel() else None
+
+
+def _out_of_range(name: str, storage: torch.dtype, found: Collection[str]) -> SpecError:
+    way_out = "Save it in bfloat16, whose range is wider: model.to(torch.bfloat16).save_pretrained(DIR)"
+    return SpecError(
+        "path",
+        name,
+        f"a checkpoint whose values {STORAGE_DTYPES[storage]}, which its weights are cast to, can hold (up to "
+        f"{torch.finfo(storage).max:g}); {_list(found)}. "
+        f"{way_out if storage == torch.float16 else 'Clip these values'}",
+    )
 
 
 @torch.inference_mode()
@@ -156,7 +176,7 @@ def _numel(tensors: Mapping[str, Tensor]) -> int:
 
 def _in_files(model: PreTrainedModel, stored: Mapping[str, Stored]) -> tuple[int, list[Stored]]:
     """Return the parameters in the files, tied ones once, and the tensors that transformers ignores on purpose."""
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     weights = {tensor: _name_in(own, tensor.name, model.base_model_prefix) for tensor in stored.values()}
     weights = {tensor: key for tensor, key in weights.items() if tensor.is_weight}
     tied: set[tuple[object, ...]] = set()
@@ -178,7 +198,7 @@ def _name_in(own: Collection[str], key: str, prefix: str) -> str | None:
 
 
 def _difference(model: PreTrainedModel, stored: Mapping[str, Stored]) -> str:
-    own = {key: t for key, t in model.state_dict().items() if _is_weight(key, t)}
+    own = {key: t for key, t in model.state_dict(keep_vars=True).items() if _is_weight(key, t)}
     known = {key: _name_in(own, key, model.base_model_prefix) for key, t in stored.items() if t.is_weight}
     held = {key_of(own[key]) for key in known.values() if key is not None}
     extra = [key for key, name in known.items() if name is None]

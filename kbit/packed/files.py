@@ -17,23 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import safetensors_header
+from kbit.models.stored import SAFETENSORS_DTYPES
 from kbit.packed.linear import KBitLinear
 from kbit.packed.metadata import FORMAT, METADATA, VERSION, arguments_of, layer_of, read_metadata
 from kbit.packed.replacing import replace
 
 WEIGHTS: Final = "kbit.safetensors"
-_DTYPES: Final = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def save_packed(model: nn.Module, directory: str | Path) -> None:
@@ -112,7 +101,7 @@ def load_packed(
     for name, tensor in wanted.items():
         stored = header[tied.get(name, name)]
         exact = modules[name.rpartition(".")[0]] in layers and not name.endswith(".bias")
-        if stored.shape != tensor.shape or (exact and _DTYPES.get(stored.dtype) != tensor.dtype):
+        if stored.shape != tensor.shape or (exact and SAFETENSORS_DTYPES.get(stored.dtype) != tensor.dtype):
             is_, want = f"{stored.dtype} {list(stored.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(f"{where}: {name} is {is_} in {WEIGHTS}, and the model's is {want}")
     for old, layer in layers.items():
