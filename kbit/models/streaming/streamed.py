@@ -165,7 +165,7 @@ class Streamed:
 def open_streamed(
     path_or_id: str, *, revision: str | None = None, compute_dtype: str, trust_remote_code: bool = False
 ) -> Streamed:
-    """Open a causal language model without reading its weights: arguments and errors as ``load_model``'s, and
+    """Open a causal language model without reading its weights; arguments and errors as ``load_model``'s.
 
     Whether a token changes what is predicted before it (``check_causal``) is the caller's to check, once the model can
     run; values beyond the 16-bit dtype's range are found as they come.
