@@ -9,7 +9,7 @@ compares encodings, scores and metrics with HFLM's.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +19,11 @@ import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from kbit.evaluation.forests import Forest, Tree, fill_rows, grow_trees, size_of
-from kbit.evaluation.scoring import TokenBatch, TokenScorer
+from kbit.evaluation.scoring import OnItsWay, TokenBatch, TokenScorer
 
 ENCODE_BATCH: Final = 1000
+AHEAD: Final = 2
+"""Batches that a GPU is asked for before the results of one are taken; more hold more of its memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +79,14 @@ class ScoringPlan:
     ) -> list[tuple[float, bool]]:
         """Score the requests of some rows; the others are NaN and False."""
         results: list[tuple[float, bool]] = [(math.nan, False)] * self.count
-        batches = list(self._batches(rows, batch_tokens, share))
-        scored = [scorer.score(batch.tokens) for batch in batches]
-        # A GPU is waited for here, once.
-        for batch, (nats, greedy) in zip(batches, scored, strict=True):
-            ends = np.cumsum(batch.lengths)[:-1]
-            of_requests = zip(
-                batch.requests, np.split(nats.cpu().numpy(), ends), np.split(greedy.cpu().numpy(), ends), strict=True
-            )
-            for request, of_request, is_greedy in of_requests:
-                results[request] = (-float(of_request.sum(dtype=np.float64)), bool(is_greedy.all()))
+        begun: deque[tuple[_Batch, OnItsWay]] = deque()
+        # A GPU always has the next batches to work on while one is laid out or its results are taken.
+        for batch in self._batches(rows, batch_tokens, share):
+            begun.append((batch, OnItsWay(*scorer.score(batch.tokens))))
+            if len(begun) > AHEAD:
+                _take(results, *begun.popleft())
+        while begun:
+            _take(results, *begun.popleft())
         return results
 
     def _batches(self, rows: Sequence[list[Tree]], batch_tokens: int, share: bool) -> Iterator[_Batch]:
@@ -134,6 +134,14 @@ class _Batch:
     tokens: TokenBatch
     requests: list[int]
     lengths: list[int]
+
+
+def _take(results: list[tuple[float, bool]], batch: _Batch, scored: OnItsWay) -> None:
+    """Put what a batch gave in its requests' places."""
+    ends = np.cumsum(batch.lengths)[:-1]
+    nats, greedy = (np.split(values, ends) for values in scored.arrays())
+    for request, of_request, is_greedy in zip(batch.requests, nats, greedy, strict=True):
+        results[request] = (-float(of_request.sum(dtype=np.float64)), bool(is_greedy.all()))
 
 
 class RequestEncoder:

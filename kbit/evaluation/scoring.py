@@ -78,7 +78,7 @@ class TokenScorer:
     attention causal, so no scored position sees it, and no attention mask is passed (lm-eval's HFLM does the same). A
     model spread over several GPUs takes its inputs where its embedding lies.
 
-    Nothing here waits for a GPU: results stay there until the caller asks for them.
+    Nothing here waits for a GPU: results stay there until the caller asks for them (``OnItsWay``).
 
     Models that do more to their logits than apply the head (soft caps, scales) are found by their configuration, and
     by comparing on a few tokens; theirs are computed by the model itself, one row at a time.
@@ -115,7 +115,8 @@ class TokenScorer:
             with self._following(one.forest) as options:
                 logits = self.model(ids, use_cache=False, **options).logits[0]
             numbers.append(mine)
-            parts.append(_nats(logits[places.to(logits.device)], one.of_target, one.targets))
+            place, target = (put(a, logits.device) for a in (one.of_target, one.targets))
+            parts.append(_nats(logits[places.to(logits.device)], place, target))
         return _in_order(np.concatenate(numbers), parts)
 
     def chunk(self, device: torch.device) -> int:
@@ -126,11 +127,12 @@ class TokenScorer:
         """Score hidden states [places, hidden]."""
         chunk = self.chunk(hidden.device)
         order = np.argsort(batch.of_target, kind="stable")
+        place, target = (put(a[order], hidden.device) for a in (batch.of_target, batch.targets))
         starts = np.searchsorted(batch.of_target[order], np.arange(0, len(hidden) + chunk, chunk))
         parts = []
         for number, piece in enumerate(torch.split(hidden, chunk)):
-            mine = order[starts[number] : starts[number + 1]]
-            parts.append(_nats(self.head(piece), batch.of_target[mine] - number * chunk, batch.targets[mine]))
+            mine = slice(starts[number], starts[number + 1])
+            parts.append(_nats(self.head(piece), place[mine] - number * chunk, target[mine]))
         return _in_order(order, parts)
 
     def _following(self, forest: Forest | None) -> AbstractContextManager[dict[str, torch.Tensor]]:
@@ -142,11 +144,7 @@ class TokenScorer:
         return placed(self.base, positions, mask)
 
     def _put(self, array: NDArray[Any]) -> torch.Tensor:
-        """Copy an array to the model's inputs; to a GPU without waiting for what it does."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return put(array, self.device)
 
     @torch.inference_mode()
     def _head_gives_logits(self) -> bool:
@@ -167,6 +165,36 @@ class TokenScorer:
         )
 
 
+def put(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy an array to a device; to a GPU without waiting for what it does."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class OnItsWay:
+    """Tensors on their way to the host, where a GPU goes on with what it is asked for next."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._event = None
+        if tensors[0].device.type != "cuda":
+            self._tensors = [tensor.cpu() for tensor in tensors]
+            return
+        with torch.cuda.device(tensors[0].device):
+            self._tensors = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+            ]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return the tensors' values, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
+
+
 def _in_order(
     numbers: NDArray[np.int64], parts: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,20 +202,17 @@ def _in_order(
     nats, best = (torch.cat(list(of_all)) for of_all in zip(*parts, strict=True))
     if (numbers[:-1] < numbers[1:]).all():
         return nats, best
-    back = torch.from_numpy(np.argsort(numbers)).to(nats.device, non_blocking=True)
+    back = put(np.argsort(numbers), nats.device)
     return nats[back], best[back]
 
 
-def _nats(
-    logits: torch.Tensor, of_target: NDArray[np.int64], targets: NDArray[np.int64]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _nats(logits: torch.Tensor, place: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return nats, float32 [n], and whether each target is the most probable token, bool [n].
 
     Args:
         logits: [places, vocabulary].
-        of_target: int64 [n], the place of each target.
-        targets: int64 [n].
+        place: int64 [n], that of each target.
+        target: int64 [n].
     """
-    place, target = (torch.from_numpy(a).to(logits.device, non_blocking=True) for a in (of_target, targets))
     summary = summarize_logits(logits)
     return target_nats(logits, summary, place, target), summary[2][place] == target
