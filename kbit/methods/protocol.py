@@ -8,7 +8,7 @@ block's inputs are those of the quantized model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +69,10 @@ class Block(Protocol):
 
 
 class ModelPass(Protocol):
-    """A model as a method sees it: whole in memory (``kbit.models.whole``), or one layer at a time."""
+    """A model as a method sees it: whole in memory (``kbit.models.whole``), or one layer at a time.
+
+    A layer's weight may be read when a method asks for it. In the model's order that costs nothing.
+    """
 
     @property
     def storage_dtype(self) -> torch.dtype | None:
@@ -85,7 +88,7 @@ class ModelPass(Protocol):
     def start(self, tokens: Tensor) -> Activations:
         """Return what enters the first block for windows of tokens, int64 [windows, length]."""
 
-    def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
+    def outlier_columns(self, fraction: float) -> Mapping[str, Tensor | None]:
         """Return the input dimensions of each layer that stay in 16 bits by proxy quantization (section 3)."""
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Layer:
         original: the parameter's values as they were loaded, where they are kept (``kbit.models.originals``), on any
             device; None where nothing but the parameter holds them.
         reads_original: the parameter may hold other values now, and ``weight`` is the original's, on its device.
+        fetch: of a model that is quantized as it is read: has the parameter hold the original, which it need not keep.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layer:
     number: int | None = None
     original: Tensor | None = None
     reads_original: bool = False
+    fetch: Callable[[Layer], None] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -51,7 +53,14 @@ class Layer:
         """The weight that is to be quantized, [out_features, in_features]: a view of the parameter, or the original."""
         if self.original is not None and self.reads_original:
             return self.matrix(self.original)
+        if self.fetch is not None:
+            self.fetch(self)
         return self.working
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features), which are known before the weight is there."""
+        return (shape := self.working.shape)[0], shape[1]
 
     @property
     def working(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,26 +56,54 @@ def outlier_columns(
         ArchitectureError: layers whose roles or shapes aren't known: outlier_fraction must then be 0.
     """
     layers = block_layers(model) if layers is None else layers
-    parallel = has_parallel_residual(model)
     columns: dict[str, Tensor | None] = {}
-    previous: Tensor | None = None  # spread of the previous block's FFN 2
+    leaving: Tensor | None = None
     for number in sorted({layer.block for layer in layers}):
-        try:
-            block = block_roles(layer for layer in layers if layer.block == number)
-        except ArchitectureError as error:
-            raise _unknown(model, str(error)) from error
-        attention = _spread(block.attention[ATTENTION_OUT].weight, storage_dtype)
-        entering = previous if parallel else attention
-        before = {
-            **dict.fromkeys((QKV, QUERY, KEY, VALUE), previous),
-            ATTENTION_OUT: _value_spread(model, block.attention, storage_dtype),
-            **dict.fromkeys((FFN_1, FFN_GATE, FFN_FUSED), entering),
-        }
-        for role, layer, roles in block.layers():
-            spread = _up_spread(roles, storage_dtype) if role == FFN_2 else before[role]
-            columns[layer.name] = _largest(spread, layer, fraction)
-        previous = _spread_beside([roles[FFN_2].weight for roles in block.feed_forwards], storage_dtype)
+        of_block = [layer for layer in layers if layer.block == number]
+        spreads, leaving = block_spreads(model, of_block, leaving, storage_dtype=storage_dtype)
+        columns |= largest_columns(spreads, of_block, fraction)
     return {layer.name: columns[layer.name] for layer in layers}
+
+
+def block_spreads(
+    model: nn.Module, layers: Sequence[Layer], entering: Tensor | None, *, storage_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    """Return the spread of what precedes each layer of one block, and that of the block's own FFN 2.
+
+    Args:
+        model: whose configuration says how layers follow one another; its weights are not read.
+        layers: the block's, with their original weights.
+        entering: float64 [hidden], the spread of the previous block's FFN 2; None for the first block.
+        storage_dtype: as of ``outlier_columns``.
+
+    Returns:
+        By layer name, float64 [in_features] or None without a predecessor; and float64 [hidden].
+
+    Raises:
+        ArchitectureError: as ``outlier_columns``.
+    """
+    try:
+        block = block_roles(layers)
+    except ArchitectureError as error:
+        raise _unknown(model, str(error)) from error
+    attention = _spread(block.attention[ATTENTION_OUT].weight, storage_dtype)
+    before = {
+        **dict.fromkeys((QKV, QUERY, KEY, VALUE), entering),
+        ATTENTION_OUT: _value_spread(model, block.attention, storage_dtype),
+        **dict.fromkeys((FFN_1, FFN_GATE, FFN_FUSED), entering if has_parallel_residual(model) else attention),
+    }
+    spreads = {
+        layer.name: _up_spread(roles, storage_dtype) if role == FFN_2 else before[role]
+        for role, layer, roles in block.layers()
+    }
+    return spreads, _spread_beside([roles[FFN_2].weight for roles in block.feed_forwards], storage_dtype)
+
+
+def largest_columns(
+    spreads: Mapping[str, Tensor | None], layers: Sequence[Layer], fraction: float
+) -> dict[str, Tensor | None]:
+    """Return the columns of ``outlier_columns`` for the layers of one block, of ``block_spreads``."""
+    return {layer.name: _largest(spreads[layer.name], layer, fraction) for layer in layers}
 
 
 def _unknown(model: nn.Module, what: str) -> ArchitectureError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +23,7 @@ def place(model: PreTrainedModel, device: str, compute: torch.dtype, *, gpus: in
     the weights are.
     """
     if gpus > 1:
-        from accelerate import dispatch_model
-
-        # Caches have no device of their own: each layer's part stays where the layer is.
-        apart = getattr(model, "_skip_keys_device_placement", None)
-        dispatch_model(model, device_map=device_map(model, gpus), main_device=0, skip_keys=apart)
+        spread(model, device_map(model, gpus))
     else:
         model.to(device=device)  # type: ignore[call-arg]
     for parameter in model.parameters():  # tied ones are one object: they stay tied
@@ -35,10 +31,26 @@ def place(model: PreTrainedModel, device: str, compute: torch.dtype, *, gpus: in
             parameter.data = parameter.data.to(compute)
 
 
-def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
+def spread(model: nn.Module, devices: Mapping[str, int]) -> None:
+    """Put modules on their GPUs, with hooks that move what they are given there (``place``)."""
+    from accelerate import dispatch_model
+
+    # Caches have no device of their own: each layer's part stays where the layer is.
+    apart = getattr(model, "_skip_keys_device_placement", None)
+    dispatch_model(model, device_map=dict(devices), main_device=0, skip_keys=apart)
+
+
+def device_map(
+    model: nn.Module, gpus: int, *, nbytes: Callable[[nn.Parameter], int] = lambda parameter: parameter.nbytes
+) -> dict[str, int]:
     """Return the GPU of each module: in the model's order, cut into runs of about equal bytes; blocks are never split.
 
     What shares a weight with a module before it goes where that one is.
+
+    Args:
+        model: the model.
+        gpus: how many there are.
+        nbytes: the bytes that a parameter will take there.
 
     Returns:
         GPU, from 0 to ``gpus`` - 1, by module name.
@@ -47,12 +59,12 @@ def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
         ArchitectureError: no transformer blocks.
     """
     blocks, _ = decoder_blocks(model)
-    total = sum({key_of(p): p.nbytes for p in model.parameters()}.values())
+    total = sum({key_of(p): nbytes(p) for p in model.parameters()}.values())
     homes: dict[tuple[object, ...], int] = {}
     placed: dict[str, int] = {}
     before = 0
     for name, module in _pieces(model, "", blocks):
-        keys = {key_of(p): p.nbytes for p in module.parameters()}
+        keys = {key_of(p): nbytes(p) for p in module.parameters()}
         own = sum(size for key, size in keys.items() if key not in homes)
         gpu = next((homes[key] for key in keys if key in homes), int(gpus * (before + own / 2) / total))
         placed[name] = min(gpu, gpus - 1)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +125,8 @@ def quantize_model(
     try:
         if originals is not None:
             originals.begin(spec, packed=packed)
-        layers = _checked(model_pass, spec, packed=packed, calibrated=calibration is not None)
-        count = _Count(parameters=_parameters(model))
+        layers = check_quantizable(model_pass, spec, packed=packed, calibrated=calibration is not None)
+        count = BitCount(parameters=count_parameters(model))
         for layer, stored in () if not layers else method_of(spec)(model_pass, spec, tokens):
             count.add(layer, stored)
             write = partial(stored.pack, model, layer) if packed else partial(stored.put, layer)
@@ -144,7 +143,7 @@ def quantize_model(
     return count.handle(spec, undo)
 
 
-def _checked(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:
+def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:
     """Return the layers to quantize, none for the baseline; raise where the method can't take this model."""
     name = type(model.module).__name__
     if any(isinstance(module, KBitLinear) for module in model.module.modules()):
@@ -165,24 +164,33 @@ def _checked(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -
 
 
 @dataclass(kw_only=True, eq=False)
-class _Count:
-    """What is counted of a model's layers while they are quantized; ``parameters`` are the whole model's."""
+class BitCount:
+    """What is counted of a model's layers while they are quantized.
+
+    Attributes:
+        parameters: of the whole model.
+        shapes: [out_features, in_features] of the layers so far.
+        stored_bits, quantized: bits that are stored of them, and their weights.
+        codebooks: the values of their codebooks, float32, little-endian; of one codebook where all share it.
+    """
 
     parameters: int
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     stored_bits: int = 0
     quantized: int = 0
-    hashed: Any = field(default_factory=hashlib.sha256)
+    codebooks: bytearray = field(default_factory=bytearray)
 
     def add(self, layer: Layer, stored: Stored) -> None:
+        """Count a layer; they come in the model's order."""
         weight = layer.working
         self.shapes[layer.name] = (weight.shape[0], weight.shape[1])
         self.quantized += weight.numel()
         self.stored_bits += stored.nbits
         if stored.codebook is not None and (len(self.shapes) == 1 or not stored.shares_codebook):
-            self.hashed.update(stored.codebook.cpu().numpy().astype("<f4").tobytes())
+            self.codebooks += stored.codebook.cpu().numpy().astype("<f4").tobytes()
 
     def handle(self, spec: Spec, undo: list[Callable[[], None]]) -> QuantHandle:
+        """Return the handle of a model whose layers are all counted."""
         rest = BASELINE_BITS * (self.parameters - self.quantized)
         return QuantHandle(
             spec=spec,
@@ -190,11 +198,11 @@ class _Count:
             bits_per_param=self.stored_bits / self.quantized if self.quantized else float(BASELINE_BITS),
             total_bits=self.stored_bits + rest,
             total_bits_nominal=self.quantized * spec.bits_per_param_nominal + rest,
-            codebook_hash=self.hashed.hexdigest() if self.shapes else None,
+            codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.shapes else None,
             _undo=undo,
         )
 
 
-def _parameters(model: nn.Module) -> int:
-    """Parameters of the whole model, tied ones once."""
+def count_parameters(model: nn.Module) -> int:
+    """Return the parameters of the whole model, tied ones once."""
     return sum({key_of(p): p.numel() for p in model.parameters()}.values())

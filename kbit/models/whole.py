@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +116,7 @@ class WholeModel:
                 handle.remove()
         return Activations(hidden=hidden, arguments=arguments)
 
-    def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
+    def outlier_columns(self, fraction: float) -> Mapping[str, Tensor | None]:
         if self.originals is not None:
             return self.originals.outlier_columns(fraction, self.storage_dtype)
         return outlier_columns(self.module, fraction, storage_dtype=self.storage_dtype)

@@ -52,7 +52,7 @@ def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[
     """Put a KBitLinear in the layer's place. Returns the way back.
 
     The layer's weight goes to the host; or its parameter holds the original where that is kept (``Layer.original``),
-    and who keeps it moves it back.
+    and who keeps it moves it back; or who read it drops it (``Layer.fetch``).
     """
     module, parameter = layer.module, layer.parameter
     bias = dict(module.named_parameters(recurse=False)).get("bias")
@@ -60,13 +60,17 @@ def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[
     packed = KBitLinear.from_quantized(q, bias=bias, dtype=before)
     packed.train(module.training)
     _pass_on_hook(module, packed)
-    parameter.data = parameter.data.to("cpu") if layer.original is None else layer.original
+    is_sent_away = layer.original is None and layer.fetch is None
+    if is_sent_away:
+        parameter.data = parameter.data.to("cpu")
+    elif layer.original is not None:
+        parameter.data = layer.original
     replace(model, module, packed)
 
     def undo() -> None:
         if packed.codes.is_meta:
             raise ValueError(f"{layer.name} is on the meta device: move the model to a real one before restoring it")
-        if layer.original is None:
+        if is_sent_away:
             # A layer that was not cast keeps a bias of another dtype than its weight's.
             module.to(packed.codes.device, None if packed.dtype == before else packed.dtype)
         module.train(packed.training)

@@ -149,7 +149,7 @@ class Reading:
                     memory = arriving.memory
                 if memory is None:
                     break
-                copied = self._copy(chunk[:length], memory[first : first + length])
+                copied = self._copy(chunk[:length], memory[first : first + length], self._streams.get(arriving.device))
                 with self._changed:
                     if copied is not None:
                         arriving.copies.append(copied)
@@ -162,11 +162,10 @@ class Reading:
                 self._error = self._error or error
                 self._changed.notify_all()
 
-    def _copy(self, chunk: Tensor, memory: Tensor) -> torch.cuda.Event | None:
-        if memory.device.type != "cuda":
+    def _copy(self, chunk: Tensor, memory: Tensor, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        if stream is None:
             memory.copy_(chunk)
             return None
-        stream = self._streams[memory.device]
         with torch.cuda.stream(stream):
             memory.copy_(chunk, non_blocking=True)
             copied: torch.cuda.Event = stream.record_event()

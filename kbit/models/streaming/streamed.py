@@ -92,7 +92,11 @@ class Streamed:
     def nbytes(self, names: Collection[str]) -> int:
         """Return the bytes of these parameters in the compute dtype, tied ones once."""
         places = {id(self._places[name]): self._places[name].absent for name in names}
-        return sum(t.numel() * self._dtype(t).itemsize for t in places.values())
+        return sum(self.nbytes_of(absent) for absent in places.values())
+
+    def nbytes_of(self, absent: Tensor) -> int:
+        """Return the bytes that one of the model's parameters takes in the compute dtype, from what stands for it."""
+        return absent.numel() * self._dtype(absent).itemsize
 
     def fill(self, names: Collection[str], device: torch.device) -> None:
         """Read these parameters onto a device, and put them into the model; those that are there stay as they are.
