@@ -17,6 +17,8 @@ _OF_AN_EVAL: Final = {
     "compute_dtype": "compute dtypes",
     "eval_device": "measured devices",
     "eval_bos": "places of the beginning-of-sequence token",
+    "eval_attention": "implementations of attention",
+    "eval_execution": "ways of running a step",
 }
 _OF_A_MODEL: Final = {"revision": "revisions", "weights_hash": "weights"}
 _SHOWN: Final = 3

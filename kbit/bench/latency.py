@@ -15,6 +15,7 @@ from kbit.bench.decode import Architecture, Compiler, Decoder, plain_linear, ran
 from kbit.bench.matmul import DTYPE
 from kbit.bench.report import Record, Table
 from kbit.bench.timing import Ceilings, replay_seconds
+from kbit.evaluation.decoding import capture
 from kbit.packed.linear import KBitLinear
 from kbit.quantizer.blockwise import quantize
 from kbit.spec import BASELINE_BITS, QuantSpec
@@ -96,16 +97,12 @@ def measure_step(model: Decoder, bits: int, *, batch: int, context: int) -> Step
     """Capture a step of a model on the current GPU as a graph, time and check it."""
     tokens = torch.arange(batch, device="cuda") + 1
     position = torch.tensor([context - 1], device="cuda")
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            model(tokens, position)
-        torch.cuda.synchronize()
+
+    def ready() -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with torch.cuda.graph(graph, stream=stream):
-            logits = model(tokens, position)
+
+    graph, logits = capture(lambda: model(tokens, position), ready=ready)
     seconds = replay_seconds(graph, _REPLAYS)
     peak = torch.cuda.max_memory_allocated()
     expected = model.reference(tokens, position, dequantized)

@@ -7,7 +7,7 @@ package adds a kind by an entry point of the group ``kbit_sweep.evaluations``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from kbit.doors import Door
@@ -56,6 +56,7 @@ class Evaluator:
             quantized: what is prepared is a ``kbit.evaluation.prepared.ComparingEval``.
         brings: kinds whose results, of the same data under the same settings, come with its own
             (``EvalResult.also``): where both are due, the model runs once.
+        context: tokens of context that a model needs for it; None where any will do.
     """
 
     data: Data
@@ -70,6 +71,7 @@ class Evaluator:
     identity_of_device: bool = False
     compares: bool = False
     brings: tuple[str, ...] = ()
+    context: int | None = None
 
     def key(self, name: str) -> str:
         """Return the setting that a field of the spec comes from, for messages."""
@@ -152,10 +154,67 @@ TASK: Final = Evaluator(
     modules=("datasets", "lm_eval.api.task"),
 )
 
+BATCHES: Final = (1, 16)
+PROMPT_TOKENS: Final = 128
+NEW_TOKENS: Final = 128
+WARM_UPS: Final = 3
+REPETITIONS: Final = 10
+"""Of latency: sequences, tokens, and repetitions. What it measures is named by them, so they are no settings."""
+
+
+def _with_quartiles(metric: MetricSpec) -> tuple[MetricSpec, ...]:
+    """Return the metric of a median, and those of its quartiles."""
+    lower, upper = (
+        replace(metric, name=f"{metric.name}_{suffix}", title=f"{metric.title}, {title} quartile")
+        for suffix, title in (("q25", "first"), ("q75", "third"))
+    )
+    return metric, lower, upper
+
+
+def _at_batch(batch: int) -> tuple[MetricSpec, ...]:
+    rate = MetricSpec(
+        name=f"tokens_per_second_{batch}",
+        title=f"Tokens a second at batch {batch}",
+        unit="tokens/s",
+        higher_is_better=True,
+        decimals=1,
+    )
+    ttft = MetricSpec(
+        name=f"ttft_{batch}",
+        title=f"Time to first token at batch {batch}",
+        unit="ms",
+        higher_is_better=False,
+        decimals=2,
+    )
+    peak = MetricSpec(
+        name=f"peak_memory_{batch}",
+        title=f"Peak memory at batch {batch}",
+        unit="MB",
+        higher_is_better=False,
+        decimals=1,
+    )
+    return *_with_quartiles(rate), *_with_quartiles(ttft), peak
+
+
+LATENCY: Final = Evaluator(
+    data="text",
+    prepare="kbit.evaluation.latency:prepare_latency",
+    tokens="kbit.evaluation.predicted:latency_tokens",
+    metrics=(
+        *(metric for batch in BATCHES for metric in _at_batch(batch)),
+        MetricSpec(name="size_on_disk", title="Size on disk", unit="MB", higher_is_better=False, decimals=1),
+    ),
+    settings={"attention": "attention", "execution": "execution"},
+    suffix="_latency",
+    packed=True,
+    identity_of_device=True,
+    context=PROMPT_TOKENS + NEW_TOKENS,
+)
+
 EVALUATORS: Final[Door[Evaluator]] = Door(
     "kbit_sweep.evaluations",
     "eval.kinds",
-    {"perplexity": PERPLEXITY, "task": TASK, "agreement": AGREEMENT},
+    {"perplexity": PERPLEXITY, "task": TASK, "agreement": AGREEMENT, "latency": LATENCY},
 )
 
 

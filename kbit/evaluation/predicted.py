@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kbit.evaluation.evaluators import BATCHES, NEW_TOKENS, PROMPT_TOKENS, REPETITIONS, WARM_UPS
 from kbit.sources import LocalFile, documents_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def text_tokens(spec: EvalSpec) -> int:
     size = text.bytes if isinstance(text, LocalFile) else None
     whole = int(size / BYTES_PER_TOKEN) if size else TEXT_TOKENS
     return min(spec.limit or whole, whole)
+
+
+def latency_tokens(_: EvalSpec) -> int:
+    """Count the tokens that latency puts through the model."""
+    return (WARM_UPS + REPETITIONS) * (PROMPT_TOKENS + NEW_TOKENS) * sum(BATCHES)
 
 
 def task_tokens(spec: EvalSpec) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 BOS: Final = ("first", "each", "none")
 """Which windows of a text begin with the tokenizer's beginning-of-sequence token (``EvalSpec.bos``)."""
 
+ATTENTIONS: Final = ("sdpa", "eager")
+"""How transformers computes attention: torch's fused operator, or one by one (``EvalSpec.attention``)."""
+EXECUTIONS: Final = ("eager", "graph", "compile")
+"""How a decoding step runs: as written, as a CUDA graph, or compiled by torch.compile (on a GPU as a graph too)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSpec:
@@ -32,6 +37,9 @@ class EvalSpec:
         bos: of a text set. 'first', kept as None: the text is encoded once with the tokenizer's defaults, and a token
             that these add stands in the first window only, as in GPTQ's protocol. 'each': every window is that token,
             then text, all of it scored. 'none': text alone.
+        attention: of what is timed: one of ``ATTENTIONS``; None is the first.
+        execution: of what is timed: one of ``EXECUTIONS``; None is a graph on a GPU, and 'eager' on a CPU, as the
+            device's name says.
         source: where to read, which is not identity; None for a kind that reads nothing.
 
     Raises:
@@ -66,6 +74,20 @@ class EvalSpec:
         neutral="first",
         since=3,
     )
+    attention: str | None = axis(
+        None,
+        type="string",
+        doc="of what is timed: how attention is computed, sdpa or eager; null for the others",
+        neutral=None,
+        since=4,
+    )
+    execution: str | None = axis(
+        None,
+        type="string",
+        doc="of what is timed: how a step runs, eager, graph (CUDA) or compile; null for the others",
+        neutral=None,
+        since=4,
+    )
     source: Source | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +105,24 @@ class EvalSpec:
         if evaluator.identity_of_device != (self.device is not None):
             allowed = "the name of the device that is measured" if evaluator.identity_of_device else "null"
             raise SpecError("device", self.device, f"{allowed}, for an evaluation of kind {self.kind}")
+        on_cpu = (self.device or "").startswith("cpu")
+        self._choose("attention", ATTENTIONS, ATTENTIONS[0])
+        # A CPU has no graphs.
+        self._choose(
+            "execution", [e for e in EXECUTIONS if not (on_cpu and e == "graph")], "eager" if on_cpu else "graph"
+        )
+
+    def _choose(self, name: str, allowed: Sequence[str], default: str) -> None:
+        """Fill in, or check, a field that only some kinds have."""
+        evaluator, value = EVALUATORS[self.kind], getattr(self, name)
+        if name not in evaluator.settings:
+            allowed = ()
+        elif value is None:
+            object.__setattr__(self, name, default)
+            return
+        if value is not None and value not in allowed:
+            said = "one of " + ", ".join(allowed) if allowed else f"null, for an evaluation of kind {self.kind}"
+            raise SpecError(evaluator.key(name), value, said)
 
     @property
     def limit_key(self) -> str:

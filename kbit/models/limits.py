@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, Final
 
 _CONTEXT: Final = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -48,6 +50,15 @@ def vocabulary_of(config: Any) -> int:
     if size is None:
         raise AttributeError(f"{type(config).__name__} has no vocab_size, nor has its text decoder's configuration")
     return size
+
+
+def as_namespace(config: Mapping[str, Any]) -> SimpleNamespace:
+    """Return the contents of a config.json as a configuration that the functions here can ask."""
+    text = config.get("text_config")
+    part = as_namespace(text) if isinstance(text, Mapping) else None
+    made = SimpleNamespace(**config)
+    made.get_text_config = lambda **_: part or made
+    return made
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int | None:

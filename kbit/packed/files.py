@@ -23,6 +23,8 @@ from kbit.packed.metadata import FORMAT, METADATA, VERSION, arguments_of, layer_
 from kbit.packed.replacing import replace
 
 WEIGHTS: Final = "kbit.safetensors"
+_STORED_BYTES: Final = 2
+"""Of a value that isn't quantized: 16 bits."""
 
 
 def save_packed(model: nn.Module, directory: str | Path) -> None:
@@ -108,6 +110,21 @@ def load_packed(
         replace(model, old, layer)
     _fill(model, directory / WEIGHTS, wanted.keys(), tied, device)
     return model.eval()
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's tensors on disk: as ``save_packed`` writes them, with the rest in 16 bits.
+
+    A model that was cast up to compute in float32 counts by the 16 bits that its values have; tied tensors count once.
+    Without packed layers it is the 16-bit model.
+    """
+    distinct = {(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype): (name, t) for name, t in _tensors(model)}
+    biases = {f"{path}.bias" for path, module in model.named_modules() if isinstance(module, KBitLinear)}
+    cast_up = [isinstance(t, nn.Parameter) or name in biases for name, t in distinct.values()]
+    return sum(
+        t.numel() * (min(t.itemsize, _STORED_BYTES) if cast and t.is_floating_point() else t.itemsize)
+        for cast, (_, t) in zip(cast_up, distinct.values(), strict=True)
+    )
 
 
 def _usable(device: torch.device | str) -> torch.device:

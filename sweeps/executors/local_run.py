@@ -167,4 +167,8 @@ def workers_for(order: Order, settings: LocalSettings) -> Workers:
     Raises:
         UserError: executor.workers is not valid.
     """
-    return plan_workers(order.device, settings.workers, max(c.model.params or 0 for c in order.manifest.wanted_cells()))
+    workers = settings.workers
+    if workers == "auto" and order.device == "cpu" and any(e.device is not None for e in order.manifest.evals):
+        # What is timed has the machine for itself.
+        workers = 1
+    return plan_workers(order.device, workers, max(c.model.params or 0 for c in order.manifest.wanted_cells()))

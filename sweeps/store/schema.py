@@ -21,7 +21,7 @@ Scalar = str | int | float | bool | None
 Row = Mapping[str, Any]
 """A row of the store, or some of its columns: values by column name, each of the type that ``columns()`` gives it."""
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -111,9 +111,10 @@ def columns() -> tuple[Column, ...]:
         *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 2),
         _c("higher_is_better", "map<string,bool>", "direction of metrics that no kind declares, by the task"),
-        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 2),
+        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 3),
         _cell("calibration_seed", "int64", "seed of the draw of calibration data, by which replicates differ"),
         _c("prefixes", "string", "of a task: shared where requests shared their beginnings, else why not"),
+        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 3),
     )
 
 

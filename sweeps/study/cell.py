@@ -29,6 +29,8 @@ _EVAL_COLUMNS: Final = {
     "version": "eval_version",
     "device": "eval_device",
     "bos": "eval_bos",
+    "attention": "eval_attention",
+    "execution": "eval_execution",
 }
 """Columns with another name than the field of the evaluation."""
 

@@ -11,9 +11,10 @@ from kbit.errors import CheckpointError, SpecError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import read_config
+from kbit.models.limits import as_namespace, named_context
 from kbit.models.orders import why_unordered
 from kbit.models.readings import has_experts, reading_of
-from kbit.spec import Spec
+from kbit.spec import METHODS, Spec
 from sweeps.errors import UserError
 from sweeps.study.cell import ModelRef, canonical_json
 from sweeps.study.hub import model_config
@@ -54,19 +55,47 @@ def unfit(config: Mapping[str, Any] | None, spec: Spec) -> SpecError | None:
     return None
 
 
-def check_packed(evals: Iterable[EvalSpec], configs: Mapping[ModelRef, Mapping[str, Any] | None]) -> None:
-    """Refuse evaluations of layers held in k bits where a model has experts, which can't be held so.
+def check_packed(
+    evals: Iterable[EvalSpec], specs: Iterable[Spec], configs: Mapping[ModelRef, Mapping[str, Any] | None]
+) -> None:
+    """Refuse evaluations of layers held in k bits where they can't be held so: of experts, and by some methods.
 
     Raises:
-        UserError: names the evaluation and the model.
+        UserError: names the evaluation, and the model or the method.
     """
     packed = [spec.name for spec in evals if EVALUATORS[spec.kind].packed]
+    if not packed:
+        return
     mixtures = [model.label for model, config in configs.items() if config is not None and has_experts(config)]
-    if packed and mixtures:
+    if mixtures:
         raise UserError(
             f"eval {packed[0]!r} holds layers in k bits, and the experts of {mixtures[0]} can't be held so: measure it "
             "in a study without mixtures of experts"
         )
+    others = list(dict.fromkeys(spec.method for spec in specs if not (spec.packs or spec.is_baseline)))
+    if others:
+        can = ", ".join(name for name in METHODS if METHODS[name].packs)
+        raise UserError(
+            f"eval {packed[0]!r} holds layers in k bits, and those of method={others[0]} can't be held so (those of "
+            f"{can} can): measure it in a study without {', '.join(others)}"
+        )
+
+
+def check_context(evals: Iterable[EvalSpec], configs: Mapping[ModelRef, Mapping[str, Any] | None]) -> None:
+    """Refuse evaluations that need a longer context than a model has, as far as config.json tells.
+
+    Raises:
+        UserError: names the evaluation and the models.
+    """
+    for spec in evals:
+        needed = EVALUATORS[spec.kind].context
+        known = {m.label: named_context(as_namespace(c)) for m, c in configs.items() if c is not None}
+        short = [f"{name} ({n})" for name, n in known.items() if n is not None and needed is not None and n < needed]
+        if short:
+            raise UserError(
+                f"eval {spec.name!r} needs a context of {needed} tokens, which {', '.join(short)} does not have: leave "
+                "the evaluation or those models (sweep.sizes) out"
+            )
 
 
 def superseded(models: Iterable[ModelRef]) -> dict[ModelRef, str]:

@@ -10,8 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from kbit.calibration import Calibration
 from kbit.sources import LocalFile
@@ -96,20 +95,11 @@ class _Encoder:
 
 def _length(model: ModelRef, asked: int) -> int | None:
     """Return the tokens of a window; None where config.json leaves the context to the architecture's own default."""
-    from kbit.models.limits import named_context
+    from kbit.models.limits import as_namespace, named_context
 
     config = model_file(model, "config.json")
-    context = None if config is None else named_context(_namespace(json.loads(config.read_bytes())))
+    context = None if config is None else named_context(as_namespace(json.loads(config.read_bytes())))
     return None if context is None else min(context, asked)
-
-
-def _namespace(config: Mapping[str, Any]) -> SimpleNamespace:
-    """Return a config.json as a configuration that ``kbit.models.limits`` can ask."""
-    text = config.get("text_config")
-    part = _namespace(text) if isinstance(text, Mapping) else None
-    made = SimpleNamespace(**config)
-    made.get_text_config = lambda **_: part or made
-    return made
 
 
 def _tokenizer_file(model: ModelRef) -> Path | None:

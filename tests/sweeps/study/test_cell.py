@@ -105,6 +105,36 @@ LATER: list[dict[str, Any]] = [
         "label": "int3 b64",
         "key": "0eecdbfa58727ffbdc8c29f6aa6de7244232129526ff5d23f64be4e1a7c29f87",
     },
+    {
+        "quant": {"bits": 16},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "latency", "name": "jargon_latency", "dataset": "sha256:" + "c" * 64},
+            **{
+                "compute_dtype": "storage",
+                "device": "NVIDIA H100 80GB HBM3",
+                "attention": "sdpa",
+                "execution": "graph",
+            },
+        },
+        "canonical": {"method": "baseline", "bits": 16},
+        "label": "16-bit",
+        "key": "1d5ae16c88ee82744e37a8fca3977d1dc107a89331838de33883d2a9b45ed1b7",
+    },
+    {
+        "quant": {"bits": 3, "dtype": "int"},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "latency", "name": "jargon_latency", "dataset": "sha256:" + "c" * 64},
+            **{"compute_dtype": "float32", "device": "cpu (AMD EPYC 7B13)", "attention": "eager"},
+        },
+        "canonical": {
+            **{"method": "blockwise", "bits": 3, "dtype": "int", "blocksize": 64, "scheme": "block"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+        },
+        "label": "int3 b64",
+        "key": "b7d3794d8283edd226467319beeced734c8e2a9a4bb743760fb5073c6dc29b02",
+    },
 ]
 
 

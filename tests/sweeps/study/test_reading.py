@@ -22,7 +22,7 @@ from sweeps.store.rows import Origin, run_row
 from sweeps.study.cell import Cell, ModelRef, content_key, model_to_dict
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
-from sweeps.study.reading import check_packed, config_of, superseded, unfit, with_reading
+from sweeps.study.reading import check_context, check_packed, config_of, superseded, unfit, with_reading
 from tests.kbit.methods.one_shot import ScaledSpec
 
 TOWER = {"hidden_size": 64, "num_hidden_layers": 12}
@@ -176,8 +176,25 @@ def test_experts_are_neither_calibrated_on_nor_packed(tmp_path: Path, monkeypatc
     monkeypatch.setitem(EVALUATORS._entries, "packed", replace(EVALUATORS["perplexity"], packed=True))
     evaluation = EvalSpec(kind="packed", name="speed", dataset="x", compute_dtype="float32")
     with pytest.raises(UserError, match="eval 'speed' holds layers in k bits, and the experts of mixture"):
-        check_packed([evaluation], {mixture: MIXTURE})
-    check_packed([evaluation], {mixture: {"model_type": "llama"}})
+        check_packed([evaluation], [QuantSpec(bits=16)], {mixture: MIXTURE})
+    check_packed([evaluation], [QuantSpec(bits=4, dtype="int")], {mixture: {"model_type": "llama"}})
+    monkeypatch.setattr(ScaledSpec, "packs", False)
+    with pytest.raises(
+        UserError, match=r"eval 'speed' holds layers in k bits, and those of method=scaled can't be held so"
+    ):
+        check_packed([evaluation], [QuantSpec(bits=16), scaled], {mixture: {"model_type": "llama"}})
+
+
+def test_a_context_that_is_too_short_for_an_evaluation_is_refused(tmp_path: Path) -> None:
+    model = local(tmp_path / "short", {"model_type": "gpt2", "n_positions": 128})
+    timed = EvalSpec(kind="latency", name="speed", dataset="x", compute_dtype="float32", device="cpu (x)")
+    text = EvalSpec(kind="perplexity", name="text", dataset="x", compute_dtype="float32")
+    said = r"eval 'speed' needs a context of 256 tokens, which short \(128\) does not have"
+    with pytest.raises(UserError, match=said):
+        check_context([text, timed], {model: config_of(model)})
+    check_context([text], {model: config_of(model)})
+    check_context([timed], {model: None})
+    check_context([timed], {model: {"model_type": "gpt2", "n_positions": 256}})
 
 
 def fits(model: ModelRef, spec: Spec) -> SpecError | None:
