@@ -170,11 +170,12 @@ class RequestEncoder:
         with_prefix = [t for t in distinct if special is None and t.startswith(self._prefix_text)]
         others = [t for t in distinct if special is not None or not t.startswith(self._prefix_text)]
         ids: dict[str, list[int]] = {}
+        ids_only = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
         default = {} if special is None else {"add_special_tokens": special}
         for group, options in ((with_prefix, {"add_special_tokens": False}), (others, default)):
             for start in range(0, len(group), ENCODE_BATCH):
                 batch = group[start : start + ENCODE_BATCH]
-                ids.update(zip(batch, self.tokenizer(batch, verbose=False, **options)["input_ids"], strict=True))
+                ids.update(zip(batch, self.tokenizer(batch, **ids_only, **options)["input_ids"], strict=True))
         return ids
 
     def plan(self, requests: Sequence[tuple[str, str]]) -> ScoringPlan:
