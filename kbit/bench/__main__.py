@@ -4,6 +4,8 @@
   python -m kbit.bench --roofline    the paper's Figure 16, measured: ceilings, batch 1 to 64, 3 to 8 and 16 bits
   python -m kbit.bench --model       a decode step of an OPT-shaped model: latency, memory and size by precision
   python -m kbit.bench --switch      changing the cell of a loaded OPT-shaped model, by data type; bits are compared
+  python -m kbit.bench --load DIR    a checkpoint quantized as it is read: memory, and rate beside the disk's
+  python -m kbit.bench --write SHAPE --to DIR   a checkpoint of random weights in an OPT shape, for --load
   python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
 
 Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
@@ -21,7 +23,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import evaluation, latency, quantizers, roofline, switch
+from kbit.bench import checkpoint, evaluation, latency, loading, quantizers, roofline, switch
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
@@ -29,7 +31,10 @@ from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Report, Table, device_name, environment
 from kbit.bench.timing import cpu_flops, measure_ceilings
 from kbit.data_types import MAX_BITS, MIN_BITS, named_dtypes
+from kbit.errors import CheckpointError
 from kbit.kernels.availability import IMPLS
+from kbit.models.checkpoint import model_files
+from kbit.models.streaming.reader import THREADS
 from kbit.quantizer.blockwise import quantize
 from kbit.spec import QuantSpec
 
@@ -59,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {what}", file=sys.stderr, flush=True)
 
     torch.set_num_threads(args.threads)
+    if args.write:
+        checkpoint.write(switch.SHAPES[args.write], args.to, device=args.device, say=say)
+        say(f"written: {args.to}")
+        return
     name, run = _chosen(args)
     tables = run(args, say)
     report = Report(
@@ -75,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"written: {path}")
     say("done")
     if any(record.get("equal") == 0 for table in tables for record in table.records):
-        raise SystemExit("kept originals gave other bits than a freshly loaded model")
+        raise SystemExit("the results are not those of a model that was loaded afresh and whole")
 
 
 def _chosen(args: argparse.Namespace) -> tuple[str, Callable[[argparse.Namespace, Say], list[Table]]]:
@@ -86,6 +95,8 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Callable[[argparse.Namespace
         return "decode", _decode
     if args.evaluation:
         return "evaluation", _evaluation
+    if args.load:
+        return "loading", _load
     return ("switch", _switch) if args.switch else ("kernels", _kernels)
 
 
@@ -115,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help=f"tasks on random weights in a shape ({', '.join(evaluation.SHAPES)}) or on a model's directory",
     )
+    mode.add_argument("--load", metavar="DIR", help="quantize a checkpoint as it is read, cold and warm")
+    mode.add_argument("--write", choices=tuple(switch.SHAPES), help="write a checkpoint of random weights to --to")
     mode.add_argument("--only", choices=("quantizers", "matmul"), help="one half of the default run")
     every = parser.add_argument_group("any run")
     every.add_argument("--out", type=Path, metavar="DIR", help="write tables, numbers and figures there")
@@ -144,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=latency.COMPILE_MODES,
         help=f"torch.compile's, for 16 bits and k bits alike (default {latency.COMPILE_MODES[0]})",
     )
+    load = parser.add_argument_group("--load and --write")
+    load.add_argument("--readers", type=int, help=f"threads that read files (default {THREADS})")
+    load.add_argument("--to", type=Path, metavar="DIR", help="where --write writes")
     tasks = parser.add_argument_group("--evaluation")
     tasks.add_argument(
         "--tasks",
@@ -173,6 +189,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     _fill_in(args)
     if args.evaluation:
         _check_evaluation(parser, args)
+    _check_load(parser, args)
     if args.model and args.context > PRESETS[args.model].positions:
         parser.error(f"--context {args.context}: {args.model} has positions for {PRESETS[args.model].positions} tokens")
     if args.out is not None:
@@ -181,7 +198,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         except OSError as error:
             parser.error(f"--out {args.out}: {error.strerror}; name a directory that can be written")
     try:
-        if args.device == "cuda" and args.only != "quantizers" and not args.switch:
+        if args.device == "cuda" and args.only != "quantizers" and not (args.switch or args.load or args.write):
             for shape in args.shapes or SHAPES:
                 check_shape(shape, args.blocksize)
         for impl in args.impl:
@@ -205,6 +222,22 @@ def _check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace)
             parser.error(f"--tasks {error}")
 
 
+def _check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.to is None) != (args.write is None):
+        parser.error("--write SHAPE and --to DIR belong together: the one says what is written, the other where")
+    if args.readers is not None and not args.load:
+        parser.error("--readers belongs to --load")
+    if args.to is not None and args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
+        parser.error(f"--to {args.to}: it is there already; name an empty or a new directory")
+    if args.load:
+        if len(args.bits or [4]) > 1 or len(args.dtypes or ["normal"]) > 1:
+            parser.error("--load quantizes a checkpoint once: name one of --bits, and one of --dtypes")
+        try:
+            model_files(Path(args.load))
+        except (OSError, CheckpointError) as error:
+            parser.error(f"--load {args.load}: {error}; --write SHAPE --to DIR makes a checkpoint")
+
+
 def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
     needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
@@ -222,7 +255,17 @@ def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("blocksize", "values", "repeats", "threads", "batch", "context", "documents", "batch_tokens"):
+    for name in (
+        "blocksize",
+        "values",
+        "repeats",
+        "threads",
+        "batch",
+        "context",
+        "documents",
+        "batch_tokens",
+        "readers",
+    ):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1 is needed")
     for bits in args.bits or ():
@@ -312,6 +355,14 @@ def _switch(args: argparse.Namespace, say: Say) -> list[Table]:
         model=switch.SHAPES[args.switch], blocksize=args.blocksize, device=args.device, repeats=args.repeats
     )
     return [switch.measure(setting, specs, say=say)]
+
+
+def _load(args: argparse.Namespace, say: Say) -> list[Table]:
+    spec = QuantSpec(
+        bits=(args.bits or _SWITCH_BITS)[0], dtype=(args.dtypes or ["normal"])[0], blocksize=args.blocksize
+    )
+    setting = loading.Setting(directory=Path(args.load), spec=spec, device=args.device, threads=args.readers or THREADS)
+    return [loading.measure(setting, say=say)]
 
 
 if __name__ == "__main__":

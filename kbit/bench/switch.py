@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from kbit.bench.checkpoint import opt_config
 from kbit.bench.decode import PRESETS, Architecture
 from kbit.bench.report import Record, Table, device_name
 from kbit.bench.timing import copy_rate
@@ -142,17 +143,9 @@ def measure(setting: Setting, specs: Sequence[QuantSpec], *, say: Callable[[str]
 
 def random_model(a: Architecture, device: str) -> nn.Module:
     """Return an OPT model of normally distributed weights, made on the device."""
-    from transformers import AutoModelForCausalLM, OPTConfig
+    from transformers import AutoModelForCausalLM
 
-    config = OPTConfig(
-        vocab_size=a.vocab,
-        hidden_size=a.hidden,
-        ffn_dim=a.ffn,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        word_embed_proj_dim=a.hidden,
-        max_position_embeddings=a.positions,
-    )
+    config = opt_config(a)
     with torch.device(device):
         dtype = torch.float16 if device == "cuda" else torch.float32
         made: Any = AutoModelForCausalLM

@@ -23,7 +23,7 @@ from kbit.models.architectures import block_layers
 from kbit.models.checkpoint import weights_among
 from kbit.models.loading import Checkpoint, LoadedModel, find_checkpoint
 from kbit.models.streaming.extents import Extent, extents_of
-from kbit.models.streaming.reader import Reading
+from kbit.models.streaming.reader import THREADS, Reading
 from kbit.models.streaming.skeleton import Part, Skeleton, build, tie_equal
 from kbit.models.verification import check_arrived, check_complete
 
@@ -62,11 +62,13 @@ class Streamed:
             read, in their dtypes of storage; its buffers are on the CPU, where the caller moves them.
         compute_dtype: what narrower weights are cast up to as they come.
         checkpoint: what is read.
+        threads: that read.
     """
 
     def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, parts: Sequence[Part]) -> None:
         self.loaded, self.checkpoint = loaded, checkpoint
         self.compute_dtype = checkpoint.compute_dtype
+        self.threads = THREADS
         model = loaded.model
         self._places: dict[str, _Place] = {}
         of_tensor: dict[int, _Place] = {}
@@ -130,7 +132,7 @@ class Streamed:
             parts = [self._part_of[n] for n in names if n in self._part_of and self._places[n].held.is_meta]
             plan.append((names, list({id(part): part for part in parts}.values()), device))
         order = [(extent, device) for _, parts, device in plan for part in parts for _, extent in part.sources]
-        with Reading(order, ahead=ahead) as reading:
+        with Reading(order, ahead=ahead, threads=self.threads) as reading:
             for names, parts, device in plan:
                 for part in parts:
                     self._arrive(part, [reading.take() for _ in part.sources], device)

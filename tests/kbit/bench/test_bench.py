@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from analysis import style
 from kbit import QuantSpec, quantize
@@ -424,3 +425,43 @@ def test_a_captured_step_agrees_with_its_weights_dequantized(bits: int) -> None:
     step = measure_step(decoder(bits, compiler=compiler, device="cuda"), bits, batch=2, context=8)
     assert step.error < 0.01
     assert step.peak_bytes > step.model_bytes
+
+
+def test_a_checkpoint_is_written_and_quantized_as_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--write", "small", "--to", str(tmp_path / "model"), "--device", "cpu"])
+    main(["--load", str(tmp_path / "model"), "--device", "cpu", "--bits", "3", "--out", str(tmp_path / "out")])
+    assert "int" not in capsys.readouterr().out.split("\n")[0]
+    records = json.loads((tmp_path / "out" / "loading.json").read_text())["loading"]
+    assert [record["cache"] for record in records] == ["cold", "warm"]
+    assert records[1]["equal"] == 1
+    for record in records:
+        assert record["bytes"] > 2 * switch.SMALL.linear_weights
+        assert record["disk_seconds"] > 0
+        assert record["open_seconds"] < record["seconds"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float16)
+    assert sum(p.numel() for p in model.parameters()) * 2 == pytest.approx(records[0]["bytes"], rel=0.01)
+    assert model.model.decoder.layers[0].fc1.weight.float().std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--load", "/nowhere"], "--load /nowhere"),
+        (["--write", "small"], "belong together"),
+        (["--readers", "3"], "--readers belongs to --load"),
+    ],
+)
+def test_bad_input_of_loading_is_refused(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*options, "--device", "cpu"])
+    assert left.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_directory_that_holds_something_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(SystemExit):
+        main(["--write", "small", "--to", str(tmp_path), "--device", "cpu"])
+    assert "is there already" in capsys.readouterr().err
