@@ -16,6 +16,7 @@ _OF_AN_EVAL: Final = {
     "limit": "limits",
     "compute_dtype": "compute dtypes",
     "eval_device": "measured devices",
+    "eval_definition": "definitions of the task",
     "eval_bos": "places of the beginning-of-sequence token",
     "eval_attention": "implementations of attention",
     "eval_execution": "ways of running a step",

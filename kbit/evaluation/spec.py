@@ -40,6 +40,8 @@ class EvalSpec:
         attention: of what is timed: one of ``ATTENTIONS``; None is the first.
         execution: of what is timed: one of ``EXECUTIONS``; None is a graph on a GPU, and 'eager' on a CPU, as the
             device's name says.
+        definition: of a task that is the user's own: what its YAML, with what it includes and runs, contains. lm-eval's
+            tasks are known by their versions.
         source: where to read, which is not identity; None for a kind that reads nothing.
 
     Raises:
@@ -87,6 +89,13 @@ class EvalSpec:
         doc="of what is timed: how a step runs, eager, graph (CUDA) or compile; null for the others",
         neutral=None,
         since=4,
+    )
+    definition: str | None = axis(
+        None,
+        type="string",
+        doc="SHA-256 of the files that define a task of the user's own; null for lm-eval's tasks and other kinds",
+        neutral=None,
+        since=5,
     )
     source: Source | None = field(default=None, compare=False)
 

@@ -27,7 +27,7 @@ whole nats without it. The families' own documentation says so.
 _SHOWN: Final = 4
 _COLUMNS: Final = (
     *("key", "measurement", "status", "error_type", "sweep", "model", "model_id", "weights_hash", "revision"),
-    *("label", "eval", "dataset"),
+    *("label", "eval", "dataset", "eval_definition"),
 )
 
 
@@ -46,7 +46,7 @@ def notices(store: Store, manifest: Manifest) -> list[str]:
     return [
         *_changed_models(rows, left),
         *_earlier_readings(store, rows, left),
-        *_changed_data(rows, left, manifest.sweep),
+        *_changed_evals(rows, left, manifest.sweep),
         *_need_bos(manifest),
     ]
 
@@ -103,8 +103,8 @@ def _earlier_readings(store: Store, rows: Sequence[Row], left: Sequence[Measurem
             yield f"{count} of {model.label} stay and don't count, and it is measured again: {earlier[old[0]]}"
 
 
-def _changed_data(rows: Sequence[Row], left: Sequence[Measurement], sweep: str) -> Iterator[str]:
-    """Say which evaluations of a study read other data than its results did."""
+def _changed_evals(rows: Sequence[Row], left: Sequence[Measurement], sweep: str) -> Iterator[str]:
+    """Say which evaluations of a study read other data than its results did, or are tasks defined otherwise."""
     cells: dict[EvalSpec, set[str]] = {}
     for m in left:
         cells.setdefault(m.eval, set()).add(m.cell.key)
@@ -115,6 +115,13 @@ def _changed_data(rows: Sequence[Row], left: Sequence[Measurement], sweep: str) 
             yield (
                 f"data of {spec.name} differ from those of the earlier launch: {counted(len(old), 'measurement')} on "
                 "the old ones stay, and it is measured again"
+            )
+        old = {row["measurement"] for row in of_eval if row["eval_definition"] != spec.definition}
+        if old:
+            known = any(row["eval_definition"] for row in of_eval)
+            yield (
+                f"the definition of {spec.name} {'differs from that' if known else 'was no part of its key'} of the "
+                f"earlier launch: {counted(len(old), 'measurement')} of the old one stay, and it is measured again"
             )
 
 

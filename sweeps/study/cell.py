@@ -31,6 +31,7 @@ _EVAL_COLUMNS: Final = {
     "bos": "eval_bos",
     "attention": "eval_attention",
     "execution": "eval_execution",
+    "definition": "eval_definition",
 }
 """Columns with another name than the field of the evaluation."""
 

@@ -20,7 +20,7 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.sources import DEFAULT_FIELD, HubData, LocalFile, NamedFiles, Source, TaskSource, documents_of
 from sweeps.errors import UserError, did_you_mean
 from sweeps.study import hub, task_index
-from sweeps.study.snapshot import task_data_files
+from sweeps.study.definitions import definition_of, is_own, task_data_files
 
 AUTO_COMPUTE_DTYPE: Final = {"cpu": "float32", "cuda": "storage"}
 """16-bit arithmetic is slow, or missing, on a CPU."""
@@ -40,11 +40,16 @@ class Commits(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The data of one evaluation: their name, version (None: they have none) and place."""
+    """The data of one evaluation: their name, version (None: they have none) and place.
+
+    Attributes:
+        definition: hash of a task's definition, where it is the user's own.
+    """
 
     name: str
     version: str | None
     source: Source | None
+    definition: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,9 @@ class Finder:
         else:
             raise UserError(f"{key}={name!r}: {entry.file} names no dataset; put {name}.jsonl into eval.data_dir")
         source = TaskSource(task_file=str(entry.file), documents=documents)
-        return Found(name=name, version=str(entry.version), source=source)
+        # lm-eval's definitions have versions that are raised; a user's own are edited.
+        own = definition_of(entry.file).hash if is_own(entry.file) else None
+        return Found(name=name, version=str(entry.version), source=source, definition=own)
 
     def nothing(self, name: str, _key: str) -> Found:
         return Found(name=name, version=None, source=None)
@@ -177,6 +184,7 @@ def resolve_evals(
                     dataset="none" if documents is None else documents.identity,
                     compute_dtype=dtype,
                     device=device_name() if evaluator.identity_of_device else None,
+                    definition=found.definition,
                     source=found.source,
                     **{field: settings[setting] for field, setting in evaluator.settings.items()},
                 )

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -58,6 +58,14 @@ def file_hash(path: str | Path, *, progress: Progress | None = None) -> str:
     if unchanged and time.time() - stat.st_ctime > _SETTLED_SECONDS:
         _write(entry, digest)
     return digest
+
+
+def tree_hash(files: Mapping[str, bytes]) -> str:
+    """SHA-256 over several files' names and contents, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
 def _samples(path: Path, size: int) -> str:

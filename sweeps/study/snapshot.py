@@ -10,38 +10,35 @@ those that have changed.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shlex
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
-
-import yaml
+from typing import Final
 
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import LocalFile, NamedFiles, Source, TaskSource, documents_of
 from sweeps.errors import CodeChangedError, DataChangedError, TaskError
 from sweeps.files import make_directory, share_with_group
 from sweeps.provenance import ROOT
-from sweeps.study.hashes import file_hash
+from sweeps.study.definitions import definition_of, is_of_lm_eval, task_data_files
+from sweeps.study.hashes import file_hash, tree_hash
 from sweeps.study.task_index import load_task_yaml
 
 PACKAGES: Final = ("kbit", "sweeps")
 """What a job imports. conf is frozen in the manifest and analysis runs where results are read: editing them while jobs
 wait is harmless, and must not make a job refuse."""
 CODE_SUFFIXES: Final = (".py", ".yaml", ".cu", ".cuh")
-TASK_SUFFIXES: Final = (".py", ".yaml", ".yml")
 _NAME_DIGITS: Final = 16
 
 
 def code_hash() -> str:
     """SHA-256 over the sources of this installation that a job may run: relative paths and bytes."""
-    return _hash(_sources(ROOT))
+    return tree_hash(_sources(ROOT))
 
 
 def snapshot_code(out: Path) -> Path:
@@ -54,7 +51,7 @@ def snapshot_code(out: Path) -> Path:
         OSError: it can't be written.
     """
     sources = _sources(ROOT)
-    return _place(out / "code" / _hash(sources)[:_NAME_DIGITS], sources)
+    return _place(out / "code" / tree_hash(sources)[:_NAME_DIGITS], sources)
 
 
 def snapshot_path(out: Path) -> Path:
@@ -91,8 +88,8 @@ def check_code(expected_hash: str) -> None:
 def freeze_evals(evals: Sequence[EvalSpec], out: Path) -> tuple[EvalSpec, ...]:
     """Copy task definitions that are not lm-eval's own to OUT/code/tasks-HASH, and return evaluations that name those.
 
-    Copied are the YAML file, what it includes, the Python files that it names, and all YAML and Python files next to
-    any of these; other files that a Python file opens by itself are not. Measurement keys don't change.
+    Copied is what makes up their identity (``sweeps.study.definitions``), but for files that they name by absolute
+    paths; a worker refuses those that have changed. Measurement keys don't change.
 
     Raises:
         CodeChangedError: the copy is there already and has been edited since.
@@ -100,6 +97,30 @@ def freeze_evals(evals: Sequence[EvalSpec], out: Path) -> tuple[EvalSpec, ...]:
         OSError: a file can't be read or written.
     """
     return tuple(_freeze(spec, out) for spec in evals)
+
+
+def check_eval(spec: EvalSpec) -> None:
+    """Refuse an evaluation whose local data, or whose task's own definition, changed since the launch.
+
+    Raises:
+        DataChangedError: as ``check_data``; or a file of the definition is another, or can't be read.
+    """
+    what = f"eval {spec.name}"
+    if spec.definition is not None and isinstance(spec.source, TaskSource):
+        file = Path(spec.source.task_file)
+        try:
+            found = definition_of(file).hash
+        except TaskError as error:
+            raise DataChangedError(
+                f"{what}: its definition can't be read on {socket.gethostname()} ({error}): restore what was there, "
+                "and launch the study again"
+            ) from error
+        if found != spec.definition:
+            raise DataChangedError(
+                f"{what}: its definition ({file}, or a file that belongs to it) changed since the study was "
+                "launched: restore what was there, or launch the study again to measure what is there now"
+            )
+    check_data(what, spec.source)
 
 
 def check_data(what: str, source: Source | None) -> None:
@@ -139,13 +160,6 @@ def check_data(what: str, source: Source | None) -> None:
         )
 
 
-def task_data_files(config: Mapping[str, Any]) -> list[Path]:
-    """List the local files that a task of the user's own reads by itself (``dataset_kwargs.data_files``), in order."""
-    named = (config.get("dataset_kwargs") or {}).get("data_files")
-    values = named.values() if isinstance(named, Mapping) else [named]
-    return [Path(f) for value in values for f in (value if isinstance(value, list) else [value]) if f is not None]
-
-
 def _sources(root: Path) -> dict[str, bytes]:
     """Contents by path relative to ``root``."""
     found: dict[str, bytes] = {}
@@ -158,13 +172,6 @@ def _sources(root: Path) -> dict[str, bytes]:
                     path = Path(directory, name)
                     found[path.relative_to(root).as_posix()] = path.read_bytes()
     return found
-
-
-def _hash(files: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name, data in sorted(files.items()):
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    return digest.hexdigest()
 
 
 def _place(target: Path, files: Mapping[str, bytes]) -> Path:
@@ -214,77 +221,11 @@ def _sync(directory: Path) -> None:
 
 
 def _freeze(spec: EvalSpec, out: Path) -> EvalSpec:
-    if not isinstance(spec.source, TaskSource):
+    if not isinstance(spec.source, TaskSource) or is_of_lm_eval(Path(spec.source.task_file)):
         return spec
-    file = Path(spec.source.task_file).resolve()
-    if _is_of_lm_eval(file):
-        return spec
-    found: dict[Path, bytes] = {}
-    _collect(file, file, found, set())
+    found = definition_of(Path(spec.source.task_file))
     # Files keep their places relative to each other: includes and functions are found by them.
-    base = Path(os.path.commonpath([p.parent for p in found]))
-    files = {p.relative_to(base).as_posix(): data for p, data in found.items()}
-    target = _place(out / "code" / f"tasks-{_hash(files)[:_NAME_DIGITS]}", files)
-    return replace(spec, source=replace(spec.source, task_file=str(target / file.relative_to(base))))
-
-
-def _is_of_lm_eval(file: Path) -> bool:
-    # Finds the package without importing it.
-    package = importlib.util.find_spec("lm_eval")
-    roots = (package and package.submodule_search_locations) or []
-    return any(file.is_relative_to(Path(root).resolve()) for root in roots)
-
-
-def _collect(file: Path, place: Path, found: dict[Path, bytes], seen: set[Path]) -> None:
-    """Add a task's YAML file, what it needs and the files next to it.
-
-    Args:
-        file: where it is, without symbolic links: lm-eval looks for includes and functions from there.
-        place: where it is by its name; differs from ``file`` where an include goes through a symbolic link.
-        found: contents by place; added to.
-        seen: places of the YAML files that were followed.
-    """
-    if place in seen:
-        return
-    seen.add(place)
-    text = _add(file, place, found)
-    beside = [p.name for p in sorted(file.parent.iterdir()) if p.suffix in TASK_SUFFIXES and p.is_file()]
-    for name in [*beside, *_modules(text)]:
-        # Functions of no file next to it are of an installed module.
-        if (file.parent / name).is_file():
-            _add(file.parent / name, place.parent / name, found)
-    for include in _includes(text):
-        if Path(include).is_absolute():
-            if _is_of_lm_eval(Path(include).resolve()):
-                continue
-            raise TaskError(
-                f"{file} includes {include!r}, an absolute path, so a copy of it would follow later edits: "
-                "name it relative to the file"
-            )
-        resolved = (file.parent / include).resolve()
-        _collect(resolved, Path(os.path.normpath(place.parent / include)), found, seen)
-
-
-def _add(file: Path, place: Path, found: dict[Path, bytes]) -> bytes:
-    data = file.read_bytes()
-    if found.setdefault(place, data) != data:
-        raise TaskError(f"{file} can't be copied: through a symbolic link it takes the place of another {place.name}")
-    return data
-
-
-def _includes(text: bytes) -> list[str]:
-    """Return the file names under a YAML's top-level ``include``, one or a list."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    for key, value in pairs:
-        if key.value == "include":
-            items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            return [str(item.value) for item in items if item.value]
-    return []
-
-
-def _modules(text: bytes) -> Iterator[str]:
-    """Files, relative to the YAML, of the modules in its ``!function module.name`` values."""
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.ScalarEvent) and event.tag == "!function":
-            yield event.value.rpartition(".")[0].replace(".", "/") + ".py"
+    base = Path(os.path.commonpath([p.parent for p in found.relative]))
+    files = {p.relative_to(base).as_posix(): file.read_bytes() for p, file in found.relative.items()}
+    target = _place(out / "code" / f"tasks-{tree_hash(files)[:_NAME_DIGITS]}", files)
+    return replace(spec, source=replace(spec.source, task_file=str(target / found.file.relative_to(base))))

@@ -123,7 +123,7 @@ class Warm:
         What compares has the loaded model's reference, if ``refer`` was called.
         """
         from kbit.evaluation import prepare
-        from sweeps.study.snapshot import check_data
+        from sweeps.study.snapshot import check_eval
 
         context, vocab_size = loaded.context, loaded.vocab_size
         # Where data are read from is no part of a spec's equality, but decides what is there.
@@ -131,7 +131,7 @@ class Warm:
         if key in self._references:
             return self._references[key][1]
         if key not in self._prepared:
-            check_data(f"eval {spec.name}", spec.source)
+            check_eval(spec)
             self._prepared[key] = prepare(spec, loaded.tokenizer, context=context, vocab_size=vocab_size)
         return self._prepared[key]
 

@@ -52,6 +52,51 @@ def test_changed_weights_and_data_are_said_when_planned_and_run_and_no_more(
     assert "weights of" not in text
 
 
+TASK = """
+task: next_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+text.split(' ')[-1]}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_an_edited_task_of_the_user_s_own_is_said_and_measured_again(
+    launch: Launch, study: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    file = tmp_path / "tasks" / "next_word.yaml"
+    file.write_text(TASK % (DEMO_DIR / "text" / "jargon_lastword.jsonl"))
+    own = [*study, "eval.perplexity=[]", "eval.tasks=[next_word]", f"eval.task_dirs=[{file.parent}]", "eval.limit=4"]
+    assert "earlier launch" not in said(launch, *own)
+    assert "to do 0" in said(launch, *own, "mode=plan")
+    file.write_text(file.read_text().replace("{{text.", "So: {{text."))
+    definition = (
+        "the definition of next_word differs from that of the earlier launch: 3 measurements of the old one stay"
+    )
+    assert definition in said(launch, *own, "mode=plan")
+    assert definition in said(launch, *own)
+    assert "earlier launch" not in said(launch, *own, "mode=plan")
+    status = said(launch, "mode=status", "out=out")
+    assert "3 measurements of own superseded: next_word, which had definition" in status
+
+
+def test_a_task_that_was_known_by_its_version_alone_is_not_said_to_have_changed(
+    launch: Launch, study: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(DEMO_DIR / "tasks", tmp_path / "tasks")
+    (tmp_path / "tasks" / "jargon_choice.yaml").unlink()
+    own = [*study, "eval.perplexity=[]", "eval.tasks=[jargon_lastword]", "eval.limit=4"]
+    # The demo's own file is known by its version, as a user's was before definitions were part of keys.
+    said(launch, *own, f"eval.task_data={{jargon_lastword: {DEMO_DIR / 'text' / 'jargon_lastword.jsonl'}}}")
+    moved = [*own, f"eval.task_dirs=[{tmp_path / 'tasks'}]"]
+    text = said(launch, *moved, f"eval.task_data={{jargon_lastword: {DEMO_DIR / 'text' / 'jargon_lastword.jsonl'}}}")
+    assert "the definition of jargon_lastword was no part of its key of the earlier launch" in text
+
+
 def test_a_model_whose_key_covers_more_files_now_is_not_said_to_have_changed(
     launch: Launch, study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,17 @@ LATER: list[dict[str, Any]] = [
         "key": "91916f4b0866d198983dcd329ffa2aa2413352b2436a5e49830a5932c16321e2",
     },
     {
+        "quant": {"bits": 16},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "task", "name": "own", "version": "1.0", "limit": 4, "dataset": "sha256:" + "c" * 64},
+            **{"compute_dtype": "float32", "definition": "d" * 64},
+        },
+        "canonical": {"method": "baseline", "bits": 16},
+        "label": "16-bit",
+        "key": "ef5555604420daad160843f7593c5ca8745920b62da6b6b863e4f27bb7b3082c",
+    },
+    {
         "quant": {"bits": 3, "dtype": "int"},
         "model": vars(HUB),
         "eval": {
@@ -187,6 +198,7 @@ def test_every_entry_of_a_door_and_every_axis_has_a_pinned_key() -> None:
     assert {spec.kind for spec in evals} == set(EVALUATORS)
     assert {spec.compute_dtype for spec in evals} == set(COMPUTE_DTYPES)
     assert {spec.bos or "first" for spec in evals} == set(BOS)
+    assert {spec.definition is None for spec in evals} == {True, False}
     values = {name: {canonical_json({name: spec.axis_values().get(name)}) for spec in specs} for name in axes()}
     assert [name for name, found in values.items() if len(found) < 2] == []  # an axis that no entry moves
 

@@ -231,14 +231,12 @@ def test_what_is_lm_evals_own_stays_and_the_demos_tasks_are_copied(tmp_path: Pat
     assert Path(copied.source.task_file).read_bytes() == Path(demo.source.task_file).read_bytes()
 
 
-def test_an_include_that_can_not_be_frozen_is_refused(own: EvalSpec, tmp_path: Path) -> None:
+def test_what_is_included_by_an_absolute_path_is_not_copied(own: EvalSpec, tmp_path: Path) -> None:
     file = Path(own.source.task_file)
-    file.write_text(f"task: own\ninclude: {tmp_path / 'tasks' / 'common' / 'most.yaml'}\n")
-    with pytest.raises(UserError, match="absolute path"):
-        freeze_evals([own], tmp_path / "out")
-    # lm-eval's own files change with the package only.
-    file.write_text(f"task: own\ninclude: {find_task('piqa').file}\n")
-    assert freeze_evals([own], tmp_path / "out")[0].source.task_file != str(file)
+    file.write_text(f"task: own\ninclude: [{tmp_path / 'tasks' / 'common' / 'most.yaml'}, {find_task('piqa').file}]\n")
+    (frozen,) = freeze_evals([own], tmp_path / "out")
+    assert frozen.source.task_file != str(file)
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["own.yaml"]
 
 
 def test_links_to_task_files_are_followed_unless_two_files_would_take_one_place(own: EvalSpec, tmp_path: Path) -> None:
@@ -248,6 +246,8 @@ def test_links_to_task_files_are_followed_unless_two_files_would_take_one_place(
     (frozen,) = freeze_evals([own], tmp_path / "out")
     assert requests(frozen) == requests(own)
     (file.parent / "utils.py").write_text("def process(data):\n    return data\n")
+    assert requests(freeze_evals([own], tmp_path / "out")[0]) == requests(own)
+    file.write_text(file.read_text() + "description: !function utils.describe\n")
     with pytest.raises(UserError, match=r"symbolic link.*another utils\.py"):
         freeze_evals([own], tmp_path / "out")
 

@@ -22,7 +22,7 @@ import pytest
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.loading import load_model
-from kbit.sources import LocalFile
+from kbit.sources import LocalFile, TaskSource
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import EXIT_IO, EXIT_LOAD
@@ -30,6 +30,7 @@ from sweeps.events import Event, Stopped, Withheld
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
+from sweeps.study.definitions import definition_of
 from sweeps.study.hub import local_model
 from sweeps.worker.settings import WorkerArguments, WorkerSettings
 from sweeps.worker.time_budget import LEAST_SCALE, Pace
@@ -228,6 +229,25 @@ def test_data_that_changed_since_the_launch_leave_no_record_and_the_rest_goes_on
     assert {r["eval"]: r["status"] for r in bench.rows()} == {"other": "done"}
     (withheld,) = [e for e in bench.events if isinstance(e, Withheld)]
     assert "text.txt changed since the study was launched" in withheld.why
+
+
+def test_a_task_of_the_user_s_own_that_changed_since_the_launch_leaves_no_record(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    shutil.copy(DEMO_DIR / "tasks" / "jargon_choice.yaml", file)
+    source = TaskSource(task_file=str(file), documents=LocalFile(path=str(DEMO_DIR / "text" / "jargon_choice.jsonl")))
+    about = {"kind": "task", "window": None, "limit": 2, "source": source, "definition": definition_of(file).hash}
+    own = evaluation("jargon_choice", **about)
+    bench = Bench(tmp_path / "r")
+    file.write_text(file.read_text() + "description: edited\n")
+    bench.worker.run_pack(pack_of(BASELINE, evals=(own, evaluation("other"))))
+    assert {r["eval"]: r["status"] for r in bench.rows()} == {"other": "done"}
+    (withheld,) = [e for e in bench.events if isinstance(e, Withheld)]
+    assert "eval jargon_choice: its definition" in withheld.why
+    shutil.copy(DEMO_DIR / "tasks" / "jargon_choice.yaml", file)
+    bench.worker.run_pack(pack_of(BASELINE, evals=(own,)))
+    assert {r["eval"]: r["status"] for r in bench.rows()} == {"other": "done", "jargon_choice": "done"}
+    (row,) = [r for r in bench.rows() if r["eval"] == "jargon_choice"]
+    assert row["eval_definition"] == definition_of(file).hash
 
 
 OF_A_RUN = {

@@ -32,7 +32,7 @@ from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef
 from sweeps.study.devices import check_device
 from sweeps.study.hub import cached_snapshot, local_model
-from sweeps.study.snapshot import check_data
+from sweeps.study.snapshot import check_data, check_eval
 from sweeps.study.task_index import load_task_yaml
 
 ALWAYS: Final = ("torch", "transformers", "pyarrow")
@@ -99,8 +99,10 @@ class Preflight:
                 yield self._check_gpus
         for model in dict.fromkeys(self.models):
             yield partial(_check_model, model)
-        for what, source in self._read():
-            yield partial(_check_source, what, source)
+        for spec in self.evals:
+            yield partial(_check_eval, spec)
+        for calibration in self.calibrations:
+            yield partial(_check_source, f"calibration {calibration.name}", calibration.source)
         for spec in self.evals:
             if spec.device is not None:
                 yield partial(self._check_measured, spec)
@@ -111,14 +113,10 @@ class Preflight:
         wanted = list(ALWAYS)
         for spec in self.evals:
             wanted += EVALUATORS[spec.kind].modules
-        if any(isinstance(documents_of(source), HubData) for _, source in self._read()):
+        sources = [*(spec.source for spec in self.evals), *(c.source for c in self.calibrations)]
+        if any(isinstance(documents_of(source), HubData) for source in sources):
             wanted += FOR_HUB_DATA
         return tuple(dict.fromkeys(wanted))
-
-    def _read(self) -> list[tuple[str, Source | None]]:
-        """Return what reads data, in words, and where the data are."""
-        read = [(f"eval {spec.name}", spec.source) for spec in self.evals]
-        return read + [(f"calibration {c.name}", c.source) for c in self.calibrations]
 
     def _check_gpus(self) -> str:
         import torch
@@ -255,9 +253,14 @@ def _check_hub_model(model: ModelRef) -> str:
     return _reach(f"model {model.label} ({repo}@{commit[:12]})", ask)
 
 
+def _check_eval(spec: EvalSpec) -> str:
+    if isinstance(spec.source, TaskSource):
+        load_task_yaml(Path(spec.source.task_file))
+    check_eval(spec)
+    return _check_source(f"eval {spec.name}", spec.source)
+
+
 def _check_source(what: str, source: Source | None) -> str:
-    if isinstance(source, TaskSource):
-        load_task_yaml(Path(source.task_file))
     check_data(what, source)
     documents = documents_of(source)
     if isinstance(documents, HubData):
