@@ -35,6 +35,12 @@ _WIDTHS: Final = ("hidden_size", "d_model", "n_embd")
 _DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "depth")
 _WITHOUT_STACKS: Final = frozenset({"doge"})
 """Architectures that keep their experts in embeddings, which are looked up."""
+_SPARSE: Final[Mapping[str, tuple[str, ...]]] = {
+    "nemotron_h": ("hybrid_override_pattern", "layers_block_type", "layer_types"),
+}
+"""Architectures whose layers have experts only where one of these keys says so: by an 'E', or by 'moe'."""
+_ONE_IS_DENSE: Final = frozenset({"jamba"})
+"""Architectures in which a single expert is an ordinary FFN (Jamba Reasoning)."""
 _STACKED_HEADS: Final = frozenset({"recurrent_gemma", "zamba"})
 _WHOLE: Final = frozenset({"emu3", "mllama", "qwen3_5"})
 """Composite architectures of which transformers' causal classes read the text alone, without experts."""
@@ -58,10 +64,14 @@ class Repair:
 def has_experts(config: Config) -> bool:
     """Tell whether a model is a mixture of experts that keeps them as matrices."""
     parts = list(_parts(config))
-    if config.get("model_type") in _WITHOUT_STACKS:
+    kind = config.get("model_type")
+    if kind in _WITHOUT_STACKS or not all(
+        _may_be_sparse(layers) for layers in map(config.get, _SPARSE.get(str(kind), ()))
+    ):
         return False
     said = [part[name] for part in parts for name in _EXPERTS if name in part]
-    return any(_count(n) for n in said) if said else any(part.get("model_type") in _MIXTURES for part in parts)
+    least = 2 if kind in _ONE_IS_DENSE else 1
+    return any(_count(n) >= least for n in said) if said else any(part.get("model_type") in _MIXTURES for part in parts)
 
 
 def has_larger_tower(config: Config) -> bool:
@@ -120,6 +130,13 @@ def _size(part: Config) -> int:
         next((n for name in names if isinstance(n := part.get(name), int)), 0) for names in (_WIDTHS, _DEPTHS)
     )
     return depth * width**2
+
+
+def _may_be_sparse(layers: object) -> bool:
+    """Tell whether a list, or a pattern, of layers has one with experts; yes where there is none."""
+    if isinstance(layers, str):
+        return "E" in layers
+    return not isinstance(layers, list | tuple) or any("moe" in str(layer) for layer in layers)
 
 
 def _count(value: object) -> int:

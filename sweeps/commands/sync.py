@@ -13,7 +13,8 @@ from sweeps.executors.base import with_jobs
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
 from sweeps.results.report import write_tables
-from sweeps.results.table import load_results
+from sweeps.results.table import load_results, superseded_measurements
+from sweeps.status import State
 from sweeps.store.parts import Store
 from sweeps.study.manifest import load_manifests
 from sweeps.tracking import tracker
@@ -32,11 +33,13 @@ def sync(options: Options, console: Console) -> int:
     by_pack: dict[str, list[Mapping[str, Any]]] = {}
     rows = store.read().to_pylist()
     busy = {row["pack"] for row in rows if row["measurement"] in running}
+    superseded = superseded_measurements(store.out)
     for row in rows:
         if row["pack"] in busy:
             continue
+        status = {"status": State.SUPERSEDED.value} if row["measurement"] in superseded else {}
         by_pack.setdefault(row["pack"], []).append(
-            {**row, "metrics": dict(row["metrics"] or ()), "stderr": dict(row["stderr"] or ())}
+            {**row, "metrics": dict(row["metrics"] or ()), "stderr": dict(row["stderr"] or ()), **status}
         )
     if not by_pack:
         raise UserError(f"out={str(store.out)!r} holds no finished pack to mirror")

@@ -35,7 +35,7 @@ class Line:
 
     Attributes:
         done, total: cells.
-        left: time left, '?' where unknown.
+        left: time left; '?' before anything was measured.
         rate, elapsed, failed, current: may be empty.
     """
 
@@ -102,6 +102,7 @@ class RunView:
     withheld: set[str] = field(default_factory=set)
     diverged: int = 0
     measured: int = 0
+    _withheld: int = 0
     _left: dict[str, int] = field(default_factory=dict)
     _current: dict[int, str] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
@@ -138,6 +139,7 @@ class RunView:
                 if event.why not in self.withheld:
                     self.console.print(f"[yellow]not measured:[/] {escape(event.why)}", highlight=False)
                 self.withheld.add(event.why)
+                self._withheld += 1
             case PackDone():
                 self._current.pop(worker, None)
             case Crashed():
@@ -154,11 +156,11 @@ class RunView:
 
     def _line(self) -> Line:
         elapsed = time.monotonic() - self._began
-        share = self.measured / max(1, sum(self.cells.values()))
+        to_come = sum(self.cells.values()) - self.measured - self._withheld
         return Line(
             done=self.done,
             total=len(self.cells),
-            left=_duration(elapsed / share - elapsed) if share > 0.02 else "?",
+            left=_duration(elapsed / self.measured * to_come) if self.measured else "?",
             rate=f"{self.done / elapsed * 60:.0f}/min" if self.done else "",
             elapsed=_duration(elapsed),
             failed=f"{len(self.failed)} failed" if self.failed else "",

@@ -29,6 +29,7 @@ from typing import Any, Final
 from kbit.spec import axes
 from sweeps.errors import RefusedError
 from sweeps.files import is_shared
+from sweeps.status import State
 from sweeps.store.schema import Row, Scalar
 from sweeps.tracking.messages import (
     Answer,
@@ -87,8 +88,13 @@ def token(row: Row) -> str:
 
 
 def history_row(row: Row) -> dict[str, Scalar]:
-    """Return a measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'."""
+    """Return a measurement as one step of a run: the cell's axes, '{eval}/{metric}' and '{eval}/{metric}_stderr'.
+
+    One that is superseded has no numbers: its step says so of the one that may stand before it.
+    """
     step = {k: row[k] for k in mirrored_columns() if row.get(k) is not None}
+    if _is_superseded(row):
+        return step
     for suffix, values in (("", row["metrics"]), ("_stderr", row["stderr"])):
         step |= {f"{row['eval']}/{k}{suffix}": v for k, v in values.items() if v is not None}
     return step
@@ -251,10 +257,15 @@ class Mirror:
         return held
 
     def _add_table(self, pack: _Pack) -> None:
-        rows = [{k: row.get(k) for k in IDENTITY} | history_row(row) for row in pack.rows.values()]
+        current = [row for row in pack.rows.values() if not _is_superseded(row)]
+        rows = [{k: row.get(k) for k in IDENTITY} | history_row(row) for row in current]
         columns = list(dict.fromkeys(k for row in rows for k in row))
         data = [[row.get(c) for c in columns] for row in rows]
         pack.run.summary["table"] = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+
+
+def _is_superseded(row: Row) -> bool:
+    return bool(row["status"] == State.SUPERSEDED.value)
 
 
 def _is_whole(pack: _Pack, remote: RemoteRun) -> bool:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from sweeps.errors import RefusedError
-from sweeps.status import RECORDED
+from sweeps.status import RECORDED, State
 
 if TYPE_CHECKING:
     import wandb
 
-STATUSES: Final = tuple(s.value for s in RECORDED)
+STATUSES: Final = (*(s.value for s in RECORDED), State.SUPERSEDED.value)
+"""What a run counts: what is stored, and of this apart what no table shows any more."""
 HTTP_TIMEOUT: Final = 10.0
 _STATE_QUERY: Final = """
 query KbitMirror($project: String!, $entity: String, $run: String!) {

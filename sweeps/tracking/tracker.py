@@ -126,7 +126,8 @@ def sync(
     """Make W&B whole from the store: every measurement is once in its pack's run. Runs that are whole are left alone.
 
     A run's history can't be taken back: rows that the store retired since stay in it, while the run's counts and table
-    become the store's. Not for packs that are running: this would add what their own mirror is about to add.
+    become the store's. Rows with the status 'superseded' are counted as such and left out of the table. Not for packs
+    that are running: this would add what their own mirror is about to add.
 
     Args:
         packs: every pack of the store, with all its rows.

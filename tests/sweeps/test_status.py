@@ -75,7 +75,7 @@ def test_the_groups_are_those_of_today() -> None:
     assert UNRECORDED == ("timeout", "node_fail", "preempted", "cancelled", "lost")
     assert ("failed", "oom", "diverged", *UNRECORDED) == RETRY
     assert ("failed", "oom", *UNRECORDED) == FAILURES
-    assert tuple(STATUSES) == ("done", "diverged", "failed")
+    assert tuple(STATUSES) == ("done", "diverged", "failed", "superseded")
 
 
 def test_a_cell_is_as_far_as_the_measurement_that_is_least_far() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,7 +27,7 @@ from kbit.models.readings import has_experts, has_larger_tower, reading_of
 from kbit.models.stacks import has_stacks
 from kbit.sources import LocalFile
 from tests import ROOT
-from tests.kbit.architectures import ARCHITECTURES, build, write
+from tests.kbit.architectures import ARCHITECTURES, LLAMA, build, write
 from tests.kbit.tiny_models import bits_of, identical
 
 JARGON = ROOT / "sweeps" / "demo" / "text" / "jargon.jsonl"
@@ -110,6 +111,27 @@ def test_outliers_are_kept_or_refused_as_planning_says(name: str) -> None:
 def test_the_reading_that_planning_sees_is_the_models(name: str) -> None:
     model = build(name)
     assert (reading_of(model.config.to_dict())[0] == 2) == has_stacks(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "dense"),
+    [
+        ("JambaConfig", {"num_experts": 1, "mamba_d_state": 8}, True),
+        ("JambaConfig", {"num_experts": 2, "mamba_d_state": 8}, False),
+        ("NemotronHConfig", {"hybrid_override_pattern": "M-*-"}, True),
+        ("NemotronHConfig", {"hybrid_override_pattern": "M-*E"}, False),
+        ("GraniteMoeHybridConfig", {"num_local_experts": 0}, True),
+    ],
+)
+def test_a_mixture_of_experts_without_any_is_read_as_it_always_was(
+    name: str, values: dict[str, Any], dense: bool
+) -> None:
+    """The file as it is saved, and as people write it."""
+    config = getattr(transformers, name)(**{**LLAMA, "num_hidden_layers": 4, **values})
+    model = AutoModelForCausalLM.from_config(config)
+    assert has_stacks(model) is not dense
+    for said in (config.to_dict(), {"model_type": config.model_type, **values}):
+        assert reading_of(said)[0] == (1 if dense else 2)
 
 
 def default_config(model_type: str) -> Any:

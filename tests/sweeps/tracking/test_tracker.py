@@ -24,6 +24,8 @@ import pandas as pd
 import pytest
 
 from kbit.errors import SpecError
+from sweeps.results.table import load_results
+from sweeps.store.parts import Store
 from sweeps.tracking.artifact import upload_tables
 from sweeps.tracking.tracker import SyncReport, TrackedPack, Tracker, TrackingConfig, sync
 from tests.conftest import Launch
@@ -290,6 +292,24 @@ def test_a_measurement_redone_with_other_numbers_is_added_and_counted_once(serve
     assert server.run("redone")["summary"]["measurements"] == 2
 
 
+def test_what_was_superseded_since_is_marked_and_in_no_count_or_table(server: WandbServer, tmp_path: Path) -> None:
+    config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path)
+    these = rows("late", 3)
+    assert sync([stored("late", these)], config).added == 3
+    these[1] = {**these[1], "status": "superseded"}
+    assert sync([stored("late", these)], config) == SyncReport(packs=1, measurements=3, whole=3, added=1)
+    summary = server.run("late")["summary"]
+    assert (summary["done"], summary["superseded"], summary["measurements"]) == (2, 1, 3)
+    # History can't be taken back: a step without numbers says that the one before it doesn't count.
+    assert server.losses("late") == [(0, 3.0), (1, 3.125), (2, 3.25)]
+    tables = [json.loads(t.read_text()) for t in (server.data / "files").glob("**/late/media/table/*.table.json")]
+    column = tables[0]["columns"].index("measurement")
+    assert ["late-0", "late-2"] in [[row[column] for row in table["data"]] for table in tables]
+    before = server.everything()
+    assert sync([stored("late", these)], config).added == 0
+    assert server.everything() == before
+
+
 class Refuses(BaseHTTPRequestHandler):
     """What W&B answers to a key it doesn't know; openwandb lets every key in."""
 
@@ -454,6 +474,20 @@ def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbS
     assert added.returncode == 0
     assert "W&B holds 3 of 3 measurements in 1 packs, 3 added now" in added.stdout
     assert server.artifacts("outage-results") == [("outage-results", "results")]
+
+
+def test_a_sync_knows_what_no_table_of_a_study_shows_any_more(
+    server: WandbServer, launch: Launch, tmp_path: Path
+) -> None:
+    online = ("tracking=online", f"tracking.base_url={server.url}", "tracking.project=superseded")
+    for tokens in (512, 1024):
+        done = launch("out=a", *STUDY, "sweep.name=again", f"eval.tokens={tokens}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        made = {row["pack"]: row["limit"] for row in Store(out=tmp_path / "a").read().to_pylist()}
+    assert "W&B holds 6 of 6 measurements in 2 packs" in launch("out=a", "mode=sync", *online).stdout
+    counts = {limit: server.run(pack)["summary"] for pack, limit in made.items()}
+    assert {limit: (of["done"], of["superseded"]) for limit, of in counts.items()} == {512: (0, 3), 1024: (3, 0)}
+    assert list(load_results(tmp_path / "a", long=True)["limit"]) == [1024] * 3
 
 
 def test_a_study_without_a_key_runs_untracked_and_asks_for_no_login(
