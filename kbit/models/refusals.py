@@ -32,6 +32,10 @@ ENCODERS: Final = frozenset(
     }
 )
 """Types of transformers (5.23) that see all tokens of a text unless config.json says otherwise."""
+NOT_CAUSAL: Final = frozenset({"cpmant", "xlnet"})
+"""Other types among transformers' causal language models (5.23) in which a token changes what is predicted before it,
+whatever config.json says: CPM-Ant reads its prompt both ways, and XLNet predicts tokens in any order.
+"""
 _CAUSAL: Final = ("is_decoder", "causal")
 """By which an encoder's architecture is a decoder (XLM says ``causal``)."""
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -66,7 +70,8 @@ def check_checkpoint(directory: Path, names: Iterable[str]) -> None:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse what config.json says can't be measured: quantized weights, encoder-decoders, encoders.
+    """Refuse what config.json says can't be measured: quantized weights, encoder-decoders, encoders, others that
+    are not causal.
 
     Raises:
         CheckpointError: names the key and its value, and says what to do.
@@ -92,6 +97,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"model_type={kind!r} in config.json is an encoder: it sees the tokens after the one that it predicts, so "
             f"that a text has no perplexity. {_NEEDS_DECODER}; one that was trained as a decoder says is_decoder: true"
+        )
+    if kind in NOT_CAUSAL and not _has_own_code(config):
+        raise CheckpointError(
+            f"model_type={kind!r} in config.json is no causal language model: its predictions "
+            f"depend on later tokens, so that a text has no perplexity. {_NEEDS_DECODER}"
         )
 
 

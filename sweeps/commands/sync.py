@@ -37,9 +37,9 @@ def sync(options: Options, console: Console) -> int:
     for row in rows:
         if row["pack"] in busy:
             continue
-        status = {"status": State.SUPERSEDED.value} if row["measurement"] in superseded else {}
+        marked = {"status": State.SUPERSEDED.value} if row["measurement"] in superseded else {}
         by_pack.setdefault(row["pack"], []).append(
-            {**row, "metrics": dict(row["metrics"] or ()), "stderr": dict(row["stderr"] or ()), **status}
+            {**row, "metrics": dict(row["metrics"] or ()), "stderr": dict(row["stderr"] or ()), **marked}
         )
     if not by_pack:
         raise UserError(f"out={str(store.out)!r} holds no finished pack to mirror")

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto as auto
 
-from kbit.errors import CheckpointError
+from kbit.errors import CheckpointError, SpecError
 from kbit.models.checkpoint import model_files
-from kbit.models.refusals import ENCODER_DECODERS, ENCODERS, check_checkpoint, check_config
+from kbit.models.refusals import ENCODER_DECODERS, ENCODERS, NOT_CAUSAL, check_checkpoint, check_config
+from kbit.models.verification import check_causal
 from tests.kbit.composite_models import NAMES as COMPOSITE
 from tests.kbit.composite_models import composite
 from tests.kbit.tiny_models import NAMES, tiny
@@ -37,6 +38,11 @@ REFUSED = {
     "a new one": ({"model_type": "t7", "is_encoder_decoder": True}, "model_type='t7'.*is an encoder-decoder"),
     "BERT": ({"model_type": "bert"}, "model_type='bert'.*is an encoder.*is_decoder: true"),
     "BERT that says so": ({"model_type": "bert", "is_decoder": False}, "model_type='bert'.*is an encoder"),
+    "XLNet": (
+        {"model_type": "xlnet", "is_decoder": True},
+        "model_type='xlnet'.*no causal language.*decoder-only",
+    ),
+    "CPM-Ant": ({"model_type": "cpmant"}, "model_type='cpmant'.*no causal language model"),
     "RoBERTa": ({"model_type": "roberta"}, "model_type='roberta'.*is an encoder"),
 }
 ALLOWED: dict[str, dict[str, Any]] = {
@@ -70,6 +76,62 @@ def test_the_types_are_those_of_transformers() -> None:
     both = {t for t in language if getattr(CONFIG_MAPPING[t], "is_encoder_decoder", None) is True}
     assert both == ENCODER_DECODERS
     assert (masked | {"bert-generation"}) - both == ENCODERS
+
+
+SMALL = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "d_inner", "dim_ff", "inner_dim", "n_inner"), 128),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("head_dim", "dim_head", "d_kv"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    **{"vocab_size": 512, "num_key_value_heads": 2, "moe_intermediate_size": 32},
+}
+"""What architectures call their sizes, and small ones."""
+
+
+def is_causal(model_type: str) -> bool | None:
+    """Whether a small model of a type is causal, by trying; None where it can't be made so small."""
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        for part in filter(None, (config, getattr(config, "text_config", None))):
+            for name, value in SMALL.items():
+                if isinstance(getattr(part, name, None), int):
+                    setattr(part, name, value)
+            for name in ("layer_types", "layers_block_type"):
+                if isinstance(getattr(part, name, None), list):
+                    setattr(part, name, getattr(part, name)[:2])
+        with torch.device("meta"):
+            if sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()) > 50e6:
+                return None
+        torch.manual_seed(0)
+        check_causal(AutoModelForCausalLM.from_config(config).eval(), name=model_type)
+    except SpecError:
+        return False
+    except Exception:
+        return None
+    return True
+
+
+def is_refused(model_type: str) -> bool:
+    try:
+        check_config({"model_type": model_type})
+    except CheckpointError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("model_type", [*sorted(NOT_CAUSAL), "gpt2", "llama"])
+def test_planning_refuses_what_loading_refuses(model_type: str) -> None:
+    assert is_causal(model_type) is not is_refused(model_type)
+
+
+@pytest.mark.slow
+def test_every_causal_class_of_transformers_that_is_not_causal_is_refused_when_planning() -> None:
+    found = {t: is_causal(t) for t in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not is_refused(t)}
+    assert sum(causal is True for causal in found.values()) > 80
+    assert [t for t, causal in found.items() if causal is False] == []
 
 
 def check(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
