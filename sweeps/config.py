@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Optional, TypeAlias, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -89,6 +89,10 @@ class TextSetConfig:
     path: str | None = None
 
 
+FOUND: Final = ("device", "definition")
+"""Fields of evaluations that no key sets."""
+
+
 @dataclass
 class EvalSettings:
     """The keys of ``eval``: names by kind, where their data lie, and the fields of evaluations that came first."""
@@ -108,8 +112,8 @@ class EvalSettings:
 
 
 def eval_config(declared: Mapping[str, Axis]) -> type:
-    """Add a key for each field of evaluations that came later, under its own name. A device is found, not given."""
-    later = [(n, Raw, field(default=a.neutral)) for n, a in declared.items() if a.since > 1 and n != "device"]
+    """Add a key for each field of evaluations that came later, under its own name, but for those that are found."""
+    later = [(n, Raw, field(default=a.neutral)) for n, a in declared.items() if a.since > 1 and n not in FOUND]
     return make_dataclass("EvalConfig", later, bases=(EvalSettings,))
 
 
