@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from rich.console import Console
@@ -20,7 +21,9 @@ from sweeps.plan.budget import budget_text, fit
 from sweeps.plan.notices import notices
 from sweeps.plan.order import ORDERS
 from sweeps.plan.packs import ROW_BYTES, Packing, Plan
+from sweeps.plan.ways import ABOUT, DeviceMemory, Planned, check_ways, planned_ways, ways_rows
 from sweeps.store.parts import Store
+from sweeps.study.cell import ModelRef
 from sweeps.study.grid import excluded_counts
 from sweeps.study.resolve import Study, build_study
 from sweeps.text import counted, size
@@ -50,6 +53,8 @@ def plan(options: Options, console: Console) -> int:
         for script in executor.scripts(order, flight):
             console.print(script, markup=False, highlight=False, soft_wrap=True)
         return 0
+    memory = executor.memory(order)
+    ways, unsized = planned_ways(manifest, memory) if memory is not None else ([], [])
     gpu = plan_study(store, manifest, options.retry, Packing(workers=1), "cuda", flight)
     planned, where = executor.describe(order, flight)
     cells = manifest.wanted_cells()
@@ -79,11 +84,32 @@ def plan(options: Options, console: Console) -> int:
     for name, value in rows:
         table.add_row(name, escape(value))
     console.print(table)
+    if memory is not None:
+        _say_ways(ways, unsized, memory, console)
     say_what_stays(options, console)
     for notice in notices(store, manifest):
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
     _say_unresolved(study, console)
+    if memory is not None:
+        check_ways(ways, memory)
     return 0
+
+
+def _say_ways(ways: Sequence[Planned], unsized: Sequence[ModelRef], memory: DeviceMemory, console: Console) -> None:
+    """Show how each model runs at its bits, with the sum of what it takes on the fullest device."""
+    table = Table(title=f"how models run on {escape(memory.words)}", box=None, title_justify="left", pad_edge=False)
+    for name in ("model", "bits", "way", "memory, at most"):
+        table.add_column(name, overflow="fold")
+    for row in ways_rows(ways):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if any(planned.sizes.known_from != "files" for planned in ways):
+        console.print(ABOUT, highlight=False)
+    if unsized:
+        names = ", ".join(m.label for m in unsized)
+        console.print(
+            f"[yellow]of unknown size: {escape(names)}[/]: models.FAMILY.members.NAME.params tells", highlight=False
+        )
 
 
 def _budget_rows(executor: Executor[Any], order: Order, planned: Plan) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from sweeps.commands.selection import chosen_part, say_what_stays
 from sweeps.executors.base import Order, with_jobs
 from sweeps.options import Options
 from sweeps.plan.notices import notices
+from sweeps.plan.ways import check_ways, planned_ways
 from sweeps.store.parts import Store
 from sweeps.study.resolve import build_study
 from sweeps.text import counted
@@ -41,6 +42,9 @@ def run(options: Options, console: Console) -> int:
             progress=status.update,
         )
         executor.check(order)
+        memory = executor.memory(order)
+        if memory is not None:
+            check_ways(planned_ways(order.manifest, memory)[0], memory)
         # What dead jobs held is free only once that is known.
         for other in with_jobs(store.out):
             status.update(f"asking {other.title} about earlier jobs")

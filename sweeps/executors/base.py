@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sweeps.launches.launch import Launch
     from sweeps.options import Options
     from sweeps.plan.packs import Pack, Plan
+    from sweeps.plan.ways import DeviceMemory
     from sweeps.store.parts import Store
     from sweeps.study.manifest import Manifest
 
@@ -114,6 +115,10 @@ class Executor(ABC, Generic[S]):
 
     def check_out(self, out: Path) -> None:  # most take any directory
         """Refuse a results directory that it can't use, with a UserError."""
+
+    def memory(self, order: Order) -> DeviceMemory | None:
+        """Return the memory of the devices that run its workers, by which each model's way is chosen; None: unknown."""
+        return None
 
     def check(self, order: Order) -> None:  # most have nothing to ask
         """Refuse what can't run, with a UserError, before anything is written."""

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sweeps.executors.base import Executor, Order
 from sweeps.executors.settings import ExecutorSettings, LocalSettings
+from sweeps.text import counted, size
 from sweeps.worker.devices import resolve_device
 
 if TYPE_CHECKING:
     from sweeps.launches.in_flight import InFlight
     from sweeps.plan.packs import Plan
+    from sweeps.plan.ways import DeviceMemory
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,29 @@ class Local(Executor[LocalSettings]):
         from sweeps.study.devices import local_device_name
 
         return local_device_name(self.device())
+
+    def memory(self, order: Order) -> DeviceMemory:
+        from sweeps.executors.local_run import workers_for
+        from sweeps.plan.ways import DeviceMemory
+        from sweeps.worker.devices import gpu_bytes, usable_memory
+        from sweeps.worker.execution import batch_tokens
+
+        if order.device == "cuda":
+            found = gpu_bytes()
+            words = (
+                "a GPU here whose memory nvidia-smi does not tell" if found is None else f"a GPU of {size(found)} here"
+            )
+        else:
+            count = workers_for(order, self.settings).count
+            found = usable_memory() // count
+            words = f"{size(found)} of this machine's memory for each of {counted(count, 'worker')}"
+        return DeviceMemory(
+            device=order.device,
+            words=words,
+            bytes_of=lambda _: found,
+            gpus_of=lambda _: 1,
+            batch_tokens=batch_tokens(self.settings.batch_tokens, order.device),
+        )
 
     def check(self, order: Order) -> None:
         from sweeps.executors.local_run import workers_for

@@ -50,6 +50,17 @@ def gpus() -> tuple[str, ...]:
     return tuple(str(i) for i, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*"))))
 
 
+@cache
+def gpu_bytes() -> int | None:
+    """Return the memory of the smallest GPU that this process may use, in bytes; None where nvidia-smi can't tell."""
+    if not gpus() or not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "-i", ",".join(gpus()), "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found = [int(line) for line in map(str.strip, result.stdout.splitlines()) if line.isdigit()]
+    return min(found) * 2**20 if found else None
+
+
 def resolve_device(asked: str) -> str:
     """Return 'cpu' or 'cuda'.
 

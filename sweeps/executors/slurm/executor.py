@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.plan.packs import Pack, Plan
+    from sweeps.plan.ways import DeviceMemory
+    from sweeps.study.cell import ModelRef
 
 
 _NOT_IN_PATHS: Final = {
@@ -68,6 +70,31 @@ class Slurm(Executor[SlurmSettings]):
                 f"out={str(out)!r}: {out.parent} does not exist. Is its file system mounted? "
                 "Make that directory, or name one that this machine and the cluster's nodes share"
             )
+
+    def memory(self, order: Order) -> DeviceMemory:
+        from sweeps.executors.slurm.context import launch_context
+        from sweeps.executors.slurm.settings import GIB
+        from sweeps.plan.ways import DeviceMemory
+
+        context = launch_context(order, self.settings)
+        gb = self.settings.known_gpu_gb
+        if order.device == "cpu":
+            words = "a job's memory (executor.mem_gb)"
+        else:
+            words = "GPUs of a memory that executor.gpu_memory_gb would tell" if gb is None else f"GPUs of {gb:g} GB"
+
+        def bytes_of(model: ModelRef) -> int | None:
+            if order.device == "cpu":
+                return int(context.shape(model, 0).mem_gb * GIB)
+            return None if gb is None else int(gb * GIB)
+
+        return DeviceMemory(
+            device=order.device,
+            words=words,
+            bytes_of=bytes_of,
+            gpus_of=lambda model: max(1, context.shape(model, 0).gpus),
+            batch_tokens=context.job_settings.batch_tokens,
+        )
 
     def check(self, order: Order) -> None:
         """Ask the cluster whether it takes such jobs."""

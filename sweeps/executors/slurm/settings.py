@@ -31,6 +31,24 @@ START_SECONDS: Final = 30.0
 JOB_BYTES: Final = 0.4e9
 """Of the process that watches over the worker."""
 MINUTES: Final = 240
+ASSUMED_GPU_GB: Final = 80.0
+GPU_GB: Final[Mapping[str, float]] = {
+    **{
+        "h100": 80,
+        "h200": 139,
+        "gh200": 94,
+        "b200": 178,
+        "l40": 44,
+        "l40s": 44,
+        "a40": 44,
+        "a6000": 47,
+        "rtx_a6000": 47,
+    },
+    **{"a30": 24, "a10": 22, "a10g": 22, "l4": 22, "t4": 15, "rtx_3090": 24, "rtx_4090": 24, "rtx_5090": 32},
+}
+"""Memory of one GPU in GiB, as the driver tells it, by the names that clusters give types of one size (an A100 has 40
+or 80).
+"""
 CODE: Final = ("snapshot", "checkout")
 OURS: Final = (
     *(
@@ -63,7 +81,7 @@ class SlurmSettings(ExecutorSettings):
     qos: str | None = None
     gpus: int | None = setting()
     gpu_type: str | None = None
-    gpu_memory_gb: float = 80.0
+    gpu_memory_gb: float | None = None
     cpus: int = 4
     mem_gb: float | None = setting()
     minutes: int = setting(MINUTES, key="time")
@@ -114,6 +132,15 @@ class SlurmSettings(ExecutorSettings):
             )
         return cls(**given, minutes=minutes)
 
+    @property
+    def known_gpu_gb(self) -> float | None:
+        """Memory of one GPU in GiB: as given, else by its type; None where neither tells."""
+        if self.gpu_memory_gb is not None or self.gpu_type is None:
+            return self.gpu_memory_gb
+        kind = self.gpu_type.lower()
+        said = re.search(r"(\d+)_?gb?$", kind)
+        return float(said[1]) if said else GPU_GB.get(kind.removeprefix("nvidia_"))
+
     def shape(self, model: ModelRef, device: str, rung: int, overrides: Mapping[str, Any]) -> Shape:
         """Return the resources of a job for a model.
 
@@ -128,7 +155,7 @@ class SlurmSettings(ExecutorSettings):
         params = model.params or 1_000_000_000
         gpus = overrides.get("gpus") or self.gpus
         if gpus is None:
-            usable = GPU_SHARE * self.gpu_memory_gb * GIB
+            usable = GPU_SHARE * (self.known_gpu_gb or ASSUMED_GPU_GB) * GIB
             gpus = math.ceil((2 * params + GPU_WORK_BYTES) / usable) if device == "cuda" else 0
         memory = overrides.get("mem_gb") or self.mem_gb
         if memory is None:

@@ -1,0 +1,203 @@
+"""How each model of a study will run on an executor's devices, by the rule that its workers follow, before any job.
+
+The sums come from files' headers and configurations, so no weight is read and torch is not loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from kbit.errors import CheckpointError
+from kbit.models.checkpoint import model_files, weights_among
+from kbit.models.sizes import Sizes, parts_of, sizes_of
+from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Choice, Way, choose_way, needs
+from kbit.spec import Spec
+from sweeps.errors import UserError
+from sweeps.study.cell import Cell, ModelRef
+from sweeps.study.hub import cached_snapshot
+from sweeps.study.manifest import Manifest
+from sweeps.study.reading import config_of
+from sweeps.text import counted
+
+ABOUT: Final = "≈: by config.json or the number of parameters; the model's files tell (mode=fetch gets them)"
+_FLOAT32: Final = 4
+_SIXTEEN: Final = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """The memory of the devices that an executor runs a model on.
+
+    Attributes:
+        device: 'cpu' or 'cuda'.
+        words: what it is, for people: 'NVIDIA H200, 139 GB each'; where it is unknown, what tells it.
+        bytes_of: of one device, for a model; None where unknown.
+        gpus_of: GPUs that a model is given; 1 on a CPU.
+        batch_tokens: tokens of a batch, where memory allows.
+    """
+
+    device: str
+    words: str
+    bytes_of: Callable[[ModelRef], int | None]
+    gpus_of: Callable[[ModelRef], int]
+    batch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """How a model runs under some quantizations.
+
+    Attributes:
+        model: the model.
+        specs: those that run alike, of the same bits.
+        choice: None where nothing fits.
+        terms: bytes on the fullest device, by what takes them: of the most demanding of the specs; where nothing fits,
+            of the way that takes least.
+        memory: bytes of one device; None where unknown.
+        sizes: of the model.
+    """
+
+    model: ModelRef
+    specs: tuple[Spec, ...]
+    choice: Choice | None
+    terms: Mapping[str, int]
+    memory: int | None
+    sizes: Sizes
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the fullest device."""
+        return sum(self.terms.values())
+
+    @property
+    def way(self) -> str:
+        """The way in words; it depends on what is unknown, where that is."""
+        if self.choice is None:
+            return "does not fit"
+        if self.memory is None:
+            return f"unknown, {self.choice.way} if it fits"
+        over = f" over {counted(self.choice.devices, 'GPU')}" if self.choice.devices > 1 else ""
+        return f"{self.choice.way}{over}"
+
+    @property
+    def sum_text(self) -> str:
+        """The sum in words: '7.9 GB = 7.4 GB packed weights + ...'; with ≈ where no file tells it."""
+        about = "" if self.sizes.known_from == "files" else "≈ "
+        return f"{about}{_bytes(self.needed)} = " + " + ".join(f"{_bytes(n)} {what}" for what, n in self.terms.items())
+
+
+def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned], list[ModelRef]]:
+    """Return how each model runs at each of its bits, in the study's order, and the models of unknown size."""
+    widest = _compute_bytes(manifest)
+    found: dict[tuple[ModelRef, int, str], list[tuple[Spec, Choice | None, dict[str, int]]]] = {}
+    unknown: dict[ModelRef, None] = {}
+    sizes: dict[ModelRef, tuple[Sizes | None, Mapping[str, Any] | None]] = {}
+    for cell in dict.fromkeys(Cell(model=c.model, quant=c.quant) for c in manifest.wanted_cells()):
+        model, spec = cell.model, cell.quant
+        if model not in sizes:
+            sizes[model] = _sizes(model)
+        known, config = sizes[model]
+        if known is None:
+            unknown[model] = None
+            continue
+        choice, terms = _choose(known, spec, config, widest, model, memory)
+        way = "" if choice is None else str(choice.way)
+        found.setdefault((model, spec.bits, way), []).append((spec, choice, terms))
+    ways = []
+    for (model, _, _), alike in found.items():
+        _, choice, terms = max(alike, key=lambda a: sum(a[2].values()))
+        known = sizes[model][0]
+        assert known is not None
+        specs = tuple(spec for spec, *_ in alike)
+        ways.append(
+            Planned(model=model, specs=specs, choice=choice, terms=terms, memory=memory.bytes_of(model), sizes=known)
+        )
+    return ways, list(unknown)
+
+
+def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
+    """Refuse what can't fit any way. A size that is guessed from the number of parameters refuses nothing.
+
+    Raises:
+        UserError: names models, bits, sum and memory.
+    """
+    refused = [w for w in ways if w.choice is None and w.sizes.known_from != "the number of parameters"]
+    if not refused:
+        return
+    first = refused[0]
+    names = ", ".join(dict.fromkeys(f"{w.model.label} at {w.specs[0].bits} bits" for w in refused))
+    assert first.memory is not None
+    raise UserError(
+        f"{names} can't run on {memory.words}, of which {SHARE:.0%} are counted on: even {_least(first)} takes "
+        f"{first.sum_text} for {first.model.label}. Leave these models out (sweep.sizes), or run where a device has "
+        "more memory"
+    )
+
+
+def _least(planned: Planned) -> str:
+    return Way.LAYERED if any(what.startswith("a block") for what in planned.terms) else Way.PACKED
+
+
+def _choose(
+    sizes: Sizes,
+    spec: Spec,
+    config: Mapping[str, Any] | None,
+    compute_bytes: int,
+    model: ModelRef,
+    memory: DeviceMemory,
+) -> tuple[Choice | None, dict[str, int]]:
+    parts = parts_of(sizes, spec, config, compute_bytes=compute_bytes, device=memory.device)
+    gpus, tokens = memory.gpus_of(model), memory.batch_tokens
+    choice = choose_way(parts, memory.bytes_of(model), gpus=gpus, batch_tokens=tokens)
+    if choice is not None:
+        return choice, dict(choice.terms)
+    last = [Way.LAYERED] if parts.packed is None else [Way.LAYERED, Way.PACKED]
+    tokens = min(tokens, LEAST_BATCH_TOKENS)
+    return None, min(
+        (needs(parts, way, gpus=gpus, batch_tokens=tokens) for way in last), key=lambda terms: sum(terms.values())
+    )
+
+
+def _compute_bytes(manifest: Manifest) -> int:
+    """Return the bytes of a value in the widest dtype that a study computes in."""
+    return _FLOAT32 if any(e.compute_dtype == "float32" for e in manifest.evals) else _SIXTEEN
+
+
+@cache
+def _files(model: ModelRef) -> tuple[Path, ...]:
+    """Return a model's weights, where they are on this machine."""
+    directory = Path(model.path) if model.path else cached_snapshot(str(model.hub_id), str(model.commit))
+    if directory is None:
+        return ()
+    try:
+        return tuple(weights_among(directory, model_files(directory)))
+    except (CheckpointError, OSError):
+        return ()
+
+
+def _sizes(model: ModelRef) -> tuple[Sizes | None, Mapping[str, Any] | None]:
+    config = config_of(model, ask=False)
+    try:
+        return sizes_of(_files(model), config, model.params), config
+    except (CheckpointError, OSError):
+        return None, config  # the worker says what is wrong with it
+
+
+def ways_rows(ways: Sequence[Planned]) -> list[tuple[str, str, str, str]]:
+    """Return rows (model, bits, way, sum) for people; bits of a model that run alike, in equal memory, are one row."""
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for planned in ways:
+        key = (planned.model.label, planned.way, planned.sum_text)
+        rows.setdefault(key, []).append(planned.specs[0].bits)
+    return [
+        (model, ", ".join(map(str, dict.fromkeys(sorted(bits, reverse=True)))), way, text)
+        for (model, way, text), bits in rows.items()
+    ]
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
