@@ -67,15 +67,22 @@ def make_directory(path: Path) -> None:
     share_with_group(*reversed(missing))
 
 
-def require_directory(out: Path) -> None:
-    """Refuse to recreate a results directory that existed when the work began.
+def require_directory(out: Path, witness: str = "") -> None:
+    """Refuse to recreate a results directory that existed when the work began, or to take another one for it.
+
+    Args:
+        out: the directory.
+        witness: a file in it, relative to it, that was there when the work began; '' is any directory.
 
     Raises:
-        FileNotFoundError: it was renamed, removed or unmounted.
+        FileNotFoundError: it was renamed, removed or unmounted, or is a link that leads elsewhere now.
     """
     if not out.is_dir():
         why = "it is gone: was it renamed, or its file system unmounted? It is not recreated for results"
         raise FileNotFoundError(errno.ENOENT, why, str(out))
+    if not (out / witness).exists():
+        why = f"it has no {witness}, so it is not the directory in which this work began: does a link lead elsewhere?"
+        raise FileNotFoundError(errno.ENOENT, f"{why} No results are written into it", str(out))
 
 
 def open_log(path: Path) -> IO[bytes]:

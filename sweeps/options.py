@@ -114,6 +114,11 @@ def _out(value: str) -> Path:
     if not value.strip():
         raise UserError("out='' is not valid: name a directory for the results, e.g. out=results")
     path = Path(value).expanduser().absolute()
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"out={value!r} is a link to {path.readlink()}, which does not exist: is its file system mounted? "
+            "Make that directory, or change the link"
+        )
     if path.exists() and not path.is_dir():
         raise UserError(f"out={value!r} is a file: name a directory for the results, e.g. out=results")
     return path

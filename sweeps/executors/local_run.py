@@ -62,6 +62,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         batch_tokens=batch_tokens(settings.batch_tokens, order.device),
         trust_remote_code=order.options.trust_remote_code,
         provenance=launch_provenance(launch, manifest.name),
+        witness=manifest.path(store.out).relative_to(store.out).as_posix(),
     )
     try:
         withheld = _execute(order, plan, claim, workers, job, left)

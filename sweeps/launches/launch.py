@@ -31,6 +31,7 @@ from sweeps.plan.packs import Pack
 from sweeps.store.schema import Scalar
 
 JOB_PREFIX: Final = "kbit"
+FILE: Final = "launch.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,11 @@ class Launch:
     def directory(self) -> Path:
         return launch_dir(self.out, self.id)
 
+    @property
+    def file(self) -> Path:
+        """Its own file, there from before anything is submitted."""
+        return self.directory / FILE
+
     def logs(self, chunk: int) -> Path:
         return self.out / "logs" / self.id / f"{chunk:03d}"
 
@@ -122,7 +128,7 @@ class Launch:
         """Write it and its packs."""
         write_atomically(self.directory / "packs.jsonl", b"".join(_lines(packs)))
         data = {k: v for k, v in asdict(self).items() if k not in ("out", "id")}
-        write_atomically(self.directory / "launch.json", json.dumps(data).encode())
+        write_atomically(self.file, json.dumps(data).encode())
 
     @classmethod
     def load(cls, out: Path, launch: str) -> Launch:
@@ -131,7 +137,7 @@ class Launch:
         Raises:
             FileNotFoundError: there is none of that id.
         """
-        data = read_json(launch_dir(out, launch) / "launch.json")
+        data = read_json(launch_dir(out, launch) / FILE)
         chunks = tuple(Chunk(**{**c, "packs": tuple(c["packs"])}) for c in data.pop("chunks"))
         shapes = tuple(Shape(**s) for s in data.pop("shapes"))
         settings = JobSettings.from_dict(data.pop("settings"))
@@ -251,7 +257,7 @@ def launch_dir(out: Path, launch: str) -> Path:
 def launches(out: Path) -> list[Launch]:
     """Return every launch of a results directory, oldest first."""
     directories = list_files(out / "launches")
-    found = [Launch.load(out, d.name) for d in directories if (d / "launch.json").exists()]
+    found = [Launch.load(out, d.name) for d in directories if (d / FILE).exists()]
     return sorted(found, key=lambda launch: launch.launched)
 
 

@@ -13,6 +13,7 @@ measurement: a result before a failure, then the newest.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -68,10 +69,12 @@ class Store:
     Attributes:
         out: the directory; made on first write.
         made: it existed when the work began. If it is gone since then, e.g. renamed, it is not recreated.
+        witness: a file in it that was there then; without it, it is another directory, and not written.
     """
 
     out: Path
     made: bool = False
+    witness: str = ""
     damaged: list[Path] = field(default_factory=list, compare=False)
 
     def check_writable(self) -> None:
@@ -99,7 +102,9 @@ class Store:
         """
         there = next(path for path in (self.out, *self.out.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = "Permission denied" if there.is_dir() else "Not a directory"
+            is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+            number = errno.ENOTDIR if not there.is_dir() else errno.EROFS if is_read_only else errno.EACCES
+            why = os.strerror(number)
             raise StoreError(
                 f"out={str(self.out)!r} can't be written: {why}: {there}. "
                 "Give a directory that you may write, e.g. out=results"
@@ -268,7 +273,7 @@ class Store:
         import pyarrow.parquet as pq
 
         if self.made:
-            require_directory(self.out)
+            require_directory(self.out, self.witness)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         write_atomically(path, sink.getvalue().to_pybytes())

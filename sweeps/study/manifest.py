@@ -74,9 +74,13 @@ class Manifest:
         """The study's name and the hash of its content."""
         return f"{self.sweep}-{hashlib.sha256(self._data).hexdigest()[:16]}"
 
+    def path(self, out: Path) -> Path:
+        """Return where a results directory has it."""
+        return _directory(out) / f"{self.name}.json"
+
     def save(self, out: Path) -> str:
         """Write it under its content's name and return that name."""
-        path = _directory(out) / f"{self.name}.json"
+        path = self.path(out)
         if path.exists():
             # The newest launch decides which settings of an evaluation count where studies differ.
             os.utime(path)

@@ -56,7 +56,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     here = {"job": f"local/{os.getpid()}", "host": socket.gethostname()}
     worker = Worker(
-        store=Store(out=Path(arguments.out), made=True),
+        store=Store(out=Path(arguments.out), made=True, witness=settings.witness),
         device=arguments.device,
         batch_tokens=settings.batch_tokens,
         # The launch's machine may have other packages than this one.

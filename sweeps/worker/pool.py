@@ -117,8 +117,7 @@ class WorkerPool:
             WriteError: results can't be written.
             KeyboardInterrupt: the user stopped it; finished measurements are stored, workers are gone.
         """
-        require_directory(self.store.out)
-        self.store = replace(self.store, made=True)
+        self.store = replace(self.store, made=True, witness=self.settings.witness)
         self._queue = deque(packs)
         slots = [_Slot(number=i, log=self.log(i)) for i in range(min(self.workers.count, len(packs)))]
         try:
@@ -186,6 +185,7 @@ class WorkerPool:
             "--settings",
             arguments.to_json(),
         ]
+        require_directory(self.store.out, self.store.witness)
         with open_log(slot.log) as log:
             # A worker hears no signal before it is ready for them: SLURM sends them to every process of a job.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})

@@ -19,6 +19,7 @@ class WorkerSettings:
         provenance: columns that every row gets (commit, versions, launch, ...).
         gpus: over how many GPUs a model is spread.
         ignore_sigterm: leave SIGTERM to the pool's owner, since SLURM sends it to every process of a job.
+        witness: a file of the results directory, relative to it, without which it is another one.
         load_again: where the first model can't be loaded, end, since another node may do better.
     """
 
@@ -28,6 +29,7 @@ class WorkerSettings:
     gpus: int = 1
     ignore_sigterm: bool = False
     load_again: bool = False
+    witness: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,13 @@ class Cluster:
         self._start("slurmdbd", "slurmdbd", "-D", MYSQL_UNIX_PORT=str(self.directory / "db" / "socket"))
         wait_until("slurmdbd", lambda: self._answers("sacctmgr", "-n", "show", "account"))
 
+    def purge_accounting(self, name: str) -> None:
+        """Remove what accounting knows of jobs of a name, as a site's purge does with old ones."""
+        delete = f"DELETE FROM kbit_job_table WHERE job_name = '{name}'"
+        self.command(
+            "mariadb", "--no-defaults", "--user=root", f"--socket={self.directory}/db/socket", "slurm", "-e", delete
+        )
+
     def stop_node(self, name: str, *, with_jobs: bool = False) -> None:
         """SIGKILL the node's slurmd; `with_jobs`: its job steps and their processes too, as when the power fails.
 

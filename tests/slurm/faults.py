@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import os
@@ -273,3 +274,14 @@ def odd_answers(directory: Path, **commands: str) -> dict[str, str]:
         script.write_text(f'#!/bin/sh\n{shutil.which(name)} "$@" {rest}\n')
         script.chmod(0o755)
     return {"PATH": f"{directory}{os.pathsep}{os.environ['PATH']}"}
+
+
+def fill(path: Path) -> None:
+    """Write until nothing more fits."""
+    try:
+        with path.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise

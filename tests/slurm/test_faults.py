@@ -5,12 +5,10 @@ Scenarios wait side by side; figures are printed (pytest -rP). docs/faults.md is
 
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +17,7 @@ from tests.slurm.faults import (
     TINY,
     TINY_CELLS,
     attempts,
+    fill,
     freeze,
     processes,
     records,
@@ -224,17 +223,6 @@ def test_results_disk_full(study: Study) -> str:
         study.cancel_all()
         subprocess.run(["umount", "--lazy", str(study.out)], check=True)
     return figures
-
-
-def fill(path: Path) -> None:
-    """Write until nothing more fits."""
-    try:
-        with path.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
 
 
 @side_by_side

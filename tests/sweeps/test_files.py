@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.errors import LinkError, StoreError
-from sweeps.files import create_exclusively, store_time
+from sweeps.files import create_exclusively, require_directory, store_time
 from sweeps.launches.claims import Claims
 
 
@@ -56,3 +56,19 @@ def test_the_stores_time_is_that_of_its_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError):
         store_time(tmp_path / "missing")
+
+
+def test_a_directory_that_another_took_the_place_of_is_not_taken_for_it(tmp_path: Path) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    for directory in (first, second):
+        directory.mkdir()
+    (first / "mine").touch()
+    out.symlink_to(first)
+    require_directory(out, "mine")
+    out.unlink()
+    with pytest.raises(FileNotFoundError, match="it is gone"):
+        require_directory(out, "mine")
+    out.symlink_to(second)
+    with pytest.raises(FileNotFoundError, match="it has no mine"):
+        require_directory(out, "mine")
+    require_directory(out)

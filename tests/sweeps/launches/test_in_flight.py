@@ -375,13 +375,40 @@ def test_absence_counts_only_where_the_job_would_be_seen(
         reconcile(launch.out)
     flight = read_flight(launch.out)
     assert set(flight.ended.values()) == ({"lost"} if gone else set())
-    assert status.unseen(flight) == ({} if gone else {(launch.user, cluster): 2})
+    assert status.unseen(flight) == ([] if gone else [(launch, "p1"), (launch, "p2")])
     assert not flight.absent()
     if not gone:
         assert job_counts(flight) == {"RUNNING": 1, "PENDING": 1}
         console = Console(record=True, width=200)
         status.show_jobs(flight, console)
         assert f"2 jobs of {launch.user} on {cluster} can't be seen from here" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "more", "ended"),
+    [
+        ("finished", {}, "lost"),
+        ("error", {}, "lost"),
+        ("walltime", {"requeued": False}, "timeout"),
+        ("walltime", {"requeued": True}, None),
+        ("terminated", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_job_that_can_not_be_seen_is_over_by_its_own_word(
+    launch: Launch, scheduler: Scheduler, conf: Path, word: str | None, more: dict[str, bool], ended: str | None
+) -> None:
+    launch = replace(launch, user="somebody", cluster="ours")
+    launch.save([])
+    attempt = Attempt.begin(launch, "p1", job="7", restart=0, host="n1", log=launch.out / "log")
+    if word is not None:
+        attempt.ended(word, **more)
+    for _ in range(2):
+        scheduler.now += ABSENT_SECONDS
+        reconcile(launch.out)
+    entry = JobLog.load(launch).entries.get("p1")
+    assert (entry and entry.ended) == ended
+    assert ("p1" in {pack for _, pack in status.unseen(read_flight(launch.out))}) == (ended is None)
 
 
 def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(

@@ -128,6 +128,7 @@ class PackAttempt:
                 ignore_sigterm=True,
                 load_again=self._load_errors() < MOST_LOAD_ERRORS - 1,
                 gpus=shape.gpus if on_gpu else 0,
+                witness=self.launch.file.relative_to(self.launch.out).as_posix(),
                 provenance={
                     **settings.provenance,
                     "job": f"slurm/{self._attempt.job}",

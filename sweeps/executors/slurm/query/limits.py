@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sweeps.errors import SchedulerError
-from sweeps.executors.slurm.query.command import SEPARATOR, ask, user_name
+from sweeps.executors.slurm.query.accounting import Standing, are_limits_enforced, read_config, read_standing
+from sweeps.executors.slurm.query.command import SEPARATOR, ask
 from sweeps.executors.slurm.query.jobs import TERMINAL, array_elements
 
 
@@ -66,16 +66,16 @@ def read_limits(*, partition: str | None, account: str | None, qos: str | None) 
     Raises:
         SchedulerError: the controller can't be asked.
     """
-    config = _pairs(ask(["scontrol", "show", "config"]))
+    config = read_config()
     jobs = _queued_jobs()
     live = [job for job in jobs if job.state not in TERMINAL]
     limits: list[tuple[str, int, int]] = []
     if config.get("MaxJobCount", "").isdigit():
         # Ended jobs stay in the controller's memory for a while, and here they count.
         limits.append(("MaxJobCount of the cluster", int(config["MaxJobCount"]), len(jobs)))
-    if re.search("limits|safe|all", config.get("AccountingStorageEnforce", "")):
+    if are_limits_enforced(config):
         try:
-            found = list(_accounting_limits(config.get("ClusterName", ""), partition, account, qos))
+            found = list(_accounting_limits(read_standing(config, partition=partition, account=account, qos=qos)))
         except SchedulerError:
             # The controller goes on without its database; what can't be known here, sbatch will say.
             found = []
@@ -89,73 +89,40 @@ def read_limits(*, partition: str | None, account: str | None, qos: str | None) 
     )
 
 
-def _accounting_limits(
-    cluster: str, partition: str | None, account: str | None, qos: str | None
-) -> Iterator[_Limit | None]:
+def _accounting_limits(standing: Standing) -> Iterator[_Limit | None]:
     """Yield limits of the user's association, of the accounts above it, of the QOS and of the partitions' QOS."""
-    user = user_name()
-    lines = ask(["scontrol", "show", "partition", "--oneliner", "--all"]).splitlines()
-    partitions = {p["PartitionName"]: p for p in map(_options, lines) if _is_asked(p, partition)}
-    if account is None:
-        ((account, *_), *_) = _sacctmgr("user", user, fields="DefaultAccount")
-    where = (f"cluster={cluster}", f"user={user}", f"account={account}")
-    rows = _sacctmgr("assoc", *where, fields="Partition,MaxSubmitJobs,GrpSubmitJobs,DefaultQOS")
-    # An association for the partition itself comes before the one for any.
-    for only, most, group, default in sorted(rows, reverse=True):
-        if only and only not in partitions:
-            continue
-        called = f"of {user} in account {account}" + (f", partition {only}" if only else "")
-        inside = frozenset({only}) if only else None
-        for what, value in (("MaxSubmitJobs", most), ("GrpSubmitJobs", group)):
-            yield _limit(f"{what} {called}", value, user=user, accounts=frozenset({account}), partitions=inside)
-        qos = qos or default
-        break
-    yield from _account_limits(cluster, account)
-    yield from _qos_limits(user, account, qos or "normal", {name: p.get("QoS", "") for name, p in partitions.items()})
+    user, account, association = standing.user, standing.account, standing.association
+    only = association["Partition"]
+    called = f"of {user} in account {account}" + (f", partition {only}" if only else "")
+    inside = frozenset({only}) if only else None
+    for what in ("MaxSubmitJobs", "GrpSubmitJobs"):
+        mine = {"user": user, "accounts": frozenset({account}), "partitions": inside}
+        yield _limit(f"{what} {called}", association[what], **mine)
+    for name in standing.lineage(account):
+        # The jobs of all accounts below count.
+        below = frozenset(other for other in standing.accounts if name in standing.lineage(other))
+        most = standing.accounts.get(name, {}).get("GrpSubmitJobs", "")
+        yield _limit(f"GrpSubmitJobs of account {name}", most, accounts=below)
+    yield from _qos_limits(standing)
 
 
-def _account_limits(cluster: str, account: str) -> Iterator[_Limit | None]:
-    """Yield GrpSubmitJobs of the account and of those above it: the jobs of all accounts below count."""
-    rows = _sacctmgr("assoc", f"cluster={cluster}", "user=", fields="Account,ParentName,GrpSubmitJobs")
-    parents = {name: parent for name, parent, _ in rows}
-
-    def lineage(name: str) -> list[str]:
-        above: list[str] = []
-        while name and name not in above:
-            above.append(name)
-            name = parents.get(name, "")
-        return above
-
-    for name, _, most in rows:
-        if name in lineage(account):
-            below = frozenset(other for other in parents if name in lineage(other))
-            yield _limit(f"GrpSubmitJobs of account {name}", most, accounts=below)
-
-
-def _qos_limits(user: str, account: str, qos: str, of_partition: Mapping[str, str]) -> Iterator[_Limit | None]:
+def _qos_limits(standing: Standing) -> Iterator[_Limit | None]:
     """Yield limits of a job's QOS and each partition's: SLURM lets one override the other, here the tighter counts."""
-    fields = "Name,GrpSubmitJobs,MaxSubmitJobsPerUser,MaxSubmitJobsPerAccount"
-    for name, group, per_user, per_account in _sacctmgr("qos", fields=fields):
-        inside = frozenset(p for p, its in of_partition.items() if its == name)
-        if name == qos or inside:
-            under = {"qos": name, "partitions": inside}
-            yield _limit(f"GrpSubmitJobs of QOS {name}", group, **under)
-            yield _limit(f"MaxSubmitJobsPerUser of QOS {name}", per_user, user=user, **under)
-            accounts = frozenset({account})
-            yield _limit(f"MaxSubmitJobsPerAccount of QOS {name}", per_account, accounts=accounts, **under)
+    for name, qos in standing.all_qos.items():
+        inside = frozenset(p for p, its in standing.partitions.items() if its == name)
+        if name == standing.qos or inside:
+            scope = {"qos": name, "partitions": inside}
+            accounts = frozenset({standing.account})
+            yield _limit(f"GrpSubmitJobs of QOS {name}", qos["GrpSubmitJobs"], **scope)
+            per_user = qos["MaxSubmitJobsPerUser"]
+            yield _limit(f"MaxSubmitJobsPerUser of QOS {name}", per_user, user=standing.user, **scope)
+            per_account = qos["MaxSubmitJobsPerAccount"]
+            yield _limit(f"MaxSubmitJobsPerAccount of QOS {name}", per_account, accounts=accounts, **scope)
 
 
 def _limit(name: str, most: str, **scope: Any) -> _Limit | None:
     """Return the limit where one is set: sacctmgr writes nothing where none is."""
     return _Limit(name=name, most=int(most), **scope) if most.isdigit() else None
-
-
-def _sacctmgr(what: str, *conditions: str, fields: str) -> list[list[str]]:
-    text = ask(["sacctmgr", "--noheader", "--parsable2", "--readonly", "show", what, *conditions, f"format={fields}"])
-    rows = [line.split("|") for line in text.splitlines()]
-    if not rows:
-        raise SchedulerError(f"sacctmgr shows no {what} {' '.join(conditions)}")
-    return rows
 
 
 def _queued_jobs() -> list[_Job]:
@@ -169,17 +136,3 @@ def _queued_jobs() -> list[_Job]:
         for job, state, user, account, qos, partitions, _ in (row for row in rows if len(row) == len(fields) + 1)
         for _ in array_elements(job)
     ]
-
-
-def _pairs(text: str) -> dict[str, str]:
-    lines = (line.partition("=") for line in text.splitlines())
-    return {key.strip(): value.strip() for key, equals, value in lines if equals}
-
-
-def _options(line: str) -> dict[str, str]:
-    pairs = (word.partition("=") for word in line.split())
-    return {key: value for key, _, value in pairs}
-
-
-def _is_asked(partition: Mapping[str, str], names: str | None) -> bool:
-    return partition.get("Default") == "YES" if names is None else partition.get("PartitionName") in names.split(",")

@@ -134,7 +134,9 @@ def _update(launch: Launch, job_log: JobLog, snapshot: JobSnapshot, submitting: 
         before, tried = job_log.entries.get(pack), attempts.get(pack, [])
         entry = _entry(place, before, snapshot, submitting, cancelled=pack in cancelled, tried=tried)
         if entry.state == ABSENT and not in_sight(launch):
-            continue
+            if not _has_left(tried):
+                continue
+            entry = replace(entry, ended="lost")
         if entry.ended is not None:
             entry = _with_last_words(entry, tried)
         job_log.entries[pack] = entry
@@ -167,6 +169,12 @@ def _entry(
         since = max(since, min(tried[-1].touched, snapshot.at))
     ended = "cancelled" if cancelled else "lost" if snapshot.at - since >= ABSENT_SECONDS else None
     return replace(known, state=ABSENT, reason="", absent_since=since, ended=ended)
+
+
+def _has_left(attempts: Sequence[Attempt]) -> bool:
+    """Tell whether a job said that it ends, and for good: one that waits for its end may be run again."""
+    end = attempts[-1].end if attempts else None
+    return end is not None and end["reason"] != "terminated" and not end.get("requeued")
 
 
 def _from_job(job: JobState, at: float, *, ended: str | None) -> JobRecord:

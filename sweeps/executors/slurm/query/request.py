@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sweeps.errors import SchedulerError, UnaskedError, UserError, did_you_mean
+from sweeps.executors.slurm.query.accounting import parse_minutes
 from sweeps.executors.slurm.query.command import SEPARATOR, ask, call, one_line, user_name
+from sweeps.executors.slurm.query.job_limits import check_job_limits
 
 _KEY_OF_ERROR: Final = {
     "Invalid account": "account",
@@ -77,7 +79,7 @@ class _Nodes:
 
 
 def check_request(request: Request) -> None:
-    """Ask the cluster whether a job of this shape could ever run: sinfo, then ``sbatch --test-only``.
+    """Ask the cluster whether a job of this shape could ever run: nodes, limits, ``sbatch --test-only``.
 
     Raises:
         UserError: it couldn't, or there is no SLURM to ask; names the key of the executor and what is allowed.
@@ -88,6 +90,7 @@ def check_request(request: Request) -> None:
         )
     try:
         _check_nodes(request, _usable(request, _all_nodes()))
+        check_job_limits(request)
         # The same flags as the job's own; nothing is queued.
         test = call(["sbatch", "--test-only", *request.flags(), "--output=/dev/null", "--wrap=true"])
     except SchedulerError as error:
@@ -206,15 +209,6 @@ def _known(key: str) -> list[str]:
     except SchedulerError:
         return []
     return sorted({name for line in text.splitlines() for name in line.split(",") if name})
-
-
-def parse_minutes(text: str) -> float:
-    """Return minutes of one of SLURM's times: 'infinite', '10:00' (MM:SS), '1:00:00', '2-00:00:00'."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
-    if match is None:
-        return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
 def parse_gpus(gres: str) -> dict[str, int]:

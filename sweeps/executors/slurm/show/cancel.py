@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from time import sleep
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 
 from sweeps.errors import SchedulerError, UserError
 from sweeps.executors.slurm.query import JobState, cancel, query_jobs
 from sweeps.executors.slurm.query.reconcile import reconcile
+from sweeps.executors.slurm.query.where import here
+from sweeps.executors.slurm.show.status import unseen
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.launch import Launch
@@ -19,6 +23,9 @@ from sweeps.text import counted
 
 SUBMIT_SECONDS: Final = 20.0
 """Time that mode=cancel waits for a launch to end its last sbatch."""
+
+_Chosen = tuple[Launch, Collection[str] | None]
+"""A launch, and which of its packs are to be cancelled; None: all."""
 
 
 def cancel_launches(out: Path, chosen: Sequence[Launch], console: Console) -> int:
@@ -29,14 +36,13 @@ def cancel_launches(out: Path, chosen: Sequence[Launch], console: Console) -> in
     """
     stopped = _stop_submitting(out, chosen, console)
     live = _live_jobs(chosen, "No job was cancelled" if stopped else "Nothing was cancelled")
-    if not live:
+    if live:
+        _cancel(out, live, [(launch, None) for launch in chosen], console)
+    else:
         reconcile(out)
+    _refuse_unseen(out, {la.id: la.places for la in chosen})
+    if not live:
         console.print(f"No jobs of {chosen[0].sweep} are queued or running any more.", highlight=False)
-        return 0
-    for launch in chosen:
-        # A job that is gone from now on was cancelled, not lost.
-        _write_cancelled(launch)
-    _cancel(out, live, chosen[0].sweep, console)
     return 0
 
 
@@ -66,13 +72,11 @@ def cancel_measurements(out: Path, chosen: Sequence[Launch], console: Console, m
         )
     places = {la.places[p] for la in chosen for p in packs[la.id]}
     live = [job for job in _live_jobs(chosen) if (job.name, job.index) in places]
+    if live:
+        _cancel(out, live, [(la, packs[la.id]) for la in chosen if packs[la.id]], console)
+    _refuse_unseen(out, packs)
     if not live:
         console.print(f"No jobs of {chosen[0].sweep} that are queued or running measure only chosen cells.")
-        return 0
-    for launch in chosen:
-        if packs[launch.id]:
-            _write_cancelled(launch, packs[launch.id])
-    _cancel(out, live, chosen[0].sweep, console)
     return 0
 
 
@@ -86,20 +90,69 @@ def _live_jobs(launches: Sequence[Launch], if_unknown: str = "Nothing was cancel
     return [job for job in snapshot.queue.values() if not job.terminal]
 
 
-def _cancel(out: Path, live: Sequence[JobState], sweep: str, console: Console) -> None:
-    """Cancel jobs of launches that are written down as cancelled."""
+def _cancel(out: Path, live: Sequence[JobState], chosen: Sequence[_Chosen], console: Console) -> None:
+    """Cancel jobs and write down that they were, other users' last: those need not be ours to cancel.
+
+    Raises:
+        UserError: SLURM did not take that for all of them.
+    """
     running = sum(1 for job in live if job.state in ("RUNNING", "COMPLETING"))
+    (sweep,) = {launch.sweep for launch, _ in chosen}
     console.print(
         f"Cancelling {counted(len(live), 'job')} of {sweep}: {running:,} running, {len(live) - running:,} queued.",
         highlight=False,
     )
-    try:
-        cancel([job.job for job in live])
-    except SchedulerError as error:
-        raise UserError(f"mode=cancel: {error}. Some jobs may go on; run it again") from error
+    mine = ("", here()[0])
+    problems = []
+    for owner in sorted({launch.user for launch, _ in chosen}, key=lambda user: user not in mine):
+        its = [(launch, packs) for launch, packs in chosen if launch.user == owner]
+        names = {name for launch, _ in its for name in _job_names(launch)}
+        jobs = [job.job for job in live if job.name in names]
+        try:
+            if owner in mine:
+                # First: a job that is gone from now on was cancelled, not lost.
+                _note_cancelled(its, console)
+                cancel(jobs)
+            elif jobs:
+                cancel(jobs)
+                _note_cancelled(its, console)
+        except SchedulerError as error:
+            advice = "run it again" if owner in mine else f"they are {owner}'s, who can cancel them"
+            problems.append(f"{error}. Some jobs may go on; {advice}")
     # Reading results asks no scheduler: what waited is known to be cancelled from now on.
     reconcile(out)
+    if problems:
+        raise UserError(f"mode=cancel: {'. '.join(problems)}")
     console.print("What they had finished is stored; the same study's command runs the rest.")
+
+
+def _note_cancelled(chosen: Sequence[_Chosen], console: Console) -> None:
+    """Write down what was cancelled; a results directory that can't be written is no reason to let jobs go on."""
+    for launch, packs in chosen:
+        try:
+            launch.cancel(packs)
+        except OSError as error:
+            text = f"{launch.directory} can't be written ({error.strerror or error}): SLURM alone knows of the end."
+            console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+
+
+def _refuse_unseen(out: Path, packs: Mapping[str, Collection[str]]) -> None:
+    """Say that some jobs can't be seen from here: they were not cancelled, and may go on.
+
+    Args:
+        out: directory of results.
+        packs: what was to be cancelled, by launch id.
+
+    Raises:
+        UserError: there are such jobs.
+    """
+    left = Counter((la.user, la.cluster) for la, pack in unseen(read_flight(out)) if pack in packs.get(la.id, ()))
+    for (user, cluster), count in left.items():
+        where = f" on {cluster}" if cluster else ""
+        raise UserError(
+            f"mode=cancel: {counted(count, 'job')} of {user}{where} can't be seen from here and may go on: the same "
+            f"command cancels them when {user} gives it there"
+        )
 
 
 def _stop_submitting(out: Path, launches: Sequence[Launch], console: Console) -> bool:
@@ -112,7 +165,14 @@ def _stop_submitting(out: Path, launches: Sequence[Launch], console: Console) ->
     alive = {c.launch for c in claims.open() if c.executor == "slurm" and claims.is_alive(c)}
     submitting = [la for la in launches if la.id in alive and la.submitted() is None]
     for launch in submitting:
-        _write_cancelled(launch)
+        try:
+            launch.cancel()
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(
+                f"mode=cancel: {launch.directory} can't be written: {why}. No job was cancelled, since launch "
+                f"{launch.id} is still being submitted and would go on: end its process first"
+            ) from error
         console.print(
             f"Launch {launch.id}: it is still being submitted: what is not submitted yet won't be.", highlight=False
         )
@@ -124,14 +184,6 @@ def _stop_submitting(out: Path, launches: Sequence[Launch], console: Console) ->
         sleep(0.5)
         waited += 0.5
     return bool(submitting)
-
-
-def _write_cancelled(launch: Launch, packs: Collection[str] | None = None) -> None:
-    try:
-        launch.cancel(packs)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"mode=cancel: {launch.directory} can't be written: {why}. No job was cancelled") from error
 
 
 def _job_names(launch: Launch) -> list[str]:

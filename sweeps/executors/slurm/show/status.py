@@ -10,6 +10,8 @@ from rich.console import Console
 from sweeps.executors.slurm.query.where import in_sight
 from sweeps.launches.in_flight import InFlight, job_counts
 from sweeps.launches.job_log import JobRecord
+from sweeps.launches.launch import Launch
+from sweeps.text import counted
 
 _ORDINARY: Final = ("", "None", "Priority", "Resources")
 _IN_WORDS: Final = {
@@ -39,21 +41,23 @@ def show_jobs(flight: InFlight, console: Console) -> None:
         console.print(
             "  absent: SLURM doesn't know them just now; when it still doesn't half a minute later, they are lost"
         )
-    for (user, cluster), count in unseen(flight).items():
+    hidden = Counter((launch.user, launch.cluster) for launch, _ in unseen(flight))
+    for (user, cluster), count in hidden.items():
         where = f" on {cluster}" if cluster else ""
         console.print(
-            f"  {count} jobs of {user}{where} can't be seen from here: none is given up for that",
+            f"  {counted(count, 'job')} of {user}{where} can't be seen from here: none is given up for that; "
+            f"{user}'s own mode=status there says how they do",
             markup=False,
             highlight=False,
         )
 
 
-def unseen(flight: InFlight) -> Counter[tuple[str, str]]:
-    """Return jobs by (user, cluster) that the last look did not show, and need not have shown."""
-    entries = (
-        (la, job_log.looked, job_log.entries.get(pack, JobRecord(state="")))
-        for la, job_log in flight.launches
-        if not in_sight(la)
-        for pack in la.places
-    )
-    return Counter((la.user, la.cluster) for la, looked, e in entries if not e.ended and e.seen < looked)
+def unseen(flight: InFlight) -> list[tuple[Launch, str]]:
+    """Return (launch, pack) of jobs that the last look did not show, and need not have shown."""
+    return [
+        (launch, pack)
+        for launch, job_log in flight.launches
+        if not in_sight(launch)
+        for pack in launch.places
+        if not (entry := job_log.entries.get(pack, JobRecord(state=""))).ended and entry.seen < job_log.looked
+    ]
