@@ -1,7 +1,8 @@
 """A model that is quantized as it is read: of each tensor's 16-bit values nothing is kept.
 
-Its layers are held in k bits, and so a device holds, at most, these, what isn't quantized, and the tensor that has just
-come; with proxy outliers, which need the spread of a block's weights before the first is quantized, those of a block.
+Its layers are held in k bits. So a device holds, at most, these, what isn't quantized, the tensor that has come, and
+the next one as it comes; with proxy outliers, which need the spread of a block's weights before the first is quantized,
+those of a block.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ class _Arriving:
             by_device.setdefault(packing.device_of(name, self._devices), []).append(name)
         groups = [(names, device) for device, names in by_device.items()]
         layers = [([name], self._device[name]) for name in self._waiting]
-        self._coming = self._streamed.each([*groups, *layers])
+        # While one is quantized the next one comes, and a GPU's link has no pause.
+        self._coming = self._streamed.each([*groups, *layers], ahead=max(map(self._streamed.read_bytes, self._waiting)))
         for _ in groups:
             next(self._coming)
         for path, module in model.named_modules():

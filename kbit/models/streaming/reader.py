@@ -54,7 +54,9 @@ class Reading:
         ]
         self._pieces = self._cut()
         self._ahead = ahead
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Threads wait for memory, and the caller for a tensor: each is woken for its own reason alone.
+        self._begins, self._arrives = threading.Condition(self._lock), threading.Condition(self._lock)
         self._begun = self._taken = 0  # tensors that have their memory, and that were given out
         self._error: BaseException | None = None
         self._ended = False
@@ -77,9 +79,9 @@ class Reading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
+        with self._lock:
             self._ended = True
-            self._changed.notify_all()
+            self._begins.notify_all()
         for thread in self._threads:
             thread.join()
         self._files.close()
@@ -96,8 +98,8 @@ class Reading:
         number = self._taken
         arriving = self._order[number]
         self._begin_up_to(number)
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or not arriving.missing)
+        with self._lock:
+            self._arrives.wait_for(lambda: self._error is not None or not arriving.missing)
             if self._error is not None:
                 raise self._error
         self._taken += 1
@@ -120,10 +122,10 @@ class Reading:
             if arriving.device.type == "cuda":
                 # What was freed before may still be read by what the current stream has to do.
                 self._streams[arriving.device].wait_stream(torch.cuda.current_stream(arriving.device))
-            with self._changed:
+            with self._lock:
                 arriving.memory = memory
                 self._begun += 1
-                self._changed.notify_all()
+                self._begins.notify_all()
 
     def _cut(self) -> Iterator[tuple[_Arriving, int, int]]:
         """Yield the pieces in order: tensor, first byte and length within it."""
@@ -136,7 +138,7 @@ class Reading:
             chunk = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=bool(self._streams))
             copied: torch.cuda.Event | None = None
             while True:
-                with self._changed:
+                with self._lock:
                     piece = None if self._ended else next(self._pieces, None)
                 if piece is None:
                     break
@@ -144,23 +146,24 @@ class Reading:
                 if copied is not None:
                     copied.synchronize()
                 self._files.read_into(chunk[:length], arriving.extent, first)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._ended or arriving.memory is not None)  # noqa: B023
+                with self._lock:
+                    self._begins.wait_for(lambda: self._ended or arriving.memory is not None)  # noqa: B023
                     memory = arriving.memory
                 if memory is None:
                     break
                 copied = self._copy(chunk[:length], memory[first : first + length], self._streams.get(arriving.device))
-                with self._changed:
+                with self._lock:
                     if copied is not None:
                         arriving.copies.append(copied)
                     arriving.missing -= 1
-                    self._changed.notify_all()
+                    if not arriving.missing:
+                        self._arrives.notify()
             if copied is not None:
                 copied.synchronize()  # before the chunk is given back
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 self._error = self._error or error
-                self._changed.notify_all()
+                self._arrives.notify()
 
     def _copy(self, chunk: Tensor, memory: Tensor, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
         if stream is None:

@@ -100,6 +100,10 @@ class Streamed:
         """Return the bytes that one of the model's parameters takes in the compute dtype, from what stands for it."""
         return absent.numel() * self._dtype(absent).itemsize
 
+    def read_bytes(self, name: str) -> int:
+        """Return the bytes of the files that one parameter is made from."""
+        return sum(extent.nbytes for _, extent in self._part_of[name].sources)
+
     def fill(self, names: Collection[str], device: torch.device) -> None:
         """Read these parameters onto a device, and put them into the model; those that are there stay as they are.
 
