@@ -20,7 +20,7 @@ from sweeps.study.evals import as_list, resolve_calibrations, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
 from sweeps.study.reading import check_context, check_packed, config_of, unfit, with_reading
-from sweeps.study.windows import check_windows
+from sweeps.study.windows import check_texts, check_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,7 @@ def build_study(
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")
     check_windows(grid.cells, progress)
+    check_texts((cell.model for cell in grid.cells), evals)
     check_begins((cell.model for cell in grid.cells), evals)
     calibrates = any(cell.calibration is not None for cell in grid.cells)
     settings = {key: value for key, value in vars(config).items() if key != "calibration" or calibrates}

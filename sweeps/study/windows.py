@@ -1,4 +1,4 @@
-"""Refuse a calibration set that has too few windows before anything runs, as each model's own tokenizer counts them.
+"""Refuse a calibration or text set with too few windows before anything runs, as each model's tokenizer counts them.
 
 The library ``tokenizers`` reads a tokenizer, and loads neither torch nor transformers. What can't be read here (a data
 set that only the nodes reach, a tokenizer without tokenizer.json) is left to the worker, which counts again.
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kbit.calibration import Calibration
-from kbit.sources import LocalFile
+from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.spec import EvalSpec
+from kbit.sources import LocalFile, Source
 from sweeps.errors import UserError
 from sweeps.study import hub
 from sweeps.study.cell import Cell, ModelRef
@@ -56,6 +58,40 @@ def check_windows(cells: Iterable[Cell], progress: Callable[[str], None]) -> Non
             )
 
 
+def check_texts(models: Iterable[ModelRef], evals: Iterable[EvalSpec]) -> None:
+    """Check that each model has one window at least of each text that it is measured on.
+
+    Tokens are counted for local models and files alone: a text of the hub is longer, and would have to be fetched.
+
+    Raises:
+        UserError: ``eval.tokens``, or the text, is shorter than a window.
+    """
+    texts = [spec for spec in evals if "window" in EVALUATORS[spec.kind].settings and spec.window is not None]
+    short: dict[tuple[str | None, str, int], int | None] = {}
+    for model, spec in ((model, spec) for model in dict.fromkeys(models) for spec in texts):
+        length = _length(model, spec.window or 0)
+        if length is None:
+            continue
+        of_text = length - (spec.bos == "each")
+        if spec.limit is not None and spec.limit < of_text:
+            raise UserError(
+                f"{spec.limit_key}={spec.limit} is not valid with {model.label}: at least one window of {of_text} "
+                f"tokens for the text set {spec.name!r}, or null for all"
+            )
+        read = _tokenizer_file(model) if model.path is not None else None
+        if read is None or not isinstance(spec.source, LocalFile):
+            continue
+        key = (spec.source.sha256, hub.file_hash(read), of_text)
+        if key not in short:
+            short[key] = _tokens(spec.source, read, of_text, spec.name)
+        tokens = short[key]
+        if tokens is not None and tokens + SPECIAL_TOKENS < of_text:
+            raise UserError(
+                f"{spec.source.path}: the text set {spec.name!r} has {tokens} tokens for {model.label}, less than one "
+                f"window of {of_text}: name a longer text, or give shorter windows (eval.window)"
+            )
+
+
 def count_tokens(calibration: Calibration, tokenizer_file: Path, length: int) -> int | None:
     """Return how many tokens a text set has, but no more than ``samples`` windows of ``length`` need.
 
@@ -64,17 +100,21 @@ def count_tokens(calibration: Calibration, tokenizer_file: Path, length: int) ->
     Raises:
         UserError: a local file is damaged.
     """
+    name = f"calibration.set={calibration.name!r}"
+    return _tokens(calibration.source, tokenizer_file, calibration.samples * length, name)
+
+
+def _tokens(source: Source | None, tokenizer_file: Path, wanted: int, what: str) -> int | None:
     from tokenizers import Tokenizer
 
     from kbit.evaluation.texts import encode_text, read_documents
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    wanted = calibration.samples * length
     try:
-        return len(encode_text(read_documents(calibration.source), _Encoder(tokenizer), limit=wanted).tokens)
+        return len(encode_text(read_documents(source), _Encoder(tokenizer), limit=wanted).tokens)
     except (OSError, ValueError) as error:
-        if isinstance(calibration.source, LocalFile):
-            raise UserError(f"calibration.set={calibration.name!r} can't be read: {error}") from error
+        if isinstance(source, LocalFile):
+            raise UserError(f"{what} can't be read: {error}") from error
         return None
 
 

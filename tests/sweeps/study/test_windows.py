@@ -7,18 +7,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kbit.calibration import Calibration
 from kbit.errors import SpecError
+from kbit.evaluation.spec import EvalSpec
 from kbit.sources import HubData, LocalFile
 from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import UserError
 from sweeps.study.cell import Cell, ModelRef
-from sweeps.study.windows import check_windows, count_tokens
+from sweeps.study.windows import check_texts, check_windows, count_tokens
 from tests import ROOT
+from tests.conftest import Launch
 
 MODEL = DEMO_DIR / "models" / "neox-xs"
 REF = ModelRef(family="neox", name="neox-xs", path=str(MODEL), weights_hash="0" * 64)
@@ -105,3 +108,43 @@ def test_counting_loads_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def text_eval(source: LocalFile | HubData, **settings: Any) -> EvalSpec:
+    about = {"name": "mine", "dataset": "x", "compute_dtype": "float32", "window": 64, "source": source}
+    return EvalSpec(**{"kind": "perplexity", **about, **settings})
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "agreement"])
+@pytest.mark.parametrize("bos", [None, "each"])
+def test_a_text_shorter_than_one_window_is_refused_as_the_worker_refuses_it(
+    tmp_path: Path, kind: str, bos: str | None
+) -> None:
+    source = text_file(tmp_path, 200)
+    least = 64 - (bos == "each")
+    check_texts([REF], [text_eval(source, kind=kind, bos=bos, limit=least)])
+    with pytest.raises(UserError, match=rf"eval\.tokens={least - 1} .*neox-xs: at least one window of {least} tokens"):
+        check_texts([REF], [text_eval(source, kind=kind, bos=bos, limit=least - 1)])
+    short = replace(text_file(tmp_path, 3), sha256="1")
+    with pytest.raises(UserError, match=rf"text\.jsonl: .* 'mine' has \d+ tokens .*window of {least}: name"):
+        check_texts([REF], [text_eval(short, kind=kind, bos=bos)])
+
+
+def test_a_text_is_long_enough_where_the_model_s_context_is_short(tmp_path: Path) -> None:
+    source = text_file(tmp_path, 400)
+    check_texts([REF], [text_eval(source, window=2048, limit=512)])  # the model's context
+    with pytest.raises(UserError, match="at least one window of 512 tokens"):
+        check_texts([REF], [text_eval(source, window=2048, limit=511)])
+
+
+def test_texts_of_the_hub_and_models_that_are_not_here_are_left_to_the_worker() -> None:
+    hub = HubData(hub="o/n", revision="c" * 40)
+    check_texts([REF, ModelRef(family="x", name="y", hub_id="o/m", commit="unresolved:main")], [text_eval(hub)])
+    check_texts([REF], [EvalSpec(kind="task", name="piqa", dataset="x", compute_dtype="float32", limit=1)])
+
+
+def test_a_plan_and_a_run_refuse_a_text_that_is_too_short(launch: Launch) -> None:
+    for mode in ("plan", "run"):
+        ended = launch(f"mode={mode}", "eval.tokens=100", "eval.tasks=[]")
+        assert ended.returncode == 2
+        assert "eval.tokens=100 is not valid with neox-xs: at least one window of 512 tokens" in ended.stderr
