@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from kbit.evaluation.evaluators import EVALUATORS
@@ -43,7 +44,7 @@ class Warm:
     total_seconds: float = 0.0
     _loaded: LoadedModel | None = None
     _originals: Originals | None = None
-    _failed: tuple[tuple[ModelRef, str], Exception] | None = None
+    _failed: tuple[tuple[ModelRef, str], Exception, TracebackType | None] | None = None
     _prepared: dict[str, PreparedEval] = field(default_factory=dict)
     _windows: dict[str, Tensor] = field(default_factory=dict)
     _references: dict[str, tuple[int, PreparedEval]] = field(default_factory=dict)
@@ -57,10 +58,9 @@ class Warm:
                 error each time.
         """
         wanted = (model, dtype)
-        if self._failed is not None and self._failed[0] == wanted:
-            # What can't be loaded fails all its cells at once; trying again for each may take hours.
-            raise self._failed[1]
-        if self._loaded is None or self.holds != wanted:
+        # What can't be loaded fails all its cells at once; trying again for each may take hours.
+        is_known = self._failed is not None and self._failed[0] == wanted
+        if not is_known and (self._loaded is None or self.holds != wanted):
             # The old model goes first: two at once may not fit.
             self._loaded = self._originals = self.holds = None
             self._references.clear()
@@ -68,13 +68,18 @@ class Warm:
             began = time.perf_counter()
             try:
                 self._loaded = self._read(model, dtype)
+                self.holds = wanted
             except Exception as error:
-                self._failed = (wanted, error)
-                raise
+                self._failed = (wanted, error, error.__traceback__)
             finally:
                 self.load_seconds = time.perf_counter() - began
                 self.total_seconds += self.load_seconds
-            self.holds = wanted
+        if self._failed is not None and self._failed[0] == wanted:
+            # Raised here each time, with the traceback of the first: an exception's own grows whenever it is raised,
+            # and cells that failed alike would have other words each.
+            _, failure, frames = self._failed
+            raise failure.with_traceback(frames and frames.tb_next)
+        assert self._loaded is not None
         return self._loaded
 
     def originals(self, loaded: LoadedModel) -> Originals:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
@@ -248,6 +249,22 @@ def test_a_task_of_the_user_s_own_that_changed_since_the_launch_leaves_no_record
     assert {r["eval"]: r["status"] for r in bench.rows()} == {"other": "done", "jargon_choice": "done"}
     (row,) = [r for r in bench.rows() if r["eval"] == "jargon_choice"]
     assert row["eval_definition"] == definition_of(file).hash
+
+
+def test_cells_of_a_model_that_can_not_be_loaded_have_one_traceback(tmp_path: Path) -> None:
+    """They are shown as one (mode=logs); an exception that is raised again has more frames each time."""
+    model = tmp_path / "model"
+    shutil.copytree(NEOX_XS, model)
+    weights = load_file(model / "model.safetensors")
+    weights.pop("gpt_neox.final_layer_norm.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    bench = Bench(tmp_path / "r")
+    bench.worker.run_pack(pack_of(BASELINE, INT4, INT3, model=model))
+    errors = [row["error"] for row in bench.rows()]
+    assert len(errors) == 3
+    assert len(set(errors)) == 1
+    assert "in _read" in errors[0]
+    assert "final_layer_norm" in errors[0]
 
 
 OF_A_RUN = {
