@@ -57,6 +57,7 @@ class Evaluator:
         brings: kinds whose results, of the same data under the same settings, come with its own
             (``EvalResult.also``): where both are due, the model runs once.
         context: tokens of context that a model needs for it; None where any will do.
+        steps: forward passes of a few tokens, for predicting the cost: each reads all weights.
     """
 
     data: Data
@@ -72,6 +73,7 @@ class Evaluator:
     compares: bool = False
     brings: tuple[str, ...] = ()
     context: int | None = None
+    steps: int = 0
 
     def key(self, name: str) -> str:
         """Return the setting that a field of the spec comes from, for messages."""
@@ -209,6 +211,7 @@ LATENCY: Final = Evaluator(
     packed=True,
     identity_of_device=True,
     context=PROMPT_TOKENS + NEW_TOKENS,
+    steps=(WARM_UPS + REPETITIONS) * (NEW_TOKENS - 1) * len(BATCHES),
 )
 
 EVALUATORS: Final[Door[Evaluator]] = Door(

@@ -17,6 +17,7 @@ from sweeps.launches.claimer import plan_study
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.options import Options
+from sweeps.plan.accuracy import COLUMNS, accuracy_of
 from sweeps.plan.budget import budget_text, fit
 from sweeps.plan.notices import notices
 from sweeps.plan.order import ORDERS
@@ -73,6 +74,7 @@ def plan(options: Options, console: Console) -> int:
         *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
         ("merged", f"{study.duplicates:,} named more than once"),
         *where,
+        *_accuracy_rows(store),
         ("order", ORDERS[options.order]),
         *_budget_rows(executor, order, planned),
         ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),
@@ -127,6 +129,12 @@ def _budget_rows(executor: Executor[Any], order: Order, planned: Plan) -> list[t
             f"{budget_text(fitting.seconds, order.device)} predicted",
         ),
     ]
+
+
+def _accuracy_rows(store: Store) -> list[tuple[str, str]]:
+    """Return how good the predictions of the packs that are stored have been."""
+    found = accuracy_of(store.read(COLUMNS).to_pylist())
+    return [] if found is None else [("predictions", found.text)]
 
 
 def _say_unresolved(study: Study, console: Console) -> None:

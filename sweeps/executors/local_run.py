@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, PoolError
-from sweeps.events import Event
+from sweeps.events import Event, Measured
 from sweeps.executors.base import EXECUTORS, Order
 from sweeps.executors.settings import LocalSettings
 from sweeps.launches.claimer import Claimer, counts_text, launch_provenance, new_launch
@@ -19,6 +19,7 @@ from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import BudgetWatch, read_spending
 from sweeps.plan.budget import spent_text
+from sweeps.plan.cost import COLUMNS, CostModel
 from sweeps.plan.packs import Packing, Plan
 from sweeps.results.progress import RunView
 from sweeps.results.report import show_results
@@ -115,9 +116,12 @@ def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings:
     claims = Claims(out=store.out)
     view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
     watch = BudgetWatch(left=left)
+    cost = CostModel.from_rows(store.read(COLUMNS).to_pylist(), order.device)
 
     def on_event(event: Event, worker: int) -> None:
         view.on_event(event, worker)
+        if isinstance(event, Measured):
+            cost.learn(event.row)
         if watch.is_spent(event, worker):
             execution.stop(inf)
 
@@ -131,6 +135,7 @@ def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings:
         warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"),
         log=worker_log(store.out / "logs" / claim.launch),
         beat=lambda running: claims.heartbeat(claim, running),
+        predict=lambda pack: pack.predicted(cost),
     )
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:

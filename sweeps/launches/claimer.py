@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import InFlight, read_flight
-from sweeps.plan.cost import CostModel
+from sweeps.plan.cost import COLUMNS, CostModel
 from sweeps.plan.packs import Known, Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
 from sweeps.status import State
@@ -18,18 +18,7 @@ from sweeps.store.rows import recorded_state
 from sweeps.store.schema import Scalar
 from sweeps.study.manifest import Manifest
 
-_PLAN_COLUMNS = (
-    "measurement",
-    "status",
-    "error_type",
-    "model",
-    "eval",
-    "limit",
-    "seconds",
-    "quantize_seconds",
-    "device",
-    "oom_rung",
-)
+_PLAN_COLUMNS = tuple(dict.fromkeys(("measurement", "status", "error_type", "oom_rung", *COLUMNS)))
 
 
 def new_launch() -> str:

@@ -1,20 +1,25 @@
-"""Predict the cost of a measurement: seconds by the median of finished ones like it, else by counting operations.
+"""Predict what a measurement costs in seconds: by stored ones like it, else by their rates, else by counting.
 
-The count is the textbook's: a forward pass takes 2 operations a parameter and token. The rates are what such passes
-reach in practice, not peaks; they only have to be right within a factor of two, since finished cells replace them.
+What is stored of the same model, evaluation and data type is taken as it was: a median of the latest. What is like it
+in part gives a factor by which the count is corrected: of the same model, else of the model nearest in size. The count
+is the textbook's: a forward pass takes 2 operations a parameter and token. Its rates are what such passes reach in
+practice, not peaks; they only have to be right within a factor of two, since finished cells replace them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import log
 from statistics import median
-from typing import Final
+from typing import Final, Self
 
 from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.spec import EvalSpec
 from sweeps.store.schema import Row
-from sweeps.study.cell import Measurement, ModelRef
+from sweeps.study.cell import Cell, Measurement, ModelRef
 
 OPERATIONS_PER_SECOND: Final = {"cpu": 8e10, "cuda": 3e14}
 """A core of a server's CPU in float32; an H100-class GPU in 16 bits: 1.5e14 at 160 million parameters, 4.5e14 at 1.3
@@ -24,9 +29,24 @@ QUANTIZE_PER_SECOND: Final = {"cpu": 2e7, "cuda": 3e10}
 """Weights quantized and dequantized a second. On a GPU 1e11 beside their originals and 3e10 from page-locked memory,
 measured; fitted data types take longer the first time.
 """
+STEP_SECONDS: Final = {"cpu": 4e-3, "cuda": 1e-3}
+STEP_WEIGHTS_PER_SECOND: Final = {"cpu": 5e9, "cuda": 1e12}
+"""A step of decoding: launches and small operations, and weights read in 16 bits."""
+UNPACK_PER_SECOND: Final = {"cpu": 5e7, "cuda": 2e12}
+"""Weights held in k bits that a step takes a second: a CPU dequantizes them each time."""
 LOAD_BYTES_PER_SECOND: Final = 5e8
 SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 1.0}
 """Whatever the size: scheduling, writing, small kernels."""
+LATEST: Final = 15
+"""Stored values of a kind that count: a machine's load and a job's node change."""
+COLUMNS: Final = (
+    *("key", "launch", "model", "params", "method", "label", "bits", "dtype", "eval", "eval_kind", "limit", "window"),
+    *("num_fewshot", "compute_dtype", "n_tokens", "seconds", "quantize_seconds", "load_seconds", "device", "finished"),
+)
+"""Of a row, what is learned from."""
+_DEFAULT_PARAMS: Final = 1_000_000_000
+Like = tuple[object, ...]
+"""What makes two measurements, or two quantizations, alike."""
 
 
 def tokens_of(measurement: Measurement) -> int:
@@ -36,34 +56,170 @@ def tokens_of(measurement: Measurement) -> int:
 
 
 def load_seconds(model: ModelRef) -> float:
+    """Predict what loading takes, where nothing like it is stored."""
     return 2 * (model.params or 0) / LOAD_BYTES_PER_SECOND + 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
+class Learned:
+    """Stored values of one part of the cost, by what is like them: seconds, and factors on what was counted.
+
+    Attributes:
+        seconds: by model and what the part is of.
+        factors: the same over the count, by model and by the part's kind.
+        params: of the models that have any.
+    """
+
+    seconds: dict[Like, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
+    factors: dict[Like, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
+    params: dict[Like, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+
+    def add(self, model: str, params: int, like: Sequence[Like], seconds: float, counted: float) -> None:
+        """Take in a value.
+
+        Args:
+            model: the model's label.
+            params: its parameters.
+            like: what the part is of, from the closest likeness to the widest.
+            seconds: what it took.
+            counted: what was counted for it.
+        """
+        for of in like:
+            self.seconds[(model, *of)].append(seconds)
+            self.factors[(model, *of)].append(seconds / counted)
+            self.params[of][model] = params
+
+    def predict(self, model: str, params: int, like: Sequence[Like], counted: float, *, exact: int) -> float:
+        """Return seconds: of the first ``exact`` likenesses what they took, of all a factor on the count."""
+        for number, of in enumerate(like):
+            if number < exact and (known := self.seconds.get((model, *of))):
+                return median(known)
+            if known := self.factors.get((model, *of)):
+                return counted * median(known)
+        for of in like:
+            others = self.params.get(of)
+            if others:
+                near = min(others, key=lambda name: abs(log(max(1, others[name]) / max(1, params))))
+                return counted * median(self.factors[(near, *of)])
+        return counted
+
+
+@dataclass(kw_only=True)
 class CostModel:
     """Predicts seconds; learns from the store's rows."""
 
     device: str
-    history: Mapping[tuple[str, str, int | None], float] = field(default_factory=dict)
+    evaluating: Learned = field(default_factory=Learned)
+    quantizing: Learned = field(default_factory=Learned)
+    loading: Learned = field(default_factory=Learned)
+    _seen: set[tuple[object, ...]] = field(default_factory=set)
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Row], device: str) -> CostModel:
-        """Learn from finished rows (columns model, eval, limit, seconds, quantize_seconds, device) of a device kind."""
-        seconds: dict[tuple[str, str, int | None], list[float]] = {}
-        for row in rows:
-            on_cpu = str(row["device"] or "").startswith("cpu")
-            if row["seconds"] is not None and on_cpu == (device == "cpu"):
-                total = row["seconds"] + (row["quantize_seconds"] or 0.0)
-                seconds.setdefault((row["model"], row["eval"], row["limit"]), []).append(total)
-        return cls(device=device, history={k: median(v) for k, v in seconds.items()})
+    def from_rows(cls, rows: Iterable[Row], device: str) -> Self:
+        """Learn from stored rows (``COLUMNS``), the latest of which count."""
+        cost = cls(device=device)
+        for row in sorted(rows, key=lambda r: str(r.get("finished") or "")):
+            cost.learn(row)
+        return cost
+
+    def learn(self, row: Row) -> None:
+        """Take in a row; one of a failure, or of another kind of device, says nothing."""
+        on_cpu = str(row.get("device") or "").startswith("cpu")
+        if row.get("seconds") is None or on_cpu != (self.device == "cpu") or row.get("eval_kind") not in EVALUATORS:
+            return
+        kind, model, params = str(row["eval_kind"]), str(row["model"]), row.get("params") or _DEFAULT_PARAMS
+        packed = EVALUATORS[kind].packed
+        is_wide = row.get("compute_dtype") == "float32"
+        bits = row.get("bits") or 0
+        tokens = row.get("n_tokens") or 0
+        self.evaluating.add(
+            model,
+            params,
+            _like_eval(row["eval"], kind, (row.get("limit"), row.get("window"), row.get("num_fewshot") or 0), is_wide)
+            if not packed
+            else _like_packed(row["eval"], kind, row.get("label"), bits, is_wide),
+            row["seconds"],
+            self._counted(kind, params, tokens, bits),
+        )
+        # Shared by the rows of a cell: known by what it took, to the last bit.
+        once: tuple[object, ...] = ("quantize", row.get("launch"), row.get("key"), packed, row.get("quantize_seconds"))
+        if row.get("quantize_seconds") and row.get("method") != "baseline" and once not in self._seen:
+            self._seen.add(once)
+            like = _like_quant(row.get("label"), row.get("dtype"), packed)
+            self.quantizing.add(model, params, like, row["quantize_seconds"], params / QUANTIZE_PER_SECOND[self.device])
+        once = ("load", row.get("launch"), model, row.get("load_seconds"))
+        if row.get("load_seconds") and once not in self._seen:
+            self._seen.add(once)
+            counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
+            self.loading.add(model, params, [("load",)], row["load_seconds"], counted)
+
+    def cell_seconds(self, cell: Cell, evals: Sequence[EvalSpec]) -> float:
+        """Predict quantizing, once for each form of the layers, and evaluating."""
+        forms = {EVALUATORS[spec.kind].packed for spec in evals}
+        quantize = sum(self._quantize(cell, packed=packed) for packed in forms)
+        return quantize + sum(self._evaluate(Measurement(cell=cell, eval=spec), evals) for spec in evals)
 
     def seconds(self, measurement: Measurement) -> float:
-        """Quantizing (once per measurement, on the safe side) and evaluating."""
-        model, spec = measurement.cell.model, measurement.eval
-        known = self.history.get((model.label, spec.name, spec.limit))
-        if known is not None:
-            return known
-        params = model.params or 1_000_000_000
-        forward = 2.0 * params * tokens_of(measurement) / OPERATIONS_PER_SECOND[self.device]
-        quantize = 0.0 if measurement.cell.quant.is_baseline else params / QUANTIZE_PER_SECOND[self.device]
-        return forward + quantize + SECONDS_PER_MEASUREMENT[self.device]
+        """Predict a measurement by itself."""
+        return self.cell_seconds(measurement.cell, [measurement.eval])
+
+    def load(self, model: ModelRef) -> float:
+        """Predict loading a model."""
+        return self.loading.predict(model.label, _params(model), [("load",)], load_seconds(model), exact=1)
+
+    def _quantize(self, cell: Cell, *, packed: bool) -> float:
+        if cell.quant.is_baseline:
+            return 0.0
+        params = _params(cell.model)
+        like = _like_quant(cell.quant_label, cell.quant.axis_values().get("dtype"), packed)
+        counted = params / QUANTIZE_PER_SECOND[self.device]
+        return self.quantizing.predict(cell.model.label, params, like, counted, exact=len(like))
+
+    def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec]) -> float:
+        """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""
+        model, spec, quant = measurement.cell.model, measurement.eval, measurement.cell.quant
+        is_wide = spec.compute_dtype == "float32"
+        if EVALUATORS[spec.kind].packed:
+            like = _like_packed(spec.name, spec.kind, measurement.cell.quant_label, quant.bits, is_wide)
+        else:
+            like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
+        tokens = tokens_of(measurement)
+        counted = self._counted(spec.kind, _params(model), tokens, quant.bits)
+        if _comes_with_another(spec, due) and (model.label, *like[0]) not in self.evaluating.seconds:
+            return 0.0
+        return self.evaluating.predict(model.label, _params(model), like, counted, exact=1)
+
+    def _counted(self, kind: str, params: int, tokens: int, bits: int) -> float:
+        """Count the seconds of an evaluation: its operations, its steps, and what each measurement takes."""
+        evaluator = EVALUATORS[kind]
+        forward = 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
+        in_bits = evaluator.packed and bits < 16
+        rate = (UNPACK_PER_SECOND if in_bits else STEP_WEIGHTS_PER_SECOND)[self.device]
+        steps = evaluator.steps * (STEP_SECONDS[self.device] + params / rate)
+        return forward + steps + SECONDS_PER_MEASUREMENT[self.device]
+
+
+def _params(model: ModelRef) -> int:
+    return model.params or _DEFAULT_PARAMS
+
+
+def _like_eval(name: str, kind: str, sizes: tuple[object, ...], is_wide: bool) -> list[Like]:
+    return [(name, *sizes, is_wide), (kind, is_wide), (kind,)]
+
+
+def _like_packed(name: str, kind: str, label: object, bits: int, is_wide: bool) -> list[Like]:
+    """What is measured in k bits depends on them."""
+    return [(name, label, is_wide), (kind, bits, is_wide), (kind, bits < 16, is_wide), (kind,)]
+
+
+def _like_quant(label: object, dtype: object, packed: bool) -> list[Like]:
+    return [(label, packed), (dtype, packed), (packed,)]
+
+
+def _comes_with_another(spec: EvalSpec, due: Sequence[EvalSpec]) -> bool:
+    """Tell whether another evaluation that is due brings this one's result (``Evaluator.brings``)."""
+    same = ("dataset", "limit", "window", "bos", "compute_dtype")
+    return any(
+        spec.kind in EVALUATORS[other.kind].brings and all(getattr(spec, n) == getattr(other, n) for n in same)
+        for other in due
+    )

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError, did_you_mean
-from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.plan.cost import CostModel
 from sweeps.plan.order import CHEAPEST, order_cells, order_packs
 from sweeps.status import RETRY, UNRECORDED, State
 from sweeps.study.cell import (
@@ -105,6 +105,11 @@ class Pack:
             item_seconds=tuple(data["item_seconds"]),
             rung=data["rung"],
         )
+
+    def predicted(self, cost: CostModel) -> Pack:
+        """Return the pack with what is predicted for it now."""
+        seconds = tuple(cost.cell_seconds(cell, evals) for cell, evals in self.items)
+        return replace(self, item_seconds=seconds, seconds=sum(seconds))
 
     def without(self, measurements: Collection[str]) -> Pack | None:
         """Return what is left of it when these are done, under the same id; None when nothing is."""
@@ -207,17 +212,14 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
         else:
             counts[state] += 1
     packs = _pack(manifest.sweep, todo, cost, packing)
-    loads = sum(load_seconds(p.model) for p in packs)
+    loads = sum(cost.load(p.model) for p in packs)
     return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
 
 
 def _pack(
     sweep: str, todo: Mapping[tuple[int, Cell], Sequence[EvalSpec]], cost: CostModel, packing: Packing
 ) -> tuple[Pack, ...]:
-    seconds = {
-        (rung, cell): sum(cost.seconds(Measurement(cell=cell, eval=e)) for e in evals)
-        for (rung, cell), evals in todo.items()
-    }
+    seconds = {(rung, cell): cost.cell_seconds(cell, evals) for (rung, cell), evals in todo.items()}
     target = packing.seconds
     if packing.workers is not None:
         share = sum(seconds.values()) / (packing.workers * PACKS_PER_WORKER)

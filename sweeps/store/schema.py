@@ -115,6 +115,12 @@ def columns() -> tuple[Column, ...]:
         _cell("calibration_seed", "int64", "seed of the draw of calibration data, by which replicates differ"),
         _c("prefixes", "string", "of a task: shared where requests shared their beginnings, else why not"),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 3),
+        _c(
+            "predicted_seconds",
+            "float64",
+            "predicted for it as its pack began: its part of quantizing and evaluating",
+            "s",
+        ),
     )
 
 

@@ -31,7 +31,7 @@ class Execution:
     """Runs packs and mirrors what they measure.
 
     Attributes:
-        store, workers, settings, log, beat, until, pin: as for ``WorkerPool``.
+        store, workers, settings, log, beat, until, pin, predict: as for ``WorkerPool``.
         on_event: told what happens, e.g. a view.
         warn: told what W&B's mirror can't do.
         ends: epoch seconds at which this process is killed; W&B's mirror gets no time beyond. None is never.
@@ -49,6 +49,7 @@ class Execution:
     ends: float | None = None
     until: float | None = None
     pin: bool = True
+    predict: Callable[[Pack], Pack] = lambda pack: pack
     _tracker: Tracker | None = None
     _waiting: dict[str, Pack] = field(init=False)
     _pool: WorkerPool = field(init=False)
@@ -64,6 +65,7 @@ class Execution:
             beat=self.beat,
             until=self.until,
             pin=self.pin,
+            predict=self.predict,
         )
 
     def run(self) -> str:

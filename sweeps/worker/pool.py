@@ -85,6 +85,7 @@ class WorkerPool:
         beat: told what is being measured, now and then and when it changes.
         until: epoch seconds; a cell that is predicted to end later is not begun.
         pin: give each worker a GPU of its own; else each sees all.
+        predict: gives a pack that a worker is about to begin what is predicted for it by then.
     """
 
     store: Store
@@ -95,6 +96,7 @@ class WorkerPool:
     beat: Callable[[Sequence[str]], None]
     until: float | None = None
     pin: bool = True
+    predict: Callable[[Pack], Pack] = lambda pack: pack
     _queue: deque[Pack] = field(default_factory=deque)
     _crashes: Counter[str] = field(default_factory=Counter)
     _silent_deaths: int = 0
@@ -224,7 +226,7 @@ class WorkerPool:
     def _feed(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
         assert slot.process is not None
         assert slot.process.stdin is not None
-        slot.pack, slot.measured, slot.measuring = self._queue.popleft(), set(), None
+        slot.pack, slot.measured, slot.measuring = self.predict(self._queue.popleft()), set(), None
         try:
             message = {**slot.pack.to_dict(), "until": self.until}
             slot.process.stdin.write(json.dumps(message).encode() + b"\n")

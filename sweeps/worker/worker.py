@@ -93,6 +93,7 @@ class Worker:
     stop: Stop = field(default_factory=Stop)
     _warm: Warm = field(init=False)
     _has_measured: bool = False
+    _predicted: float | None = None
     _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
     _brought: Brought = field(default_factory=Brought)
 
@@ -124,6 +125,7 @@ class Worker:
             if (number or pace.over(now)) and not pace.fits(number, now=now, load_seconds=to_load):
                 return "walltime"
             began, loading = time.monotonic(), self._warm.total_seconds
+            self._predicted = pack.item_seconds[number] / len(evals) if pack.item_seconds else None
             for form in forms:
                 if not self._run_cell(pack, cell, [e for e in evals if _form(e) == form], form):
                     return "asked"
@@ -213,6 +215,7 @@ class Worker:
             "seconds": seconds,
             "quantize_seconds": quantize_seconds,
             "load_seconds": self._warm.load_seconds,
+            "predicted_seconds": self._predicted,
             "peak_memory_bytes": peak_memory(self.gpus) - self._warm.kept_gpu_bytes,
         }
         self._record(row)

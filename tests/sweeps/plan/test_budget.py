@@ -6,12 +6,13 @@ import pytest
 
 from sweeps.errors import UserError
 from sweeps.plan.budget import fit, parse_budget
-from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Known, Pack, Packing, make_plan
+from tests.sweeps.plan.known_costs import cost_of
 from tests.sweeps.plan.test_order import EVAL, MANIFEST, MODELS
 
 SECONDS = {"neox-a": 10.0, "neox-b": 100.0}
-COST = CostModel(device="cpu", history={(name, EVAL.name, None): s for name, s in SECONDS.items()})
+COST = cost_of({(name, EVAL.name, None): s for name, s in SECONDS.items()}, MODELS)
 LOAD = {m.name: load_seconds(m) for m in MODELS}
 
 

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
+import pytest
+
+from kbit.evaluation.spec import EvalSpec
+from kbit.spec import QuantSpec
+from sweeps.plan.accuracy import accuracy_of, compared
+from sweeps.plan.cost import LATEST, CostModel, load_seconds
+from sweeps.plan.packs import Known, Packing, make_plan
+from sweeps.study.cell import Cell, ModelRef
 from tests.conftest import Launch
+from tests.sweeps.plan.known_costs import cost_of, row
+from tests.sweeps.plan.test_order import MANIFEST
 
+A, B, C = (
+    ModelRef(family="neox", name=f"neox-{s}", params=n, path=f"/{s}", weights_hash=s * 64)
+    for s, n in (("a", 10**6), ("b", 10**7), ("c", 10**9))
+)
+TEXT = EvalSpec(kind="perplexity", name="x", dataset="sha256:x", compute_dtype="float32", limit=1000, window=512)
+AGREEMENT = replace(TEXT, kind="agreement", name="x_agreement")
+TIMED = EvalSpec(kind="latency", name="x_latency", dataset="sha256:x", compute_dtype="float32", device="cpu (x)")
+INT3, INT4, NF4 = (QuantSpec(bits=b, dtype=d) for b, d in ((3, "int"), (4, "int"), (4, "normal")))
 DEMO_SECONDS = 189.0
 """What README says of the demo on two cores of a server."""
 
@@ -15,3 +35,124 @@ def test_the_first_prediction_of_the_demo_is_right_within_a_factor_of_two(launch
     match = re.search(r"wall time +(\d+) min predicted with 2 cpu", said)
     assert match is not None, said
     assert DEMO_SECONDS / 2 < float(match[1]) * 60 < DEMO_SECONDS * 2
+
+
+def cost(*rows: dict[str, Any], device: str = "cpu") -> CostModel:
+    return CostModel.from_rows(rows, device)
+
+
+def known(**changes: Any) -> dict[str, Any]:
+    return {**row(A, "x", 1000, 3.0, quantize_seconds=None), **changes}
+
+
+def quantized(label: str, seconds: float, **changes: Any) -> dict[str, Any]:
+    dtype = "int" if label.startswith("int") else "normal"
+    return known(key=label, label=label, dtype=dtype, bits=4, quantize_seconds=seconds, **changes)
+
+
+def test_what_is_stored_of_like_cells_is_what_is_predicted() -> None:
+    of = cost(*(known(seconds=s) for s in (1.0, 2.0, 9.0)))
+    assert of.cell_seconds(Cell(model=A, quant=QuantSpec(bits=16)), [TEXT]) == 2.0
+    # A failure, and what another kind of device took, say nothing.
+    guess = cost().cell_seconds(Cell(model=A, quant=QuantSpec(bits=16)), [TEXT])
+    assert (
+        cost(known(seconds=None), known(device="NVIDIA H100")).cell_seconds(
+            Cell(model=A, quant=QuantSpec(bits=16)), [TEXT]
+        )
+        == guess
+    )
+    # Another limit, window or dtype is another measurement: its rate counts, not its seconds.
+    assert of.cell_seconds(Cell(model=A, quant=QuantSpec(bits=16)), [replace(TEXT, limit=500)]) != 2.0
+
+
+def test_the_latest_values_count() -> None:
+    early = [known(seconds=50.0, finished="2026-01-01")] * LATEST
+    late = [known(seconds=5.0, finished="2026-01-02")] * LATEST
+    assert cost(*late, *early).cell_seconds(Cell(model=A, quant=QuantSpec(bits=16)), [TEXT]) == 5.0
+
+
+def test_quantizing_is_learned_by_data_type_and_counted_once_for_a_cell() -> None:
+    rows = [known(), quantized("int4 b64", 2.0), quantized("nf4 b64", 7.0)]
+    rows += [quantized("int4 b64", 2.0, eval="y")]  # the same quantization, in the row of another evaluation
+    of = cost(*rows)
+    assert of.cell_seconds(Cell(model=A, quant=INT4), [TEXT]) == pytest.approx(3.0 + 2.0)
+    assert of.cell_seconds(Cell(model=A, quant=NF4), [TEXT]) == pytest.approx(3.0 + 7.0)
+    # Of other bits of a data type, what the data type takes.
+    assert of.cell_seconds(Cell(model=A, quant=INT3), [TEXT]) == pytest.approx(3.0 + 2.0)
+    other = replace(TEXT, name="y")
+    both = of.cell_seconds(Cell(model=A, quant=INT4), [TEXT, other])
+    assert both == pytest.approx(2.0 + 3.0 + 3.0)
+
+
+def test_a_model_that_was_not_measured_goes_by_the_nearest_in_size() -> None:
+    slow_a, fast_c = known(seconds=60.0), row(C, "x", 1000, 0.5, quantize_seconds=None)
+    base = QuantSpec(bits=16)
+    guess = cost().cell_seconds(Cell(model=B, quant=base), [TEXT])
+    assert (
+        cost(slow_a, fast_c).cell_seconds(Cell(model=B, quant=base), [TEXT])
+        == cost(slow_a).cell_seconds(Cell(model=B, quant=base), [TEXT])
+        > 10 * guess
+    )
+    near_c = replace(B, params=9 * 10**8)
+    assert cost(slow_a, fast_c).cell_seconds(Cell(model=near_c, quant=base), [TEXT]) == pytest.approx(
+        cost(fast_c).cell_seconds(Cell(model=near_c, quant=base), [TEXT])
+    )
+
+
+def test_another_evaluation_of_a_model_goes_by_the_rate_of_its_kind() -> None:
+    base, longer = QuantSpec(bits=16), replace(TEXT, name="z", limit=50_000)
+    guess = cost().cell_seconds(Cell(model=A, quant=base), [longer])
+    twice_as_slow = cost(known(seconds=2 * cost().cell_seconds(Cell(model=A, quant=base), [TEXT])))
+    assert twice_as_slow.cell_seconds(Cell(model=A, quant=base), [longer]) == pytest.approx(2 * guess)
+
+
+def test_what_comes_with_another_costs_nothing_at_first_and_then_its_part() -> None:
+    cell = Cell(model=A, quant=QuantSpec(bits=16))
+    assert cost().cell_seconds(cell, [TEXT, AGREEMENT]) == cost().cell_seconds(cell, [AGREEMENT])
+    parts = [known(seconds=1.5), known(seconds=1.5, eval="x_agreement", eval_kind="agreement")]
+    assert cost(*parts).cell_seconds(cell, [TEXT, AGREEMENT]) == pytest.approx(3.0)
+
+
+def test_what_is_timed_in_k_bits_goes_by_its_bits() -> None:
+    timed = {"eval": "x_latency", "eval_kind": "latency", "window": None, "limit": None, "n_tokens": 56_576}
+    rows = [known(**timed, bits=16, label="16-bit", method="baseline", seconds=10.0)]
+    rows += [known(**timed, bits=4, label="int4 b64", seconds=100.0)]
+    of = cost(*rows)
+    assert of.cell_seconds(Cell(model=A, quant=QuantSpec(bits=16)), [TIMED]) == 10.0
+    assert of.cell_seconds(Cell(model=A, quant=INT4), [TIMED]) > 99
+    # On a CPU weights in k bits are dequantized at each step.
+    assert cost().cell_seconds(Cell(model=B, quant=INT4), [TIMED]) > 3 * cost().cell_seconds(
+        Cell(model=B, quant=QuantSpec(bits=16)), [TIMED]
+    )
+
+
+def test_loading_is_learned_by_model() -> None:
+    of = cost(known(load_seconds=4.0), known(load_seconds=4.0, eval="y"), known(load_seconds=6.0, launch="m"))
+    assert of.load(A) == 5.0
+    assert of.load(B) == pytest.approx(5.0 * load_seconds(B) / load_seconds(A))
+    assert cost().load(A) == load_seconds(A)
+
+
+def test_a_pack_is_predicted_again_by_what_is_known_when_it_begins() -> None:
+    pack, *_ = make_plan(MANIFEST, Known(), retry=(), cost=CostModel(device="cpu"), packing=Packing(cells=2)).packs
+    learned = cost_of({(pack.model.label, "x", None): 12.0}, [pack.model])
+    again = pack.predicted(learned)
+    assert (again.id, again.items) == (pack.id, pack.items)
+    assert again.item_seconds == pytest.approx((12.0, 12.0))
+    assert again.seconds == pytest.approx(24.0)
+
+
+def test_errors_are_of_what_packs_took_from_their_first_quantization_to_their_last_result() -> None:
+    def stored(pack: str, start: int, end: int, predicted: float | None) -> dict[str, Any]:
+        at = "2026-01-01T00:00:{:02}+00:00".format
+        return {"launch": "l", "pack": pack, "started": at(start), "finished": at(end), "quantize_seconds": 2.0} | {
+            "predicted_seconds": predicted
+        }
+
+    rows = [stored("a", 0, 4, 5.0), stored("a", 5, 8, 5.0), stored("b", 10, 18, 20.0), stored("c", 20, 30, None)]
+    assert compared(rows) == [(10.0, 10.0), (20.0, 10.0)]
+    found = accuracy_of(rows)
+    assert found is not None
+    assert (found.packs, found.median) == (2, 0.5)
+    assert found.text.startswith("median error 50%, 95th percentile 95% of the time that 2 packs took")
+    assert accuracy_of(rows[-1:]) is None

@@ -15,6 +15,7 @@ from sweeps.status import UNRECORDED
 from sweeps.study.cell import ModelRef
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest, load_manifests
+from tests.sweeps.plan.known_costs import cost_of
 
 MODELS = [
     ModelRef(family="neox", name=f"neox-{s}", params=n, path=f"/{s}", weights_hash=s * 64)
@@ -81,7 +82,7 @@ def test_an_added_evaluation_runs_alone() -> None:
 
 def test_a_pack_is_one_model_and_packs_are_shared_out() -> None:
     slow = {("neox-b", n, 1000): 10.0 for n in ("x", "y")}
-    cost = CostModel(device="cpu", history=slow)
+    cost = cost_of(slow, MODELS)
     packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)).packs
     assert all({c.model for c, _ in p.items} == {p.model} for p in packs)
     assert len([p for p in packs if p.model.name == "neox-b"]) > 1
@@ -111,16 +112,6 @@ def test_an_unknown_retry_is_refused(retry: object) -> None:
         parse_retry(retry)
 
 
-def test_the_cost_of_finished_cells_replaces_the_guess() -> None:
-    rows = [
-        {"model": "neox-a", "eval": "x", "limit": 1000, "seconds": s, "quantize_seconds": 1.0, "device": "cpu (x86_64)"}
-        for s in (1.0, 2.0, 9.0)
-    ]
-    measurement = next(m for m in MANIFEST.measurements() if m.cell.model.name == "neox-a" and m.eval.name == "x")
-    assert CostModel.from_rows(rows, "cpu").seconds(measurement) == 3.0
-    assert CostModel.from_rows(rows, "cuda").seconds(measurement) != 3.0
-
-
 @pytest.mark.parametrize("state", UNRECORDED)
 def test_what_ended_without_a_record_runs_again_unless_told_not_to(state: str) -> None:
     assert plan(dict.fromkeys(KEYS[1:], "done"), ended={KEYS[0]: state}).measurement_keys() == [KEYS[0]]
@@ -142,7 +133,7 @@ def test_a_pack_has_as_many_cells_as_asked_for() -> None:
 
 
 def test_a_pack_is_predicted_to_fit_its_time() -> None:
-    cost = CostModel(device="cpu", history={(m, n, 1000): 30.0 for m in ("neox-a", "neox-b") for n in ("x", "y")})
+    cost = cost_of({(m, n, 1000): 30.0 for m in ("neox-a", "neox-b") for n in ("x", "y")}, MODELS)
     packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(seconds=130.0)).packs
     assert {len(p.items) for p in packs} == {2, 1}
     assert all(p.seconds == sum(p.item_seconds) <= 130.0 for p in packs)
