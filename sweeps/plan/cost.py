@@ -37,7 +37,7 @@ UNPACK_PER_SECOND: Final = {"cpu": 5e7, "cuda": 2e12}
 LOAD_BYTES_PER_SECOND: Final = 5e8
 SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 0.12}
 """Whatever the size: scheduling, writing, small kernels. On a GPU as the demo took, 52 s for 387 on an H100."""
-LATEST: Final = 15
+LATEST: Final = 7
 """Stored values of a kind that count: a machine's load and a job's node change."""
 COLUMNS: Final = (
     *("key", "launch", "model", "params", "method", "label", "bits", "dtype", "eval", "eval_kind", "limit", "window"),

@@ -56,7 +56,7 @@ class Planned:
         specs: those that run alike, of the same bits.
         choice: None where nothing fits.
         terms: bytes on the fullest device, by what takes them: of the most demanding of the specs; where nothing fits,
-            of the way that takes least.
+            layer by layer.
         memory: bytes of one device; None where unknown.
         sizes: of the model.
     """
@@ -132,14 +132,10 @@ def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
     names = ", ".join(dict.fromkeys(f"{w.model.label} at {w.specs[0].bits} bits" for w in refused))
     assert first.memory is not None
     raise UserError(
-        f"{names} can't run on {memory.words}, of which {SHARE:.0%} are counted on: even {_least(first)} takes "
+        f"{names} can't run on {memory.words}, of which {SHARE:.0%} are counted on: even {Way.LAYERED} takes "
         f"{first.sum_text} for {first.model.label}. Leave these models out (sweep.sizes), or run where a device has "
         "more memory"
     )
-
-
-def _least(planned: Planned) -> str:
-    return Way.LAYERED if any(what.startswith("a block") for what in planned.terms) else Way.PACKED
 
 
 def _choose(
@@ -155,11 +151,8 @@ def _choose(
     choice = choose_way(parts, memory.bytes_of(model), gpus=gpus, batch_tokens=tokens)
     if choice is not None:
         return choice, dict(choice.terms)
-    last = [Way.LAYERED] if parts.packed is None else [Way.LAYERED, Way.PACKED]
-    tokens = min(tokens, LEAST_BATCH_TOKENS)
-    return None, min(
-        (needs(parts, way, gpus=gpus, batch_tokens=tokens) for way in last), key=lambda terms: sum(terms.values())
-    )
+    # The last way is the one that is left, and for most models takes least.
+    return None, needs(parts, Way.LAYERED, gpus=gpus, batch_tokens=min(tokens, LEAST_BATCH_TOKENS))
 
 
 def _compute_bytes(manifest: Manifest) -> int:
