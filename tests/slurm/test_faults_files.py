@@ -157,7 +157,8 @@ def test_accounting_purged(study: Study) -> str:
 
 
 @pytest.mark.slow
-def test_accounting_stopped_in_the_middle_of_a_study(study: Study) -> None:
+@side_by_side
+def test_accounting_stopped_in_the_middle_of_a_study(study: Study) -> Iterator[str]:
     """Launches, jobs and what is said of them go on without it."""
     study.submit(*HELD)
     study.cluster.stop_accounting()
@@ -172,10 +173,13 @@ def test_accounting_stopped_in_the_middle_of_a_study(study: Study) -> None:
         study.wait_idle()
     finally:
         study.cluster.start_accounting()
+    yield "from here on beside the others"
     study.assert_whole(cells=9)
+    yield f"computed twice: {study.computed_twice()}"
 
 
-def test_out_that_is_a_relative_link_or_path(study: Study) -> None:
+@side_by_side
+def test_out_that_is_a_relative_link_or_path(study: Study) -> str:
     directory = study.home / "deep" / "results"
     directory.mkdir(parents=True)
     study.out.symlink_to("deep/results")
@@ -187,3 +191,4 @@ def test_out_that_is_a_relative_link_or_path(study: Study) -> None:
     study.assert_whole(cells=TINY_CELLS)
     assert list(beside.home.iterdir()) == []
     assert len(list(directory.glob("packs/*.parquet"))) == 1
+    return f"computed twice: {study.computed_twice()}"

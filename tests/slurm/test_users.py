@@ -15,14 +15,7 @@ from tests.slurm.users import Pair, hidden_jobs, pair_of_users
 HELD = "executor.extra={hold: true}"
 
 
-@pytest.fixture(
-    params=[
-        (0o077, 0o2770),
-        pytest.param((0o002, 0o2775), marks=pytest.mark.slow),
-        pytest.param((0o002, 0o0775), marks=pytest.mark.slow),
-    ],
-    ids=["closed", "open", "by umask"],
-)
+@pytest.fixture(params=[(0o077, 0o2770), (0o002, 0o2775), (0o002, 0o0775)], ids=["closed", "open", "by umask"])
 def pair(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Pair]:
     umask, mode = request.param
     with pair_of_users(cluster, umask=umask, mode=mode) as pair:
@@ -56,6 +49,7 @@ def test_jobs_that_another_user_cannot_see_are_neither_lost_nor_denied(private: 
     study.assert_whole(cells=TINY_CELLS)
 
 
+@pytest.mark.slow
 def test_two_users_run_one_study_and_end_only_their_own_jobs(pair: Pair) -> None:
     first, second = pair.users
     study = pair.study
