@@ -3,10 +3,13 @@
 ValueError
 ├── SpecError           a specification can't exist
 ├── WeightError         a tensor can't be quantized
-└── ArchitectureError   the layers to quantize can't be told
+├── ArchitectureError   the layers to quantize can't be told
+└── LayeredError        a model that runs layer by layer can't be measured so
 Exception
 ├── CheckpointError     weights are missing, of an unknown format, or damaged
 └── NotStreamableError  a checkpoint has to be loaded whole
+OSError
+└── NoRoomError         activations fit neither memory nor disk
 RuntimeError
 └── CudaError           a kernel can't be compiled, loaded or launched
 """
@@ -36,12 +39,20 @@ class ArchitectureError(ValueError):
     """A model in which the layers to quantize, or their order, can't be told."""
 
 
+class LayeredError(ValueError):
+    """An evaluation or a method that can't be had of a model that runs layer by layer. Says why."""
+
+
 class CheckpointError(Exception):
     """Weights that are missing, of an unknown format, or damaged."""
 
 
 class NotStreamableError(Exception):
     """A checkpoint whose weights can't be read one by one, so that it has to be loaded whole; says why."""
+
+
+class NoRoomError(OSError):
+    """Activations that fit neither memory nor the temporary directory. Says how much is needed, and what to do."""
 
 
 class CudaError(RuntimeError):

@@ -39,6 +39,17 @@ class Measuring:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockDone:
+    """A pass layer by layer has done so many of a model's blocks, for all cells of a pack."""
+
+    name: ClassVar[str] = "block_done"
+    pack: str
+    label: str
+    done: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class SmallerBatch:
     """Memory ran out, and batches have so many tokens from now on."""
 
@@ -91,7 +102,7 @@ class Crashed:
     log: str
 
 
-Event = Started | Loaded | Measuring | SmallerBatch | Measured | Withheld | PackDone | Stopped | Crashed
+Event = Started | Loaded | Measuring | BlockDone | SmallerBatch | Measured | Withheld | PackDone | Stopped | Crashed
 OnEvent = Callable[[Event, int], None]
 """Told an event, and the number of the worker that it is from."""
 

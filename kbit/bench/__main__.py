@@ -5,7 +5,8 @@
   python -m kbit.bench --model       a decode step of an OPT-shaped model: latency, memory and size by precision
   python -m kbit.bench --switch      changing the cell of a loaded OPT-shaped model, by data type; bits are compared
   python -m kbit.bench --load DIR    a checkpoint quantized as it is read: memory, and rate beside the disk's
-  python -m kbit.bench --write SHAPE --to DIR   a checkpoint of random weights in an OPT shape, for --load
+  python -m kbit.bench --layered DIR a checkpoint layer by layer, nine cells in one pass, beside the whole model
+  python -m kbit.bench --write SHAPE --to DIR   a checkpoint of random weights in an OPT shape, for these two
   python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
 
 Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
@@ -23,7 +24,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import checkpoint, evaluation, latency, loading, quantizers, roofline, switch
+from kbit.bench import checkpoint, evaluation, latency, layered, loading, quantizers, roofline, switch
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
@@ -50,6 +51,7 @@ _SWITCH_BITS: Final = (4,)
 _BATCH: Final = 1
 _CONTEXT: Final = 128
 _DOCUMENTS: Final = 1000
+_LAYERED_TOKENS: Final = {"cpu": 512, "cuda": 32768}
 _BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
 
 
@@ -97,6 +99,8 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Callable[[argparse.Namespace
         return "evaluation", _evaluation
     if args.load:
         return "loading", _load
+    if args.layered:
+        return "layered", _layered
     return ("switch", _switch) if args.switch else ("kernels", _kernels)
 
 
@@ -127,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"tasks on random weights in a shape ({', '.join(evaluation.SHAPES)}) or on a model's directory",
     )
     mode.add_argument("--load", metavar="DIR", help="quantize a checkpoint as it is read, cold and warm")
+    mode.add_argument("--layered", metavar="DIR", help="run a checkpoint layer by layer, and whole")
     mode.add_argument("--write", choices=tuple(switch.SHAPES), help="write a checkpoint of random weights to --to")
     mode.add_argument("--only", choices=("quantizers", "matmul"), help="one half of the default run")
     every = parser.add_argument_group("any run")
@@ -160,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     load = parser.add_argument_group("--load and --write")
     load.add_argument("--readers", type=int, help=f"threads that read files (default {THREADS})")
     load.add_argument("--to", type=Path, metavar="DIR", help="where --write writes")
+    layers = parser.add_argument_group("--layered")
+    layers.add_argument("--tokens", type=int, help="of random text (default 32768 on a GPU, 512 on a CPU)")
+    layers.add_argument("--limit-gb", type=float, help="of the GPU's memory for the pass (default: all)")
     tasks = parser.add_argument_group("--evaluation")
     tasks.add_argument(
         "--tasks",
@@ -169,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument("--documents", type=int, help=f"first ones of each task (default {_DOCUMENTS})")
     tasks.add_argument("--tokenizer", metavar="DIR", help="for a shape: the directory of a tokenizer")
-    tasks.add_argument("--batch-tokens", type=int, help="tokens in a batch of ours (default: as in a study)")
+    tasks.add_argument(
+        "--batch-tokens", type=int, help="tokens in a batch of ours, also of --layered (default: as in a study)"
+    )
     return parser
 
 
@@ -198,7 +208,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         except OSError as error:
             parser.error(f"--out {args.out}: {error.strerror}; name a directory that can be written")
     try:
-        if args.device == "cuda" and args.only != "quantizers" and not (args.switch or args.load or args.write):
+        if (
+            args.device == "cuda"
+            and args.only != "quantizers"
+            and not (args.switch or args.load or args.write or args.layered)
+        ):
             for shape in args.shapes or SHAPES:
                 check_shape(shape, args.blocksize)
         for impl in args.impl:
@@ -229,13 +243,15 @@ def _check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--readers belongs to --load")
     if args.to is not None and args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         parser.error(f"--to {args.to}: it is there already; name an empty or a new directory")
-    if args.load:
-        if len(args.bits or [4]) > 1 or len(args.dtypes or ["normal"]) > 1:
-            parser.error("--load quantizes a checkpoint once: name one of --bits, and one of --dtypes")
+    for name, directory in (("load", args.load), ("layered", args.layered)):
+        if directory is None:
+            continue
         try:
-            model_files(Path(args.load))
+            model_files(Path(directory))
         except (OSError, CheckpointError) as error:
-            parser.error(f"--load {args.load}: {error}; --write SHAPE --to DIR makes a checkpoint")
+            parser.error(f"--{name} {directory}: {error}; --write SHAPE --to DIR makes a checkpoint")
+    if args.load and (len(args.bits or [4]) > 1 or len(args.dtypes or ["normal"]) > 1):
+        parser.error("--load quantizes a checkpoint once: name one of --bits, and one of --dtypes")
 
 
 def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -245,9 +261,14 @@ def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for name in ("batch", "context", "compile_mode"):
         if getattr(args, name) is not None and not args.model:
             parser.error(f"--{name.replace('_', '-')} belongs to --model")
-    for name in ("tasks", "documents", "tokenizer", "batch_tokens"):
+    for name in ("tasks", "documents", "tokenizer"):
         if getattr(args, name) is not None and not args.evaluation:
-            parser.error(f"--{name.replace('_', '-')} belongs to --evaluation")
+            parser.error(f"--{name} belongs to --evaluation")
+    for name in ("tokens", "limit_gb"):
+        if getattr(args, name) is not None and not args.layered:
+            parser.error(f"--{name.replace('_', '-')} belongs to --layered")
+    if args.batch_tokens is not None and not (args.evaluation or args.layered):
+        parser.error("--batch-tokens belongs to --evaluation and --layered")
     if needs and args.device != "cuda":
         parser.error(f"{needs} needs an NVIDIA GPU: its kernels run nowhere else (--device is {args.device})")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -265,9 +286,12 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         "documents",
         "batch_tokens",
         "readers",
+        "tokens",
     ):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1 is needed")
+    if args.limit_gb is not None and args.limit_gb <= 0:
+        parser.error(f"--limit-gb {args.limit_gb}: more than 0 is needed")
     for bits in args.bits or ():
         if not MIN_BITS <= bits <= MAX_BITS:
             parser.error(f"--bits {bits}: {MIN_BITS} to {MAX_BITS} are possible; 16 bits are measured in any case")
@@ -363,6 +387,18 @@ def _load(args: argparse.Namespace, say: Say) -> list[Table]:
     )
     setting = loading.Setting(directory=Path(args.load), spec=spec, device=args.device, threads=args.readers or THREADS)
     return [loading.measure(setting, say=say)]
+
+
+def _layered(args: argparse.Namespace, say: Say) -> list[Table]:
+    setting = layered.Setting(
+        directory=Path(args.layered),
+        device=args.device,
+        blocksize=args.blocksize,
+        tokens=args.tokens or _LAYERED_TOKENS[args.device],
+        batch_tokens=args.batch_tokens or _BATCH_TOKENS[args.device],
+        limit=None if args.limit_gb is None or args.device == "cpu" else round(args.limit_gb * 1e9),
+    )
+    return [layered.measure(setting, say=say)]
 
 
 if __name__ == "__main__":

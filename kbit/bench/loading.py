@@ -153,10 +153,10 @@ def drop(files: Sequence[Path]) -> None:
 
 
 @contextmanager
-def _watched(setting: Setting) -> Iterator[dict[str, Any]]:
+def watched(device: str) -> Iterator[dict[str, Any]]:
     """Measure what the body takes: seconds, and peaks of memory beyond what there was."""
     gc.collect()
-    on_gpu = setting.device == "cuda"
+    on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
@@ -175,7 +175,7 @@ def _watched(setting: Setting) -> Iterator[dict[str, Any]]:
 def _load(setting: Setting, cache: str, files: Sequence[Path], *, is_last: bool) -> dict[str, Any]:
     if cache == COLD:
         drop(files)
-    with _watched(setting) as found:
+    with watched(setting.device) as found:
         began = time.perf_counter()
         streamed = open_streamed(str(setting.directory), compute_dtype="storage")
         streamed.threads = setting.threads
@@ -234,7 +234,7 @@ def _peer(setting: Setting, cache: str, files: Sequence[Path], disk: float) -> L
         drop(files)
     made: Any = AutoModelForCausalLM
     how: Any = BitsAndBytesConfig
-    with _watched(setting) as found:
+    with watched(setting.device) as found:
         model = made.from_pretrained(
             setting.directory,
             dtype=torch.float16,

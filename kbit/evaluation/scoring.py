@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ LOGIT_CHANGES: Final = ("final_logit_softcapping", "logit_scale", "logits_scalin
 """Fields of configurations (Gemma 2, Cohere, Granite) by which a model changes what its head gives; near zero a soft
 cap is too weak for a comparison to show.
 """
+_SEPARABLE: Final[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
+"""By model, whether its head alone gives its logits: quantizing its weights changes nothing in how they are made."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,16 +84,17 @@ class TokenScorer:
     Nothing here waits for a GPU: results stay there until the caller asks for them (``OnItsWay``).
 
     Models that do more to their logits than apply the head (soft caps, scales) are found by their configuration, and
-    by comparing on a few tokens; theirs are computed by the model itself, one row at a time.
+    by comparing on a few tokens, once a model; theirs are computed by the model itself, one row at a time.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # A composite model (Llama 4) may keep a whole causal model as its language part, and have no base of its own.
-        self.base = model.base_model if model.base_model is not model else model.get_decoder().base_model
+        self.base = base_of(model)
         self.head = model.get_output_embeddings()
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.separable = self.head is not None and self._head_gives_logits()
+        if model not in _SEPARABLE:
+            _SEPARABLE[model] = self.head is not None and self._head_gives_logits()
+        self.separable = _SEPARABLE[model]
 
     @torch.inference_mode()
     def score(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,6 +197,12 @@ class OnItsWay:
         if self._event is not None:
             self._event.synchronize()
         return [tensor.numpy() for tensor in self._tensors]
+
+
+def base_of(model: Any) -> Any:
+    """Return a causal language model without its head."""
+    # A composite model (Llama 4) may keep a whole causal model as its language part, and have no base of its own.
+    return model.base_model if model.base_model is not model else model.get_decoder().base_model
 
 
 def _in_order(

@@ -7,6 +7,7 @@ would give other numbers, and nothing would say so.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -50,6 +51,16 @@ class Verdict:
 
 _VERDICTS: Final[WeakKeyDictionary[Any, Verdict]] = WeakKeyDictionary()
 """By model: quantizing its weights changes nothing in how it is computed."""
+
+
+def forgo_sharing(model: Any, why: str) -> None:
+    """Have all requests to a model scored apart, where it can't be tried.
+
+    Args:
+        model: the model.
+        why: what ``sharing`` returns of it.
+    """
+    _VERDICTS[model] = Verdict(says=why, depth=sys.maxsize)
 
 
 def sharing(scorer: TokenScorer, plan: ScoringPlan, *, batch_tokens: int) -> str:

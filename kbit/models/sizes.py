@@ -21,6 +21,7 @@ LOGITS_AT_ONCE: Final = {"cpu": 2**24, "cuda": 2**27}
 """Logits computed at once: 32 or 256 MB of 16 bits. On a CPU their float32 copies should stay small; on a GPU the
 head, which is read for each chunk, should meet enough tokens (with a vocabulary of 250,000: 535).
 """
+GUESSED: Final = "the number of parameters"
 STORED_BYTES: Final = 2
 """Of a weight as it is read: 16 bits."""
 _WIDTHS: Final = ("hidden_size", "n_embd", "d_model")
@@ -185,7 +186,7 @@ def _of_parameters(parameters: int) -> Sizes:
         hidden=hidden,
         inner=4 * hidden,
         vocabulary=_VOCABULARY,
-        known_from="the number of parameters",
+        known_from=GUESSED,
     )
 
 

@@ -15,6 +15,8 @@ SHARE: Final = 0.9
 """Of a device's memory that is counted on: the rest is the driver's, the kernels' and the allocator's."""
 LEAST_BATCH_TOKENS: Final = 2048
 """A batch is halved as far as this, a window, before another way is taken."""
+BLOCKS: Final = "three blocks"
+"""What takes memory layer by layer, and in no other way."""
 
 
 class Way(StrEnum):
@@ -127,8 +129,8 @@ def needs(parts: Parts, way: Way, *, gpus: int = 1, batch_tokens: int) -> dict[s
                 raise ValueError("packed=None: these layers can't be held in k bits")
             held = {"packed weights": ceil(parts.packed / gpus), "uneven cut": piece if gpus > 1 else 0}
         case Way.LAYERED:
-            # A block as it was read, and as a cell has it.
-            held = {"a block, twice": 2 * parts.block, "embedding or head": max(0, parts.outside - 2 * parts.block)}
+            # A block as it was read, as a cell has it, and the next one as it comes.
+            held = {BLOCKS: 3 * parts.block, "embedding and head": 2 * parts.outside}
     logits = min(parts.logits, batch_tokens * parts.token_logits)
     batch = {"activations": batch_tokens * parts.token, "logits": logits}
     return {what: count for what, count in {**held, "largest tensor": parts.largest, **batch}.items() if count}

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import model_files, weights_among
-from kbit.models.sizes import Sizes, parts_of, sizes_of
+from kbit.models.sizes import GUESSED, Sizes, parts_of, sizes_of
 from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Choice, Way, choose_way, needs
 from kbit.spec import Spec
 from sweeps.errors import UserError
@@ -99,7 +99,7 @@ def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned
     for cell in dict.fromkeys(Cell(model=c.model, quant=c.quant) for c in manifest.wanted_cells()):
         model, spec = cell.model, cell.quant
         if model not in sizes:
-            sizes[model] = _sizes(model)
+            sizes[model] = known_sizes(model)
         known, config = sizes[model]
         if known is None:
             unknown[model] = None
@@ -125,7 +125,7 @@ def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
     Raises:
         UserError: names models, bits, sum and memory.
     """
-    refused = [w for w in ways if w.choice is None and w.sizes.known_from != "the number of parameters"]
+    refused = [w for w in ways if w.choice is None and w.sizes.known_from != GUESSED]
     if not refused:
         return
     first = refused[0]
@@ -172,7 +172,8 @@ def _files(model: ModelRef) -> tuple[Path, ...]:
         return ()
 
 
-def _sizes(model: ModelRef) -> tuple[Sizes | None, Mapping[str, Any] | None]:
+def known_sizes(model: ModelRef) -> tuple[Sizes | None, Mapping[str, Any] | None]:
+    """Return a model's sizes by the best that is known of it here, and its config.json; None where nothing is."""
     config = config_of(model, ask=False)
     try:
         return sizes_of(_files(model), config, model.params), config

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from sweeps.events import Crashed, Event, Measured, PackDone, Started, Withheld
+from sweeps.events import BlockDone, Crashed, Event, Measured, PackDone, Started, Withheld
 from sweeps.store.schema import Row
 
 LINE_SECONDS: Final = 15.0
@@ -133,6 +133,8 @@ class RunView:
         match event:
             case Started():
                 self._current[worker] = event.label
+            case BlockDone():
+                self._current[worker] = f"{event.label}: block {event.done} of {event.count}"
             case Measured():
                 self._on_row(event.row)
             case Withheld():

@@ -121,6 +121,7 @@ def columns() -> tuple[Column, ...]:
             "predicted for it as its pack began: its part of quantizing and evaluating",
             "s",
         ),
+        _c("held", "string", "how the model was held: whole, spread, packed or layer by layer; null in earlier rows"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
     from kbit.calibration import Calibration
     from kbit.evaluation.prepared import ComparingEval, PreparedEval
+    from kbit.layered.blocks import Blocks
     from kbit.models.loading import LoadedModel
     from kbit.models.originals import Originals
+    from kbit.models.streaming.packing import Packing
 
 
 @dataclass(kw_only=True)
@@ -43,6 +46,9 @@ class Warm:
     load_seconds: float = 0.0
     total_seconds: float = 0.0
     _loaded: LoadedModel | None = None
+    _layered: tuple[LoadedModel, Blocks] | None = None
+    _packing: Packing | None = None
+    _whole_only: tuple[ModelRef, str] | None = None
     _originals: Originals | None = None
     _failed: tuple[tuple[ModelRef, str], Exception, TracebackType | None] | None = None
     _prepared: dict[str, PreparedEval] = field(default_factory=dict)
@@ -58,13 +64,9 @@ class Warm:
                 error each time.
         """
         wanted = (model, dtype)
-        # What can't be loaded fails all its cells at once; trying again for each may take hours.
-        is_known = self._failed is not None and self._failed[0] == wanted
-        if not is_known and (self._loaded is None or self.holds != wanted):
-            # The old model goes first: two at once may not fit.
-            self._loaded = self._originals = self.holds = None
-            self._references.clear()
-            free_memory(self.device)
+        self._raise_known_failure(wanted)
+        if self._loaded is None or self.holds != wanted:
+            self._let_go()
             began = time.perf_counter()
             try:
                 self._loaded = self._read(model, dtype)
@@ -74,13 +76,94 @@ class Warm:
             finally:
                 self.load_seconds = time.perf_counter() - began
                 self.total_seconds += self.load_seconds
-        if self._failed is not None and self._failed[0] == wanted:
-            # Raised here each time, with the traceback of the first: an exception's own grows whenever it is raised,
-            # and cells that failed alike would have other words each.
-            _, failure, frames = self._failed
-            raise failure.with_traceback(frames and frames.tb_next)
+        self._raise_known_failure(wanted)
         assert self._loaded is not None
         return self._loaded
+
+    def _raise_known_failure(self, wanted: tuple[ModelRef, str]) -> None:
+        """Raise what a model couldn't be loaded for before; trying again for each of its cells may take hours.
+
+        It is raised here each time, with the traceback of the first: an exception's own grows whenever it is raised,
+        and cells that failed alike would have other words each.
+        """
+        if self._failed is not None and self._failed[0] == wanted:
+            _, failure, frames = self._failed
+            raise failure.with_traceback(frames and frames.tb_next)
+
+    def load_layered(self, model: ModelRef, dtype: str) -> tuple[LoadedModel, Blocks]:
+        """Return the model without the weights of its blocks, and what fetches these one at a time.
+
+        Raises:
+            As ``load``.
+        """
+        if self._layered is None or self.holds != (model, dtype):
+            self._let_go()
+            began = time.perf_counter()
+            try:
+                check_unchanged(model)
+                self._layered = open_blocks(model, self.device, dtype, trust_remote_code=self.trust_remote_code)
+            finally:
+                self.load_seconds = time.perf_counter() - began
+                self.total_seconds += self.load_seconds
+            self.holds = (model, dtype)
+        return self._layered
+
+    def load_packed(self, model: ModelRef, dtype: str) -> Packing | None:
+        """Return the model without its weights, to be quantized as they are read.
+
+        None where its files can't be read tensor by tensor (``NotStreamableError``): it has to be loaded whole.
+
+        Raises:
+            As ``load``.
+        """
+        from kbit.errors import NotStreamableError
+
+        wanted = (model, dtype)
+        if self._whole_only == wanted:
+            return None
+        self._raise_known_failure(wanted)
+        if self._packing is None or self.holds != wanted:
+            self._let_go()
+            began = time.perf_counter()
+            try:
+                self._packing = self._open(model, dtype)
+                self.holds = wanted
+            except NotStreamableError as error:
+                self._whole_only = wanted
+                print(f"{model.label} has to be loaded whole: {error}", file=sys.stderr, flush=True)
+                return None
+            except Exception as error:
+                self._failed = (wanted, error, error.__traceback__)
+            finally:
+                self.load_seconds = time.perf_counter() - began
+                self.total_seconds += self.load_seconds
+        self._raise_known_failure(wanted)
+        return self._packing
+
+    @property
+    def packing(self) -> Packing | None:
+        """What quantizes the held model as it is read; None where it was loaded whole."""
+        return self._packing
+
+    def _open(self, model: ModelRef, dtype: str) -> Packing:
+        from kbit.models.streaming.packing import Packing
+        from kbit.models.streaming.streamed import open_streamed
+
+        check_unchanged(model)
+        streamed = open_streamed(
+            model.path or str(model.hub_id),
+            revision=model.commit,
+            compute_dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+        check_reading(model, streamed.loaded)
+        return Packing(streamed, device=self.device, gpus=self.gpus)
+
+    def _let_go(self) -> None:
+        """Let the held model go, before another is loaded: two at once may not fit."""
+        self._loaded = self._originals = self._layered = self._packing = self.holds = None
+        self._references.clear()
+        free_memory(self.device)
 
     def originals(self, loaded: LoadedModel) -> Originals:
         """Return what the cells of the loaded model begin from."""
@@ -181,6 +264,26 @@ def _key(what: Mapping[str, object], loaded: LoadedModel) -> str:
     """Return the key of data encoded for a model: everything that they are made from."""
     model = {"tokenizer": loaded.tokenizer_hash, "context": loaded.context, "vocab_size": loaded.vocab_size}
     return canonical_json({"of": what, **model})
+
+
+def open_blocks(model: ModelRef, device: str, dtype: str, *, trust_remote_code: bool) -> tuple[LoadedModel, Blocks]:
+    """Return a model of which a block at a time is on the device: read from its files, or where these can't be read
+    tensor by tensor, from the host's memory.
+    """
+    from kbit.errors import NotStreamableError
+    from kbit.layered.blocks import HostBlocks, StreamedBlocks
+    from kbit.models.loading import load_model
+    from kbit.models.streaming.streamed import open_streamed
+
+    where, code = model.path or str(model.hub_id), trust_remote_code
+    try:
+        streamed = open_streamed(where, revision=model.commit, compute_dtype=dtype, trust_remote_code=code)
+    except NotStreamableError:
+        loaded = load_model(where, revision=model.commit, device="cpu", compute_dtype=dtype, trust_remote_code=code)
+        check_reading(model, loaded)
+        return loaded, HostBlocks(loaded.model, device)
+    check_reading(model, streamed.loaded)
+    return streamed.loaded, StreamedBlocks(streamed, device)
 
 
 def is_lost(error: Exception) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
+from kbit.models.ways import Way
 from sweeps.errors import EXIT_IO, EXIT_LOAD, DataChangedError, StoreError
 from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped, Withheld
 from sweeps.plan.cost import load_seconds
@@ -38,10 +39,12 @@ from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.sharing import Brought, bringers_first
 from sweeps.worker.time_budget import Pace
+from sweeps.worker.ways import runs_layered, way_of
 
 if TYPE_CHECKING:
     from kbit.models.loading import LoadedModel
     from kbit.models.quantize import QuantHandle
+    from sweeps.worker.layered import LayeredRun
 
 SEED: Final = 0
 MIN_BATCH_TOKENS: Final = 256
@@ -108,7 +111,8 @@ class Worker:
         It ends early, after a whole measurement, when it is asked to stop ('asked'), or before a cell that would not
         end by ``until``, in epoch seconds ('walltime'). What was not measured is the caller's to give to another.
         """
-        why = self._run_items(pack, until)
+        layered = self._layered(pack)
+        why = self._run_items(pack, until) if layered is None else layered.run(until)
         self._storing(lambda: self.store.compact(pack.id))
         self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
@@ -133,6 +137,29 @@ class Worker:
             pace.took(number, time.monotonic() - began - (self._warm.total_seconds - loading))
         return None
 
+    def _layered(self, pack: Pack) -> LayeredRun | None:
+        """Return what runs a pack layer by layer, where some cell of it can run in no other way."""
+        from sweeps.worker.layered import LayeredRun
+
+        if not runs_layered(pack, device=self.device, gpus=self.gpus, batch_tokens=self._batch):
+            return None
+        return LayeredRun(
+            pack=pack,
+            device=self.device,
+            gpus=self.gpus,
+            out=self.store.out,
+            warm=self._warm,
+            stop=self.stop.asked,
+            emit=self.emit,
+            batch=lambda: self._batch,
+            halve_batch=partial(self._halve_batch, pack),
+            origin=partial(self._origin, pack),
+            record=self._record_result,
+            fail=partial(self._record_failure, pack),
+            withhold=partial(self._withhold, pack),
+            blame_node=partial(self._blame_node, pack.model),
+        )
+
     @property
     def _batch(self) -> int:
         """Return the tokens in a batch of the loaded model."""
@@ -151,7 +178,7 @@ class Worker:
         started = datetime.now(UTC)
         try:
             dtype, packed = form
-            loaded = self._load(cell.model, dtype)
+            loaded = self._load(cell, dtype)
             measurements = self._refer(pack, measurements, loaded)
             if not measurements:
                 return True
@@ -211,6 +238,7 @@ class Worker:
             **run_row(measurement, self._origin(pack), started),
             **result_columns(result),
             **handle_columns(handle),
+            "held": self._held(measurement.eval).value,
             "compute_dtype": str(loaded.model.dtype).removeprefix("torch."),
             "seconds": seconds,
             "quantize_seconds": quantize_seconds,
@@ -218,6 +246,9 @@ class Worker:
             "predicted_seconds": self._predicted,
             "peak_memory_bytes": peak_memory(self.gpus) - self._warm.kept_gpu_bytes,
         }
+        self._record_result(row)
+
+    def _record_result(self, row: Row) -> None:
         self._record(row)
         self._has_measured = True
 
@@ -261,13 +292,25 @@ class Worker:
                 if self._batch <= MIN_BATCH_TOKENS:
                     raise
                 recover(error, self.device)
-            self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
-            self.emit(SmallerBatch(pack=pack.id, batch_tokens=self._batch))
+            self._halve_batch(pack)
 
-    def _load(self, model: ModelRef, dtype: str) -> LoadedModel:
+    def _halve_batch(self, pack: Pack) -> bool:
+        """Have batches of half as many tokens for the model that is held; tell whether that was possible."""
+        held = self._warm.holds
+        if held is None or self._batch <= MIN_BATCH_TOKENS:
+            return False
+        self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
+        self.emit(SmallerBatch(pack=pack.id, batch_tokens=self._batch))
+        return True
+
+    def _load(self, cell: Cell, dtype: str) -> LoadedModel:
+        """Return a cell's model, without its weights where it will be quantized as they are read."""
+        model = cell.model
         is_new = self._warm.holds != (model, dtype)
+        way = way_of(cell, dtype, device=self.device, gpus=self.gpus, batch_tokens=self.batch_tokens)
         try:
-            loaded = self._warm.load(model, dtype)
+            packing = self._warm.load_packed(model, dtype) if way is Way.PACKED else None
+            loaded = packing.streamed.loaded if packing is not None else self._warm.load(model, dtype)
         except Exception as error:
             self._blame_node(model, error)
             raise
@@ -296,6 +339,12 @@ class Worker:
             "batch_tokens": self._batch,
         }
         return Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance={**self.provenance, **here})
+
+    def _held(self, spec: EvalSpec) -> Way:
+        """Return how the model is held while it is measured."""
+        if EVALUATORS[spec.kind].packed or self._warm.packing is not None:
+            return Way.PACKED
+        return Way.SPREAD if self.gpus > 1 else Way.WHOLE
 
     def _kernel(self) -> str:
         """Return the name of the implementation that quantizes here."""
@@ -336,6 +385,8 @@ class Worker:
         from kbit.memory import is_out_of_memory
         from kbit.models.quantize import Calibrated, quantize_model
 
+        if self._warm.packing is not None:
+            return self._warm.packing.quantize(cell.quant)
         calibrated = None
         if cell.calibration is not None:
             dtype = cell.calibration.compute_dtype

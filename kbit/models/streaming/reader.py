@@ -62,9 +62,9 @@ class Reading:
         self._ended = False
         self._files = _Files()
         self._streams = {
-            a.device: torch.cuda.Stream(a.device)  # type: ignore[no-untyped-call]
-            for a in self._order
-            if a.device.type == "cuda"
+            device: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            for device in {a.device for a in self._order}
+            if device.type == "cuda"
         }
         pieces = sum(a.missing for a in self._order)
         self._threads = [

@@ -445,9 +445,28 @@ def test_a_checkpoint_is_written_and_quantized_as_it_is_read(
     assert model.model.decoder.layers[0].fc1.weight.float().std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_a_checkpoint_runs_layer_by_layer_and_whole_with_equal_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--write", "small", "--to", str(tmp_path / "model"), "--device", "cpu"])
+    options = ["--tokens", "128", "--batch-tokens", "64", "--device", "cpu", "--out", str(tmp_path / "out")]
+    main(["--layered", str(tmp_path / "model"), *options])
+    said = capsys.readouterr().out
+    assert "9 cells on 128 tokens in one pass" in said
+    assert "Extrapolated to OPT-175B" in said
+    records = json.loads((tmp_path / "out" / "layered.json").read_text())["layered"]
+    assert [record["same_bits"] for record in records] == [1] * 9
+    assert len({record["loss"] for record in records}) == 9
+    states = 9 * 128 * switch.SMALL.hidden * 4
+    assert all(record["states_host_memory_bytes"] == states for record in records)
+    assert all(record["computing_seconds"] > 0 and record["ratio"] > 0 for record in records)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--layered", "/nowhere"], "--layered /nowhere"),
+        (["--limit-gb", "6"], "--limit-gb belongs to --layered"),
         (["--load", "/nowhere"], "--load /nowhere"),
         (["--write", "small"], "belong together"),
         (["--readers", "3"], "--readers belongs to --load"),

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kbit import QuantSpec, quantize_model
+from kbit.bench import checkpoint
+from kbit.bench.decode import Architecture
 from kbit.errors import ArchitectureError, SpecError, WeightError
 from kbit.models.architectures import Layer, block_layers
 from kbit.models.loading import load_model
@@ -152,3 +154,54 @@ def test_over_several_gpus_a_model_is_cut_by_what_its_layers_take_in_k_bits(tmp_
     by_bits = {bits: ours._devices(QuantSpec(bits=bits, dtype="int")) for bits in (2, 8)}
     assert all(set(devices.values()) == {0, 1} for devices in by_bits.values())
     assert {ours.device_of("lm_head.weight", by_bits[2]).index, by_bits[2]["lm_head"]} == {1}
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+WIDE = Architecture(name="wide", hidden=1024, ffn=4096, layers=12, heads=16, vocab=2048, positions=64)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wide")
+    checkpoint.write(WIDE, directory, device="cuda", say=lambda _: None)
+    return directory
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["float in blocks", "normal, nested", "quantile", "outliers"])
+def test_on_a_gpu_the_codes_are_those_of_the_whole_model(kind: str, wide: Path) -> None:
+    loaded = load_model(str(wide), device="cuda", compute_dtype="storage")
+    whole = quantize_model(loaded.model, SPECS[kind], storage_dtype=loaded.storage_dtype, packed=True)
+    ours = Packing(open_streamed(str(wide), compute_dtype="storage"), device="cuda")
+    for _ in range(2):  # the second time from the page cache, while the first cell's memory is used again
+        handle = ours.quantize(SPECS[kind])
+        assert (handle.codebook_hash, handle.total_bits) == (whole.codebook_hash, whole.total_bits)
+        assert identical(buffers(ours.model), buffers(loaded.model))
+
+
+@needs_gpu
+def test_a_gpu_holds_the_k_bits_and_two_tensors_at_most(wide: Path) -> None:
+    ours = Packing(open_streamed(str(wide), compute_dtype="storage"), device="cuda")
+    ours.quantize(SPECS["float in blocks"]).restore()  # kernels and their buffers
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated() - sum(p.nbytes for p in ours.model.parameters() if not p.is_meta)
+    torch.cuda.reset_peak_memory_stats()
+    ours.quantize(SPECS["float in blocks"])
+    held = sum({t.data_ptr(): t.nbytes for t in buffers(ours.model).values()}.values())
+    largest = 2 * WIDE.hidden * WIDE.ffn
+    assert torch.cuda.max_memory_allocated() - before < held + 3.5 * largest
+    assert held < 0.4 * sum(file.stat().st_size for file in wide.glob("*.safetensors"))
+
+
+@needs_gpus
+def test_over_two_gpus_a_packed_model_gives_the_logits_of_one(wide: Path) -> None:
+    ids = torch.arange(24, device="cuda")[None]
+    one = Packing(open_streamed(str(wide), compute_dtype="storage"), device="cuda")
+    both = Packing(open_streamed(str(wide), compute_dtype="storage"), device="cuda", gpus=2)
+    for spec in (SPECS["float in blocks"], SPECS["outliers"]):
+        one.quantize(spec)
+        both.quantize(spec)
+        assert {buffer.device.index for buffer in buffers(both.model).values()} == {0, 1}
+        with torch.no_grad():
+            assert torch.equal(one.model(ids).logits, both.model(ids).logits.to(ids.device))

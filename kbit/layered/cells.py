@@ -1,0 +1,197 @@
+"""The cells of a pass: each quantizes a block from its original weights, after the one before has used it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kbit.errors import LayeredError
+from kbit.methods.protocol import method_of
+from kbit.models.architectures import Layer
+from kbit.models.originals import Fitted
+from kbit.models.outliers import block_spreads, largest_columns
+from kbit.models.quantize import BitCount, QuantHandle
+from kbit.spec import Spec
+
+
+@dataclass(kw_only=True, eq=False)
+class PassCell:
+    """One cell of a pass.
+
+    Attributes:
+        key: by which its states are known, also to a later process.
+        spec: how it is quantized.
+        calls: the forward passes that it is measured by, by their keys (``kbit.layered.hollow.Call``).
+        count: of its layers so far; None before the pass.
+        error: what ended it; it takes no part any more.
+        quantize_seconds: what quantizing took so far, on a GPU without what still runs there.
+    """
+
+    key: str
+    spec: Spec
+    calls: Sequence[str]
+    count: BitCount | None = None
+    error: Exception | None = None
+    quantize_seconds: float = 0.0
+
+    def handle(self) -> QuantHandle:
+        """Return its size, once all blocks are done."""
+        assert self.count is not None
+        return self.count.handle(self.spec, [])
+
+    def notes(self) -> dict[str, Any]:
+        """Return what is counted so far as plain JSON values."""
+        assert self.count is not None
+        return {
+            "shapes": self.count.shapes,
+            "stored_bits": self.count.stored_bits,
+            "quantized": self.count.quantized,
+            "codebooks": base64.b64encode(self.count.codebooks).decode(),
+            "quantize_seconds": self.quantize_seconds,
+        }
+
+    def go_on(self, notes: Mapping[str, Any]) -> None:
+        """Take what was counted before, as ``notes`` gave it."""
+        assert self.count is not None
+        self.count.shapes = {name: (int(shape[0]), int(shape[1])) for name, shape in notes["shapes"].items()}
+        self.count.stored_bits, self.count.quantized = int(notes["stored_bits"]), int(notes["quantized"])
+        self.count.codebooks = bytearray(base64.b64decode(notes["codebooks"]))
+        self.quantize_seconds = float(notes["quantize_seconds"])
+
+
+@dataclass(kw_only=True, eq=False)
+class Spreads:
+    """The spread of what precedes each layer, from block to block, for proxy quantization: once for all cells.
+
+    Attributes:
+        model: whose configuration says how layers follow one another.
+        wanted: some cell asks for it.
+        entering: float64 [hidden], of the last block that was done; on the host.
+    """
+
+    model: nn.Module
+    wanted: bool
+    entering: Tensor | None = None
+    _of_block: dict[str, Tensor | None] = field(default_factory=dict)
+    _leaving: Tensor | None = None
+    _error: Exception | None = None
+
+    def begin(self, layers: Sequence[Layer], storage_dtype: torch.dtype | None) -> None:
+        """Look at a block that lies on the device with its original weights."""
+        if not self.wanted or not layers or self._error is not None:
+            return
+        entering = None if self.entering is None else self.entering.to(layers[0].weight.device)
+        try:
+            self._of_block, self._leaving = block_spreads(self.model, layers, entering, storage_dtype=storage_dtype)
+        except Exception as error:  # of those cells that ask for it
+            self._error = error
+
+    def columns(self, layers: Sequence[Layer], fraction: float) -> dict[str, Tensor | None]:
+        """Return the columns of the block's layers that stay in 16 bits."""
+        if self._error is not None:
+            raise self._error
+        return largest_columns(self._of_block, layers, fraction)
+
+    def end(self) -> None:
+        """Leave the block."""
+        if self._leaving is not None:
+            self.entering, self._leaving = self._leaving.cpu(), None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldBlock:
+    """A block on the device: ``kbit.methods.protocol.Block`` for methods that don't run it."""
+
+    number: int
+    layers: tuple[Layer, ...]
+
+    def run(self, *_: object, **__: object) -> Any:
+        raise LayeredError("the method runs blocks on calibration data, which a pass layer by layer doesn't keep")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockPass:
+    """A pass over one block (``kbit.methods.protocol.ModelPass``): a method is called for each block anew.
+
+    Attributes:
+        storage_dtype, fitted: see ``kbit.methods.protocol.ModelPass``.
+    """
+
+    block: HeldBlock
+    storage_dtype: torch.dtype | None
+    fitted: Fitted
+    spreads: Spreads
+
+    def blocks(self) -> Iterator[HeldBlock]:
+        yield self.block
+
+    def start(self, _: Tensor) -> Any:
+        raise LayeredError("the method calibrates, which a pass layer by layer doesn't do yet")
+
+    def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
+        return self.spreads.columns(self.block.layers, fraction)
+
+    @property
+    def embedding(self) -> Layer | None:
+        raise LayeredError("the method quantizes the embedding, which stays at 16 bits where a model runs in layers")
+
+    @property
+    def head(self) -> Layer | None:
+        raise LayeredError("the method quantizes the head, which stays at 16 bits where a model runs in layers")
+
+
+class BlockWeights:
+    """The weights of one block on the device for all cells: the originals, and what a cell computes with.
+
+    The second exist from the first quantized cell on. Each cell overwrites them; what it leaves alone is given back.
+
+    Args:
+        layers: the block's, which hold their original weights.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._parameters = {id(layer.parameter): layer.parameter for layer in layers}
+        self._originals = {key: p.data for key, p in self._parameters.items()}
+        self._changed: dict[str, Layer] = {}
+        self.layers = tuple(
+            replace(layer, original=self._originals[id(layer.parameter)], reads_original=True) for layer in layers
+        )
+
+    def quantize(self, number: int, cell: PassCell, like: BlockPass) -> None:
+        """Have the block hold a cell's weights.
+
+        Raises:
+            LayeredError: the method can't be had block by block.
+            WeightError, ArchitectureError, SpecError: as ``kbit.models.quantize.quantize_model``.
+        """
+        assert cell.count is not None
+        left, self._changed = self._changed, {}
+        try:
+            if not cell.spec.is_baseline and self.layers:
+                self._part()
+                held = replace(like, block=HeldBlock(number=number, layers=self.layers))
+                for layer, stored in method_of(cell.spec)(held, cell.spec, None):
+                    cell.count.add(layer, stored)
+                    self._changed[layer.name] = layer
+                    stored.put(layer)
+        finally:
+            for name, layer in left.items():
+                if name not in self._changed:
+                    assert layer.original is not None
+                    layer.working.copy_(layer.matrix(layer.original))
+
+    def _part(self) -> None:
+        """Give the block weights of its own, beside the originals."""
+        for key, parameter in self._parameters.items():
+            if parameter.data_ptr() == self._originals[key].data_ptr():
+                parameter.data = self._originals[key].clone()
+
+    def leave(self) -> None:
+        """Give the parameters their originals back."""
+        for key, parameter in self._parameters.items():
+            parameter.data = self._originals[key]

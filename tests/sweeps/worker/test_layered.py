@@ -1,0 +1,236 @@
+"""A pack whose model fits nowhere runs layer by layer: the same rows, and on from where it was cut."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kbit.evaluation import zeroshot
+from kbit.evaluation.spec import EvalSpec
+from kbit.layered import run
+from kbit.layered.run import LayeredPass
+from kbit.models.places import Room
+from kbit.sources import source_from_dict
+from kbit.spec import QuantSpec
+from sweeps import load_samples
+from sweeps.config import DEMO_DIR
+from sweeps.events import BlockDone, Stopped
+from sweeps.worker import layered, ways, worker
+from tests import ROOT
+from tests.kbit.evaluation.test_zeroshot import write_task
+from tests.sweeps.worker.test_worker import BASELINE, INT4, NEOX_XS, Bench, evaluation, pack_of
+
+NEOX_M = NEOX_XS.parent / "neox-m"
+MEMORY = 96_000_000
+"""Bytes that hold no neox-m whole with a batch in float32, but hold it layer by layer."""
+OUTLIERS = QuantSpec(bits=3, dtype="quantile", blocksize=64, outlier_fraction=0.02)
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "device_memory", lambda _: MEMORY)
+
+
+def choice(**changes: Any) -> EvalSpec:
+    files = {"task_file": DEMO_DIR / "tasks" / "jargon_choice.yaml", "path": DEMO_DIR / "text" / "jargon_choice.jsonl"}
+    source = {name: str(path) for name, path in files.items()}
+    return evaluation("jargon_choice", kind="task", window=None, limit=24, source=source_from_dict(source), **changes)
+
+
+def results(bench: Bench, *columns: str) -> dict[tuple[int, str], dict[str, Any]]:
+    rows = bench.rows()
+    samples = load_samples(bench.store.out, [row["measurement"] for row in rows])
+    return {
+        (row["bits"], row["eval"]): {
+            **{column: row[column] for column in columns},
+            "samples": {name: values.tolist() for name, values in samples[row["measurement"]].items()},
+        }
+        for row in rows
+    }
+
+
+SAME = (
+    *("status", "metrics", "stderr", "n_samples", "n_tokens", "dataset_hash", "compute_dtype"),
+    *("bits_per_param", "total_bits", "total_bits_nominal", "codebook_hash", "measurement", "batch_tokens"),
+)
+
+
+def test_a_model_that_fits_nowhere_has_the_rows_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evals = (evaluation(), evaluation("jargon_agreement", kind="agreement"), choice())
+    pack = pack_of(BASELINE, INT4, OUTLIERS, evals=evals, model=NEOX_M)
+    whole = Bench(tmp_path / "whole")
+    with monkeypatch.context() as apart:
+        # Layer by layer, requests don't share their beginnings: these are equal up to float noise only.
+        apart.setattr(zeroshot, "sharing", lambda *_, **__: "not shared: layer by layer")
+        whole.worker.run_pack(pack)
+    monkeypatch.setattr(ways, "device_memory", lambda _: MEMORY)
+    bench = Bench(tmp_path / "layered")
+    bench.worker.run_pack(pack)
+    assert results(bench, *SAME) == results(whole, *SAME)
+    rows = bench.rows()
+    assert {row["status"] for row in rows} == {"done"}
+    assert ({row["held"] for row in rows}, {row["held"] for row in whole.rows()}) == ({"layer by layer"}, {"whole"})
+    assert {row["prefixes"] for row in rows} == {None, "not shared: layer by layer"}
+    assert all(row["seconds"] > 0 and row["load_seconds"] > 0 and row["peak_memory_bytes"] > 10**6 for row in rows)
+    said = [event for event in bench.events if isinstance(event, BlockDone)]
+    assert [(event.done, event.count) for event in said] == [(n, 6) for n in range(1, 7)]
+    assert said[0].label == "neox-m, 3 cells layer by layer"
+    assert bench.names()[-1] == "pack_done"
+    assert not (tmp_path / "layered" / "passes").exists()
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_without_the_baseline_in_the_pack_others_are_still_compared_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evals = (evaluation("jargon_agreement", kind="agreement"),)
+    all_in_one, apart = Bench(tmp_path / "all"), Bench(tmp_path / "apart")
+    all_in_one.worker.run_pack(pack_of(BASELINE, INT4, evals=evals, model=NEOX_M))
+    # Its own way would be packed.
+    monkeypatch.setattr(ways, "runs_layered", lambda *_, **__: True)
+    monkeypatch.setattr(worker, "runs_layered", lambda *_, **__: True)
+    apart.worker.run_pack(pack_of(INT4, evals=evals, model=NEOX_M))
+    both = results(all_in_one, *SAME)
+    assert both[16, "jargon_agreement"]["metrics"][0] == ("kl", 0.0)
+    assert results(apart, *SAME) == {key: row for key, row in both.items() if key[0] == 4}
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_what_can_not_be_had_layer_by_layer_fails_by_name_and_the_rest_is_measured(tmp_path: Path) -> None:
+    task_file, data = write_task(
+        tmp_path,
+        [{"q": "The computer is", "a": "on"}] * 3,
+        output_type="generate_until",
+        doc_to_text="{{q}}",
+        doc_to_target="{{a}}",
+        generation_kwargs={"until": ["."], "max_gen_toks": 4, "do_sample": False},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    source = source_from_dict({"task_file": str(task_file), "path": str(data)})
+    generating = evaluation("own", kind="task", window=None, limit=None, source=source)
+    bench = Bench(tmp_path / "out")
+    bench.worker.run_pack(pack_of(BASELINE, INT4, evals=(evaluation(), generating), model=NEOX_M))
+    rows = {(row["bits"], row["eval"]): row for row in bench.rows()}
+    assert {key: row["status"] for key, row in rows.items()} == {
+        **{(16, "jargon"): "done", (4, "jargon"): "done", (16, "own"): "failed", (4, "own"): "failed"}
+    }
+    assert "own can't be measured layer by layer: it generates text, token by token" in rows[4, "own"]["error"]
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_asked_to_stop_or_out_of_time_it_goes_on_at_the_layer_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = pack_of(BASELINE, INT4, OUTLIERS, model=NEOX_M)
+    uncut = Bench(tmp_path / "uncut")
+    uncut.worker.run_pack(pack)
+    bench = Bench(tmp_path / "cut")
+    bench.stop_at = "block_done"
+    bench.worker.run_pack(pack)
+    assert bench.events[-1] == Stopped(pack=pack.id, reason="asked")
+    assert (bench.rows(), [e.done for e in bench.events if isinstance(e, BlockDone)]) == ([], [1])
+    late = Bench(tmp_path / "cut")
+
+    class Clock:
+        monotonic, perf_counter = time.monotonic, time.perf_counter
+
+        @staticmethod
+        def time() -> float:
+            return time.time() + (1e6 if "block_done" in late.names() else 0)
+
+    with monkeypatch.context() as later:
+        later.setattr(layered, "time", Clock)
+        late.worker.run_pack(pack, until=time.time() + 1e5)
+    assert late.events[-1] == Stopped(pack=pack.id, reason="walltime")
+    done = [e.done for e in late.events if isinstance(e, BlockDone)]
+    assert done == [2]
+    again = Bench(tmp_path / "cut")
+    again.worker.run_pack(pack)
+    assert [e.done for e in again.events if isinstance(e, BlockDone)] == [3, 4, 5, 6]
+    assert results(again, *SAME) == results(uncut, *SAME)
+    assert not (tmp_path / "cut" / "passes").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kbit.layered import run
+from sweeps.worker import layered, ways
+from tests.sweeps.worker.test_layered import MEMORY, NEOX_M, OUTLIERS
+from tests.sweeps.worker.test_worker import BASELINE, INT4, Bench, pack_of
+
+ways.device_memory = lambda _: MEMORY
+run.SNAPSHOT_SHARE = float("inf")  # however long they take
+begun = layered.LayeredRun.__init__
+layered.LayeredRun.__init__ = lambda self, **given: begun(self, snapshot_seconds=0.0, **given)
+bench = Bench(Path(sys.argv[1]))
+told = bench.worker.emit
+
+def emit(event):
+    told(event)
+    # A snapshot of block 3 is there; block 4 is done, and not kept.
+    if event.name == "block_done" and event.done == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+bench.worker.emit = emit
+bench.worker.run_pack(pack_of(BASELINE, INT4, OUTLIERS, model=NEOX_M))
+"""
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_killed_during_a_pass_it_goes_on_at_its_last_snapshot(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    pack = pack_of(BASELINE, INT4, OUTLIERS, model=NEOX_M)
+    again, uncut = Bench(tmp_path / "killed"), Bench(tmp_path / "uncut")
+    assert again.rows() == []
+    again.worker.run_pack(pack)
+    assert [e.done for e in again.events if isinstance(e, BlockDone)] == [4, 5, 6]
+    uncut.worker.run_pack(pack)
+    assert results(again, *SAME) == results(uncut, *SAME)
+    assert not (tmp_path / "killed" / "passes").exists()
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_where_activations_have_no_room_the_error_says_where_how_much_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Room(needed=0, free=0, total=1)
+    monkeypatch.setattr(layered, "_host", lambda: nothing)
+    monkeypatch.setattr(run, "disk_room", lambda _: nothing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    bench = Bench(tmp_path / "out")
+    bench.worker.run_pack(pack_of(BASELINE, INT4, model=NEOX_M))
+    # Of two cells, 1,024 tokens of 256 dimensions in float32.
+    needed = f"{2 * 1024 * 256 * 4:,}"
+    for row in bench.rows():
+        assert (row["status"], row["error_type"]) == ("failed", "NoRoomError")
+        assert f"need {needed} bytes outside of the GPU" in row["error"]
+        assert f"{tmp_path} 0. Make room there, or set TMPDIR" in row["error"]
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_where_memory_runs_out_batches_are_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, failures = LayeredPass.run, iter([True])
+
+    def short(self: LayeredPass, between: Any) -> bool:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no memory")
+        return own(self, between)
+
+    monkeypatch.setattr(LayeredPass, "run", short)
+    bench = Bench(tmp_path)
+    bench.worker.run_pack(pack_of(BASELINE, INT4, model=NEOX_M))
+    assert {(row["status"], row["batch_tokens"]) for row in bench.rows()} == {("done", 1024)}
