@@ -64,8 +64,7 @@ class Warm:
                 error each time.
         """
         wanted = (model, dtype)
-        self._raise_known_failure(wanted)
-        if self._loaded is None or self.holds != wanted:
+        if not self._has_failed(wanted) and (self._loaded is None or self.holds != wanted):
             self._let_go()
             began = time.perf_counter()
             try:
@@ -80,11 +79,14 @@ class Warm:
         assert self._loaded is not None
         return self._loaded
 
-    def _raise_known_failure(self, wanted: tuple[ModelRef, str]) -> None:
-        """Raise what a model couldn't be loaded for before; trying again for each of its cells may take hours.
+    def _has_failed(self, wanted: tuple[ModelRef, str]) -> bool:
+        """Tell whether a model couldn't be loaded before; trying again for each of its cells may take hours."""
+        return self._failed is not None and self._failed[0] == wanted
 
-        It is raised here each time, with the traceback of the first: an exception's own grows whenever it is raised,
-        and cells that failed alike would have other words each.
+    def _raise_known_failure(self, wanted: tuple[ModelRef, str]) -> None:
+        """Raise what a model couldn't be loaded for, from one place, with the traceback of the first time.
+
+        An exception's own grows whenever it is raised, and cells that failed alike would have other words each.
         """
         if self._failed is not None and self._failed[0] == wanted:
             _, failure, frames = self._failed
@@ -121,8 +123,7 @@ class Warm:
         wanted = (model, dtype)
         if self._whole_only == wanted:
             return None
-        self._raise_known_failure(wanted)
-        if self._packing is None or self.holds != wanted:
+        if not self._has_failed(wanted) and (self._packing is None or self.holds != wanted):
             self._let_go()
             began = time.perf_counter()
             try:
