@@ -92,9 +92,7 @@ class TokenScorer:
         self.base = base_of(model)
         self.head = model.get_output_embeddings()
         self.device: torch.device = model.get_input_embeddings().weight.device
-        if model not in _SEPARABLE:
-            _SEPARABLE[model] = self.head is not None and self._head_gives_logits()
-        self.separable = _SEPARABLE[model]
+        self.separable = self._find_separable()
 
     @torch.inference_mode()
     def score(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,23 +148,32 @@ class TokenScorer:
     def _put(self, array: NDArray[Any]) -> torch.Tensor:
         return put(array, self.device)
 
+    def _find_separable(self) -> bool:
+        if self.model not in _SEPARABLE:
+            config = self.model.config.get_text_config()
+            changes = any(getattr(config, name, None) not in (None, 1) for name in LOGIT_CHANGES)
+            found, is_certain = (False, True) if self.head is None or changes else self._try_head()
+            if not is_certain:
+                return found
+            _SEPARABLE[self.model] = found
+        return _SEPARABLE[self.model]
+
     @torch.inference_mode()
-    def _head_gives_logits(self) -> bool:
-        config = self.model.config.get_text_config()
-        if any(getattr(config, name, None) not in (None, 1) for name in LOGIT_CHANGES):
-            return False
+    def _try_head(self) -> tuple[bool, bool]:
+        """Tell whether the head gives the logits, and whether that is certain."""
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
         expected = self.model(ids, use_cache=False).logits
         outputs = self.base(ids, use_cache=False)
         if not hasattr(outputs, "last_hidden_state"):
-            return False
+            return False, True
         logits = self.head(outputs.last_hidden_state).to(expected.device)
         # The arithmetic is the same: what may differ is the last bit or two of 16.
         close = 1e-4 if logits.dtype == torch.float32 else 2 * torch.finfo(logits.dtype).eps
-        # A model that diverged gives NaN both ways.
-        return logits.shape == expected.shape and torch.allclose(
+        is_equal = logits.shape == expected.shape and torch.allclose(
             logits.float(), expected.float(), rtol=close, atol=close, equal_nan=True
         )
+        # A cell that diverged gives NaN both ways, which says nothing of the model's other cells.
+        return is_equal, bool(expected.isfinite().all())
 
 
 def put(array: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -64,7 +64,7 @@ def place_states(
             raise NoRoomError(
                 f"the activations of this pass need {rest:,} bytes outside of the GPU: this machine's memory has "
                 f"{host.free:,} bytes left, and {directory} {disk.free:,}. Make room there, or set TMPDIR to a "
-                "directory with room, or run fewer cells at once (executor.cells), or less text (eval.tokens, "
+                "directory with room, or run fewer cells at once (executor.cells_per_job), or less text (eval.tokens, "
                 "eval.limit)"
             )
     return tuple(place or other for place in places)

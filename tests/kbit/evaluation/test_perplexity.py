@@ -243,6 +243,17 @@ def test_a_weak_cap_shows_without_a_word_of_it_in_the_configuration(monkeypatch:
     assert not TokenScorer(model).separable
 
 
+def test_a_cell_that_diverged_does_not_decide_how_the_next_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "LOGIT_CHANGES", ())
+    model = capped(0.5)
+    weight = model.get_output_embeddings().weight.data
+    before = weight.clone()
+    weight.fill_(math.nan)
+    TokenScorer(model)
+    weight.copy_(before)
+    assert not TokenScorer(model).separable
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["neox", "opt-350m", "gpt2", "bloom", "llama-tied"])
 def test_the_head_of_a_plain_model_is_applied_to_scored_positions_only(name: str, dtype: torch.dtype) -> None:
