@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kbit.errors import SpecError
+from kbit.memory import is_out_of_memory
 
 _WARM_STEPS: Final = 2
 T = TypeVar("T")
@@ -65,13 +66,10 @@ class Decoder:
 
     @torch.no_grad()
     def __post_init__(self) -> None:
-        from transformers import StaticCache
-
         device = self.model.get_input_embeddings().weight.device
         self._check(device)
         length, total = len(self.prompt), len(self.prompt) + self.new_tokens
-        self._cache = StaticCache(config=self.model.config, max_cache_len=total)
-        self._check_cache(total)
+        self._cache = self._make_cache(total)
         ids = self.prompt.to(device).expand(self.batch, length).contiguous()
         taken = inspect.signature(self.model.forward).parameters
         # Of every place of the cache: which of them are filled is a matter of positions.
@@ -91,11 +89,15 @@ class Decoder:
         self._step = self._decode
         if self.execution == "eager":
             return
-        if device.type == "cuda":
-            graph, _ = capture(self._decode)
-            self._step = graph.replay
-        else:
+        if device.type != "cuda":
             self._decode()  # compiles
+            return
+        expected = self.rest().clone() if self.execution == "graph" else None
+        self.begin()  # capturing takes steps, for which a full cache has no room
+        self._step = self._capture()
+        self.begin()
+        if expected is not None and not torch.equal(self.rest(), expected):
+            raise self._needs_eager("whose steps a CUDA graph does not repeat: it gave other tokens")
 
     @torch.no_grad()
     def begin(self) -> Tensor:
@@ -147,9 +149,28 @@ class Decoder:
             allowed = f"eager for a model that is spread over {len(apart)} GPUs, which no graph can hold"
             raise SpecError("eval.execution", self.execution, allowed)
 
-    def _check_cache(self, total: int) -> None:
-        """Refuse a graph of layers whose steps change with their number, in Python."""
-        slides = any(layer.is_sliding and layer.max_cache_len < total for layer in self._cache.layers)
-        if self.execution != "eager" and slides:
-            allowed = f"eager for {type(self.model).__name__}, whose attention slides within {total} tokens"
-            raise SpecError("eval.execution", self.execution, allowed)
+    def _capture(self) -> Callable[[], object]:
+        try:
+            return capture(self._decode)[0].replay
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            said = str(error).strip().splitlines()[0]
+            raise self._needs_eager(f"whose steps can't be captured as a CUDA graph: {said}") from error
+
+    def _make_cache(self, total: int) -> Any:
+        """Make a cache of `total` tokens; refuse a graph of layers whose steps change with their number, in Python."""
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
+
+        cache: Any = StaticCache(config=self.model.config, max_cache_len=total)
+        for number, layer in enumerate(cache.layers):
+            if layer.is_sliding and layer.max_cache_len == total:
+                # Within the window nothing slides; and a sliding layer counts its tokens in Python.
+                cache.layers[number] = StaticLayer(max_cache_len=total)
+        if self.execution != "eager" and any(layer.is_sliding for layer in cache.layers):
+            raise self._needs_eager(f"whose attention slides within {total} tokens")
+        return cache
+
+    def _needs_eager(self, why: str) -> SpecError:
+        return SpecError("eval.execution", self.execution, f"eager for {type(self.model).__name__}, {why}")
