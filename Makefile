@@ -30,7 +30,7 @@ test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that s
 
 coverage: $(VENV)/installed-dev  ## the lines that the tests reach; fails below what pyproject.toml says
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not slow' --ignore tests/slurm
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile -m 'not slow' --ignore tests/slurm
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

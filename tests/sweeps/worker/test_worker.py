@@ -397,8 +397,9 @@ def test_signals_of_the_scheduler_are_ignored_and_the_pools_stops_it(tmp_path: P
 
 
 def test_results_that_cannot_be_written_end_the_process_with_its_own_code(
-    tmp_path: Path, started: list[Process]
+    tmp_path: Path, started: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # its files would not be written either
     worker = Process(tmp_path)
     started.append(worker)
     worker.feed(pack_of(BASELINE))
