@@ -109,7 +109,10 @@ def _tokens(source: Source | None, tokenizer_file: Path, wanted: int, what: str)
 
     from kbit.evaluation.texts import encode_text, read_documents
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception:  # the library raises nothing narrower; the worker says what is wrong with the file
+        return None
     try:
         return len(encode_text(read_documents(source), _Encoder(tokenizer), limit=wanted).tokens)
     except (OSError, ValueError) as error:

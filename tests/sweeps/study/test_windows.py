@@ -85,6 +85,15 @@ def test_what_can_not_be_counted_here_is_left_to_the_worker(tmp_path: Path, lack
     check_windows([cell(of(text_file(tmp_path, 2)), replace(REF, path=str(tmp_path)))], lambda _: None)
 
 
+def test_a_damaged_tokenizer_is_left_to_the_worker(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((MODEL / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text('{"model": "cut of')
+    model = replace(REF, path=str(tmp_path))
+    check_windows([cell(of(text_file(tmp_path, 2)), model)], lambda _: None)
+    check_texts([model], [text_eval(text_file(tmp_path, 2), window=64)])
+
+
 def test_data_and_models_of_the_hub_that_are_not_here_are_left_to_the_worker(tmp_path: Path) -> None:
     check_windows([cell(of(HubData(hub="nobody/nothing", revision="0" * 40)))], lambda _: None)
     remote = ModelRef(family="f", name="n", hub_id="nobody/nothing", commit="0" * 40)
