@@ -7,7 +7,8 @@ ValueError
 └── LayeredError        a model that runs layer by layer can't be measured so
 Exception
 ├── CheckpointError     weights are missing, of an unknown format, or damaged
-└── NotStreamableError  a checkpoint has to be loaded whole
+├── NotStreamableError  a checkpoint has to be loaded whole
+└── SeenError           a forward pass has shown what it was run for
 OSError
 └── NoRoomError         activations fit neither memory nor disk
 RuntimeError
@@ -49,6 +50,10 @@ class CheckpointError(Exception):
 
 class NotStreamableError(Exception):
     """A checkpoint whose weights can't be read one by one, so that it has to be loaded whole; says why."""
+
+
+class SeenError(Exception):
+    """A forward pass that is ended since it has shown what it was run for: its argument. Always caught."""
 
 
 class NoRoomError(OSError):

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kbit.errors import ArchitectureError, LayeredError
+from kbit.errors import ArchitectureError, LayeredError, SeenError
 from kbit.evaluation.scoring import PROBE_TOKENS, TokenScorer, base_of
 from kbit.evaluation.sharing import forgo_sharing
 from kbit.layered.blocks import Blocks
@@ -157,7 +157,7 @@ class Hollow:
             own = first.forward
 
             def see(_: int, states: Tensor, rest: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-                raise _SeenError(own(states, *rest, **named))
+                raise SeenError(own(states, *rest, **named))
 
             def run_one(number: int, states: Tensor, rest: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
                 out = states if number else own(states, *rest, **named)
@@ -166,7 +166,7 @@ class Hollow:
             try:
                 with self._patched(see):
                     self._base(torch.arange(PROBE_TOKENS, device=blocks.device)[None], use_cache=False)
-            except _SeenError as seen:
+            except SeenError as seen:
                 out = seen.args[0]
             else:
                 raise ArchitectureError(f"{type(self.model).__name__} can't run layer by layer: no block of it runs")
@@ -210,10 +210,6 @@ class Hollow:
                 del module.forward
             for hook in hooks:
                 hook.remove()
-
-
-class _SeenError(Exception):
-    """Ends a forward pass; its argument is what the first block gave."""
 
 
 class _Pool:

@@ -42,9 +42,13 @@ def checkout(tmp_path: Path) -> Path:
 def copy_project(target: Path) -> Path:
     """The project's sources, without the demo's models and texts."""
     target.mkdir(parents=True, exist_ok=True)
-    ignore = shutil.ignore_patterns("__pycache__", "models", "text", "figures")
+
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        of_demo = {"models", "text", "figures"} if Path(directory).name == "demo" else set()
+        return {"__pycache__", *of_demo} & set(names)
+
     for package in ("kbit", "sweeps", "analysis", "conf"):
-        shutil.copytree(ROOT / package, target / package, ignore=ignore)
+        shutil.copytree(ROOT / package, target / package, ignore=ignored)
     shutil.copy(ROOT / "launch.py", target)
     return target
 
