@@ -116,7 +116,7 @@ class HeldBlock:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockPass:
-    """A pass over one block (``kbit.methods.protocol.ModelPass``): a method is called for each block anew.
+    """A pass over one block (``kbit.methods.protocol.ModelPass``): a method is called once per block.
 
     Attributes:
         storage_dtype, fitted: see ``kbit.methods.protocol.ModelPass``.

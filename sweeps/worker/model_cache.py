@@ -6,12 +6,13 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
+from kbit.errors import NotStreamableError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import source_to_dict
@@ -63,25 +64,31 @@ class Warm:
             ValueError, HubError: a local model that has changed since the launch, or one that can't be loaded; the same
                 error each time.
         """
-        wanted = (model, dtype)
-        if not self._has_failed(wanted) and (self._loaded is None or self.holds != wanted):
+        if self._loaded is None or self.holds != (model, dtype):
+
+            def read() -> None:
+                self._loaded = self._read(model, dtype)
+
+            self._take((model, dtype), read)
+        assert self._loaded is not None
+        return self._loaded
+
+    def _take(self, wanted: tuple[ModelRef, str], read: Callable[[], None]) -> None:
+        """Hold another model. Why it can't be loaded is kept: trying again for each of its cells may take hours."""
+        if self._failed is None or self._failed[0] != wanted:
             self._let_go()
             began = time.perf_counter()
             try:
-                self._loaded = self._read(model, dtype)
+                read()
                 self.holds = wanted
+            except NotStreamableError:
+                raise  # it can be loaded in another way
             except Exception as error:
                 self._failed = (wanted, error, error.__traceback__)
             finally:
                 self.load_seconds = time.perf_counter() - began
                 self.total_seconds += self.load_seconds
         self._raise_known_failure(wanted)
-        assert self._loaded is not None
-        return self._loaded
-
-    def _has_failed(self, wanted: tuple[ModelRef, str]) -> bool:
-        """Tell whether a model couldn't be loaded before; trying again for each of its cells may take hours."""
-        return self._failed is not None and self._failed[0] == wanted
 
     def _raise_known_failure(self, wanted: tuple[ModelRef, str]) -> None:
         """Raise what a model couldn't be loaded for, from one place, with the traceback of the first time.
@@ -99,15 +106,13 @@ class Warm:
             As ``load``.
         """
         if self._layered is None or self.holds != (model, dtype):
-            self._let_go()
-            began = time.perf_counter()
-            try:
+
+            def read() -> None:
                 check_unchanged(model)
                 self._layered = open_blocks(model, self.device, dtype, trust_remote_code=self.trust_remote_code)
-            finally:
-                self.load_seconds = time.perf_counter() - began
-                self.total_seconds += self.load_seconds
-            self.holds = (model, dtype)
+
+            self._take((model, dtype), read)
+        assert self._layered is not None
         return self._layered
 
     def load_packed(self, model: ModelRef, dtype: str) -> Packing | None:
@@ -118,27 +123,20 @@ class Warm:
         Raises:
             As ``load``.
         """
-        from kbit.errors import NotStreamableError
-
         wanted = (model, dtype)
         if self._whole_only == wanted:
             return None
-        if not self._has_failed(wanted) and (self._packing is None or self.holds != wanted):
-            self._let_go()
-            began = time.perf_counter()
-            try:
+        if self._packing is None or self.holds != wanted:
+
+            def read() -> None:
                 self._packing = self._open(model, dtype)
-                self.holds = wanted
+
+            try:
+                self._take(wanted, read)
             except NotStreamableError as error:
                 self._whole_only = wanted
                 print(f"{model.label} has to be loaded whole: {error}", file=sys.stderr, flush=True)
                 return None
-            except Exception as error:
-                self._failed = (wanted, error, error.__traceback__)
-            finally:
-                self.load_seconds = time.perf_counter() - began
-                self.total_seconds += self.load_seconds
-        self._raise_known_failure(wanted)
         return self._packing
 
     @property
