@@ -25,8 +25,10 @@ def drop(options: Options, console: Console) -> int:
 
     Raises:
         UserError: nothing is chosen or measured, or nobody is there to be asked.
+        StoreError: the results can't be written.
     """
     store = Store(out=options.out)
+    store.check_may_write()
     if options.undo:
         return _undo(options, store, console)
     if not options.choice:

@@ -13,6 +13,7 @@ import pytest
 from sweeps import load_results
 from sweeps.store.parts import Store
 from tests.conftest import ROOT, Launch
+from tests.slurm.test_faults_files import read_only
 from tests.sweeps.commands.test_run import finished, small
 
 __all__ = ["finished", "small"]
@@ -76,6 +77,16 @@ def test_where_nobody_can_answer_it_refuses_and_names_the_key(small: Path, launc
     assert "yes=true" in refused.stderr
     assert "4 measurements of 4 cells" in refused.stderr
     assert states(small) == {"done": 13}
+
+
+def test_results_that_can_not_be_written_are_refused_before_anybody_is_asked(small: Path, launch: Launch) -> None:
+    with read_only(small):
+        dropped = launch(f"out={small}", "mode=drop", FLOATS)
+        undone = launch(f"out={small}", "mode=drop", "undo=true")
+    for refused in (dropped, undone):
+        assert refused.returncode == 2
+        assert "can't be written: Read-only file system" in refused.stderr
+        assert "yes=true" not in refused.stderr
 
 
 def test_undo_is_of_a_whole_drop(small: Path, launch: Launch) -> None:
