@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 
 from kbit.kernels.interpreter import interpreted
 from kbit.quantizer.lloyd import SortedValues
-from tests import ROOT
+from tests.kbit.kernels.interpreted import passed_in_the_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = DEVICE == "cuda" or interpreted()
@@ -21,12 +18,7 @@ CASES = [(1, 2), (5, 2), (511, 3), (513, 4), (3000, 5), (70000, 3)]
 
 @pytest.mark.skipif(KERNEL or find_spec("triton") is None, reason="runs in this process, or needs triton")
 def test_the_kernel_passes_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-rp", "-k", "torch", __file__, "-p", "no:cacheprovider"]
-    ran = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stdout
-    assert ran.stdout.count("PASSED") >= len(CASES)
+    assert passed_in_the_interpreter(__file__, "torch") >= len(CASES)
 
 
 @pytest.mark.skipif(not KERNEL, reason="needs a GPU, or Triton's interpreter")

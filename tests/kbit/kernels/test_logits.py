@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,7 +11,7 @@ import torch
 from kbit.evaluation.agreement import compare_logits
 from kbit.kernels.interpreter import interpreted
 from kbit.kernels.logits import summarize_logits
-from tests import ROOT
+from tests.kbit.kernels.interpreted import passed_in_the_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = DEVICE == "cuda" or interpreted()
@@ -24,12 +21,7 @@ SHAPES = [(1, 1), (3, 7), (5, 4096), (4, 4097), (2, 10007), (0, 64)]
 
 @pytest.mark.skipif(KERNEL or find_spec("triton") is None, reason="runs in this process, or needs triton")
 def test_the_kernel_passes_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-rp", "-k", "triton", __file__, "-p", "no:cacheprovider"]
-    ran = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stdout
-    assert ran.stdout.count("PASSED") >= 3 * len(SHAPES)
+    assert passed_in_the_interpreter(__file__, "triton") >= 3 * len(SHAPES)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
