@@ -113,6 +113,7 @@ class CostModel:
     quantizing: Learned = field(default_factory=Learned)
     loading: Learned = field(default_factory=Learned)
     _seen: set[tuple[object, ...]] = field(default_factory=set)
+    _predicted: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row], device: str) -> Self:
@@ -127,6 +128,7 @@ class CostModel:
         on_cpu = str(row.get("device") or "").startswith("cpu")
         if row.get("seconds") is None or on_cpu != (self.device == "cpu") or row.get("eval_kind") not in EVALUATORS:
             return
+        self._predicted.clear()
         kind, model, params = str(row["eval_kind"]), str(row["model"]), row.get("params") or _DEFAULT_PARAMS
         packed = EVALUATORS[kind].packed
         is_wide = row.get("compute_dtype") == "float32"
@@ -157,7 +159,10 @@ class CostModel:
         """Predict quantizing, once for each form of the layers, and evaluating."""
         forms = {EVALUATORS[spec.kind].packed for spec in evals}
         quantize = sum(self._quantize(cell, packed=packed) for packed in forms)
-        return quantize + sum(self._evaluate(Measurement(cell=cell, eval=spec), evals) for spec in evals)
+        brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
+        return quantize + sum(
+            self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else ()) for spec in evals
+        )
 
     def seconds(self, measurement: Measurement) -> float:
         """Predict a measurement by itself."""
@@ -178,16 +183,22 @@ class CostModel:
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec]) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""
         model, spec, quant = measurement.cell.model, measurement.eval, measurement.cell.quant
-        is_wide = spec.compute_dtype == "float32"
-        if EVALUATORS[spec.kind].packed:
-            like = _like_packed(spec.name, spec.kind, measurement.cell.quant_label, quant.bits, is_wide)
-        else:
-            like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
-        tokens = tokens_of(measurement)
-        counted = self._counted(spec.kind, _params(model), tokens, quant.bits)
-        if _comes_with_another(spec, due) and (model.label, *like[0]) not in self.evaluating.seconds:
-            return 0.0
-        return self.evaluating.predict(model.label, _params(model), like, counted, exact=1)
+        is_packed = EVALUATORS[spec.kind].packed
+        comes = bool(due) and _comes_with_another(spec, due)
+        # Of a plan's cells most differ in nothing that counts here.
+        key = (model.label, spec, comes, (measurement.cell.quant_label, quant.bits) if is_packed else None)
+        if key not in self._predicted:
+            is_wide = spec.compute_dtype == "float32"
+            if is_packed:
+                like = _like_packed(spec.name, spec.kind, measurement.cell.quant_label, quant.bits, is_wide)
+            else:
+                like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
+            counted = self._counted(spec.kind, _params(model), tokens_of(measurement), quant.bits)
+            is_free = comes and (model.label, *like[0]) not in self.evaluating.seconds
+            self._predicted[key] = (
+                0.0 if is_free else self.evaluating.predict(model.label, _params(model), like, counted, exact=1)
+            )
+        return self._predicted[key]
 
     def _counted(self, kind: str, params: int, tokens: int, bits: int) -> float:
         """Count the seconds of an evaluation: its operations, its steps, and what each measurement takes."""
