@@ -16,6 +16,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kbit.kernels.availability import choose_blockwise
+from kbit.kernels.launching import on
 from kbit.quantizer.blockwise import QuantizedTensor
 from kbit.quantizer.packing import pack, unpack
 from kbit.quantizer.storage import chunk_length
@@ -138,11 +140,17 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
 
 
 @torch.no_grad()
-def tiled_codes(q: QuantizedTensor) -> Tensor:
-    """Return the codes of ``TiledWeight``, for a weight that has this layout."""
+def tiled_codes(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
+    """Return the codes of ``TiledWeight``, for a weight that has this layout; `impl` as in ``kbit.quantize``."""
     (rows, columns), bits = q.shape, q.spec.bits
     row_blocks, column_tiles = -(-rows // TILE), columns // TILE
     codes = torch.empty(row_blocks * column_tiles, bits, LANES, 4, dtype=torch.int32, device=q.codes.device)
+    if choose_blockwise(impl, q.codes.device) == "triton":
+        from kbit.kernels.tiles_jit import tile_codes  # triton may be absent
+
+        with on(q.codes.device):
+            tile_codes[(len(codes),)](q.codes, codes, rows, columns, q.codes.numel(), BITS=bits, TILE=TILE, LANES=LANES)
+        return codes
     for first, last in row_block_chunks(row_blocks, columns, q.codes.device):
         start, stop = first * TILE, min(last * TILE, rows)
         part = unpack(q.codes[start * columns * bits // 8 : stop * columns * bits // 8], bits, (stop - start) * columns)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from kbit import QuantSpec, quantize
-from kbit.kernels.tiles import BLOCKSIZES, tile, untile, why_not_tiled
+from kbit.kernels.interpreter import interpreted
+from kbit.kernels.tiles import BLOCKSIZES, tile, tiled_codes, untile, why_not_tiled
+from tests.kbit.kernels.interpreted import passed_in_the_interpreter
 from tests.kbit.kernels.tiled_weights import error, weight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL = DEVICE == "cuda" or interpreted()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -45,3 +51,16 @@ def test_what_has_no_layout_is_refused_with_the_reason(spec: QuantSpec, shape: t
     assert why in str(why_not_tiled(q))
     with pytest.raises(ValueError, match="no tiled layout"):
         tile(q, torch.float16)
+
+
+@pytest.mark.skipif(KERNEL or find_spec("triton") is None, reason="runs in this process, or needs triton")
+def test_the_kernel_passes_in_the_interpreter() -> None:
+    assert passed_in_the_interpreter(__file__, "as_torch_does") == 7
+
+
+@pytest.mark.skipif(not KERNEL, reason="needs a GPU, or Triton's interpreter")
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_kernel_lays_codes_out_as_torch_does(bits: int) -> None:
+    for rows, columns in ((64, 64), (65, 128), (3, 192)):
+        q = quantize(torch.randn(rows, columns, device=DEVICE), QuantSpec(bits=bits, dtype="int"))
+        assert torch.equal(tiled_codes(q, impl="triton"), tiled_codes(q, impl="torch"))
