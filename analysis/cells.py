@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
 from kbit.axes import VARIED
 from kbit.data_types import DTYPES, EXPONENT_RULES
-from kbit.spec import BASELINE_BITS, axes
+from kbit.spec import BASELINE_BITS, ROW, axes
 
 MEASURED: Final = ("done", "diverged")
 WHOLE_TENSOR: Final = 0
@@ -198,7 +198,7 @@ def exponents_text(cells: pd.DataFrame) -> str:
 
 
 def block_name(blocksize: int) -> str:
-    return "whole tensor" if blocksize == WHOLE_TENSOR else str(blocksize)
+    return {WHOLE_TENSOR: "whole tensor", ROW: "row"}.get(blocksize, str(blocksize))
 
 
 def _status(df: pd.DataFrame, metric: Metric) -> pd.Series[str]:

@@ -38,6 +38,7 @@ class Axis:
         optional: None says that the axis does not apply to the spec, and is left out of its identity.
         baseline: what a 16-bit cell shows; None is nothing.
         label: format of a value that isn't neutral, in a spec's label; None is "name=value", or the name of a flag.
+        names: of values that keys and columns hold as numbers: (name, number).
     """
 
     name: str
@@ -49,6 +50,11 @@ class Axis:
     optional: bool = False
     baseline: object = None
     label: str | None = None
+    names: tuple[tuple[str, int], ...] = ()
+
+    def number(self, value: Any) -> Any:
+        """Return the number that a name stands for; any other value as it is."""
+        return dict(self.names).get(value, value) if isinstance(value, str) else value
 
     def is_neutral(self, value: object) -> bool:
         """Tell whether a value changes nothing."""

@@ -11,7 +11,7 @@ import hashlib
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, get_args
@@ -39,7 +39,12 @@ BASELINE_BITS: Final = 16
 ALLOWED_BITS: Final = f"a whole number from {MIN_BITS} to {MAX_BITS}, or {BASELINE_BITS} for the baseline"
 LARGEST_NUMBER: Final = 2**40
 """No block or text has as many values, and twice of it still is a 64-bit number."""
-ALLOWED_BLOCKSIZE: Final = "a whole number of at least 1 (and at most 2^40), or null for the whole tensor"
+ROW: Final = -1
+"""The block size 'row', each whole row, as keys and columns hold it."""
+ALLOWED_BLOCKSIZE: Final = (
+    "a whole number of at least 1 (and at most 2^40), row for each whole row (with scheme=group), or null for the "
+    "whole tensor"
+)
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
 
@@ -78,7 +83,21 @@ class Spec(ABC):
     @property
     @abstractmethod
     def bits_per_param_nominal(self) -> float:
-        """Bits of a quantized weight as the paper would count them."""
+        """Bits of a quantized weight as the paper would count them; of its least where layers differ."""
+
+    @property
+    def nominal_by_layer(self) -> bool:
+        """Whether the nominal count depends on a layer's shape: then ``nominal_bits`` has it."""
+        return False
+
+    def nominal_bits(self, in_features: int) -> float:  # noqa: ARG002  # of the methods whose layers are alike
+        """Return bits of a quantized weight in a layer, as the paper would count them."""
+        return self.bits_per_param_nominal
+
+    @property
+    def why_not_packed(self) -> str | None:
+        """Why its layers can't be held in k bits, in words; None where they can."""
+        return None if self.packs else f"those of method={self.method} have no form in k bits"
 
     @property
     @abstractmethod
@@ -119,7 +138,8 @@ class QuantSpec(Spec):
         bits: bits per code, 2 to 8; or 16, the baseline, with every other axis unset.
         dtype: data type of the codes: a name in ``kbit.data_types.DTYPES``, or the name that goes with `codebook`.
             None for the baseline only.
-        blocksize: values that share one absmax; None is one block, the whole tensor.
+        blocksize: values that share one absmax; None is one block, the whole tensor; 'row', with scheme='group', each
+            whole row (``ROW``, and what a layer's row is in its ``QuantizedTensor``).
         scheme: 'block' cuts the flattened tensor (the paper); 'group' cuts each row.
         exponent_bits: floats only. A number, or 'paper' (Appendix A) or 'heuristic' (Appendix C.4), which are resolved
             here to their number.
@@ -130,6 +150,8 @@ class QuantSpec(Spec):
         center: subtract the tensor's mean first, add it last (Appendix B).
         codebook: the values of a data type from a file (``spec_of`` reads it): 2 to 2^bits of them, ascending.
         outlier_fraction: fraction of input dimensions kept in 16 bits by proxy quantization (section 3), 0 <= p < 1.
+        zero_point: int only. Codes 0 to 2^k - 1 with a float16 scale and a zero point of k bits per block
+            (``kbit.quantizer.asymmetric``).
 
     Raises:
         SpecError: an axis has a value that is not allowed.
@@ -144,7 +166,8 @@ class QuantSpec(Spec):
         64,
         type="int64",
         unit="values",
-        doc="values that share an absmax; null for the whole tensor and the baseline",
+        doc="values that share an absmax; null for the whole tensor and the baseline, -1 for the whole row",
+        names=(("row", ROW),),
     )
     scheme: str = axis(
         "block", type="string", doc="block (of the flattened tensor) or group (of a row)", neutral="block", label=""
@@ -188,8 +211,20 @@ class QuantSpec(Spec):
         since=2,
         label="codebook {}",
     )
+    zero_point: bool = axis(
+        False,
+        type="bool",
+        doc="integers from 0 to 2^k - 1, with a zero point of k bits per block",
+        neutral=False,
+        baseline=False,
+        since=3,
+        label="asymmetric",
+    )
 
     def __post_init__(self) -> None:
+        for name, a in axes_of(type(self)).items():
+            if a.names:
+                object.__setattr__(self, name, a.number(getattr(self, name)))
         _integer("bits", self.bits, ALLOWED_BITS)
         if self.bits != BASELINE_BITS and not MIN_BITS <= self.bits <= MAX_BITS:
             raise SpecError("bits", self.bits, ALLOWED_BITS)
@@ -208,8 +243,10 @@ class QuantSpec(Spec):
         _choice("absmax_dtype", self.absmax_dtype, get_args(AbsmaxDType))
         if self.blocksize is not None:
             _integer("blocksize", self.blocksize, ALLOWED_BLOCKSIZE)
-            if not 1 <= self.blocksize <= LARGEST_NUMBER:
+            if not 1 <= self.blocksize <= LARGEST_NUMBER and self.blocksize != ROW:
                 raise SpecError("blocksize", self.blocksize, ALLOWED_BLOCKSIZE)
+        if self.blocksize == ROW and self.scheme != "group" and not self.is_baseline:
+            raise SpecError("blocksize", "row", f"with scheme=group: blocks of scheme={self.scheme} know no rows")
         if self.exponent_bits is not None:
             self._validate_exponent_bits(self.exponent_bits)
         if self.subnormals is not None:
@@ -221,6 +258,17 @@ class QuantSpec(Spec):
         fraction = self.outlier_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
             raise SpecError("outlier_fraction", fraction, "a number from 0 (none) to below 1")
+        self._validate_zero_point()
+
+    def _validate_zero_point(self) -> None:
+        if not isinstance(self.zero_point, bool):
+            raise SpecError("zero_point", self.zero_point, "true or false")
+        if not self.zero_point or self.is_baseline:
+            return
+        if self.dtype != "int":
+            raise SpecError("zero_point", True, f"false with dtype={self.dtype}: only integers (dtype=int) have one")
+        if self.absmax_dtype != "float16":
+            raise SpecError("zero_point", True, f"false with absmax_dtype={self.absmax_dtype}: its scale is float16")
 
     def _validate_dtype(self) -> None:
         if self.codebook is not None:
@@ -271,8 +319,29 @@ class QuantSpec(Spec):
         """The paper's count of the bits of a quantized weight: k + 16/B + p (16 - k) (sections 2.3, 5.2)."""
         if self.is_baseline:
             return float(BASELINE_BITS)
-        overhead = 16 / self.blocksize if self.blocksize else 0.0
+        return self._nominal(None if self.nominal_by_layer else self.blocksize)
+
+    @property
+    def nominal_by_layer(self) -> bool:
+        return self.blocksize == ROW
+
+    def nominal_bits(self, in_features: int) -> float:
+        return self._nominal(in_features) if self.nominal_by_layer else self.bits_per_param_nominal
+
+    def _nominal(self, blocksize: int | None) -> float:
+        of_block = BASELINE_BITS + (self.bits if self.zero_point else 0)
+        overhead = of_block / blocksize if blocksize else 0.0
         return self.bits + overhead + self.outlier_fraction * (BASELINE_BITS - self.bits)
+
+    @property
+    def why_not_packed(self) -> str | None:
+        if self.zero_point:
+            return "no kernel multiplies codes with zero points (zero_point=true)"
+        return super().why_not_packed
+
+    def of_row(self, length: int) -> Self:
+        """Return the spec for a tensor with rows of this length: blocks of 'row' have that size."""
+        return replace(self, blocksize=length) if self.blocksize == ROW else self
 
     def axis_values(self) -> dict[str, object]:
         if self.is_baseline:
@@ -299,7 +368,7 @@ class QuantSpec(Spec):
         if self.exponent_bits is not None:
             parts.append(f"e{self.exponent_bits}")
         block = f"{'g' if self.scheme == 'group' else 'b'}{self.blocksize}"
-        parts.append("tensor" if self.blocksize is None else block)
+        parts.append({None: "tensor", ROW: "row"}.get(self.blocksize, block))
         return " ".join([*parts, *self._words("bits", "dtype", "blocksize", "exponent_bits")])
 
 

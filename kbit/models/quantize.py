@@ -34,6 +34,7 @@ class QuantHandle:
         total_bits: bits of the whole model: the quantized weights as stored, every other parameter at 16 bits, tied
             ones once.
         total_bits_nominal: the same with the paper's count of a quantized weight, k + 16/B + p (16 - k).
+        bits_per_param_nominal: the paper's count of a quantized weight; of blocks of whole rows the layers' mean.
         codebook_hash: SHA-256 over the layers' codebooks (float32, little-endian), in their order; over the one
             codebook where all share it. None for the baseline, which has none.
     """
@@ -43,6 +44,7 @@ class QuantHandle:
     bits_per_param: float
     total_bits: int
     total_bits_nominal: float
+    bits_per_param_nominal: float
     codebook_hash: str | None
     _undo: list[Callable[[], None]] = field(repr=False)
 
@@ -159,6 +161,8 @@ def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated
     if packed:
         if not spec.packs:
             raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")
+        if spec.why_not_packed is not None:
+            raise SpecError("packed", True, f"false with {spec.label!r}: {spec.why_not_packed}")
         check_replaceable(model.module, layers)
     return layers
 
@@ -192,12 +196,18 @@ class BitCount:
     def handle(self, spec: Spec, undo: list[Callable[[], None]]) -> QuantHandle:
         """Return the handle of a model whose layers are all counted."""
         rest = BASELINE_BITS * (self.parameters - self.quantized)
+        nominal = self.quantized * spec.bits_per_param_nominal
+        if spec.nominal_by_layer:
+            nominal = sum(rows * columns * spec.nominal_bits(columns) for rows, columns in self.shapes.values())
         return QuantHandle(
             spec=spec,
             layers=self.shapes,
             bits_per_param=self.stored_bits / self.quantized if self.quantized else float(BASELINE_BITS),
             total_bits=self.stored_bits + rest,
-            total_bits_nominal=self.quantized * spec.bits_per_param_nominal + rest,
+            total_bits_nominal=nominal + rest,
+            bits_per_param_nominal=(
+                nominal / self.quantized if spec.nominal_by_layer and self.quantized else spec.bits_per_param_nominal
+            ),
             codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.shapes else None,
             _undo=undo,
         )

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from kbit.axes import axes_of
 from kbit.data_types import data_type
 from kbit.kernels.ops import by_row, matmul_rows, matmul_tiled
 from kbit.kernels.tiles import TILE, TiledWeight, lookup_table, why_no_layout
@@ -21,6 +22,8 @@ from kbit.quantizer.codebooks import codebook
 from kbit.quantizer.storage import STORAGE_DTYPES
 from kbit.spec import QuantSpec
 
+_FIRST_AXES: Final = 2
+"""Version of the keys up to which a layer's metadata have every axis."""
 LAYER_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 """Of x, and of the weights that a layer stands for."""
 
@@ -84,6 +87,9 @@ class KBitLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        spec = spec.of_row(in_features)
+        if spec.why_not_packed is not None:
+            raise ValueError(f"spec={spec.label!r}: {spec.why_not_packed}; quantize and dequantize take it")
         if spec.is_baseline or storage_dtype not in STORAGE_DTYPES:
             raise ValueError(
                 f"bits={spec.bits}, storage_dtype={storage_dtype}: 2 to 8 bits of a 16-bit dtype are needed"
@@ -280,7 +286,7 @@ class KBitLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Spec and storage dtype, as bytes of JSON: a tensor is what safetensors and weights_only loading take."""
-        about = {"spec": asdict(self.spec), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}
+        about = {"spec": spec_as_json(self.spec), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}
         return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -385,6 +391,16 @@ class KBitLinear(nn.Module):
         if self._table_dtype != before:
             self.derive()
         return self
+
+
+def spec_as_json(spec: QuantSpec) -> dict[str, Any]:
+    """Return the axes of a layer's spec; later ones only where they matter, so that earlier layers stay readable."""
+    declared = axes_of(type(spec))
+    return {
+        name: value
+        for name, value in asdict(spec).items()
+        if not (declared[name].since > _FIRST_AXES and declared[name].is_neutral(value))
+    }
 
 
 def _uncast(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:

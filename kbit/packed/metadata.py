@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from kbit.errors import CheckpointError
-from kbit.packed.linear import KBitLinear
+from kbit.packed.linear import KBitLinear, spec_as_json
 from kbit.spec import QuantSpec
 
 VERSION: Final = 1
@@ -36,7 +35,7 @@ def arguments_of(layer: KBitLinear) -> dict[str, Any]:
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
-        "spec": asdict(layer.spec),
+        "spec": spec_as_json(layer.spec),
         "storage_dtype": str(layer.storage_dtype).removeprefix("torch."),
         "dtype": str(layer.dtype).removeprefix("torch."),
         "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),

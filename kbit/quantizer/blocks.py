@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kbit.quantizer.storage import FLOAT16_MAX, chunk_length
-from kbit.spec import QuantSpec
+from kbit.spec import ROW, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,10 @@ class Blocks:
 
     @classmethod
     def cut(cls, shape: tuple[int, ...], *, blocksize: int | None, scheme: str) -> Blocks:
-        """Cut a tensor of this shape; a block size of None is the whole tensor's."""
+        """Cut a tensor of this shape; a block size of None is the whole tensor's, of ``ROW`` each row's."""
         count = prod(shape)
+        if blocksize == ROW:
+            blocksize = shape[-1]
         size = min(blocksize or count, count)
         # Rows that hold whole blocks are cut as the flat tensor is.
         if scheme == "block" or shape[-1] % size == 0:
@@ -107,6 +109,22 @@ class Piece:
                 largest = largest.clamp(max=FLOAT16_MAX).to(torch.float16)
             stored.copy_(torch.maximum(stored, largest))
         return finite
+
+    def gather_extremes(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Lower `low` and raise `high` (float32, one per block) to this piece's extremes, in place.
+
+        Returns:
+            Whether this piece is finite: bool, 0-dim.
+        """
+        for (span, least), (_, most) in zip(self.spans(values, low), self.spans(values, high), strict=True):
+            least.copy_(torch.minimum(least, span.amin(-1)))
+            most.copy_(torch.maximum(most, span.amax(-1)))
+        return values.isfinite().all()
+
+    def add_(self, values: Tensor, addend: Tensor, *, sign: int = 1) -> None:
+        """values + sign · addend of its block (float32), in place."""
+        for span, of_block in self.spans(values, addend):
+            span.add_(of_block.unsqueeze(-1), alpha=sign)
 
     def divide_(self, values: Tensor, absmax: Tensor) -> None:
         """values / absmax of its block, in place; 0 where that is 0, so that such a block gets the code of 0.

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kbit.errors import SpecError
+from kbit.quantizer import asymmetric
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax, stored_absmax
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.packed import Packed
-from kbit.quantizer.packing import pack, packed_bytes
+from kbit.quantizer.packing import pack, packed_bytes, unpack
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import check_weight, columns_of, mean16, non_finite, storage_dtype_of
 from kbit.spec import QuantSpec
@@ -33,13 +34,14 @@ class QuantizedTensor:
         kept
             columns stand for zero.
         absmax: one per block, in order: float16 or float32 [blocks], or ``NestedAbsmax``.
-        codebook: float32 [at most 2^k], sorted.
+        codebook: float32 [at most 2^k], sorted; with zero points the integers 0 to 2^k - 1.
         spec: how it was quantized.
         shape, dtype: the weight's, and the dequantized tensor's.
         storage_dtype: float16 or bfloat16: the weight was cast to it first, and dequantized values are rounded to it.
         mean: float16, 0-dim: subtracted first and added last; None without centering.
         kept_columns: int32 [m] input dimensions kept in 16 bits, ascending; None if none are.
         kept_values: storage dtype [out, m].
+        zero_points: uint8 [ceil(blocks k / 8)], one of k bits per block, packed as codes are; None without them.
     """
 
     codes: Tensor
@@ -52,6 +54,7 @@ class QuantizedTensor:
     mean: Tensor | None = None
     kept_columns: Tensor | None = None
     kept_values: Tensor | None = None
+    zero_points: Tensor | None = None
 
     @property
     def blocks(self) -> Blocks:
@@ -64,14 +67,14 @@ class QuantizedTensor:
 
     @property
     def nbits(self) -> int:
-        """Bits stored: codes, absmax, a data-dependent codebook (16 bits per value), mean, kept columns and their
-        indices."""
+        """Bits stored: codes, absmax, zero points, a data-dependent codebook (16 bits per value), mean, kept columns
+        and their indices."""
         bits = 8 * self.codes.numel()
         bits += self.absmax.nbits if isinstance(self.absmax, NestedAbsmax) else 8 * self.absmax.nbytes
         if is_data_dependent(self.spec):
             bits += 16 * self.codebook.numel()
         bits += 8 * sum(t.nbytes for t in (self.mean, self.kept_columns, self.kept_values) if t is not None)
-        return bits
+        return bits if self.zero_points is None else bits + 8 * self.zero_points.numel()
 
 
 def quantize(
@@ -139,7 +142,8 @@ def quantize_async(
     check_weight(weight)
     dtype = storage_dtype_of(weight, storage_dtype)
     columns = columns_of(weight, outlier_columns)
-    impl = _chosen(impl, weight.device)
+    spec = spec.of_row(weight.shape[-1])
+    impl = _chosen(impl, weight.device, spec)
     mean = mean16(weight, dtype) if spec.center else None
     source = Source(weight, dtype, columns, mean)
     own = None
@@ -147,11 +151,13 @@ def quantize_async(
         own = fitted_codebook(spec, source) if fitted is None else fitted.to(source.device, copy=True)
     values = fixed_codebook(spec, weight.device) if own is None else own
     blocks = Blocks.of(tuple(weight.shape), spec)
-    bad = None
+    bad = zero_points = None
     if impl == "triton":
         from kbit.kernels.blockwise import quantize_values  # triton may be absent
 
         codes, absmax, bad = quantize_values(source, blocks, spec, own)
+    elif spec.zero_point:
+        codes, absmax, zero_points = asymmetric.quantize_values(source, blocks, spec.bits)
     else:
         absmax = stored_absmax(source, blocks, spec)
         codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
@@ -166,6 +172,7 @@ def quantize_async(
         mean=mean,
         kept_columns=columns,
         kept_values=source.kept(),
+        zero_points=zero_points,
     )
     return q, bad
 
@@ -174,7 +181,8 @@ def quantize_async(
 def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = None) -> Tensor:
     """Return the weight that `q` stands for: its shape, dtype and device, values rounded to the storage dtype.
 
-    codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add. Values that would round beyond
+    codebook[code] · absmax (+ mean) in float32, two roundings and no fused multiply-add; with zero points
+    (code - zero) · absmax. Values that would round beyond
     the storage dtype's range are saturated.
 
     Args:
@@ -188,7 +196,7 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
             another shape, dtype or device.
     """
     device, nbytes = q.codes.device, packed_bytes(q.numel, q.spec.bits)
-    impl = _chosen(impl, device)
+    impl = _chosen(impl, device, q.spec)
     if q.codes.numel() != nbytes:
         raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
     if out is not None and (out.shape, out.dtype, out.device) != (torch.Size(q.shape), q.dtype, device):
@@ -202,6 +210,7 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
         mean=q.mean,
         bits=q.spec.bits,
         blocks=q.blocks,
+        zero=None if q.zero_points is None else zeros_of(q).float(),
     )
     straight = out is not None and out.is_contiguous()
     values = out if out is not None and straight else torch.empty(q.shape, dtype=q.dtype, device=device)
@@ -220,9 +229,19 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
     return values if out is None or straight else out.copy_(values)
 
 
-def _chosen(impl: str, device: torch.device) -> str:
+def zeros_of(q: QuantizedTensor) -> Tensor:
+    """Return the zero points of a tensor that has some: uint8 [blocks]."""
+    assert q.zero_points is not None
+    return unpack(q.zero_points, q.spec.bits, q.absmax.numel() if isinstance(q.absmax, Tensor) else 0)
+
+
+def _chosen(impl: str, device: torch.device, spec: QuantSpec) -> str:
     from kbit.kernels.availability import choose_blockwise  # kernels import the reference, which asks for them late
 
+    if spec.zero_point:
+        if impl == "triton":
+            raise ValueError("impl='triton': its kernels know no zero points (zero_point=true); use 'torch' or 'auto'")
+        impl = "torch" if impl == "auto" else impl
     return choose_blockwise(impl, device)
 
 
@@ -230,7 +249,8 @@ def _fill(flat: Tensor, packed: Packed, dtype: torch.dtype) -> None:
     """Fill in the values of a dequantized tensor in row-major order, rounded to `dtype`; not the kept columns."""
     limit = torch.finfo(dtype).max
     lowest, highest = (float(v) for v in torch.aminmax(packed.absmax))
-    overflows = max(-lowest, highest) + (0.0 if packed.mean is None else abs(float(packed.mean))) > limit
+    largest = max(-lowest, highest) * (1 if packed.zero is None else 1 << packed.bits)
+    overflows = largest + (0.0 if packed.mean is None else abs(float(packed.mean))) > limit
     for piece in packed.blocks.pieces(flat.device):
         values = packed.values(piece)
         if overflows:

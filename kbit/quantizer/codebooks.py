@@ -35,7 +35,8 @@ def codebook(
 ) -> Tensor:
     """Return the values that codes stand for: at most 2^bits, float32, sorted, distinct, within [-1, 1].
 
-    Those of the fixed types and of `quantile` have 0 among them, and largest magnitude exactly 1.
+    Those of the fixed types and of `quantile` have 0 among them, and largest magnitude exactly 1. With zero points they
+    are the integers 0 to 2^bits - 1.
 
     Args:
         spec: bits 2 to 8 and a data type.
@@ -97,7 +98,12 @@ def _on_cpu(spec: QuantSpec) -> Tensor:
 
 
 def int_values(spec: QuantSpec) -> Tensor:
-    """i / (2^(k-1) - 1): the smallest integer is left out, so that as many lie below zero as above (Appendix A)."""
+    """i / (2^(k-1) - 1): the smallest integer is left out, so that as many lie below zero as above (Appendix A).
+
+    With zero points they are the integers 0 to 2^k - 1 themselves (``kbit.quantizer.asymmetric``).
+    """
+    if spec.zero_point:
+        return torch.arange(2**spec.bits, dtype=torch.float32)
     top = 2 ** (spec.bits - 1) - 1
     return torch.arange(-top, top + 1, dtype=torch.float64).div(top).float()
 

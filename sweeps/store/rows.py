@@ -54,7 +54,8 @@ def cell_row(cell: Cell) -> Row:
         "tokens_seen": model.tokens_seen,
         "label": cell.quant_label,
         "calibration": None if cell.calibration is None else canonical_json(cell.calibration.canonical()),
-        "bits_per_param_nominal": cell.quant.bits_per_param_nominal,
+        # What depends on the layers' shapes is known once they are quantized.
+        "bits_per_param_nominal": None if cell.quant.nominal_by_layer else cell.quant.bits_per_param_nominal,
     }
 
 
@@ -119,6 +120,7 @@ def handle_columns(handle: QuantHandle) -> Row:
     """Return the columns of a quantized model's counted bits."""
     return {
         "bits_per_param": handle.bits_per_param,
+        "bits_per_param_nominal": handle.bits_per_param_nominal,
         "total_bits": float(handle.total_bits),
         "total_bits_nominal": handle.total_bits_nominal,
         "codebook_hash": handle.codebook_hash,

@@ -21,7 +21,7 @@ Scalar = str | int | float | bool | None
 Row = Mapping[str, Any]
 """A row of the store, or some of its columns: values by column name, each of the type that ``columns()`` gives it."""
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -61,7 +61,7 @@ def columns() -> tuple[Column, ...]:
         _cell("revision", "string", "hub commit; null for a local path"),
         _cell("weights_hash", "string", "SHA-256 of a local model's files; null for the hub"),
         _cell("params", "int64", "parameters, tied ones once", "count"),
-        _cell("method", "string", "baseline or blockwise"),
+        _cell("method", "string", "name of the method, e.g. blockwise"),
         *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since == 1),
         _cell("label", "string", "the quantization in short"),
         _cell("bits_per_param", "float64", "stored bits of the quantized weights, all overhead counted", "bit/weight"),
@@ -108,7 +108,7 @@ def columns() -> tuple[Column, ...]:
         _cell("checkpoint", "string", "revision that the study asks for by name, e.g. step1000; null for none"),
         _cell("tokens_seen", "int64", "tokens that the checkpoint was trained on; null where unknown", "tokens"),
         _cell("calibration", "string", "JSON of the data that a method calibrated on; null for other methods"),
-        *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 1),
+        *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since == 2),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 2),
         _c("higher_is_better", "map<string,bool>", "direction of metrics that no kind declares, by the task"),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 3),
@@ -122,6 +122,7 @@ def columns() -> tuple[Column, ...]:
             "s",
         ),
         _c("held", "string", "how the model was held: whole, spread, packed or layer by layer; null in earlier rows"),
+        *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 2),
     )
 
 

@@ -16,7 +16,8 @@ from typing import Final
 from kbit.calibration import Calibration
 from kbit.data_types import EXPONENT_RULES
 from kbit.errors import SpecError
-from kbit.spec import METHODS, Spec, axes, spec_of
+from kbit.spec import METHODS, Spec, spec_of
+from kbit.spec import axes as all_axes
 from sweeps.errors import UserError, did_you_mean
 from sweeps.study.cell import Cell, ModelRef, axis_names
 
@@ -38,7 +39,7 @@ class Excluded:
 
 def block_axes() -> tuple[str, ...]:
     """Return the names that a block of the grid may set; a data type from a file brings its codebook itself."""
-    return ("method", *(name for name in axes() if name != "codebook"))
+    return ("method", *(name for name in all_axes() if name != "codebook"))
 
 
 def excluded_counts(excluded: Iterable[Excluded]) -> dict[str, int]:
@@ -122,9 +123,15 @@ def expand(
 def matches(axes: Mapping[str, object], when: Mapping[str, object]) -> bool:
     """Tell whether every axis named in ``when`` has its value (or one of its list of values)."""
     return all(
-        any(_same(axes.get(name), v) for v in (value if isinstance(value, list | tuple) else [value]))
+        any(_same(axes.get(name), _number(name, v)) for v in (value if isinstance(value, list | tuple) else [value]))
         for name, value in when.items()
     )
+
+
+def _number(name: str, value: object) -> object:
+    """Return what cells have for a value of an axis: the number that a name stands for."""
+    declared = all_axes().get(name)
+    return value if declared is None else declared.number(value)
 
 
 def _same(axis: object, value: object) -> bool:

@@ -72,7 +72,14 @@ def check_packed(
             f"eval {packed[0]!r} holds layers in k bits, and the experts of {mixtures[0]} can't be held so: measure it "
             "in a study without mixtures of experts"
         )
-    others = list(dict.fromkeys(spec.method for spec in specs if not (spec.packs or spec.is_baseline)))
+    unpacked = [spec for spec in specs if not spec.is_baseline and spec.why_not_packed is not None]
+    of_spec = next((spec for spec in unpacked if spec.packs), None)
+    if of_spec is not None:
+        raise UserError(
+            f"eval {packed[0]!r} holds layers in k bits, and those of {of_spec.label!r} can't be held so: "
+            f"{of_spec.why_not_packed}. Measure it in a study without them"
+        )
+    others = list(dict.fromkeys(spec.method for spec in unpacked))
     if others:
         can = ", ".join(name for name in METHODS if METHODS[name].packs)
         raise UserError(

@@ -70,6 +70,28 @@ LATER: list[dict[str, Any]] = [
         "key": "dc2c1d1576bb0a04555125031b278f0bb32bf82267041d897241cced57620935",
     },
     {
+        "quant": {"bits": 2, "dtype": "int", "zero_point": True, "blocksize": 256},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {
+            **{"method": "blockwise", "bits": 2, "dtype": "int", "blocksize": 256, "scheme": "block"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0, "zero_point": True},
+        },
+        "label": "int2 b256 asymmetric",
+        "key": "a9f8c1def63b997e5834b6e7c5951482da262ce71a70cf26f05e9fb45289c22d",
+    },
+    {
+        "quant": {"bits": 4, "dtype": "int", "scheme": "group", "blocksize": "row"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {
+            **{"method": "blockwise", "bits": 4, "dtype": "int", "blocksize": -1, "scheme": "group"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+        },
+        "label": "int4 row",
+        "key": "00cb4bc011b2fb5e14a0e49ec8121a5f269ef48fdc5529e16f50fbe57e4c2abf",
+    },
+    {
         "quant": {"bits": 16},
         "model": vars(HUB),
         "eval": {
