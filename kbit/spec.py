@@ -11,7 +11,7 @@ import hashlib
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, get_args
@@ -372,7 +372,15 @@ class QuantSpec(Spec):
         return " ".join([*parts, *self._words("bits", "dtype", "blocksize", "exponent_bits")])
 
 
-METHODS: Final = Door[type[Spec]]("kbit_sweep.methods", "method", {"baseline": QuantSpec, "blockwise": QuantSpec})
+METHODS: Final = Door[type[Spec]](
+    "kbit_sweep.methods",
+    "method",
+    {
+        "baseline": QuantSpec,
+        "blockwise": QuantSpec,
+        "block_float": "kbit.specs.block_float:BlockFloatSpec",
+    },
+)
 """The methods: name to spec. ``Spec.runs`` names what does it."""
 
 
@@ -408,15 +416,18 @@ def spec_of(values: Mapping[str, Any]) -> Spec:
         raise METHODS.unknown(named)
     if named == "baseline":
         given.setdefault("bits", BASELINE_BITS)
-    if "bits" not in given:
+    cls = METHODS[named or "blockwise"]
+    if "bits" not in given and _must_be_given(cls, "bits"):
         raise SpecError("bits", None, "must be given")
     if isinstance(given.get("dtype"), Mapping):
-        given |= _dtype_from_file(given["dtype"], given["bits"])
-    cls = METHODS[named or "blockwise"]
+        given |= _dtype_from_file(given["dtype"], given.get("bits"))
     foreign = sorted(given.keys() - axes_of(cls).keys())
     if foreign:
         has = ", ".join(axes_of(cls))
         raise SpecError(foreign[0], given[foreign[0]], f"method {named or 'blockwise'} has no such axis; it has {has}")
+    missing = next((name for name in axes_of(cls) if name not in given and _must_be_given(cls, name)), None)
+    if missing is not None:
+        raise SpecError(missing, None, f"must be given with method={named or 'blockwise'}: {axes_of(cls)[missing].doc}")
     spec = cls(**given)
     if named is not None and spec.method != named:
         raise SpecError("method", named, f"bits={spec.bits} is method {spec.method}")
@@ -427,6 +438,12 @@ def spec_from_canonical(canonical: Mapping[str, Any]) -> Spec:
     """Return the inverse of ``Spec.canonical``."""
     cls = METHODS[canonical["method"]]
     return cls.from_canonical({k: v for k, v in canonical.items() if k != "method"})
+
+
+def _must_be_given(cls: type[Spec], name: str) -> bool:
+    """Tell whether an axis of a method has no default."""
+    declared = cls.__dataclass_fields__[name]
+    return declared.default is MISSING and declared.default_factory is MISSING
 
 
 def _dtype_from_file(value: Mapping[str, Any], bits: Any) -> dict[str, Any]:

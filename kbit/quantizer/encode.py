@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,20 @@ class Encoder:
     """
 
     def __init__(self, codebook: Tensor) -> None:
-        self._midpoints = midpoints(codebook)
+        self._take(midpoints(codebook))
+
+    @classmethod
+    def of_limits(cls, limits: Tensor) -> Self:
+        """Return an encoder whose codes count the limits below a value, float32 in order, in the midpoints' place."""
+        encoder = cls.__new__(cls)
+        encoder._take(limits)
+        return encoder
+
+    def _take(self, limits: Tensor) -> None:
+        self._midpoints = limits
         self._below: Tensor | None = None
-        if codebook.device.type == "cpu":
-            self._tabulate(self._midpoints + 0.0)  # -0 would lie in another cell than 0
+        if limits.device.type == "cpu":
+            self._tabulate(limits + 0.0)  # -0 would lie in another cell than 0
 
     def _tabulate(self, points: Tensor) -> None:
         cell = _cells(points)

@@ -170,7 +170,9 @@ def _expand_block(block: Mapping[str, object], where: str) -> tuple[list[Spec], 
             spec = spec_of(combination)
         except SpecError as error:
             failed[_value_id(error.key, combination.get(error.key))] = error
-            reason = f"{error.key}={error.value} can't be combined with bits={combination.get('bits')}"
+            by_bits = "bits" in combination and error.key != "bits"
+            why = f" can't be combined with bits={combination['bits']}" if by_bits else f": {error.allowed}"
+            reason = f"{error.key}={error.value}{why}"
             invalid.append(Excluded(axes=combination, reason=reason))
         else:
             specs.append(spec)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kbit.axes import VARIED, Axis, axes_of, axis
-from kbit.spec import METHODS, QuantSpec, Spec, axes
+from kbit.spec import METHODS, QuantSpec, Spec, axes, spec_of
 from sweeps.config import BlockConfig
 from sweeps.store.schema import arrow_schema, columns
 from sweeps.study.cell import Cell, ModelRef, axis_names
@@ -57,6 +57,9 @@ def test_each_axis_is_wherever_axes_are_listed(name: str) -> None:
     assert column.doc
 
 
+MXFP4 = {"method": "block_float", "format": "mxfp4"}
+
+
 @pytest.mark.parametrize("name", list(axes()))
 def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
     """Two specs that differ in one axis alone have different labels."""
@@ -73,10 +76,13 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "center": ({}, {"center": True}),
         "outlier_fraction": ({}, {"outlier_fraction": 0.02}),
         "codebook": ({"dtype": "mine", "codebook": (-1.0, 1.0)}, {"dtype": "mine", "codebook": (-1.0, 0.5)}),
+        "zero_point": ({}, {"zero_point": True}),
+        "format": ({**MXFP4}, {**MXFP4, "format": "nvfp4"}),
+        "scale_rounding": ({**MXFP4}, {**MXFP4, "scale_rounding": "ceil"}),
     }
-    first, second = ({"bits": 4, "dtype": "int", **v} for v in values[name])
-    assert QuantSpec(**first).label != QuantSpec(**second).label
-    assert QuantSpec(**first).canonical() != QuantSpec(**second).canonical()
+    first, second = (spec_of(v if "method" in v else {"bits": 4, "dtype": "int", **v}) for v in values[name])
+    assert first.label != second.label
+    assert first.canonical() != second.canonical()
 
 
 def test_a_field_that_declares_no_axis_is_refused() -> None:

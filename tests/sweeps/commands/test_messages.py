@@ -105,7 +105,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a list for a number": (["eval.window=[3]"], ["eval.window=[3]", "a whole number is needed"]),
     "neither true nor false": (["mode=table", "long=maybe"], ["long=maybe", "true or false"]),
     "a number for a list": (["sweep.quant=4"], ["sweep.quant=4", "a list is needed"]),
-    "a number for a study": (["sweep=4"], ["sweep=4", "one of centering, demo,"]),
+    "a number for a study": (["sweep=4"], ["sweep=4", "sweep is one of ", " centering, demo,"]),
     "a list for a group of one": (["eval=[3]"], ["eval=[3]", "one of base, demo"]),
     "a mode alone": (["plan"], ["'plan'", "mode=plan"]),
     "help alone": (["help"], ["'help'", "--help"]),
@@ -118,6 +118,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["sweep=misplaced", "mine/misplaced.yaml is there", "mine/sweep: move it"],
     ),
     "a method": (["sweep.quant.1.method=awq"], ["sweep.quant.1.method='awq'", *METHODS]),
+    "no format": (
+        ["sweep.quant=[{method: block_float}]"],
+        ["sweep.quant.0.format=None", "must be given with method=block_float"],
+    ),
+    "another format": (
+        ["sweep.quant=[{method: block_float, format: mxfp5}]"],
+        ["sweep.quant.0.format='mxfp5'", "one of mxfp4, nvfp4"],
+    ),
     "an axis as a key": (["method=awq"], ["'method'", "sweep.quant.N.method", "'where={method: VALUE}'"]),
     "another axis as a key": (["bits=4"], ["'bits'", "sweep.quant.N.bits", "'where={bits: VALUE}'"]),
     "an axis of where": (["mode=status", "where.bits=3"], ["'where.bits'", "'where={bits: VALUE}'"]),

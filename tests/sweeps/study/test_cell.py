@@ -92,6 +92,22 @@ LATER: list[dict[str, Any]] = [
         "key": "00cb4bc011b2fb5e14a0e49ec8121a5f269ef48fdc5529e16f50fbe57e4c2abf",
     },
     {
+        "quant": {"method": "block_float", "format": "nvfp4"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "block_float", "bits": 4, "format": "nvfp4"},
+        "label": "nvfp4",
+        "key": "191497e91dd1bb56997b24c44d48d46842911af66a299cdf0be7f0c627f21b96",
+    },
+    {
+        "quant": {"method": "block_float", "format": "mxfp8_e5m2", "scale_rounding": "ceil"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "block_float", "bits": 8, "format": "mxfp8_e5m2", "scale_rounding": "ceil"},
+        "label": "mxfp8_e5m2 scale-ceil",
+        "key": "68cae8a0f5a57bfd24f69699a893b95ea5dd9f6a54deda323ce235dd0b90a6d2",
+    },
+    {
         "quant": {"bits": 16},
         "model": vars(HUB),
         "eval": {

@@ -1,0 +1,59 @@
+"""Block-scaled floats: each layer by itself, in an MX format or NVFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kbit.methods.protocol import ModelPass, Undo
+from kbit.models.architectures import Layer
+from kbit.models.overwriting import rewrite
+from kbit.quantizer.block_float import BlockFloatTensor, dequantize_block_float, quantize_block_float
+from kbit.specs.block_float import BlockFloatSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredBlockFloat:
+    """Codes and scales of one layer."""
+
+    tensor: BlockFloatTensor
+
+    @property
+    def nbits(self) -> int:
+        return self.tensor.nbits
+
+    @property
+    def codebook(self) -> Tensor:
+        """The format's magnitudes, ascending."""
+        return torch.tensor(self.tensor.spec.element.magnitudes(), dtype=torch.float32)
+
+    @property
+    def shares_codebook(self) -> bool:
+        return True
+
+    def put(self, layer: Layer) -> Undo:
+        return rewrite(layer, lambda working: dequantize_block_float(self.tensor, out=working))
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        raise NotImplementedError("the k-bit layer's products take one absmax per block, not these scales")
+
+
+def quantize_layers(
+    model: ModelPass, spec: BlockFloatSpec, calibration: Tensor | None = None
+) -> Iterator[tuple[Layer, StoredBlockFloat]]:
+    """Yield the codes and scales of each layer of each block.
+
+    Raises:
+        WeightError: a weight with NaN or infinite values.
+    """
+    for block in model.blocks():
+        for layer in block.layers:
+            try:
+                q = quantize_block_float(layer.weight, spec, storage_dtype=model.storage_dtype)
+            except ValueError as error:
+                error.add_note(f"in layer {layer.name}")
+                raise
+            yield layer, StoredBlockFloat(tensor=q)

@@ -1,0 +1,38 @@
+"""Cells of every method in one study: planned, quantized by a worker in one pack, stored, drawn, resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sweeps import load_results
+from tests.conftest import Launch
+
+BLOCKS = (
+    "{bits: 16}",
+    "{method: block_float, format: [mxfp4, nvfp4]}",
+    "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
+)
+BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "mxfp6_e3m2 scale-ceil": 6.25}
+"""Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks."""
+STUDY = (
+    *("sweep.name=methods", "sweep.sizes=[neox-xs]", "eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu"),
+    *("executor.workers=1", "out=r"),
+)
+
+
+def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch: Launch) -> None:
+    first = launch(*STUDY, f"sweep.quant=[{', '.join(BLOCKS[:-1])}]")
+    assert first.returncode == 0, first.stdout + first.stderr
+    whole = f"sweep.quant=[{', '.join(BLOCKS)}]"
+    done = launch(*STUDY, whole)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = load_results(tmp_path / "r").set_index("label")
+    assert set(rows["status"]) == {"done"}
+    assert set(rows.index) == {"16-bit", *BITS}
+    assert rows["jargon_loss"].nunique() == len(rows)
+    for label, bits in BITS.items():
+        assert abs(rows.loc[label, "bits_per_param"] - bits) < 0.01, label
+        assert rows.loc[label, "jargon_loss"] > rows.loc["16-bit", "jargon_loss"] - 0.02
+    assert rows.loc["nvfp4", "format"] == "nvfp4"
+    # What the first launch measured is not measured again.
+    assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]
