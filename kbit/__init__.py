@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbit.errors import SpecError
+    from kbit.ggml.quantize import ggml_dequantize, ggml_quantize
     from kbit.models.quantize import QuantHandle, quantize_model
     from kbit.packed.files import load_packed, save_packed
     from kbit.packed.linear import KBitLinear
@@ -24,6 +25,8 @@ _HOME = {
     "QuantizedTensor": "kbit.quantizer.blockwise",
     "quantize": "kbit.quantizer.blockwise",
     "dequantize": "kbit.quantizer.blockwise",
+    "ggml_dequantize": "kbit.ggml.quantize",
+    "ggml_quantize": "kbit.ggml.quantize",
     "KBitLinear": "kbit.packed.linear",
     "QuantHandle": "kbit.models.quantize",
     "quantize_model": "kbit.models.quantize",
@@ -39,6 +42,8 @@ __all__ = [
     "SpecError",
     "codebook",
     "dequantize",
+    "ggml_dequantize",
+    "ggml_quantize",
     "load_packed",
     "quantize",
     "quantize_model",

@@ -9,7 +9,7 @@ import pytest
 EXPORTED = {
     "kbit": [
         *("KBitLinear", "QuantHandle", "QuantSpec", "QuantizedTensor", "SpecError", "codebook", "dequantize"),
-        *("load_packed", "quantize", "quantize_model", "save_packed"),
+        *("ggml_dequantize", "ggml_quantize", "load_packed", "quantize", "quantize_model", "save_packed"),
     ],
     "kbit.evaluation": [
         *("EVALUATORS", "EvalResult", "EvalSpec", "Evaluator", "MetricSpec", "PreparedEval", "prepare"),

@@ -12,8 +12,8 @@ import pytest
 from tests import ROOT
 
 ORDER = (
-    *("foundations", "quantizer", "kernels", "models", "packed", "methods", "quantize", "evaluation", "layered"),
-    "bench",
+    *("foundations", "quantizer", "ggml", "kernels", "models", "packed", "methods", "quantize", "evaluation"),
+    *("layered", "bench"),
 )
 """A file may import its own wing and those before it. The kernels follow the reference, which they have to equal; it
 asks for them late."""
