@@ -86,6 +86,18 @@ def axis(default: Any = MISSING, *, type: AxisType, doc: str, **more: Any) -> An
     return field(metadata=declared) if default is MISSING else field(default=default, metadata=declared)
 
 
+def like(cls: type[object], name: str, default: Any = MISSING) -> Any:
+    """Declare an axis that another spec has, with the same meaning.
+
+    Args:
+        cls: the other spec's class.
+        name: of the axis.
+        default: of the field; without one the axis must be given.
+    """
+    metadata = next(f.metadata for f in fields(cast(Any, cls)) if f.name == name)
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
 def axis_of(declared: Field[Any]) -> Axis:
     """Return the axis that a field declares.
 

@@ -61,12 +61,14 @@ class Spec(ABC):
         runs: "module:function" of the method itself (``kbit.methods``).
         calibrates: the method reads calibration data, which then belong to a cell's identity.
         packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
+        effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
     """
 
     method_name: ClassVar[str]
     runs: ClassVar[str]
     calibrates: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    effort: ClassVar[float] = 1.0
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
 
@@ -379,6 +381,7 @@ METHODS: Final = Door[type[Spec]](
         "baseline": QuantSpec,
         "blockwise": QuantSpec,
         "block_float": "kbit.specs.block_float:BlockFloatSpec",
+        "hqq": "kbit.specs.hqq:HqqSpec",
     },
 )
 """The methods: name to spec. ``Spec.runs`` names what does it."""

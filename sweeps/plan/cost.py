@@ -18,6 +18,7 @@ from typing import Final, Self
 from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
+from kbit.spec import METHODS
 from sweeps.store.schema import Row
 from sweeps.study.cell import Cell, Measurement, ModelRef
 
@@ -147,8 +148,9 @@ class CostModel:
         once: tuple[object, ...] = ("quantize", row.get("launch"), row.get("key"), packed, row.get("quantize_seconds"))
         if row.get("quantize_seconds") and row.get("method") != "baseline" and once not in self._seen:
             self._seen.add(once)
-            like = _like_quant(row.get("label"), row.get("dtype"), packed)
-            self.quantizing.add(model, params, like, row["quantize_seconds"], params / QUANTIZE_PER_SECOND[self.device])
+            method = str(row.get("method"))
+            like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
+            self.quantizing.add(model, params, like, row["quantize_seconds"], self._counted_quantizing(params, method))
         once = ("load", row.get("launch"), model, row.get("load_seconds"))
         if row.get("load_seconds") and once not in self._seen:
             self._seen.add(once)
@@ -176,9 +178,16 @@ class CostModel:
         if cell.quant.is_baseline:
             return 0.0
         params = _params(cell.model)
-        like = _like_quant(cell.quant_label, cell.quant.axis_values().get("dtype"), packed)
-        counted = params / QUANTIZE_PER_SECOND[self.device]
-        return self.quantizing.predict(cell.model.label, params, like, counted, exact=len(like))
+        method = cell.quant.method
+        like = _like_quant(cell.quant_label, method, cell.quant.axis_values().get("dtype"), packed)
+        return self.quantizing.predict(
+            cell.model.label, params, like, self._counted_quantizing(params, method), exact=2
+        )
+
+    def _counted_quantizing(self, params: int, method: str) -> float:
+        """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
+        effort = METHODS[method].effort if method in METHODS else 1.0
+        return effort * params / QUANTIZE_PER_SECOND[self.device]
 
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec]) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""
@@ -223,8 +232,8 @@ def _like_packed(name: str, kind: str, label: object, bits: int, is_wide: bool) 
     return [(name, label, is_wide), (kind, bits, is_wide), (kind, bits < 16, is_wide), (kind,)]
 
 
-def _like_quant(label: object, dtype: object, packed: bool) -> list[Like]:
-    return [(label, packed), (dtype, packed), (packed,)]
+def _like_quant(label: object, method: str, dtype: object, packed: bool) -> list[Like]:
+    return [(label, packed), (method, dtype, packed), (packed,)]
 
 
 def _comes_with_another(spec: EvalSpec, due: Sequence[EvalSpec]) -> bool:

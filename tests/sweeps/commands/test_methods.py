@@ -10,9 +10,10 @@ from tests.conftest import Launch
 BLOCKS = (
     "{bits: 16}",
     "{method: block_float, format: [mxfp4, nvfp4]}",
+    "{method: hqq, bits: 3, blocksize: 32}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
-BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "mxfp6_e3m2 scale-ceil": 6.25}
+BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "hqq3 g32": 4.0, "mxfp6_e3m2 scale-ceil": 6.25}
 """Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks."""
 STUDY = (
     *("sweep.name=methods", "sweep.sizes=[neox-xs]", "eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu"),

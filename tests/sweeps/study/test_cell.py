@@ -92,6 +92,22 @@ LATER: list[dict[str, Any]] = [
         "key": "00cb4bc011b2fb5e14a0e49ec8121a5f269ef48fdc5529e16f50fbe57e4c2abf",
     },
     {
+        "quant": {"method": "hqq", "bits": 4},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "hqq", "bits": 4, "blocksize": 64},
+        "label": "hqq4 g64",
+        "key": "b5b297926ae69f7d903c994e7c90571ce1113e39dfd305a921e3eb9e419a3b06",
+    },
+    {
+        "quant": {"method": "hqq", "bits": 2, "blocksize": "row"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "hqq", "bits": 2, "blocksize": -1},
+        "label": "hqq2 row",
+        "key": "e2befabb58f47c91a2fcc23b3a20a96dbe97c0ae07f962da1960915536c9640a",
+    },
+    {
         "quant": {"method": "block_float", "format": "nvfp4"},
         "model": vars(HUB),
         "eval": None,
