@@ -45,6 +45,8 @@ ALLOWED_BLOCKSIZE: Final = (
     "a whole number of at least 1 (and at most 2^40), row for each whole row (with scheme=group), or null for the "
     "whole tensor"
 )
+OPTIONS: Final = ("clip", "rotation")
+"""Axes of ``QuantSpec`` that not every method built on it obeys."""
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
 
@@ -154,6 +156,10 @@ class QuantSpec(Spec):
         outlier_fraction: fraction of input dimensions kept in 16 bits by proxy quantization (section 3), 0 <= p < 1.
         zero_point: int only. Codes 0 to 2^k - 1 with a float16 scale and a zero point of k bits per block
             (``kbit.quantizer.asymmetric``).
+        clip: each block's absmax is the best of ten by squared error (``kbit.quantizer.clipping``).
+        rotation: seed of a random rotation of the input dimensions (``kbit.quantizer.rotation``); None for none.
+        takes: of the axes that change how weights are quantized (``OPTIONS``), those that the class's method obeys. It
+            is not inherited: a method that does not say so has them refused.
 
     Raises:
         SpecError: an axis has a value that is not allowed.
@@ -162,6 +168,7 @@ class QuantSpec(Spec):
     method_name: ClassVar[str] = "blockwise"
     runs: ClassVar[str] = "kbit.methods.blockwise:quantize_layers"
     packs: ClassVar[bool] = True
+    takes: ClassVar[frozenset[str]] = frozenset({"clip", "rotation"})
 
     dtype: str | None = axis(None, type="string", doc="data type of the codes; null for the baseline")
     blocksize: int | None = axis(
@@ -222,6 +229,18 @@ class QuantSpec(Spec):
         since=3,
         label="asymmetric",
     )
+    clip: bool = axis(
+        False,
+        type="bool",
+        doc="absmax of each block clipped: the best of ten",
+        neutral=False,
+        baseline=False,
+        since=3,
+        label="clipped",
+    )
+    rotation: int | None = axis(
+        None, type="int64", doc="seed of a random rotation of inputs; null for none", neutral=None, since=3
+    )
 
     def __post_init__(self) -> None:
         for name, a in axes_of(type(self)).items():
@@ -261,6 +280,7 @@ class QuantSpec(Spec):
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
             raise SpecError("outlier_fraction", fraction, "a number from 0 (none) to below 1")
         self._validate_zero_point()
+        self._validate_options()
 
     def _validate_zero_point(self) -> None:
         if not isinstance(self.zero_point, bool):
@@ -271,6 +291,22 @@ class QuantSpec(Spec):
             raise SpecError("zero_point", True, f"false with dtype={self.dtype}: only integers (dtype=int) have one")
         if self.absmax_dtype != "float16":
             raise SpecError("zero_point", True, f"false with absmax_dtype={self.absmax_dtype}: its scale is float16")
+
+    def _validate_options(self) -> None:
+        if not isinstance(self.clip, bool):
+            raise SpecError("clip", self.clip, "true or false")
+        if self.rotation is not None:
+            allowed = "null, or a seed: a whole number of at least 0 (and at most 2^40)"
+            _integer("rotation", self.rotation, allowed)
+            if not 0 <= self.rotation <= LARGEST_NUMBER:
+                raise SpecError("rotation", self.rotation, allowed)
+        if self.clip and self.zero_point:
+            raise SpecError("clip", True, "false with zero_point=true: the search is of absmax, which that has none of")
+        declared, takes = axes_of(QuantSpec), type(self).__dict__.get("takes", frozenset())
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if name not in takes and not declared[name].is_neutral(value):
+                raise SpecError(name, value, f"left out: method={self.method_name} does not obey it")
 
     def _validate_dtype(self) -> None:
         if self.codebook is not None:
@@ -339,6 +375,8 @@ class QuantSpec(Spec):
     def why_not_packed(self) -> str | None:
         if self.zero_point:
             return "no kernel multiplies codes with zero points (zero_point=true)"
+        if self.rotation is not None:
+            return "a packed layer would have to rotate its inputs, and the weight is rotated back instead (rotation)"
         return super().why_not_packed
 
     def of_row(self, length: int) -> Self:

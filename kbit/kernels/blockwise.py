@@ -74,7 +74,13 @@ class Quantized(NamedTuple):
     bad: Tensor | None
 
 
-def quantize_values(source: Source, blocks: Blocks, spec: QuantSpec, values: Tensor | None) -> Quantized:
+def quantize_values(
+    source: Source,
+    blocks: Blocks,
+    spec: QuantSpec,
+    values: Tensor | None,
+    stored: Tensor | NestedAbsmax | None = None,
+) -> Quantized:
     """Return packed codes and absmax of a weight, equal to the reference's to the bit.
 
     Args:
@@ -82,6 +88,7 @@ def quantize_values(source: Source, blocks: Blocks, spec: QuantSpec, values: Ten
         blocks: how it is cut.
         spec: how to quantize it.
         values: the codebook, float32, of a type that the data decide; None for the spec's own.
+        stored: absmax that was chosen already, of a weight that is finite; None takes the blocks' own.
 
     Raises:
         WeightError: a value is NaN or infinite, where `bad` doesn't say so.
@@ -91,11 +98,11 @@ def quantize_values(source: Source, blocks: Blocks, spec: QuantSpec, values: Ten
     with on(flat.device):
         tree = _fixed_tree(spec, flat.device) if values is None else midpoint_tree(values, spec.bits)
         taken = _Taken(flat=flat, blocks=blocks, dtype=source.dtype, mean=source.mean, kept=_mask(source))
-        if taken.kept is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
+        if stored is None and taken.kept is None and spec.absmax_dtype != "nested" and _is_one_pass(blocks):
             reciprocal = _divides_by_reciprocal(spec, source.dtype, values)
             absmax, bad = _quantize_in_one_pass(taken, spec, tree, words, reciprocal)
             return Quantized(_as_bytes(words, flat.numel(), spec.bits), absmax, bad)
-        stored = _measure(taken, spec)
+        stored = _measure(taken, spec) if stored is None else stored
         _encode(taken, spec.bits, load_absmax(stored), tree, words)
     return Quantized(_as_bytes(words, flat.numel(), spec.bits), stored, None)
 

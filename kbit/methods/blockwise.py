@@ -77,6 +77,7 @@ def _quantized(layer: Layer, spec: QuantSpec, columns: Tensor | None, model: Mod
 
 def _what_fits(spec: QuantSpec) -> QuantSpec:
     """Return the spec with the axes that no fitted codebook of its data type depends on at one value each."""
+    spec = replace(spec, clip=False)
     if data_type(str(spec.dtype), spec.codebook).of_blocks:
         return spec
     return replace(spec, blocksize=None, scheme="block", absmax_dtype="float16")

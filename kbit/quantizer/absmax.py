@@ -74,11 +74,20 @@ def stored_absmax(source: Source, blocks: Blocks, spec: QuantSpec) -> Tensor | N
     Raises:
         WeightError: a value is NaN or infinite.
     """
-    dtype = torch.float16 if spec.absmax_dtype == "float16" else torch.float32
+    absmax = largest_magnitudes(source, blocks, torch.float16 if spec.absmax_dtype == "float16" else torch.float32)
+    return nest(absmax) if spec.absmax_dtype == "nested" else absmax
+
+
+def largest_magnitudes(source: Source, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """Return the absmax of each block, rounded to float16 or float32.
+
+    Raises:
+        WeightError: a value is NaN or infinite.
+    """
     absmax = torch.zeros(blocks.rows * blocks.per_row, dtype=dtype, device=source.device)
     finite = torch.ones((), dtype=torch.bool, device=source.device)
     for piece in blocks.pieces(source.device, source.row):
         finite &= piece.gather_absmax(source[piece], absmax)
     if not bool(finite):
         raise non_finite("weight", source.dtype)
-    return nest(absmax) if spec.absmax_dtype == "nested" else absmax
+    return absmax

@@ -16,11 +16,13 @@ from kbit.errors import SpecError
 from kbit.quantizer import asymmetric
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax, stored_absmax
 from kbit.quantizer.blocks import Blocks
+from kbit.quantizer.clipping import clipped_absmax
 from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.packed import Packed
 from kbit.quantizer.packing import pack, packed_bytes, unpack
-from kbit.quantizer.source import Source
+from kbit.quantizer.rotation import rotate, rotate_back
+from kbit.quantizer.source import Source, kept_values
 from kbit.quantizer.storage import check_weight, columns_of, mean16, non_finite, storage_dtype_of
 from kbit.spec import QuantSpec
 
@@ -144,8 +146,7 @@ def quantize_async(
     columns = columns_of(weight, outlier_columns)
     spec = spec.of_row(weight.shape[-1])
     impl = _chosen(impl, weight.device, spec)
-    mean = mean16(weight, dtype) if spec.center else None
-    source = Source(weight, dtype, columns, mean)
+    source = _source(weight, dtype, columns, spec)
     own = None
     if is_data_dependent(spec):
         own = fitted_codebook(spec, source) if fitted is None else fitted.to(source.device, copy=True)
@@ -155,11 +156,12 @@ def quantize_async(
     if impl == "triton":
         from kbit.kernels.blockwise import quantize_values  # triton may be absent
 
-        codes, absmax, bad = quantize_values(source, blocks, spec, own)
+        clipped = clipped_absmax(source, blocks, spec, values) if spec.clip else None
+        codes, absmax, bad = quantize_values(source, blocks, spec, own, clipped)
     elif spec.zero_point:
         codes, absmax, zero_points = asymmetric.quantize_values(source, blocks, spec.bits)
     else:
-        absmax = stored_absmax(source, blocks, spec)
+        absmax = clipped_absmax(source, blocks, spec, values) if spec.clip else stored_absmax(source, blocks, spec)
         codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
     q = QuantizedTensor(
         codes=codes,
@@ -169,9 +171,9 @@ def quantize_async(
         shape=tuple(weight.shape),
         dtype=weight.dtype,
         storage_dtype=dtype,
-        mean=mean,
+        mean=source.mean,
         kept_columns=columns,
-        kept_values=source.kept(),
+        kept_values=kept_values(weight, dtype, columns),
         zero_points=zero_points,
     )
     return q, bad
@@ -212,6 +214,12 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
         blocks=q.blocks,
         zero=None if q.zero_points is None else zeros_of(q).float(),
     )
+    if q.spec.rotation is not None:
+        flat = torch.empty(q.shape, dtype=torch.float32, device=device)
+        _fill(flat.view(-1), packed, torch.float32)
+        limit = torch.finfo(q.storage_dtype).max
+        turned = rotate_back(flat, q.spec.rotation).clamp_(-limit, limit).to(q.storage_dtype)
+        return _with_kept(turned.to(q.dtype) if out is None else out.copy_(turned), q)
     straight = out is not None and out.is_contiguous()
     values = out if out is not None and straight else torch.empty(q.shape, dtype=q.dtype, device=device)
     if impl == "triton":
@@ -224,9 +232,28 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
             values.copy_(narrow)
     else:
         _fill(values.view(-1), packed, q.storage_dtype)
+    _with_kept(values, q)
+    return values if out is None or straight else out.copy_(values)
+
+
+def _with_kept(values: Tensor, q: QuantizedTensor) -> Tensor:
+    """Put the kept columns' values in their places."""
     if q.kept_columns is not None and q.kept_values is not None:
         values[:, q.kept_columns.long()] = q.kept_values.to(q.dtype)
-    return values if out is None or straight else out.copy_(values)
+    return values
+
+
+def _source(weight: Tensor, dtype: torch.dtype, columns: Tensor | None, spec: QuantSpec) -> Source:
+    """Return a weight's values as they are quantized; those of a rotation in float32, which no kept column enters."""
+    if spec.rotation is None:
+        return Source(weight, dtype, columns, mean16(weight, dtype) if spec.center else None)
+    stored = weight.detach().to(dtype).float()
+    if not bool(stored.isfinite().all()):
+        raise non_finite("weight", dtype)
+    if columns is not None:
+        stored = stored.index_fill(1, columns.long(), 0)
+    rotated = rotate(stored, spec.rotation)
+    return Source(rotated, torch.float32, None, mean16(rotated, torch.float32) if spec.center else None)
 
 
 def zeros_of(q: QuantizedTensor) -> Tensor:
@@ -238,9 +265,10 @@ def zeros_of(q: QuantizedTensor) -> Tensor:
 def _chosen(impl: str, device: torch.device, spec: QuantSpec) -> str:
     from kbit.kernels.availability import choose_blockwise  # kernels import the reference, which asks for them late
 
-    if spec.zero_point:
+    if spec.zero_point or spec.rotation is not None:
+        what = "zero points (zero_point=true)" if spec.zero_point else "rotations"
         if impl == "triton":
-            raise ValueError("impl='triton': its kernels know no zero points (zero_point=true); use 'torch' or 'auto'")
+            raise ValueError(f"impl='triton': its kernels know no {what}; use 'torch' or 'auto'")
         impl = "torch" if impl == "auto" else impl
     return choose_blockwise(impl, device)
 

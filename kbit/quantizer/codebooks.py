@@ -194,6 +194,11 @@ def quantile_values(source: Source, spec: QuantSpec) -> Tensor:
 
 def _sorted_values(weight: Tensor, dtype: torch.dtype, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Distinct stored values in order (float32), and how many weights lie at or below each (int64)."""
+    if dtype == torch.float32:  # a rotated weight, whose values are no 16-bit patterns
+        values, counts = torch.unique(flattened(weight, dtype), return_counts=True)
+        if not bool(values.isfinite().all()):
+            raise non_finite("weight", dtype)
+        return values, counts.cumsum(0)
     counts = _histogram(flattened(weight, dtype), dtype)
     patterns = torch.arange(PATTERNS, dtype=torch.int32, device=weight.device)
     values = patterns.to(torch.int16).view(dtype).float()

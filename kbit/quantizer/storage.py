@@ -48,9 +48,8 @@ def check_weight(weight: Tensor) -> None:
 
 
 def non_finite(what: str, dtype: torch.dtype) -> WeightError:
-    return WeightError(
-        f"{what} holds NaN or infinite values once cast to {STORAGE_DTYPES[dtype]}: there is no absmax to scale it by"
-    )
+    name = STORAGE_DTYPES.get(dtype, "float32")
+    return WeightError(f"{what} holds NaN or infinite values once cast to {name}: there is no absmax to scale it by")
 
 
 def columns_of(weight: Tensor, outlier_columns: Tensor | list[int] | None) -> Tensor | None:

@@ -77,6 +77,8 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "outlier_fraction": ({}, {"outlier_fraction": 0.02}),
         "codebook": ({"dtype": "mine", "codebook": (-1.0, 1.0)}, {"dtype": "mine", "codebook": (-1.0, 0.5)}),
         "zero_point": ({}, {"zero_point": True}),
+        "clip": ({}, {"clip": True}),
+        "rotation": ({}, {"rotation": 0}),
         "format": ({**MXFP4}, {**MXFP4, "format": "nvfp4"}),
         "scale_rounding": ({**MXFP4}, {**MXFP4, "scale_rounding": "ceil"}),
     }

@@ -125,6 +125,7 @@ def check_sample(device: str) -> list[str]:
     axes = {
         **SPECS,
         **STORED,
+        "clip": (False, True),
         "weight": tuple(WEIGHTS),
         "shape": SHAPES,
         "kept": (False, True),
@@ -132,7 +133,7 @@ def check_sample(device: str) -> list[str]:
     }
     wrong = []
     for seed, row in enumerate(pairwise(axes)):
-        spec = QuantSpec(**{name: row[name] for name in (*SPECS, *STORED)})
+        spec = QuantSpec(**{name: row[name] for name in (*SPECS, *STORED, "clip")})
         weight = weight_of(row["shape"], WEIGHTS[row["weight"]], device, seed)
         options: dict[str, Any] = {"storage_dtype": {"float32": None}.get(row["storage"], WEIGHTS[row["storage"]])}
         if row["kept"] and weight.ndim == 2:

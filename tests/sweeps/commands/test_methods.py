@@ -10,10 +10,17 @@ from tests.conftest import Launch
 BLOCKS = (
     "{bits: 16}",
     "{method: block_float, format: [mxfp4, nvfp4]}",
+    "{bits: 3, dtype: int, blocksize: 32, clip: [false, true], rotation: [null, 1]}",
     "{method: hqq, bits: 3, blocksize: 32}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
-BITS = {"mxfp4": 4.25, "nvfp4": 4.5, "hqq3 g32": 4.0, "mxfp6_e3m2 scale-ceil": 6.25}
+BITS = {
+    "mxfp4": 4.25,
+    "nvfp4": 4.5,
+    "hqq3 g32": 4.0,
+    **dict.fromkeys(("int3 b32", "int3 b32 clipped", "int3 b32 rotation=1", "int3 b32 clipped rotation=1"), 3.5),
+    "mxfp6_e3m2 scale-ceil": 6.25,
+}
 """Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks."""
 STUDY = (
     *("sweep.name=methods", "sweep.sizes=[neox-xs]", "eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu"),

@@ -26,7 +26,7 @@ from tests import ROOT
 
 CONF = ROOT / "conf"
 STUDIES = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
-OF_NO_FIGURE = ("demo", "paper_all", "survey", "block_floats", "hqq")
+OF_NO_FIGURE = ("demo", "paper_all", "survey", "block_floats", "hqq", "clipping_rotation")
 FAMILIES = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
 
 # Published hyperparameters: hidden size, layers, heads, vocabulary (GPT-NeoX only).
@@ -102,6 +102,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("survey", 8, 248, 496),
         ("block_floats", 8, 176, 176),
         ("hqq", 8, 128, 128),
+        ("clipping_rotation", 8, 200, 200),
         ("paper_all", 41, 8118, 48708),
     ],
 )
