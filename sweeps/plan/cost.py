@@ -8,17 +8,15 @@ practice, not peaks; they only have to be right within a factor of two, since fi
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import log
-from statistics import median
 from typing import Final, Self
 
 from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import METHODS
+from sweeps.plan.learned import Like, Part, ValueOf
 from sweeps.store.schema import Row
 from sweeps.study.cell import Cell, Measurement, ModelRef
 
@@ -38,16 +36,27 @@ UNPACK_PER_SECOND: Final = {"cpu": 5e7, "cuda": 2e12}
 LOAD_BYTES_PER_SECOND: Final = 5e8
 SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 0.12}
 """Whatever the size: scheduling, writing, small kernels. On a GPU as the demo took, 52 s for 387 on an H100."""
-LATEST: Final = 7
-"""Stored values of a kind that count: a machine's load and a job's node change."""
 COLUMNS: Final = (
-    *("key", "launch", "model", "params", "method", "label", "bits", "dtype", "eval", "eval_kind", "limit", "window"),
+    *(
+        "key",
+        "launch",
+        "pack",
+        "model",
+        "params",
+        "method",
+        "label",
+        "bits",
+        "dtype",
+        "eval",
+        "eval_kind",
+        "limit",
+        "window",
+    ),
     *("num_fewshot", "compute_dtype", "n_tokens", "seconds", "quantize_seconds", "load_seconds", "device", "finished"),
 )
 """Of a row, what is learned from."""
 _DEFAULT_PARAMS: Final = 1_000_000_000
-Like = tuple[object, ...]
-"""What makes two measurements, or two quantizations, alike."""
+_LOAD: Final[Sequence[Like]] = [("load",)]
 
 
 def tokens_of(measurement: Measurement) -> int:
@@ -62,57 +71,13 @@ def load_seconds(model: ModelRef) -> float:
 
 
 @dataclass(kw_only=True)
-class Learned:
-    """Stored values of one part of the cost, by what is like them: seconds, and factors on what was counted.
-
-    Attributes:
-        seconds: by model and what the part is of.
-        factors: the same over the count, by model and by the part's kind.
-        params: of the models that have any.
-    """
-
-    seconds: dict[Like, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
-    factors: dict[Like, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
-    params: dict[Like, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-
-    def add(self, model: str, params: int, like: Sequence[Like], seconds: float, counted: float) -> None:
-        """Take in a value.
-
-        Args:
-            model: the model's label.
-            params: its parameters.
-            like: what the part is of, from the closest likeness to the widest.
-            seconds: what it took.
-            counted: what was counted for it.
-        """
-        for of in like:
-            self.seconds[(model, *of)].append(seconds)
-            self.factors[(model, *of)].append(seconds / counted)
-            self.params[of][model] = params
-
-    def predict(self, model: str, params: int, like: Sequence[Like], counted: float, *, exact: int) -> float:
-        """Return seconds: of the first ``exact`` likenesses what they took, of all a factor on the count."""
-        for number, of in enumerate(like):
-            if number < exact and (known := self.seconds.get((model, *of))):
-                return median(known)
-            if known := self.factors.get((model, *of)):
-                return counted * median(known)
-        for of in like:
-            others = self.params.get(of)
-            if others:
-                near = min(others, key=lambda name: abs(log(max(1, others[name]) / max(1, params))))
-                return counted * median(self.factors[(near, *of)])
-        return counted
-
-
-@dataclass(kw_only=True)
 class CostModel:
     """Predicts seconds; learns from the store's rows."""
 
     device: str
-    evaluating: Learned = field(default_factory=Learned)
-    quantizing: Learned = field(default_factory=Learned)
-    loading: Learned = field(default_factory=Learned)
+    evaluating: Part = field(default_factory=Part)
+    quantizing: Part = field(default_factory=Part)
+    loading: Part = field(default_factory=Part)
     _seen: set[tuple[object, ...]] = field(default_factory=set)
     _predicted: dict[tuple[object, ...], float] = field(default_factory=dict)
 
@@ -135,35 +100,45 @@ class CostModel:
         is_wide = row.get("compute_dtype") == "float32"
         bits = row.get("bits") or 0
         tokens = row.get("n_tokens") or 0
-        self.evaluating.add(
-            model,
-            params,
-            _like_eval(row["eval"], kind, (row.get("limit"), row.get("window"), row.get("num_fewshot") or 0), is_wide)
-            if not packed
-            else _like_packed(row["eval"], kind, row.get("label"), bits, is_wide),
-            row["seconds"],
-            self._counted(kind, params, tokens, bits),
+        like = (
+            _like_packed(row["eval"], kind, row.get("label"), bits, is_wide)
+            if packed
+            else _like_eval(
+                row["eval"], kind, (row.get("limit"), row.get("window"), row.get("num_fewshot") or 0), is_wide
+            )
         )
+        counted = self._counted(kind, params, tokens, bits)
+        of = ValueOf(model=model, params=params, like=like, counted=counted)
+        self.evaluating.add(of, row["seconds"], first=self._is_first(row, row["eval"]))
         # Shared by the rows of a cell: known by what it took, to the last bit.
         once: tuple[object, ...] = ("quantize", row.get("launch"), row.get("key"), packed, row.get("quantize_seconds"))
-        if row.get("quantize_seconds") and row.get("method") != "baseline" and once not in self._seen:
-            self._seen.add(once)
+        if row.get("quantize_seconds") and row.get("method") != "baseline" and self._is_new(once):
             method = str(row.get("method"))
             like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
-            self.quantizing.add(model, params, like, row["quantize_seconds"], self._counted_quantizing(params, method))
-        once = ("load", row.get("launch"), model, row.get("load_seconds"))
-        if row.get("load_seconds") and once not in self._seen:
-            self._seen.add(once)
+            of = ValueOf(model=model, params=params, like=like, counted=self._counted_quantizing(params, method))
+            self.quantizing.add(of, row["quantize_seconds"], first=self._is_first(row, ("quantize", packed)))
+        if row.get("load_seconds") and self._is_new(("load", row.get("launch"), model, row.get("load_seconds"))):
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
-            self.loading.add(model, params, [("load",)], row["load_seconds"], counted)
+            self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), row["load_seconds"])
 
-    def cell_seconds(self, cell: Cell, evals: Sequence[EvalSpec]) -> float:
-        """Predict quantizing, once for each form of the layers, and evaluating."""
+    def _is_new(self, once: tuple[object, ...]) -> bool:
+        """Tell whether something is seen for the first time, and remember it."""
+        is_new = once not in self._seen
+        self._seen.add(once)
+        return is_new
+
+    def _is_first(self, row: Row, what: object) -> bool:
+        """Tell whether a row, of those in the order of their ends, is its pack's first with something."""
+        return row.get("pack") is not None and self._is_new(("first", row.get("launch"), row["pack"], what))
+
+    def cell_seconds(self, cell: Cell, evals: Sequence[EvalSpec], *, first: bool = False) -> float:
+        """Predict quantizing, once for each form of the layers, and evaluating; `first` in its pack or not."""
         forms = {EVALUATORS[spec.kind].packed for spec in evals}
-        quantize = sum(self._quantize(cell, packed=packed) for packed in forms)
+        quantize = sum(self._quantize(cell, packed=packed, first=first) for packed in forms)
         brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
         return quantize + sum(
-            self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else ()) for spec in evals
+            self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
+            for spec in evals
         )
 
     def seconds(self, measurement: Measurement) -> float:
@@ -172,30 +147,31 @@ class CostModel:
 
     def load(self, model: ModelRef) -> float:
         """Predict loading a model."""
-        return self.loading.predict(model.label, _params(model), [("load",)], load_seconds(model), exact=1)
+        of = ValueOf(model=model.label, params=_params(model), like=_LOAD, counted=load_seconds(model))
+        return self.loading.predict(of, exact=1)
 
-    def _quantize(self, cell: Cell, *, packed: bool) -> float:
+    def _quantize(self, cell: Cell, *, packed: bool, first: bool) -> float:
         if cell.quant.is_baseline:
             return 0.0
         params = _params(cell.model)
         method = cell.quant.method
         like = _like_quant(cell.quant_label, method, cell.quant.axis_values().get("dtype"), packed)
-        return self.quantizing.predict(
-            cell.model.label, params, like, self._counted_quantizing(params, method), exact=2
-        )
+        counted = self._counted_quantizing(params, method)
+        of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
+        return self.quantizing.predict(of, exact=2, first=first)
 
     def _counted_quantizing(self, params: int, method: str) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
         effort = METHODS[method].effort if method in METHODS else 1.0
         return effort * params / QUANTIZE_PER_SECOND[self.device]
 
-    def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec]) -> float:
+    def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec], *, first: bool) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""
         model, spec, quant = measurement.cell.model, measurement.eval, measurement.cell.quant
         is_packed = EVALUATORS[spec.kind].packed
         comes = bool(due) and _comes_with_another(spec, due)
         # Of a plan's cells most differ in nothing that counts here.
-        key = (model.label, spec, comes, (measurement.cell.quant_label, quant.bits) if is_packed else None)
+        key = (model.label, spec, comes, first, (measurement.cell.quant_label, quant.bits) if is_packed else None)
         if key not in self._predicted:
             is_wide = spec.compute_dtype == "float32"
             if is_packed:
@@ -203,10 +179,9 @@ class CostModel:
             else:
                 like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
             counted = self._counted(spec.kind, _params(model), tokens_of(measurement), quant.bits)
-            is_free = comes and (model.label, *like[0]) not in self.evaluating.seconds
-            self._predicted[key] = (
-                0.0 if is_free else self.evaluating.predict(model.label, _params(model), like, counted, exact=1)
-            )
+            of = ValueOf(model=model.label, params=_params(model), like=like, counted=counted)
+            is_free = comes and not self.evaluating.knows(model.label, like[0])
+            self._predicted[key] = 0.0 if is_free else self.evaluating.predict(of, exact=1, first=first)
         return self._predicted[key]
 
     def _counted(self, kind: str, params: int, tokens: int, bits: int) -> float:

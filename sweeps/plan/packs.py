@@ -108,7 +108,9 @@ class Pack:
 
     def predicted(self, cost: CostModel) -> Pack:
         """Return the pack with what is predicted for it now."""
-        seconds = tuple(cost.cell_seconds(cell, evals) for cell, evals in self.items)
+        seconds = tuple(
+            cost.cell_seconds(cell, evals, first=not number) for number, (cell, evals) in enumerate(self.items)
+        )
         return replace(self, item_seconds=seconds, seconds=sum(seconds))
 
     def without(self, measurements: Collection[str]) -> Pack | None:

@@ -193,6 +193,7 @@ def test_scores_are_those_of_hflm_with_beginnings_shared_and_apart(
     name: str, bits: int, assets: Path, real_tasks: dict[str, TaskEval]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(assets / "models" / name, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # an hour per model on two cores
     spec = QuantSpec(bits=bits) if bits == 16 else QuantSpec(bits=bits, dtype="float", blocksize=64)
     with quantize_model(model, spec):
         for task, prepared in real_tasks.items():
@@ -206,6 +207,7 @@ def test_scores_are_those_of_hflm_with_beginnings_shared_and_apart(
 def test_scores_of_whole_tasks_are_those_of_hflm(name: str, bits: int, assets: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets / "models" / name)
     model = AutoModelForCausalLM.from_pretrained(assets / "models" / name, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # an hour per model on two cores
     spec = QuantSpec(bits=bits) if bits == 16 else QuantSpec(bits=bits, dtype="float", blocksize=64)
     with quantize_model(model, spec):
         for task in REAL:

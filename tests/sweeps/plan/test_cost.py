@@ -12,7 +12,8 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps.options import Options
 from sweeps.plan.accuracy import accuracy_of, compared
-from sweeps.plan.cost import LATEST, CostModel, load_seconds
+from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.plan.learned import LATEST
 from sweeps.plan.packs import Known, Packing, make_plan
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.resolve import build_study
@@ -136,6 +137,18 @@ def test_what_is_timed_in_k_bits_goes_by_its_bits() -> None:
     assert cost().cell_seconds(Cell(model=B, quant=INT4), [TIMED]) > 3 * cost().cell_seconds(
         Cell(model=B, quant=QuantSpec(bits=16)), [TIMED]
     )
+
+
+def test_what_a_pack_does_first_is_predicted_apart_from_the_rest() -> None:
+    def took(pack: str, seconds: float, model: ModelRef, **changes: Any) -> dict[str, Any]:
+        return {**row(model, "x", 1000, seconds, quantize_seconds=None), "launch": "l", "pack": pack, **changes}
+
+    cell = Cell(model=A, quant=QuantSpec(bits=16))
+    of = cost(took("p", 9.0, A), took("p", 2.0, A, key="k"), took("p", 2.0, A, key="m"))
+    assert (of.cell_seconds(cell, [TEXT], first=True), of.cell_seconds(cell, [TEXT])) == (9.0, 2.0)
+    # A model of which there is nothing but a first one: as much slower as it is for others.
+    of = cost(took("q", 4.5, A), took("p", 8.0, B), took("p", 2.0, B, key="k"))
+    assert of.cell_seconds(cell, [TEXT]) == pytest.approx(4.5 * 2 / 8)
 
 
 def test_loading_is_learned_by_model() -> None:
