@@ -104,6 +104,11 @@ class Spec(ABC):
         return None if self.packs else f"those of method={self.method} have no form in k bits"
 
     @property
+    def why_not_layered(self) -> str | None:
+        """Why a model can't be quantized layer by layer so, in words; None where it can."""
+        return None
+
+    @property
     @abstractmethod
     def label(self) -> str:
         """A short name for people, which tells specs apart that differ."""
@@ -419,6 +424,7 @@ METHODS: Final = Door[type[Spec]](
         "baseline": QuantSpec,
         "blockwise": QuantSpec,
         "block_float": "kbit.specs.block_float:BlockFloatSpec",
+        "ggml": "kbit.specs.ggml:GgmlSpec",
         "hqq": "kbit.specs.hqq:HqqSpec",
     },
 )

@@ -65,13 +65,16 @@ def ggml_quantize(x: Tensor, type: str) -> Tensor:
 
 
 @torch.no_grad()
-def ggml_dequantize(stored: Tensor, type: str, *, out: Tensor | None = None) -> Tensor:
+def ggml_dequantize(
+    stored: Tensor, type: str, *, out: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the values of ``ggml_quantize``'s bytes.
 
     Args:
         stored: uint8 [rows, bytes of a row].
         type: their format.
         out: floating-point [rows, columns] to write into, in whatever order it lies; None makes float32.
+        dtype: what values are rounded to before they are written; None is not at all.
 
     Raises:
         SpecError: a format that isn't known, or bytes that are no whole blocks of it.
@@ -86,7 +89,8 @@ def ggml_dequantize(stored: Tensor, type: str, *, out: Tensor | None = None) -> 
     step = _rows_at_once(stored.device, columns)
     for first in range(0, rows, step):
         blocks = stored[first : first + step].reshape(-1, layout.nbytes)
-        out[first : first + step] = _DEQUANTIZE[type](blocks, layout.bits).view(-1, columns)
+        values = _DEQUANTIZE[type](blocks, layout.bits).view(-1, columns)
+        out[first : first + step] = values if dtype is None else values.to(dtype)
     return out
 
 

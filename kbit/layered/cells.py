@@ -127,6 +127,10 @@ class BlockPass:
     fitted: Fitted
     spreads: Spreads
 
+    @property
+    def module(self) -> nn.Module:
+        return self.spreads.model
+
     def blocks(self) -> Iterator[HeldBlock]:
         yield self.block
 

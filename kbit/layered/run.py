@@ -104,6 +104,9 @@ class LayeredPass:
                     f"method={cell.spec.method!r} calibrates, which a model that runs layer by layer doesn't do yet"
                 )
                 self.failed(cell)
+            elif cell.spec.why_not_layered is not None:
+                cell.error = LayeredError(f"{cell.spec.label!r} can't run layer by layer: {cell.spec.why_not_layered}")
+                self.failed(cell)
         self._units = [Unit(cell=cell, call=call) for cell in self.cells if not cell.error for call in cell.calls]
         self._spreads = Spreads(
             model=self.blocks.model, wanted=any(getattr(cell.spec, "outlier_fraction", 0) for cell in self.cells)

@@ -75,6 +75,10 @@ class ModelPass(Protocol):
     """
 
     @property
+    def module(self) -> nn.Module:
+        """The model itself, whose configuration says what it is; weights are asked of its layers."""
+
+    @property
     def storage_dtype(self) -> torch.dtype | None:
         """The checkpoint's 16-bit dtype; None takes each weight's own, or float16."""
 

@@ -36,7 +36,7 @@ class QuantHandle:
         total_bits_nominal: the same with the paper's count of a quantized weight, k + 16/B + p (16 - k).
         bits_per_param_nominal: the paper's count of a quantized weight; of blocks of whole rows the layers' mean.
         codebook_hash: SHA-256 over the layers' codebooks (float32, little-endian), in their order; over the one
-            codebook where all share it. None for the baseline, which has none.
+            codebook where all share it. None where there are none: the baseline, ggml.
     """
 
     spec: Spec
@@ -208,7 +208,7 @@ class BitCount:
             bits_per_param_nominal=(
                 nominal / self.quantized if spec.nominal_by_layer and self.quantized else spec.bits_per_param_nominal
             ),
-            codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.shapes else None,
+            codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.codebooks else None,
             _undo=undo,
         )
 

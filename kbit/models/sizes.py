@@ -116,6 +116,7 @@ def parts_of(
         # A cell's logits, and those of the 16-bit model that it is compared with.
         token_logits=2 * compute_bytes * sizes.vocabulary,
         logits=2 * compute_bytes * max(LOGITS_AT_ONCE[device], sizes.vocabulary),
+        layered=spec.why_not_layered is None,
     )
 
 

@@ -47,6 +47,7 @@ class Parts:
         token: of the activations of one token, at the widest place.
         token_logits: of the logits of one token.
         logits: of the logits that exist at once, at most.
+        layered: it can run layer by layer: what is quantized lies in the blocks.
     """
 
     weights: int
@@ -58,6 +59,7 @@ class Parts:
     token: int
     token_logits: int
     logits: int
+    layered: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def choose_way(parts: Parts, memory: int | None, *, gpus: int = 1, batch_tokens:
     Returns:
         The choice; None where nothing fits.
     """
-    for way in _ways(parts, gpus):
+    for way in possible_ways(parts, gpus):
         tokens = batch_tokens
         while True:
             terms = needs(parts, way, gpus=gpus, batch_tokens=tokens)
@@ -136,7 +138,7 @@ def needs(parts: Parts, way: Way, *, gpus: int = 1, batch_tokens: int) -> dict[s
     return {what: count for what, count in {**held, "largest tensor": parts.largest, **batch}.items() if count}
 
 
-def _ways(parts: Parts, gpus: int) -> list[Way]:
+def possible_ways(parts: Parts, gpus: int) -> list[Way]:
     """Return the ways that are possible, as they are tried."""
     packed = [] if parts.packed is None else [Way.PACKED]
-    return [Way.SPREAD if gpus > 1 else Way.WHOLE, *packed, Way.LAYERED]
+    return [Way.SPREAD if gpus > 1 else Way.WHOLE, *packed, *([Way.LAYERED] if parts.layered else [])]

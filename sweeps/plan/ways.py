@@ -14,7 +14,7 @@ from typing import Any, Final
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import model_files, weights_among
 from kbit.models.sizes import GUESSED, Sizes, parts_of, sizes_of
-from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Choice, Way, choose_way, needs
+from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Choice, Way, choose_way, needs, possible_ways
 from kbit.spec import Spec
 from sweeps.errors import UserError
 from sweeps.study.cell import Cell, ModelRef
@@ -56,7 +56,7 @@ class Planned:
         specs: those that run alike, of the same bits.
         choice: None where nothing fits.
         terms: bytes on the fullest device, by what takes them: of the most demanding of the specs; where nothing fits,
-            layer by layer.
+            in the last way that is possible.
         memory: bytes of one device; None where unknown.
         sizes: of the model.
     """
@@ -131,8 +131,12 @@ def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
     first = refused[0]
     names = ", ".join(dict.fromkeys(f"{w.model.label} at {w.specs[0].bits} bits" for w in refused))
     assert first.memory is not None
+    held_whole = next((spec for spec in first.specs if spec.why_not_layered is not None), None)
+    least = f"even {Way.LAYERED}"
+    if held_whole is not None:
+        least = f"{held_whole.label!r}, which can't run {Way.LAYERED} ({held_whole.why_not_layered}),"
     raise UserError(
-        f"{names} can't run on {memory.words}, of which {SHARE:.0%} are counted on: even {Way.LAYERED} takes "
+        f"{names} can't run on {memory.words}, of which {SHARE:.0%} are counted on: {least} takes "
         f"{first.sum_text} for {first.model.label}. Leave these models out (sweep.sizes), or run where a device has "
         "more memory"
     )
@@ -152,7 +156,8 @@ def _choose(
     if choice is not None:
         return choice, dict(choice.terms)
     # The last way is the one that is left, and for most models takes least.
-    return None, needs(parts, Way.LAYERED, gpus=gpus, batch_tokens=min(tokens, LEAST_BATCH_TOKENS))
+    last = possible_ways(parts, gpus)[-1]
+    return None, needs(parts, last, gpus=gpus, batch_tokens=min(tokens, LEAST_BATCH_TOKENS))
 
 
 def _compute_bytes(manifest: Manifest) -> int:

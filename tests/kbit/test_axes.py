@@ -58,6 +58,7 @@ def test_each_axis_is_wherever_axes_are_listed(name: str) -> None:
 
 
 MXFP4 = {"method": "block_float", "format": "mxfp4"}
+GGML = {"method": "ggml"}
 
 
 @pytest.mark.parametrize("name", list(axes()))
@@ -80,6 +81,8 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "clip": ({}, {"clip": True}),
         "rotation": ({}, {"rotation": 0}),
         "format": ({**MXFP4}, {**MXFP4, "format": "nvfp4"}),
+        "ggml_type": ({**GGML, "ggml_type": "q4_0"}, {**GGML, "ggml_type": "q4_K"}),
+        "recipe": ({**GGML, "recipe": "Q4_K_S"}, {**GGML, "recipe": "Q4_K_M"}),
         "scale_rounding": ({**MXFP4}, {**MXFP4, "scale_rounding": "ceil"}),
     }
     first, second = (spec_of(v if "method" in v else {"bits": 4, "dtype": "int", **v}) for v in values[name])

@@ -12,13 +12,16 @@ import pytest
 from tests import ROOT
 
 ORDER = (
-    *("foundations", "quantizer", "ggml", "kernels", "models", "packed", "methods", "quantize", "evaluation"),
+    *("foundations", "specs", "quantizer", "ggml", "kernels", "models", "packed", "methods", "quantize", "evaluation"),
     *("layered", "bench"),
 )
 """A file may import its own wing and those before it. The kernels follow the reference, which they have to equal; it
 asks for them late."""
-PLACED = {"kbit.models.quantize": "quantize", "kbit.models.streaming.packing": "quantize"}
-"""Files that don't stand with their folder: what quantizes a model can put packed layers into it."""
+PLACED = {
+    **{"kbit.models.quantize": "quantize", "kbit.models.streaming.packing": "quantize"},
+    **{"kbit.ggml.formats": "foundations", "kbit.ggml.recipes": "foundations"},
+}
+"""Files that don't stand with their folder: what quantizes a model can put packed layers into it; specs count bits."""
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "kbit").rglob("*.py"))}
 
 

@@ -126,6 +126,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["sweep.quant=[{method: block_float, format: mxfp5}]"],
         ["sweep.quant.0.format='mxfp5'", "one of mxfp4, nvfp4"],
     ),
+    "neither a type nor a recipe": (
+        ["sweep.quant=[{method: ggml}]"],
+        ["sweep.quant.0.recipe=None", "Q4_K_M", "or ggml_type for the blocks alone"],
+    ),
+    "another recipe": (
+        ["sweep.quant=[{method: ggml, recipe: q4_k_m}]"],
+        ["sweep.quant.0.recipe='q4_k_m'", "one of Q4_0, Q4_1"],
+    ),
     "an axis as a key": (["method=awq"], ["'method'", "sweep.quant.N.method", "'where={method: VALUE}'"]),
     "another axis as a key": (["bits=4"], ["'bits'", "sweep.quant.N.bits", "'where={bits: VALUE}'"]),
     "an axis of where": (["mode=status", "where.bits=3"], ["'where.bits'", "'where={bits: VALUE}'"]),

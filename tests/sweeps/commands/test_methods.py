@@ -11,6 +11,8 @@ BLOCKS = (
     "{bits: 16}",
     "{method: block_float, format: [mxfp4, nvfp4]}",
     "{bits: 3, dtype: int, blocksize: 32, clip: [false, true], rotation: [null, 1]}",
+    "{method: ggml, recipe: [Q4_0, Q4_K_M]}",
+    "{method: ggml, ggml_type: q5_1}",
     "{method: hqq, bits: 3, blocksize: 32}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
@@ -19,9 +21,13 @@ BITS = {
     "nvfp4": 4.5,
     "hqq3 g32": 4.0,
     **dict.fromkeys(("int3 b32", "int3 b32 clipped", "int3 b32 rotation=1", "int3 b32 clipped rotation=1"), 3.5),
+    "ggml Q4_0": 5.585,
+    "ggml Q4_K_M": 6.58,
+    "ggml q5_1": 6.0,
     "mxfp6_e3m2 scale-ceil": 6.25,
 }
-"""Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks."""
+"""Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks. A recipe has
+the embedding at q4_0 or q5_0 and the head at q8_0 among them."""
 STUDY = (
     *("sweep.name=methods", "sweep.sizes=[neox-xs]", "eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu"),
     *("executor.workers=1", "out=r"),

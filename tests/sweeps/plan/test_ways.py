@@ -92,6 +92,28 @@ def test_what_cannot_fit_is_refused_by_name_with_its_sum() -> None:
     check_ways(planned_ways(study(FAR), memory(10**6))[0], memory(10**6))
 
 
+def test_a_recipe_that_quantizes_the_embedding_is_not_planned_layer_by_layer() -> None:
+    blocks = [
+        {"bits": 3, "dtype": "int"},
+        {"method": "ggml", "ggml_type": "q4_0"},
+        {"method": "ggml", "recipe": "Q4_0"},
+    ]
+    cells = expand(blocks, [HERE]).cells
+    manifest = Manifest(sweep="s", cells=cells, evals=(EVAL,), excluded=(), config={})
+    found, _ = planned_ways(manifest, memory((WHOLE - 10**6) / SHARE))
+    assert {w.specs[0].label: w.way for w in found} == {
+        "int3 b64": "packed",
+        "ggml q4_0": "layer by layer",
+        "ggml Q4_0": "does not fit",
+    }
+    said = (
+        r"neox-m at 4 bits can't run on a GPU of x, .*: 'ggml Q4_0', which can't run layer by layer \(recipe=Q4_0 quan"
+    )
+    with pytest.raises(UserError, match=said) as error:
+        check_ways(found, memory((WHOLE - 10**6) / SHARE))
+    assert f"takes {WHOLE / 1e6:.1f} MB = 11.6 MB weights" in str(error.value)
+
+
 def test_a_model_of_unknown_size_is_named() -> None:
     found, unsized = planned_ways(study(replace(FAR, params=None)), memory(10**9))
     assert (found, [m.label for m in unsized]) == ([], ["opt-66b"])

@@ -128,6 +128,22 @@ LATER: list[dict[str, Any]] = [
         "key": "12d99a8409f7a89c8454076f6c23e42ba4444a198f284c30591b1556234f2824",
     },
     {
+        "quant": {"method": "ggml", "ggml_type": "q4_K"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "ggml", "bits": 4, "ggml_type": "q4_K"},
+        "label": "ggml q4_K",
+        "key": "a4c9318527b3a588e55a8df0e5f010cd44ffcc4db309fbec7a1b427bfaa8ac9d",
+    },
+    {
+        "quant": {"method": "ggml", "recipe": "Q5_K_M"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "ggml", "bits": 5, "recipe": "Q5_K_M"},
+        "label": "ggml Q5_K_M",
+        "key": "06f63e9bc4909702cfef1d85d34b47d76d67baf1f7ab4b7533dbd14cc6b5de3a",
+    },
+    {
         "quant": {"method": "hqq", "bits": 4},
         "model": vars(HUB),
         "eval": None,
