@@ -85,7 +85,9 @@ def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0, every_method: bool
     of_method = df["method"] != "baseline" if every_method else df["method"] == "blockwise"
     keep = of_method & numbers(df, "bits").notna()
     for column, value in wanted.items():
-        keep &= (df[column].isna() & (value == fixed[column])) | (df[column] == value).fillna(False).astype(bool)
+        same = (df[column].isna() & (value == fixed[column])) | (df[column] == value).fillna(False).astype(bool)
+        # Which way a method's blocks lie is its own matter: GPTQ's are of rows.
+        keep &= same | (df["method"] != "blockwise") if column == "scheme" else same
     df = df[keep.fillna(False).astype(bool)].copy()
     df["blocksize"] = numbers(df, "blocksize").fillna(WHOLE_TENSOR).astype(int)
     df["bits"] = numbers(df, "bits").astype(int)

@@ -4,6 +4,7 @@ ValueError
 ├── SpecError           a specification can't exist
 ├── WeightError         a tensor can't be quantized
 ├── ArchitectureError   the layers to quantize can't be told
+├── HessianError        a layer's calibration inputs have no usable second moments
 └── LayeredError        a model that runs layer by layer can't be measured so
 Exception
 ├── CheckpointError     weights are missing, of an unknown format, or damaged
@@ -38,6 +39,10 @@ class WeightError(ValueError):
 
 class ArchitectureError(ValueError):
     """A model in which the layers to quantize, or their order, can't be told."""
+
+
+class HessianError(ValueError):
+    """Second moments of a layer's inputs on calibration data that can't be used. Says why, and what to do."""
 
 
 class LayeredError(ValueError):

@@ -426,6 +426,7 @@ METHODS: Final = Door[type[Spec]](
         "block_float": "kbit.specs.block_float:BlockFloatSpec",
         "ggml": "kbit.specs.ggml:GgmlSpec",
         "hqq": "kbit.specs.hqq:HqqSpec",
+        "gptq": "kbit.specs.gptq:GptqSpec",
     },
 )
 """The methods: name to spec. ``Spec.runs`` names what does it."""

@@ -58,7 +58,7 @@ def quantize_layers(
 
 
 def _quantized(layer: Layer, spec: QuantSpec, columns: Tensor | None, model: ModelPass) -> QuantizedTensor:
-    key = (layer.name, _what_fits(spec), model.storage_dtype)
+    key = (layer.name, what_fits(spec), model.storage_dtype)
     try:
         q = quantize(
             layer.weight,
@@ -75,7 +75,7 @@ def _quantized(layer: Layer, spec: QuantSpec, columns: Tensor | None, model: Mod
     return q
 
 
-def _what_fits(spec: QuantSpec) -> QuantSpec:
+def what_fits(spec: QuantSpec) -> QuantSpec:
     """Return the spec with the axes that no fitted codebook of its data type depends on at one value each."""
     spec = replace(spec, clip=False)
     if data_type(str(spec.dtype), spec.codebook).of_blocks:

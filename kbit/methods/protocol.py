@@ -9,7 +9,7 @@ block's inputs are those of the quantized model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,14 @@ class Stored(Protocol):
         """Put a module that holds k bits in the layer's place; returns the way back. For specs with ``packs``."""
 
 
+@runtime_checkable
+class HasCodes(Protocol):
+    """What a method that calibrates stores of one layer: its codes are hashed, since devices may differ in some."""
+
+    def code_tensors(self) -> tuple[Tensor, ...]:
+        """Return the layer's codes, and what says where they belong."""
+
+
 class Block(Protocol):
     """One transformer block of a pass."""
 
@@ -66,6 +74,9 @@ class Block(Protocol):
         Returns:
             The hidden states that leave it.
         """
+
+    def look(self, before: Activations, watch: Callable[[Layer, Tensor], None]) -> None:
+        """Run the block as ``run`` does, for what its layers get alone: what leaves it is not kept."""
 
 
 class ModelPass(Protocol):

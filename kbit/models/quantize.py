@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
-from kbit.methods.protocol import Stored, method_of
+from kbit.methods.protocol import HasCodes, Stored, method_of
 from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
@@ -37,6 +37,8 @@ class QuantHandle:
         bits_per_param_nominal: the paper's count of a quantized weight; of blocks of whole rows the layers' mean.
         codebook_hash: SHA-256 over the layers' codebooks (float32, little-endian), in their order; over the one
             codebook where all share it. None where there are none: the baseline, ggml.
+        codes_hash: SHA-256 over those of the layers' codes, in their order, of a method that calibrates; None of
+            others, whose codes are the same on every device.
     """
 
     spec: Spec
@@ -46,6 +48,7 @@ class QuantHandle:
     total_bits_nominal: float
     bits_per_param_nominal: float
     codebook_hash: str | None
+    codes_hash: str | None = None
     _undo: list[Callable[[], None]] = field(repr=False)
 
     def restore(self) -> None:
@@ -176,6 +179,7 @@ class BitCount:
         shapes: [out_features, in_features] of the layers so far.
         stored_bits, quantized: bits that are stored of them, and their weights.
         codebooks: the values of their codebooks, float32, little-endian; of one codebook where all share it.
+        code_hashes: SHA-256 of each layer's codes, of a method that calibrates.
     """
 
     parameters: int
@@ -183,6 +187,7 @@ class BitCount:
     stored_bits: int = 0
     quantized: int = 0
     codebooks: bytearray = field(default_factory=bytearray)
+    code_hashes: bytearray = field(default_factory=bytearray)
 
     def add(self, layer: Layer, stored: Stored) -> None:
         """Count a layer; they come in the model's order."""
@@ -192,6 +197,9 @@ class BitCount:
         self.stored_bits += stored.nbits
         if stored.codebook is not None and (len(self.shapes) == 1 or not stored.shares_codebook):
             self.codebooks += stored.codebook.cpu().numpy().astype("<f4").tobytes()
+        if isinstance(stored, HasCodes):
+            parts = [t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in stored.code_tensors()]
+            self.code_hashes += hashlib.sha256(b"".join(parts)).digest()
 
     def handle(self, spec: Spec, undo: list[Callable[[], None]]) -> QuantHandle:
         """Return the handle of a model whose layers are all counted."""
@@ -209,6 +217,7 @@ class BitCount:
                 nominal / self.quantized if spec.nominal_by_layer and self.quantized else spec.bits_per_param_nominal
             ),
             codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.codebooks else None,
+            codes_hash=hashlib.sha256(self.code_hashes).hexdigest() if self.code_hashes else None,
             _undo=undo,
         )
 

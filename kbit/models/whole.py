@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -11,10 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from kbit.errors import SeenError
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
 from kbit.models.originals import Fitted, Originals
 from kbit.models.outliers import outlier_columns
+from kbit.packed.linear import KBitLinear
 
 OUTSIDE: Final = -1
 """The block number of a layer that lies in no block."""
@@ -37,18 +39,27 @@ class WholeBlock:
     module: nn.Module
     dtype: torch.dtype | None = None
 
-    @torch.no_grad()
     def run(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Activations:
+        after = [parked(out) for out in self._outputs(before, watch)]
+        return Activations(hidden=after, arguments=before.arguments)
+
+    def look(self, before: Activations, watch: Callable[[Layer, Tensor], None]) -> None:
+        for _ in self._outputs(before, watch):
+            pass
+
+    def _outputs(self, before: Activations, watch: Callable[[Layer, Tensor], None] | None) -> Iterator[Tensor]:
+        """Yield what leaves the block, batch by batch."""
+        device = next(self.module.parameters()).device
         with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
             stack.enter_context(computing_in(self.module, self.dtype))
             if watch is not None:
                 for layer in self.layers:
                     stack.enter_context(_watched(layer, watch))
-            after = []
             for hidden, arguments in zip(before.hidden, before.arguments[self.number], strict=True):
-                out = self.module(hidden, *arguments.rest, **arguments.named)
-                after.append(out[0] if isinstance(out, tuple) else out)
-        return Activations(hidden=after, arguments=before.arguments)
+                entering = hidden.to(device, non_blocking=True)
+                out = self.module(entering, *arguments.rest, **arguments.named)
+                yield out[0] if isinstance(out, tuple) else out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,7 +99,7 @@ class WholeModel:
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> Activations:
-        """Run the model once per batch, and keep what enters its blocks."""
+        """Run the model once per batch, and keep what enters its blocks: hidden states on the host."""
         if self.originals is not None:
             self.originals.finish()  # what an earlier cell left
         modules = decoder_blocks(self.module)[1]
@@ -99,9 +110,12 @@ class WholeModel:
             def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
                 states, rest = (given[0], given[1:]) if given else (named["hidden_states"], ())
                 if number == 0:
-                    hidden.append(states)
+                    hidden.append(parked(states))
                 others = {k: v for k, v in named.items() if k != "hidden_states"}
-                arguments[number].append(BlockArguments(rest=tuple(rest), named=others))
+                before = arguments[number][0] if arguments[number] else None
+                arguments[number].append(BlockArguments(rest=tuple(rest), named=others).like(before))
+                if number == len(modules) - 1:
+                    raise SeenError  # what comes after it, the logits above all, is not needed
 
             return hook
 
@@ -110,7 +124,8 @@ class WholeModel:
         try:
             with computing_in(self.module, self.compute_dtype):
                 for batch in torch.split(tokens, WINDOWS_PER_BATCH):
-                    self.module(batch.to(device), use_cache=False)
+                    with suppress(SeenError):
+                        self.module(batch.to(device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -140,18 +155,34 @@ class WholeModel:
         return layer if self.originals is None else self.originals.outside(layer)
 
 
+def parked(hidden: Tensor) -> Tensor:
+    """Return hidden states on the host, in page-locked memory where they come from a GPU."""
+    if not hidden.is_cuda:
+        return hidden
+    host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+    return host.copy_(hidden)
+
+
 @contextmanager
 def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Have a module's parameters in another dtype for a while; buffers, such as rotary frequencies, stay as they are.
 
     The parameters themselves are kept, and come back as they were: the model then takes half as much memory again.
+    Layers held in k bits take inputs of the dtype, and keep their bias the same way.
     """
     before = {p: p.data for p in module.parameters() if dtype is not None and p.dtype != dtype}
+    packed = [m for m in module.modules() if isinstance(m, KBitLinear) and dtype is not None and m.dtype != dtype]
+    of_packed = [(m, m.dtype, m.bias) for m in packed]
     for parameter in before:
         parameter.data = parameter.data.to(dtype)
+    for layer in packed:
+        layer.to(dtype)
     try:
         yield
     finally:
+        for layer, own_dtype, bias in of_packed:
+            layer.to(own_dtype)
+            layer.bias = bias
         for parameter, own in before.items():
             parameter.data = own
 

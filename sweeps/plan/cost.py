@@ -8,6 +8,7 @@ practice, not peaks; they only have to be right within a factor of two, since fi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -27,6 +28,10 @@ billion, 5e14 at 6.7 billion, measured.
 QUANTIZE_PER_SECOND: Final = {"cpu": 2e7, "cuda": 3e10}
 """Weights quantized and dequantized a second. On a GPU 1e11 beside their originals and 3e10 from page-locked memory,
 measured; fitted data types take longer the first time.
+"""
+CALIBRATION_PASSES: Final = 4
+"""Forward passes that calibrating comes to: for what blocks are given, for their layers' inputs, for the next block's
+inputs, and what a method sums of the inputs.
 """
 STEP_SECONDS: Final = {"cpu": 4e-3, "cuda": 1e-3}
 STEP_WEIGHTS_PER_SECOND: Final = {"cpu": 5e9, "cuda": 1e12}
@@ -53,6 +58,7 @@ COLUMNS: Final = (
         "window",
     ),
     *("num_fewshot", "compute_dtype", "n_tokens", "seconds", "quantize_seconds", "load_seconds", "device", "finished"),
+    "calibration",
 )
 """Of a row, what is learned from."""
 _DEFAULT_PARAMS: Final = 1_000_000_000
@@ -115,7 +121,9 @@ class CostModel:
         if row.get("quantize_seconds") and row.get("method") != "baseline" and self._is_new(once):
             method = str(row.get("method"))
             like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
-            of = ValueOf(model=model, params=params, like=like, counted=self._counted_quantizing(params, method))
+            about = json.loads(row.get("calibration") or "{}")
+            counted = self._counted_quantizing(params, method, about.get("samples", 0) * about.get("length", 0))
+            of = ValueOf(model=model, params=params, like=like, counted=counted)
             self.quantizing.add(of, row["quantize_seconds"], first=self._is_first(row, ("quantize", packed)))
         if row.get("load_seconds") and self._is_new(("load", row.get("launch"), model, row.get("load_seconds"))):
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
@@ -156,14 +164,16 @@ class CostModel:
         params = _params(cell.model)
         method = cell.quant.method
         like = _like_quant(cell.quant_label, method, cell.quant.axis_values().get("dtype"), packed)
-        counted = self._counted_quantizing(params, method)
+        tokens = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
+        counted = self._counted_quantizing(params, method, tokens)
         of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
         return self.quantizing.predict(of, exact=2, first=first)
 
-    def _counted_quantizing(self, params: int, method: str) -> float:
+    def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
         effort = METHODS[method].effort if method in METHODS else 1.0
-        return effort * params / QUANTIZE_PER_SECOND[self.device]
+        calibrating = CALIBRATION_PASSES * 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
+        return calibrating + effort * params / QUANTIZE_PER_SECOND[self.device]
 
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec], *, first: bool) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""

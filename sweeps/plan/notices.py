@@ -39,15 +39,16 @@ def notices(store: Store, manifest: Manifest) -> list[str]:
         manifest: the study.
     """
     rows = store.read(_COLUMNS).to_pylist()
+    of_study = [*_calibrate_on_tests(manifest), *_need_bos(manifest)]
     if not rows:
-        return list(_need_bos(manifest))
+        return of_study
     stored = {row["measurement"] for row in rows if recorded_state(row).is_final}
     left = [m for m in manifest.wanted() if m.key not in stored]
     return [
         *_changed_models(rows, left),
         *_earlier_readings(store, rows, left),
         *_changed_evals(rows, left, manifest.sweep),
-        *_need_bos(manifest),
+        *of_study,
     ]
 
 
@@ -122,6 +123,19 @@ def _changed_evals(rows: Sequence[Row], left: Sequence[Measurement], sweep: str)
             yield (
                 f"the definition of {spec.name} {'differs from that' if known else 'was no part of its key'} of the "
                 f"earlier launch: {counted(len(old), 'measurement')} of the old one stay, and it is measured again"
+            )
+
+
+def _calibrate_on_tests(manifest: Manifest) -> Iterator[str]:
+    """Say which text sets are both calibrated on and measured on."""
+    cells = [c for c in manifest.wanted_cells() if c.calibration is not None]
+    for dataset, name in {c.calibration.dataset: c.calibration.name for c in cells if c.calibration}.items():
+        same = [e.name for e in manifest.evals if e.dataset == dataset]
+        if same:
+            methods = _some(list(dict.fromkeys(c.quant.method for c in cells)))
+            yield (
+                f"calibration.set={name} is also measured on ({_some(same)}): cells of {methods} have seen what they "
+                "are tested on, and their losses are too low there. Calibrate on another text, such as a training split"
             )
 
 

@@ -124,6 +124,7 @@ def handle_columns(handle: QuantHandle) -> Row:
         "total_bits": float(handle.total_bits),
         "total_bits_nominal": handle.total_bits_nominal,
         "codebook_hash": handle.codebook_hash,
+        "codes_hash": handle.codes_hash,
     }
 
 

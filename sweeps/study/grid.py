@@ -22,7 +22,6 @@ from sweeps.errors import UserError, did_you_mean
 from sweeps.study.cell import Cell, ModelRef, axis_names
 
 LATER_METHODS: Final = {
-    "gptq": "GPTQ needs calibration data and its own solver, which this version does not have",
     "llm_int8": "LLM.int8() is not in this version",
     "ggml": "the GGML formats are not in this version",
     "mixed": "mixed precision across layers is not in this version",

@@ -35,7 +35,7 @@ LOCAL_DONE: Final = (
     "sweep.sizes=[neox-xs,neox-s]",
     "sweep.quant=[{bits: 16}, {bits: 4, dtype: [int, float], exponent_bits: heuristic}, "
     "{bits: [3, 4], dtype: float, exponent_bits: 3, outlier_fraction: 0.02}, {bits: 2, dtype: int, blocksize: null}, "
-    "{method: gptq, bits: 3}]",
+    "{method: mixed, bits: 3}]",
     "sweep.exclude=[{when: {model: neox-s, bits: 16}, reason: its baseline is of another study}, "
     "{when: {model: neox-s, outlier_fraction: 0.02}, reason: too slow}, "
     "{when: {model: neox-s, bits: 2}, reason: too slow}]",

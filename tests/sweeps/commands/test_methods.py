@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kbit.spec import ROW
 from sweeps import load_results
 from tests.conftest import Launch
 
@@ -14,8 +15,14 @@ BLOCKS = (
     "{method: ggml, recipe: [Q4_0, Q4_K_M]}",
     "{method: ggml, ggml_type: q5_1}",
     "{method: hqq, bits: 3, blocksize: 32}",
+    "{method: gptq, bits: 3, dtype: int, blocksize: [row, 32], zero_point: true}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
+CALIBRATION = ("calibration.set=jargon", "calibration.samples=8", "calibration.length=128")
+GPTQ = {  # rows of 96 values, but of 384 in one of the four matrices of a block
+    "gptq int3 row asymmetric, jargon 8x128 seed 0": 3 + 19 * (3 + 1 + 4 + 1) / (96 * 12),
+    "gptq int3 g32 asymmetric, jargon 8x128 seed 0": 3 + 19 / 32,
+}
 BITS = {
     "mxfp4": 4.25,
     "nvfp4": 4.5,
@@ -24,13 +31,14 @@ BITS = {
     "ggml Q4_0": 5.585,
     "ggml Q4_K_M": 6.58,
     "ggml q5_1": 6.0,
+    **GPTQ,
     "mxfp6_e3m2 scale-ceil": 6.25,
 }
 """Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks. A recipe has
 the embedding at q4_0 or q5_0 and the head at q8_0 among them."""
 STUDY = (
     *("sweep.name=methods", "sweep.sizes=[neox-xs]", "eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu"),
-    *("executor.workers=1", "out=r"),
+    *("executor.workers=1", "out=r", *CALIBRATION),
 )
 
 
@@ -48,5 +56,7 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
         assert abs(rows.loc[label, "bits_per_param"] - bits) < 0.01, label
         assert rows.loc[label, "jargon_loss"] > rows.loc["16-bit", "jargon_loss"] - 0.02
     assert rows.loc["nvfp4", "format"] == "nvfp4"
+    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ)
+    assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

@@ -129,3 +129,13 @@ def test_models_that_need_bos_in_every_window_are_named(
     text = said(launch, *study, "mode=plan", f"eval.bos={bos}")
     assert ("neox-xs: trained with the beginning-of-sequence token before every text" in text) == warned
     assert (f"eval.bos={bos} stands" in text) == warned
+
+
+def test_a_text_that_is_calibrated_and_measured_on_is_said(launch: Launch, study: list[str], tmp_path: Path) -> None:
+    quant = "sweep.quant=[{bits: 4, dtype: int}, {method: gptq, bits: 4, dtype: int, blocksize: row}]"
+    study = [*(key for key in study if not key.startswith("sweep.quant")), quant, "calibration.samples=4", "mode=plan"]
+    study += ["calibration.length=64", "where={blocksize: row}"]
+    seen = said(launch, *study, f"calibration.set={tmp_path / 'words.jsonl'}")
+    assert "is also measured on (words): cells of gptq have seen what they are tested on" in seen
+    (tmp_path / "other.jsonl").write_text("".join((tmp_path / "words.jsonl").open().readlines()[:200]))
+    assert "also measured on" not in said(launch, *study, f"calibration.set={tmp_path / 'other.jsonl'}")

@@ -252,6 +252,56 @@ LATER: list[dict[str, Any]] = [
         "label": "int3 b64",
         "key": "b7d3794d8283edd226467319beeced734c8e2a9a4bb743760fb5073c6dc29b02",
     },
+    {
+        "quant": {"method": "gptq", "bits": 2, "dtype": "int", "zero_point": True, "blocksize": "row"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {
+            **{"method": "gptq", "bits": 2, "dtype": "int", "blocksize": -1, "scheme": "group"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+            **{"zero_point": True},
+        },
+        "label": "gptq int2 row asymmetric",
+        "key": "04bfc5edd08db3b0eb6d589a347e0a97b957dd2ebff041c036585ed859e812be",
+    },
+    {
+        "quant": {
+            "method": "gptq",
+            "bits": 3,
+            "dtype": "quantile",
+            "blocksize": 64,
+            "act_order": True,
+            "group_scales": "reference",
+        },
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {
+            **{"method": "gptq", "bits": 3, "dtype": "quantile", "blocksize": 64, "scheme": "group"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+            **{"act_order": True, "group_scales": "reference"},
+        },
+        "label": "gptq quantile3 g64 act_order reference-scales",
+        "key": "fc9e929e25f2b63c882a5a761d90ba25df730f4ff6c6a4b51b1415419604ab55",
+    },
+    {
+        "quant": {
+            "method": "gptq",
+            "bits": 4,
+            "dtype": "int",
+            "blocksize": 128,
+            "act_order": True,
+            "static_groups": True,
+        },
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {
+            **{"method": "gptq", "bits": 4, "dtype": "int", "blocksize": 128, "scheme": "group"},
+            **{"absmax_dtype": "float16", "center": False, "outlier_fraction": 0.0},
+            **{"act_order": True, "static_groups": True},
+        },
+        "label": "gptq int4 g128 act_order static_groups",
+        "key": "353f0b38b71ef070984482092229c7e9aaa68a66fb50115b133ce6bd48a5c3e0",
+    },
 ]
 
 

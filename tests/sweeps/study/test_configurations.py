@@ -14,6 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from kbit.calibration import Calibration
+from kbit.spec import ROW
 from sweeps import config
 from sweeps.errors import UserError
 from sweeps.options import Options
@@ -85,7 +87,8 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
     ]
     evals = [*as_list(list(cfg.eval.perplexity), ""), *as_list(list(cfg.eval.tasks), "")]
     evals += [name for names in (cfg.eval.kinds or {}).values() for name in as_list(list(names), "")]
-    return grid.expand(raw["quant"], models, raw.get("exclude", ())), len(evals)
+    calibrated = Calibration(dataset="sha256:" + "c" * 64)
+    return grid.expand(raw["quant"], models, raw.get("exclude", ()), lambda _: [calibrated]), len(evals)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,8 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("fig3_data_types", 8, 40, 240),
         ("fig3_block_size", 8, 64, 384),
         ("fig4_proxy", 8, 40, 240),
-        ("table1_gptq", 8, 32, 32),
+        ("table1_gptq", 8, 104, 104),
+        ("fig5_gptq", 8, 56, 336),
         ("fig12_exponent_bits", 8, 224, 1344),
         ("centering", 26, 442, 2652),
         ("survey", 8, 248, 496),
@@ -131,11 +135,22 @@ def test_demo_has_the_axes_of_its_description() -> None:
     assert [(s.bits, s.dtype) for s in specs if s.outlier_fraction == 0.02] == [(3, "float"), (4, "float")]
 
 
-def test_gptq_is_planned_as_excluded_with_the_reason() -> None:
-    expansion, _ = expanded("table1_gptq")
-    assert len(expansion.excluded) == 8 * 3
-    assert all("GPTQ" in e.reason for e in expansion.excluded)
-    assert {c.quant.dtype for c in expansion.cells if not c.quant.is_baseline} == {"float"}
+def test_gptq_is_compared_as_table_1_and_figure_5_have_it_with_named_data() -> None:
+    def cells(study: str) -> set[tuple[object, ...]]:
+        axes = [c.quant.axis_values() for c in expanded(study)[0].cells if c.quant.method == "gptq"]
+        return {(a["bits"], a["dtype"], a["zero_point"], a["blocksize"]) for a in axes}
+
+    sizes = (1024, 256, 64)
+    assert cells("table1_gptq") == {
+        (2, dtype, asymmetric, size)
+        for dtype, asymmetric in (("int", True), ("int", False), ("quantile", False))
+        for size in sizes
+    }
+    assert cells("fig5_gptq") == {(bits, "int", True, size) for bits in (3, 4) for size in (ROW, 64)}
+    for study in ("table1_gptq", "fig5_gptq"):
+        cfg = composed(f"sweep={study}")
+        assert cfg.calibration.set == "wikitext2_train"
+        assert cfg.eval.sets.wikitext2_train.split == "train"
 
 
 def test_exponent_bits_cover_every_choice() -> None:
@@ -146,7 +161,7 @@ def test_exponent_bits_cover_every_choice() -> None:
 
 def test_single_studies_of_the_paper_are_part_of_the_whole() -> None:
     def cells(study: str) -> set[Any]:
-        return {(c.model, c.quant) for c in expanded(study)[0].cells}
+        return {(c.model, c.quant) for c in expanded(study)[0].cells if not c.quant.calibrates}
 
     whole = cells("paper_all")
     for study in STUDIES:

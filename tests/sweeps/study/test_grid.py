@@ -51,11 +51,11 @@ def test_rules_exclude_with_the_users_reason() -> None:
 
 
 def test_what_a_later_capability_is_needed_for_is_excluded() -> None:
-    grid = expand([{"method": "gptq", "bits": [2, 3], "blocksize": 64}, {"bits": 16}], MODELS)
+    grid = expand([{"method": "mixed", "bits": [2, 3], "blocksize": 64}, {"bits": 16}], MODELS)
     assert len(grid.cells) == 2
     ((reason, count),) = grid.excluded_counts().items()
     assert count == 4
-    assert "gptq" in reason
+    assert "mixed" in reason
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""GPTQ: block by block, each layer rounded so that later columns make up for the errors of earlier ones.
+
+Frantar et al. 2022. A block's inputs are those of the quantized blocks before it; the second moments of its layers'
+inputs are taken with the block as it was, in one pass over the calibration windows, a batch at a time. Layers that
+share an input share its second moments and their factor. What is stored of a layer is what block-wise quantization with
+groups stores; of permuted columns their order too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from kbit.errors import ArchitectureError
+from kbit.methods.blockwise import StoredCodes, what_fits
+from kbit.methods.protocol import Block, ModelPass, Undo
+from kbit.models.architectures import Layer
+from kbit.models.overwriting import rewrite
+from kbit.quantizer.blockwise import dequantize, quantize
+from kbit.quantizer.codebooks import is_data_dependent
+from kbit.quantizer.gptq import quantize_corrected
+from kbit.quantizer.hessian import Correction, SecondMoments, correction
+from kbit.specs.gptq import GptqSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CorrectedCodes(StoredCodes):
+    """Codes, absmax and codebook of one layer; and of permuted columns the order.
+
+    Attributes:
+        order: int32 [in_features], the column that each place of the tensor is of; None where they are in place.
+    """
+
+    order: Tensor | None = None
+
+    @property
+    def nbits(self) -> int:
+        return self.tensor.nbits + (0 if self.order is None else 8 * self.order.nbytes)
+
+    def code_tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor.codes,) if self.order is None else (self.tensor.codes, self.order)
+
+    def put(self, layer: Layer) -> Undo:
+        order = self.order
+        if order is None:
+            return super().put(layer)
+        return rewrite(layer, lambda working: working.index_copy_(1, order.long(), dequantize(self.tensor)))
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        if self.order is not None:
+            raise ArchitectureError(f"packed=True can't hold {layer.name}: its columns are permuted. Use packed=False")
+        return super().pack(model, layer)
+
+
+def quantize_layers(model: ModelPass, spec: GptqSpec, calibration: Tensor) -> Iterator[tuple[Layer, CorrectedCodes]]:
+    """Yield the codes of each layer of each block.
+
+    Args:
+        model: a pass that runs blocks.
+        spec: the method's.
+        calibration: token windows, int64 [samples, length].
+
+    Raises:
+        HessianError: second moments of a layer's inputs that can't be used.
+        WeightError: a weight with NaN or infinite values.
+    """
+    kept = model.start(calibration)
+    for block in model.blocks():
+        if block.layers:
+            moments = BlockMoments()
+            block.look(kept, moments.add)
+            yield from quantize_block(model, block, spec, moments)
+        kept = block.run(kept)
+
+
+def quantize_block(
+    model: ModelPass, block: Block, spec: GptqSpec, moments: BlockMoments
+) -> Iterator[tuple[Layer, CorrectedCodes]]:
+    """Yield the codes of a block's layers, by what is known of their inputs; as ``quantize_layers``."""
+    left = Counter(moments.shared.get(layer.name) for layer in block.layers)
+    factors: dict[str, Correction] = {}
+    for layer in block.layers:
+        source = moments.shared.get(layer.name)
+        try:
+            if source is not None and source not in factors:
+                factors[source] = correction(moments.take(source), act_order=spec.act_order)
+            stored = _quantized(model, layer, spec, None if source is None else factors[source])
+        except ValueError as error:
+            error.add_note(f"in layer {layer.name}")
+            raise
+        left[source] -= 1
+        if not left[source]:
+            factors.pop(str(source), None)
+        yield layer, stored
+        del stored
+
+
+def _quantized(model: ModelPass, layer: Layer, spec: GptqSpec, by: Correction | None) -> CorrectedCodes:
+    """Quantize a layer; without a correction where no token reached it."""
+    weight = layer.weight
+    plain = spec.blockwise(weight.shape[1])
+    key = (layer.name, what_fits(plain), model.storage_dtype)
+    fitted, order = model.fitted.get(key), None
+    if by is None:
+        q = quantize(weight, plain, storage_dtype=model.storage_dtype, fitted=fitted)
+    else:
+        q, order = quantize_corrected(weight, spec, by, storage_dtype=model.storage_dtype, fitted=fitted)
+    if is_data_dependent(plain) and fitted is None:
+        model.fitted[key] = q.codebook.to("cpu", copy=True)
+    return CorrectedCodes(tensor=q, order=order)
+
+
+@dataclass(kw_only=True, eq=False)
+class BlockMoments:
+    """Second moments of the inputs of a block's layers, one for all layers that are given the same tensor.
+
+    Attributes:
+        shared: by layer, the first layer that is given its input.
+    """
+
+    shared: dict[str, str] = field(default_factory=dict)
+    _sums: dict[str, SecondMoments] = field(default_factory=dict)
+    # Of the first batch: inputs are held, so that no other tensor comes to lie where one of them lay.
+    _held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, layer: Layer, x: Tensor) -> None:
+        """Take in the input of a layer, [tokens, in_features], for a batch."""
+        if layer.name in self._seen:  # a second batch
+            self._held.clear()
+        self._seen.add(layer.name)
+        first = self.shared.get(layer.name)
+        if first is None:
+            first = next((name for name, held in self._held.items() if _is_same(x, *held)), layer.name)
+            self.shared[layer.name] = first
+            self._held.setdefault(first, (x, x._version))
+        if first == layer.name:
+            if first not in self._sums:
+                self._sums[first] = SecondMoments(x.shape[1], x.device)
+            self._sums[first].add(x)
+
+    def take(self, layer: str) -> Tensor:
+        """Return the second moments of a layer's input, float32, which are the caller's from now on."""
+        self._held.clear()
+        return self._sums.pop(layer).take()
+
+
+def _is_same(x: Tensor, held: Tensor, version: int) -> bool:
+    """Tell whether a layer is given the very tensor that another was given, unchanged since."""
+    return (
+        (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
+        == (held.device, held.data_ptr(), held.shape, held.stride(), held.dtype)
+        and x._version == version
+    )  # fmt: skip
