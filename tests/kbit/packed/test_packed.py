@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import copy
 import json
 
@@ -389,6 +390,7 @@ def ready_made(tokens: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tens
 def held() -> int:
     """Bytes asked for: the allocator rounds each up, and keeps what is left of large blocks."""
     torch.cuda.synchronize()
+    gc.collect()  # a model has circles of references
     return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
 
 
