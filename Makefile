@@ -17,13 +17,17 @@ help:  ## what can be made
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
 	$(BIN)/python launch.py
 
-# Those mostly wait for processes, so they run in parallel with the others; what they print comes at the end. The others
+# Those mostly wait for processes, so each runs in parallel with the others; what they print comes at the end. The others
 # run in two processes, a file in one.
 BESIDE := tests/slurm tests/sweeps/commands/test_run.py
 test: $(VENV)/installed  ## the tests, but for the slow ones
-	@log=$$(mktemp); $(BIN)/python -m pytest $(BESIDE) -m 'not slow' >$$log 2>&1 & beside=$$!; status=0; \
+	@logs=$$(mktemp -d); status=0; waiting=; \
+	for group in $(BESIDE); do \
+	  $(BIN)/python -m pytest $$group -m 'not slow' >$$logs/$$(basename $$group) 2>&1 & waiting="$$waiting $$!"; \
+	done; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE:%=--ignore %) -m 'not slow' || status=$$?; \
-	echo "Tests of $(BESIDE):"; wait $$beside || status=$$?; cat $$log; rm -f $$log; exit $$status
+	for process in $$waiting; do wait $$process || status=$$?; done; \
+	for log in $$logs/*; do echo "Tests of $${log##*/}:"; cat $$log; done; rm -rf $$logs; exit $$status
 
 test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting
 	$(BIN)/python -m pytest -m slow
