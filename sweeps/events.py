@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Final, get_args
+from typing import ClassVar, Final, get_args
 
+from sweeps.files import JsonObject
 from sweeps.store.schema import Row
 
 
@@ -114,6 +115,6 @@ def event_to_dict(event: Event) -> dict[str, object]:
     return {"event": event.name, **{field.name: getattr(event, field.name) for field in fields(event)}}
 
 
-def event_from_dict(data: Mapping[str, Any]) -> Event:
+def event_from_dict(data: JsonObject) -> Event:
     """Return the event that ``event_to_dict`` made plain."""
     return _KINDS[data["event"]](**{name: value for name, value in data.items() if name != "event"})

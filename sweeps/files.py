@@ -10,10 +10,14 @@ import os
 import stat
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from sweeps.errors import LinkError, StoreError
+
+JsonObject: TypeAlias = Mapping[str, Any]
+"""What a JSON object was read as, before its values become types."""
 
 
 def read_json(path: Path) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +14,7 @@ from sweeps.commands.selection import chosen_results
 from sweeps.executors.base import with_jobs
 from sweeps.options import Options
 from sweeps.status import State
+from sweeps.store.schema import Row
 from sweeps.text import counted
 
 MOST_CELLS_SHOWN: Final = 10
@@ -24,7 +25,7 @@ def logs(options: Options, console: Console) -> int:
     observed_flight(options.out, console)
     long = chosen_results(options, long=True)
     failed = long[long["status"].isin([State.FAILED, State.OOM]) & long["error"].notna()]
-    for alike in _by_trace(failed.to_dict("records")).values():
+    for alike in _by_trace(cast(list[Row], failed.to_dict("records"))).values():
         _show_failures(alike, options.out, console)
     unrecorded = long[long["row_id"].isna() & (long["status"] != State.MISSING)]
     wanted = set(unrecorded["measurement"])
@@ -35,19 +36,19 @@ def logs(options: Options, console: Console) -> int:
     return 0
 
 
-def _by_trace(rows: Iterable[Mapping[Any, Any]]) -> dict[tuple[str, str], list[Mapping[Any, Any]]]:
+def _by_trace(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """Group failures that came the same way, in the order of their first: what the last line says may differ."""
-    groups: dict[tuple[str, str], list[Mapping[Any, Any]]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         trace, _, last = row["error"].rstrip().rpartition("\n")
         groups.setdefault((str(row["error_type"]), trace or last), []).append(row)
     return groups
 
 
-def _show_failures(rows: Sequence[Mapping[Any, Any]], out: Path, console: Console) -> None:
+def _show_failures(rows: Sequence[Row], out: Path, console: Console) -> None:
     """Print whose failures these are, the traceback that they share, and where each lies in full."""
     said = {row["error"].rstrip().rpartition("\n")[2] for row in rows}
-    cells: dict[str, list[Mapping[Any, Any]]] = {}
+    cells: dict[str, list[Row]] = {}
     for row in rows:
         cells.setdefault(row["key"], []).append(row)
     names = [

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from sweeps.results.report import write_tables
 from sweeps.results.table import load_results, superseded_measurements
 from sweeps.status import State
 from sweeps.store.parts import Store
+from sweeps.store.schema import Row
 from sweeps.study.manifest import load_manifests
 from sweeps.tracking import tracker
 from sweeps.tracking.artifact import upload_tables
@@ -30,7 +30,7 @@ def sync(options: Options, console: Console) -> int:
         executor.observe(store.out)
     # A pack that is running mirrors itself: adding its rows here too would show them twice.
     running = read_flight(store.out).held
-    by_pack: dict[str, list[Mapping[str, Any]]] = {}
+    by_pack: dict[str, list[Row]] = {}
     rows = store.read().to_pylist()
     busy = {row["pack"] for row in rows if row["measurement"] in running}
     superseded = superseded_measurements(store.out)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
 
 from sweeps.errors import StoreError
+from sweeps.files import JsonObject
 from sweeps.store.schema import Scalar
 
 
@@ -38,7 +38,7 @@ class JobSettings:
     trust_remote_code: bool
     requeues: int
     signal_seconds: int
-    tracking: Mapping[str, Any]
+    tracking: JsonObject
     references: Mapping[str, Mapping[str, float]]
     baseline_tolerance: float
 
@@ -51,7 +51,7 @@ class JobSettings:
     allowances: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> JobSettings:
+    def from_dict(cls, data: JsonObject) -> JobSettings:
         """Read what a launch wrote. Keys of later versions are left out; those that an earlier one lacks are default.
 
         Raises:

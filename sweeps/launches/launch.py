@@ -23,9 +23,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sweeps.files import clock, list_files, read_json, require_directory, write_atomically
+from sweeps.files import JsonObject, clock, list_files, read_json, require_directory, write_atomically
 from sweeps.launches.job_settings import JobSettings
 from sweeps.plan.packs import Pack
 from sweeps.store.schema import Scalar
@@ -216,7 +216,7 @@ class Attempt:
     started: float
     log: str
     measuring: str | None = None
-    end: Mapping[str, Any] | None = None
+    end: JsonObject | None = None
     touched: float = 0.0
 
     @classmethod

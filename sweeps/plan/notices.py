@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from kbit.errors import CheckpointError
 from kbit.evaluation.evaluators import EVALUATORS
@@ -15,7 +15,7 @@ from sweeps.store.parts import Store
 from sweeps.store.rows import recorded_state
 from sweeps.store.schema import Row
 from sweeps.study.cell import UNRESOLVED, Measurement, ModelRef
-from sweeps.study.hub import first_content_hash
+from sweeps.study.hub import ModelConfig, first_content_hash
 from sweeps.study.manifest import Manifest, load_manifests
 from sweeps.study.reading import superseded
 from sweeps.text import counted
@@ -157,7 +157,7 @@ def _needs_bos(model: ModelRef) -> bool:
     if model.path is None:
         return any(name in f"{model.hub_id}".lower().rpartition("/")[2] for name in NEEDS_BOS)
     try:
-        config: Mapping[str, Any] = read_config(Path(model.path))
+        config: ModelConfig = read_config(Path(model.path))
     except (CheckpointError, OSError):
         return False
     return str(config["model_type"]).startswith(NEEDS_BOS)

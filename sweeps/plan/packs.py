@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError, did_you_mean
+from sweeps.files import JsonObject
 from sweeps.plan.cost import CostModel
 from sweeps.plan.order import CHEAPEST, order_cells, order_packs
 from sweeps.status import RETRY, UNRECORDED, State
@@ -92,7 +93,7 @@ class Pack:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Pack:
+    def from_dict(cls, data: JsonObject) -> Pack:
         model = ModelRef(**data["model"])
         evals = [eval_from_dict(e) for e in data["evals"]]
         items = tuple((cell_from_dict(model, q), tuple(evals[i] for i in indices)) for q, indices in data["items"])

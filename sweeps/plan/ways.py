@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import model_files, weights_among
@@ -18,7 +18,7 @@ from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Choice, Way, choose_way,
 from kbit.spec import Spec
 from sweeps.errors import UserError
 from sweeps.study.cell import Cell, ModelRef
-from sweeps.study.hub import cached_snapshot
+from sweeps.study.hub import ModelConfig, cached_snapshot
 from sweeps.study.manifest import Manifest
 from sweeps.study.reading import config_of
 from sweeps.text import counted
@@ -95,7 +95,7 @@ def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned
     widest = _compute_bytes(manifest)
     found: dict[tuple[ModelRef, int, str], list[tuple[Spec, Choice | None, dict[str, int]]]] = {}
     unknown: dict[ModelRef, None] = {}
-    sizes: dict[ModelRef, tuple[Sizes | None, Mapping[str, Any] | None]] = {}
+    sizes: dict[ModelRef, tuple[Sizes | None, ModelConfig | None]] = {}
     for cell in dict.fromkeys(Cell(model=c.model, quant=c.quant) for c in manifest.wanted_cells()):
         model, spec = cell.model, cell.quant
         if model not in sizes:
@@ -145,7 +145,7 @@ def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
 def _choose(
     sizes: Sizes,
     spec: Spec,
-    config: Mapping[str, Any] | None,
+    config: ModelConfig | None,
     compute_bytes: int,
     model: ModelRef,
     memory: DeviceMemory,
@@ -177,7 +177,7 @@ def _files(model: ModelRef) -> tuple[Path, ...]:
         return ()
 
 
-def known_sizes(model: ModelRef) -> tuple[Sizes | None, Mapping[str, Any] | None]:
+def known_sizes(model: ModelRef) -> tuple[Sizes | None, ModelConfig | None]:
     """Return a model's sizes by the best that is known of it here, and its config.json; None where nothing is."""
     config = config_of(model, ask=False)
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.study.cell import ModelRef
+from sweeps.study.hub import ModelConfig
 from sweeps.study.windows import model_file
 
 GENERIC: Final = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
@@ -43,7 +44,7 @@ def lacks_bos(model: ModelRef) -> bool:
     return is_generic and "bos_token" not in (_read(model, "special_tokens_map.json") or {})
 
 
-def _read(model: ModelRef, name: str) -> Mapping[str, Any] | None:
+def _read(model: ModelRef, name: str) -> ModelConfig | None:
     path = model_file(model, name)
     if path is None:
         return None

@@ -11,13 +11,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Final
+from typing import Final
 
 from kbit.axes import Axis
 from kbit.calibration import Calibration
 from kbit.evaluation.spec import EvalSpec, eval_axes
 from kbit.sources import source_from_dict, source_to_dict
 from kbit.spec import Spec, axes, spec_from_canonical
+from sweeps.files import JsonObject
 
 KEY_VERSION: Final = 1
 """Part of every key. A change to what a key is made of raises it and migrates the store."""
@@ -168,7 +169,7 @@ def quant_to_dict(cell: Cell) -> dict[str, object]:
     return {**cell.quant.canonical(), "calibration": {**cell.calibration.canonical(), **about}}
 
 
-def cell_from_dict(model: ModelRef, data: Mapping[str, Any]) -> Cell:
+def cell_from_dict(model: ModelRef, data: JsonObject) -> Cell:
     """The inverse of ``quant_to_dict``."""
     quant, about = dict(data), data.get("calibration")
     quant.pop("calibration", None)
@@ -186,6 +187,6 @@ def eval_to_dict(spec: EvalSpec) -> dict[str, object]:
     return {**spec.canonical(), "source": source_to_dict(spec.source)}
 
 
-def eval_from_dict(data: Mapping[str, Any]) -> EvalSpec:
+def eval_from_dict(data: JsonObject) -> EvalSpec:
     """Return the inverse of ``eval_to_dict``."""
     return EvalSpec(**{**data, "source": source_from_dict(data["source"])})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from kbit.errors import CheckpointError
 from kbit.evaluation.documents import file_documents, read_jsonl
@@ -38,6 +38,8 @@ __all__ = [
     "small_file",
 ]
 
+ModelConfig: TypeAlias = Mapping[str, Any]
+"""A checkpoint's config.json."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT: Final = 10.0
 """Seconds to wait for the hub to answer."""
@@ -46,7 +48,7 @@ _FAMILY_AND_SIZE: Final = re.compile(
 )
 _asked: Final[dict[tuple[str, str, str], str]] = {}
 """Branch or tag by (type, id, commit) that the hub resolved in this process: a fetch of the commit is one of it."""
-_configs: Final[dict[str, Mapping[str, Any]]] = {}
+_configs: Final[dict[str, ModelConfig]] = {}
 """config.json by the repository that the hub was asked for."""
 
 
@@ -152,7 +154,7 @@ def small_file(repo_id: str, commit: str, name: str) -> Path | None:
         return None
 
 
-def model_config(repo_id: str, commit: str, *, ask: bool = True) -> Mapping[str, Any] | None:
+def model_config(repo_id: str, commit: str, *, ask: bool = True) -> ModelConfig | None:
     """Return a hub model's config.json: from the local cache, else of the hub; None where it can't be had.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kbit.errors import CheckpointError, SpecError
 from kbit.evaluation.evaluators import EVALUATORS
@@ -17,10 +16,10 @@ from kbit.models.readings import has_experts, reading_of
 from kbit.spec import METHODS, Spec
 from sweeps.errors import UserError
 from sweeps.study.cell import ModelRef, canonical_json
-from sweeps.study.hub import model_config
+from sweeps.study.hub import ModelConfig, model_config
 
 
-def config_of(model: ModelRef, *, ask: bool = True) -> Mapping[str, Any] | None:
+def config_of(model: ModelRef, *, ask: bool = True) -> ModelConfig | None:
     """Return a model's config.json; None where it isn't on this machine and the hub isn't, or can't be, asked."""
     if model.path is None:
         return model_config(str(model.hub_id), str(model.commit), ask=ask)
@@ -42,7 +41,7 @@ def with_reading(model: ModelRef, *, ask: bool = True) -> ModelRef:
     return replace(model, reading=reading, reading_reason=reason)
 
 
-def unfit(config: Mapping[str, Any] | None, spec: Spec) -> SpecError | None:
+def unfit(config: ModelConfig | None, spec: Spec) -> SpecError | None:
     """Return the error that a model would end a quantization with, as far as config.json tells; None for the others."""
     if config is None or spec.is_baseline:
         return None
@@ -56,7 +55,7 @@ def unfit(config: Mapping[str, Any] | None, spec: Spec) -> SpecError | None:
 
 
 def check_packed(
-    evals: Iterable[EvalSpec], specs: Iterable[Spec], configs: Mapping[ModelRef, Mapping[str, Any] | None]
+    evals: Iterable[EvalSpec], specs: Iterable[Spec], configs: Mapping[ModelRef, ModelConfig | None]
 ) -> None:
     """Refuse evaluations of layers held in k bits where they can't be held so: of experts, and by some methods.
 
@@ -88,7 +87,7 @@ def check_packed(
         )
 
 
-def check_context(evals: Iterable[EvalSpec], configs: Mapping[ModelRef, Mapping[str, Any] | None]) -> None:
+def check_context(evals: Iterable[EvalSpec], configs: Mapping[ModelRef, ModelConfig | None]) -> None:
     """Refuse evaluations that need a longer context than a model has, as far as config.json tells.
 
     Raises:

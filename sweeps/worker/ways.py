@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.models.sizes import GUESSED, parts_of
 from kbit.models.ways import Way, choose_way
 from sweeps.plan.ways import known_sizes
+from sweeps.study.hub import ModelConfig
 from sweeps.worker.devices import usable_memory
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def runs_layered(pack: Pack, *, device: str, gpus: int, batch_tokens: int) -> bo
 
 
 @cache
-def sizes_of_model(model: ModelRef) -> tuple[Sizes | None, Mapping[str, Any] | None]:
+def sizes_of_model(model: ModelRef) -> tuple[Sizes | None, ModelConfig | None]:
     """Return ``known_sizes``, looked for once: a job's files are there, and stay as they are."""
     return known_sizes(model)
 
