@@ -3,6 +3,7 @@
 ValueError
 ├── SpecError           a specification can't exist
 ├── WeightError         a tensor can't be quantized
+├── ActivationError     inputs of layers on calibration data can't be used
 ├── ArchitectureError   the layers to quantize can't be told
 ├── HessianError        a layer's calibration inputs have no usable second moments
 └── LayeredError        a model that runs layer by layer can't be measured so
@@ -35,6 +36,10 @@ class SpecError(ValueError):
 
 class WeightError(ValueError):
     """A tensor that can't be quantized. Says what it is and what is needed."""
+
+
+class ActivationError(ValueError):
+    """Inputs of a layer on calibration data that can't be used. Says which layer's, and why."""
 
 
 class ArchitectureError(ValueError):

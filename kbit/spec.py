@@ -63,6 +63,8 @@ class Spec(ABC):
         runs: "module:function" of the method itself (``kbit.methods``).
         calibrates: the method reads calibration data, which then belong to a cell's identity.
         packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
+        passes: forward passes that calibrating comes to, for predictions of cost: for what blocks are given, for their
+            layers' inputs, for the next block's inputs, and what a method sums of the inputs.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
     """
 
@@ -71,6 +73,7 @@ class Spec(ABC):
     calibrates: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
+    passes: ClassVar[float] = 4.0
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
 
@@ -305,7 +308,7 @@ class QuantSpec(Spec):
             _integer("rotation", self.rotation, allowed)
             if not 0 <= self.rotation <= LARGEST_NUMBER:
                 raise SpecError("rotation", self.rotation, allowed)
-        if self.clip and self.zero_point:
+        if self.clip and self.zero_point and self.method_name == QuantSpec.method_name:
             raise SpecError("clip", True, "false with zero_point=true: the search is of absmax, which that has none of")
         declared, takes = axes_of(QuantSpec), type(self).__dict__.get("takes", frozenset())
         for name in OPTIONS:
@@ -423,6 +426,7 @@ METHODS: Final = Door[type[Spec]](
     {
         "baseline": QuantSpec,
         "blockwise": QuantSpec,
+        "awq": "kbit.specs.awq:AwqSpec",
         "block_float": "kbit.specs.block_float:BlockFloatSpec",
         "ggml": "kbit.specs.ggml:GgmlSpec",
         "hqq": "kbit.specs.hqq:HqqSpec",

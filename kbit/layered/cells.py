@@ -113,7 +113,7 @@ class HeldBlock:
     def run(self, *_: object, **__: object) -> Any:
         raise LayeredError("the method runs blocks on calibration data, which a pass layer by layer doesn't keep")
 
-    look = run
+    look = outputs = run
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -75,6 +75,9 @@ class Block(Protocol):
             The hidden states that leave it.
         """
 
+    def outputs(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Iterator[Tensor]:
+        """Run the block as ``run`` does, and yield what leaves it, batch by batch, on the block's device."""
+
     def look(self, before: Activations, watch: Callable[[Layer, Tensor], None]) -> None:
         """Run the block as ``run`` does, for what its layers get alone: what leaves it is not kept."""
 

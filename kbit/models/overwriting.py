@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,6 +31,23 @@ def rewrite(layer: Layer, fill: Callable[[Tensor], object]) -> Callable[[], None
     before = layer.working.to("cpu", copy=True)
     fill(layer.working)
     return lambda: _copy(layer, before)
+
+
+@contextmanager
+def trying(layers: Sequence[Layer]) -> Iterator[None]:
+    """Let layers have other weights for a while (``Layer.working``); then they have their own again, bit for bit.
+
+    A copy of them is kept on their device.
+    """
+    for layer in layers:
+        if layer.original is not None and is_same_memory(layer.parameter, layer.original):
+            layer.parameter.data = layer.original.clone()
+    before = [layer.working.clone() for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.working.copy_(weight)
 
 
 def is_same_memory(a: Tensor, b: Tensor) -> bool:

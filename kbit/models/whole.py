@@ -40,15 +40,14 @@ class WholeBlock:
     dtype: torch.dtype | None = None
 
     def run(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Activations:
-        after = [parked(out) for out in self._outputs(before, watch)]
+        after = [parked(out) for out in self.outputs(before, watch=watch)]
         return Activations(hidden=after, arguments=before.arguments)
 
     def look(self, before: Activations, watch: Callable[[Layer, Tensor], None]) -> None:
-        for _ in self._outputs(before, watch):
+        for _ in self.outputs(before, watch=watch):
             pass
 
-    def _outputs(self, before: Activations, watch: Callable[[Layer, Tensor], None] | None) -> Iterator[Tensor]:
-        """Yield what leaves the block, batch by batch."""
+    def outputs(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Iterator[Tensor]:
         device = next(self.module.parameters()).device
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

@@ -39,7 +39,8 @@ class QuantizedTensor:
         codebook: float32 [at most 2^k], sorted; with zero points the integers 0 to 2^k - 1.
         spec: how it was quantized.
         shape, dtype: the weight's, and the dequantized tensor's.
-        storage_dtype: float16 or bfloat16: the weight was cast to it first, and dequantized values are rounded to it.
+        storage_dtype: float16 or bfloat16: the weight was cast to it first, and dequantized values are rounded to it;
+            float32 of ``quantize_wide``.
         mean: float16, 0-dim: subtracted first and added last; None without centering.
         kept_columns: int32 [m] input dimensions kept in 16 bits, ascending; None if none are.
         kept_values: storage dtype [out, m].
@@ -158,11 +159,8 @@ def quantize_async(
 
         clipped = clipped_absmax(source, blocks, spec, values) if spec.clip else None
         codes, absmax, bad = quantize_values(source, blocks, spec, own, clipped)
-    elif spec.zero_point:
-        codes, absmax, zero_points = asymmetric.quantize_values(source, blocks, spec.bits)
     else:
-        absmax = clipped_absmax(source, blocks, spec, values) if spec.clip else stored_absmax(source, blocks, spec)
-        codes = _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits)
+        codes, absmax, zero_points = _by_reference(source, blocks, spec, values)
     q = QuantizedTensor(
         codes=codes,
         absmax=absmax,
@@ -177,6 +175,41 @@ def quantize_async(
         zero_points=zero_points,
     )
     return q, bad
+
+
+@torch.no_grad()
+def quantize_wide(values: Tensor, spec: QuantSpec, *, fitted: Tensor | None = None) -> QuantizedTensor:
+    """Quantize float32 values that were made of a 16-bit weight, without casting them to 16 bits again.
+
+    ``dequantize`` gives float32 values, which are not rounded to 16 bits either. Plain torch on every device.
+
+    Args:
+        values: float32, finite; they are not changed.
+        spec: as of ``quantize``.
+        fitted: as of ``quantize``.
+
+    Raises:
+        WeightError: a value is NaN or infinite.
+    """
+    spec = spec.of_row(values.shape[-1])
+    wide = torch.float32
+    source = Source(values, wide, None, mean16(values, wide) if spec.center else None)
+    own = None
+    if is_data_dependent(spec):
+        own = fitted_codebook(spec, source) if fitted is None else fitted.to(source.device, copy=True)
+    book = fixed_codebook(spec, values.device) if own is None else own
+    codes, absmax, zero_points = _by_reference(source, Blocks.of(tuple(values.shape), spec), spec, book)
+    return QuantizedTensor(
+        codes=codes,
+        absmax=absmax,
+        codebook=book.clone() if own is None else own,
+        spec=spec,
+        shape=tuple(values.shape),
+        dtype=wide,
+        storage_dtype=wide,
+        mean=source.mean,
+        zero_points=zero_points,
+    )
 
 
 @torch.no_grad()
@@ -198,7 +231,7 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
             another shape, dtype or device.
     """
     device, nbytes = q.codes.device, packed_bytes(q.numel, q.spec.bits)
-    impl = _chosen(impl, device, q.spec)
+    impl = _chosen("torch" if q.storage_dtype == torch.float32 else impl, device, q.spec)
     if q.codes.numel() != nbytes:
         raise ValueError(f"{q.numel} codes of {q.spec.bits} bits take {nbytes} bytes, not {q.codes.numel()}")
     if out is not None and (out.shape, out.dtype, out.device) != (torch.Size(q.shape), q.dtype, device):
@@ -234,6 +267,16 @@ def dequantize(q: QuantizedTensor, *, impl: str = "auto", out: Tensor | None = N
         _fill(values.view(-1), packed, q.storage_dtype)
     _with_kept(values, q)
     return values if out is None or straight else out.copy_(values)
+
+
+def _by_reference(
+    source: Source, blocks: Blocks, spec: QuantSpec, values: Tensor
+) -> tuple[Tensor, Tensor | NestedAbsmax, Tensor | None]:
+    """Return packed codes, absmax, and packed zero points where there are any."""
+    if spec.zero_point:
+        return asymmetric.quantize_values(source, blocks, spec.bits)
+    absmax = clipped_absmax(source, blocks, spec, values) if spec.clip else stored_absmax(source, blocks, spec)
+    return _codes(source, blocks, load_absmax(absmax), Encoder(values), spec.bits), absmax, None
 
 
 def _with_kept(values: Tensor, q: QuantizedTensor) -> Tensor:

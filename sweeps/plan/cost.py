@@ -29,10 +29,6 @@ QUANTIZE_PER_SECOND: Final = {"cpu": 2e7, "cuda": 3e10}
 """Weights quantized and dequantized a second. On a GPU 1e11 beside their originals and 3e10 from page-locked memory,
 measured; fitted data types take longer the first time.
 """
-CALIBRATION_PASSES: Final = 4
-"""Forward passes that calibrating comes to: for what blocks are given, for their layers' inputs, for the next block's
-inputs, and what a method sums of the inputs.
-"""
 STEP_SECONDS: Final = {"cpu": 4e-3, "cuda": 1e-3}
 STEP_WEIGHTS_PER_SECOND: Final = {"cpu": 5e9, "cuda": 1e12}
 """A step of decoding: launches and small operations, and weights read in 16 bits."""
@@ -171,9 +167,9 @@ class CostModel:
 
     def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
-        effort = METHODS[method].effort if method in METHODS else 1.0
-        calibrating = CALIBRATION_PASSES * 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
-        return calibrating + effort * params / QUANTIZE_PER_SECOND[self.device]
+        of = METHODS[method] if method in METHODS else METHODS["blockwise"]
+        calibrating = of.passes * 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
+        return calibrating + of.effort * params / QUANTIZE_PER_SECOND[self.device]
 
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec], *, first: bool) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""

@@ -59,6 +59,7 @@ def test_each_axis_is_wherever_axes_are_listed(name: str) -> None:
 
 MXFP4 = {"method": "block_float", "format": "mxfp4"}
 GGML = {"method": "ggml"}
+GPTQ = {"method": "gptq", "bits": 4, "dtype": "int", "blocksize": 32}
 
 
 @pytest.mark.parametrize("name", list(axes()))
@@ -80,6 +81,9 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "zero_point": ({}, {"zero_point": True}),
         "clip": ({}, {"clip": True}),
         "rotation": ({}, {"rotation": 0}),
+        "act_order": ({**GPTQ}, {**GPTQ, "act_order": True}),
+        "static_groups": ({**GPTQ}, {**GPTQ, "static_groups": True}),
+        "group_scales": ({**GPTQ}, {**GPTQ, "group_scales": "reference"}),
         "format": ({**MXFP4}, {**MXFP4, "format": "nvfp4"}),
         "ggml_type": ({**GGML, "ggml_type": "q4_0"}, {**GGML, "ggml_type": "q4_K"}),
         "recipe": ({**GGML, "recipe": "Q4_K_S"}, {**GGML, "recipe": "Q4_K_M"}),

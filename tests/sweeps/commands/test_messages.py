@@ -117,7 +117,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--config-dir", "mine", "sweep=misplaced"],
         ["sweep=misplaced", "mine/misplaced.yaml is there", "mine/sweep: move it"],
     ),
-    "a method": (["sweep.quant.1.method=awq"], ["sweep.quant.1.method='awq'", *METHODS]),
+    "a method": (["sweep.quant.1.method=quip"], ["sweep.quant.1.method='quip'", *METHODS]),
     "no format": (
         ["sweep.quant=[{method: block_float}]"],
         ["sweep.quant.0.format=None", "must be given with method=block_float"],

@@ -16,6 +16,7 @@ BLOCKS = (
     "{method: ggml, ggml_type: q5_1}",
     "{method: hqq, bits: 3, blocksize: 32}",
     "{method: gptq, bits: 3, dtype: int, blocksize: [row, 32], zero_point: true}",
+    "{method: awq, bits: 3, dtype: int, blocksize: 32}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
 CALIBRATION = ("calibration.set=jargon", "calibration.samples=8", "calibration.length=128")
@@ -23,7 +24,9 @@ GPTQ = {  # rows of 96 values, but of 384 in one of the four matrices of a block
     "gptq int3 row asymmetric, jargon 8x128 seed 0": 3 + 19 * (3 + 1 + 4 + 1) / (96 * 12),
     "gptq int3 g32 asymmetric, jargon 8x128 seed 0": 3 + 19 / 32,
 }
+AWQ = "awq int3 g32 clipped, jargon 8x128 seed 0"
 BITS = {
+    AWQ: 3.5 + 16 * (3 * 96 + 384) / (96 * 96 * 12),  # and a scale for each input
     "mxfp4": 4.25,
     "nvfp4": 4.5,
     "hqq3 g32": 4.0,
@@ -56,7 +59,7 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
         assert abs(rows.loc[label, "bits_per_param"] - bits) < 0.01, label
         assert rows.loc[label, "jargon_loss"] > rows.loc["16-bit", "jargon_loss"] - 0.02
     assert rows.loc["nvfp4", "format"] == "nvfp4"
-    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ)
+    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ) + 1
     assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

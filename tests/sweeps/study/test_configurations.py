@@ -28,7 +28,7 @@ from tests import ROOT
 
 CONF = ROOT / "conf"
 STUDIES = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
-OF_NO_FIGURE = ("demo", "paper_all", "survey", "block_floats", "ggml", "hqq", "clipping_rotation")
+OF_NO_FIGURE = ("demo", "paper_all", "survey", "awq", "block_floats", "ggml", "hqq", "clipping_rotation")
 FAMILIES = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
 
 # Published hyperparameters: hidden size, layers, heads, vocabulary (GPT-NeoX only).
@@ -107,6 +107,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("block_floats", 8, 176, 176),
         ("ggml", 8, 192, 192),
         ("hqq", 8, 128, 128),
+        ("awq", 8, 88, 88),
         ("clipping_rotation", 8, 200, 200),
         ("paper_all", 41, 8118, 48708),
     ],

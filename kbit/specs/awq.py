@@ -1,0 +1,58 @@
+"""Spec of AWQ: weights scaled by the magnitude of their inputs before rounding (Lin et al. 2023). Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from kbit.axes import axes_of, like
+from kbit.errors import SpecError
+from kbit.spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqSpec(QuantSpec):
+    """AWQ with any codebook of block-wise quantization, or integers with zero points. Its blocks are of a row.
+
+    Attributes:
+        scheme: 'group'.
+        blocksize: columns that share an absmax, or 'row'.
+        clip: each group's largest magnitude is the best of ten by the error of its part of the output; on by default.
+
+    Raises:
+        SpecError: an axis has a value that is not allowed.
+    """
+
+    method_name: ClassVar[str] = "awq"
+    runs: ClassVar[str] = "kbit.methods.awq:quantize_layers"
+    calibrates: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
+    effort: ClassVar[float] = 60.0
+    passes: ClassVar[float] = 84.0
+    takes: ClassVar[frozenset[str]] = frozenset({"clip"})
+
+    scheme: str = like(QuantSpec, "scheme", "group")
+    clip: bool = like(QuantSpec, "clip", True)
+
+    def _validate(self) -> None:
+        super()._validate()
+        if self.is_baseline:
+            return
+        of = "with method=awq"
+        if self.scheme != "group":
+            raise SpecError("scheme", self.scheme, f"group {of}: a block of the flattened tensor spans rows")
+        if self.blocksize is None:
+            raise SpecError("blocksize", None, f"row, or a whole number of at least 1, {of}: blocks are of a row")
+        if self.center:
+            raise SpecError("center", True, f"false {of}: scaled weights have another mean")
+        if self.outlier_fraction:
+            raise SpecError("outlier_fraction", self.outlier_fraction, f"0 {of}: inputs that matter are scaled instead")
+
+    @classmethod
+    def from_canonical(cls, values: Mapping[str, Any]) -> Self:
+        return super().from_canonical({"clip": False, **values})  # a later axis at its neutral value is in no key
+
+    def blockwise(self) -> QuantSpec:
+        """Return the spec of what is stored of a layer's scaled and clipped weight."""
+        return QuantSpec(**{name: getattr(self, name) for name in axes_of(QuantSpec)} | {"clip": False})
