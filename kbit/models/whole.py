@@ -16,7 +16,6 @@ from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
 from kbit.models.originals import Fitted, Originals
 from kbit.models.outliers import outlier_columns
-from kbit.packed.linear import KBitLinear
 
 OUTSIDE: Final = -1
 """The block number of a layer that lies in no block."""
@@ -169,6 +168,8 @@ def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
     The parameters themselves are kept, and come back as they were: the model then takes half as much memory again.
     Layers held in k bits take inputs of the dtype, and keep their bias the same way.
     """
+    from kbit.packed.linear import KBitLinear  # what holds layers in k bits stands on models
+
     before = {p: p.data for p in module.parameters() if dtype is not None and p.dtype != dtype}
     packed = [m for m in module.modules() if isinstance(m, KBitLinear) and dtype is not None and m.dtype != dtype]
     of_packed = [(m, m.dtype, m.bias) for m in packed]
