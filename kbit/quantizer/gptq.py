@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kbit.kernels.availability import choose_blockwise
 from kbit.quantizer.asymmetric import divisor, grid_between, nearest_codes
 from kbit.quantizer.blockwise import QuantizedTensor
 from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
@@ -172,6 +171,8 @@ def _round_all(w: Tensor, upper: Tensor, grids: Grids, groups: Tensor, segments:
         segments: the columns in order; of static groups none measures.
         impl: see ``quantize_corrected``.
     """
+    from kbit.kernels.availability import choose_blockwise  # kernels import the reference
+
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     if choose_blockwise(impl, w.device) == "triton":
         from kbit.kernels.gptq import round_segment  # triton may be absent
