@@ -109,7 +109,13 @@ class Spec(ABC):
     @property
     def why_not_layered(self) -> str | None:
         """Why a model can't be quantized layer by layer so, in words; None where it can."""
-        return None
+        return (
+            f"method={self.method!r} calibrates on more than what enters a block's layers" if self.calibrates else None
+        )
+
+    def working_bytes(self, width: int) -> int:  # noqa: ARG002  # of the methods that need nothing to speak of
+        """Return the bytes on the device that the method needs beside the model, for layers of this many inputs."""
+        return 0
 
     @property
     @abstractmethod

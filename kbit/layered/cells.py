@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from kbit.errors import LayeredError
 from kbit.methods.protocol import method_of
+from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer
 from kbit.models.originals import Fitted
 from kbit.models.outliers import block_spreads, largest_columns
 from kbit.models.quantize import BitCount, QuantHandle
+from kbit.models.whole import watched
 from kbit.spec import Spec
 
 
@@ -27,6 +30,7 @@ class PassCell:
         key: by which its states are known, also to a later process.
         spec: how it is quantized.
         calls: the forward passes that it is measured by, by their keys (``kbit.layered.hollow.Call``).
+        calibration: those of the windows that its method calibrates on.
         count: of its layers so far; None before the pass.
         error: what ended it; it takes no part any more.
         quantize_seconds: what quantizing took so far, on a GPU without what still runs there.
@@ -35,6 +39,7 @@ class PassCell:
     key: str
     spec: Spec
     calls: Sequence[str]
+    calibration: Sequence[str] = ()
     count: BitCount | None = None
     error: Exception | None = None
     quantize_seconds: float = 0.0
@@ -52,6 +57,7 @@ class PassCell:
             "stored_bits": self.count.stored_bits,
             "quantized": self.count.quantized,
             "codebooks": base64.b64encode(self.count.codebooks).decode(),
+            "code_hashes": base64.b64encode(self.count.code_hashes).decode(),
             "quantize_seconds": self.quantize_seconds,
         }
 
@@ -61,6 +67,7 @@ class PassCell:
         self.count.shapes = {name: (int(shape[0]), int(shape[1])) for name, shape in notes["shapes"].items()}
         self.count.stored_bits, self.count.quantized = int(notes["stored_bits"]), int(notes["quantized"])
         self.count.codebooks = bytearray(base64.b64decode(notes["codebooks"]))
+        self.count.code_hashes = bytearray(base64.b64decode(notes.get("code_hashes", "")))
         self.quantize_seconds = float(notes["quantize_seconds"])
 
 
@@ -105,15 +112,39 @@ class Spreads:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldBlock:
-    """A block on the device: ``kbit.methods.protocol.Block`` for methods that don't run it."""
+    """A block on the device: ``kbit.methods.protocol.Block`` for methods that look at its layers' inputs at most.
+
+    The pass itself has what leaves it: of activations a method sees none.
+
+    Attributes:
+        number, layers: see ``kbit.methods.protocol.Block``.
+        module: the block.
+        entering: what enters it on the cell's calibration windows, batch by batch: the hidden states, which may be
+            overwritten, and the other arguments.
+    """
 
     number: int
     layers: tuple[Layer, ...]
+    module: nn.Module
+    entering: Callable[[], Iterator[tuple[Tensor, BlockArguments]]] = lambda: iter(())
 
-    def run(self, *_: object, **__: object) -> Any:
-        raise LayeredError("the method runs blocks on calibration data, which a pass layer by layer doesn't keep")
+    def run(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Activations:
+        if watch is not None:
+            self.look(before, watch)
+        return before
 
-    look = outputs = run
+    def look(self, before: Activations, watch: Callable[[Layer, Tensor], None]) -> None:
+        for _ in self.outputs(before, watch=watch):
+            pass
+
+    def outputs(self, _: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Iterator[Tensor]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for layer in () if watch is None else self.layers:
+                stack.enter_context(watched(layer, watch))
+            for states, arguments in self.entering():
+                out = self.module(states, *arguments.rest, **arguments.named)
+                yield out[0] if isinstance(out, tuple) else out
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,8 +167,8 @@ class BlockPass:
     def blocks(self) -> Iterator[HeldBlock]:
         yield self.block
 
-    def start(self, _: Tensor) -> Any:
-        raise LayeredError("the method calibrates, which a pass layer by layer doesn't do yet")
+    def start(self, _: Tensor) -> Activations:
+        return Activations(hidden=(), arguments=())
 
     def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
         return self.spreads.columns(self.block.layers, fraction)
@@ -180,16 +211,21 @@ class BlockWeights:
         try:
             if not cell.spec.is_baseline and self.layers:
                 self._part()
-                held = replace(like, block=HeldBlock(number=number, layers=self.layers))
+                if cell.spec.calibrates:  # the block runs as it was before it is quantized
+                    self._give_back(left.values())
+                held = replace(like, block=replace(like.block, number=number, layers=self.layers))
                 for layer, stored in method_of(cell.spec)(held, cell.spec, None):
                     cell.count.add(layer, stored)
                     self._changed[layer.name] = layer
                     stored.put(layer)
         finally:
-            for name, layer in left.items():
-                if name not in self._changed:
-                    assert layer.original is not None
-                    layer.working.copy_(layer.matrix(layer.original))
+            self._give_back(layer for name, layer in left.items() if name not in self._changed)
+
+    def _give_back(self, layers: Iterable[Layer]) -> None:
+        """Have the working weights of layers hold their originals."""
+        for layer in layers:
+            assert layer.original is not None
+            layer.working.copy_(layer.matrix(layer.original))
 
     def _part(self) -> None:
         """Give the block weights of its own, beside the originals."""

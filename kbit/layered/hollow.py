@@ -24,6 +24,7 @@ from kbit.layered.blocks import Blocks
 from kbit.models.activations import BlockArguments
 from kbit.models.architectures import decoder_blocks
 from kbit.models.verification import check_causal
+from kbit.models.whole import WINDOWS_PER_BATCH
 
 _CACHES: Final = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _HANDED_ON: Final = object()
@@ -118,6 +119,16 @@ class Hollow:
         with self._patched(note):
             evaluate()
         return list(asked)
+
+    def record_windows(self, tokens: Tensor) -> list[str]:
+        """Record the forward passes over windows of tokens, int64 [windows, length], in batches as a whole model's.
+
+        Raises:
+            ArchitectureError: as ``record``.
+        """
+        device = self._embedding.weight.device
+        batches = torch.split(tokens, WINDOWS_PER_BATCH)
+        return self.record(lambda: [self._base(batch.to(device), use_cache=False) for batch in batches])
 
     @contextmanager
     def playing(self, leaving: Callable[[str], Tensor]) -> Iterator[None]:

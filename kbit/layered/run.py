@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from kbit.layered.hollow import Hollow
 from kbit.layered.snapshots import Snapshot, Snapshots
 from kbit.layered.states import StatePlace, States, disk_room, place_states, temporary_directory
 from kbit.memory import is_out_of_memory
+from kbit.models.activations import BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks
 from kbit.models.originals import Fitted
 from kbit.models.places import Room, host_room
@@ -99,15 +100,10 @@ class LayeredPass:
         self.cells = sorted(self.cells, key=lambda cell: not cell.spec.is_baseline)
         for cell in self.cells:
             cell.count = BitCount(parameters=count_parameters(self.blocks.model))
-            if cell.spec.calibrates:
-                cell.error = LayeredError(
-                    f"method={cell.spec.method!r} calibrates, which a model that runs layer by layer doesn't do yet"
-                )
-                self.failed(cell)
-            elif cell.spec.why_not_layered is not None:
+            if cell.spec.why_not_layered is not None:
                 cell.error = LayeredError(f"{cell.spec.label!r} can't run layer by layer: {cell.spec.why_not_layered}")
                 self.failed(cell)
-        self._units = [Unit(cell=cell, call=call) for cell in self.cells if not cell.error for call in cell.calls]
+        self._units = [Unit(cell=cell, call=call) for cell in self.cells if not cell.error for call in _calls_of(cell)]
         self._spreads = Spreads(
             model=self.blocks.model, wanted=any(getattr(cell.spec, "outlier_fraction", 0) for cell in self.cells)
         )
@@ -164,7 +160,7 @@ class LayeredPass:
 
     def seconds_of(self, cell: PassCell) -> float:
         """Return a cell's part of what the pass took, by its tokens: without waiting for blocks, and quantizing."""
-        tokens = {id(c): sum(self.hollow.calls[call].tokens for call in c.calls) for c in self.cells}
+        tokens = {id(c): sum(self.hollow.calls[call].tokens for call in _calls_of(c)) for c in self.cells}
         computing = self.seconds - self.wait_seconds - sum(c.quantize_seconds for c in self.cells)
         return max(0.0, computing) * tokens[id(cell)] / max(1, sum(tokens.values()))
 
@@ -182,7 +178,7 @@ class LayeredPass:
             weights = BlockWeights(self._layers.get(number, []))
             self._spreads.begin(weights.layers, self.storage_dtype)
             like = BlockPass(
-                block=HeldBlock(number=number, layers=weights.layers),
+                block=HeldBlock(number=number, layers=weights.layers, module=module),
                 storage_dtype=self.storage_dtype,
                 fitted=self.fitted,
                 spreads=self._spreads,
@@ -207,13 +203,26 @@ class LayeredPass:
             return
         began = time.perf_counter()
         try:
-            weights.quantize(number, cell, like)
+            block = replace(like.block, entering=partial(self._entering, number, cell))
+            weights.quantize(number, cell, replace(like, block=block))
         except Exception as error:
             if is_out_of_memory(error) or "CUDA error" in str(error):
                 raise
             cell.error = error
             self.failed(cell)
         cell.quantize_seconds += time.perf_counter() - began
+
+    def _entering(self, block: int, cell: PassCell) -> Iterator[tuple[Tensor, BlockArguments]]:
+        """Yield what enters a block on a cell's calibration windows: copies of the states, and the other arguments."""
+        for number, unit in enumerate(self._units):
+            if unit.cell is not cell or unit.call not in cell.calibration:
+                continue
+            call = self.hollow.calls[unit.call]
+            if block == 0 or self.states is None:
+                states = call.entering.to(self.blocks.device, copy=True)
+            else:
+                states = self.states.take(number).clone()
+            yield states, call.arguments[block]
 
     def _run_unit(self, block: int, number: int, module: nn.Module) -> None:
         unit, states = self._units[number], self.states
@@ -332,6 +341,10 @@ class LayeredPass:
                 cell.go_on(notes["cells"][cell.key])
         self._spreads.entering = _tensor_of(notes["spread"])
         self.seconds += float(notes["seconds"])
+
+
+def _calls_of(cell: PassCell) -> list[str]:
+    return list(dict.fromkeys([*cell.calls, *cell.calibration]))
 
 
 def digest_of(*what: object) -> str:

@@ -136,7 +136,7 @@ class BlockMoments:
         if first is None:
             first = next((name for name, held in self._held.items() if _is_same(x, *held)), layer.name)
             self.shared[layer.name] = first
-            self._held.setdefault(first, (x, x._version))
+            self._held.setdefault(first, (x, _version(x)))
         if first == layer.name:
             if first not in self._sums:
                 self._sums[first] = SecondMoments(x.shape[1], x.device)
@@ -150,8 +150,15 @@ class BlockMoments:
 
 def _is_same(x: Tensor, held: Tensor, version: int) -> bool:
     """Tell whether a layer is given the very tensor that another was given, unchanged since."""
-    return (
-        (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
-        == (held.device, held.data_ptr(), held.shape, held.stride(), held.dtype)
-        and x._version == version
-    )  # fmt: skip
+    return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype) == (
+        held.device,
+        held.data_ptr(),
+        held.shape,
+        held.stride(),
+        held.dtype,
+    ) and _version(x) == version
+
+
+def _version(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; inference tensors don't count it."""
+    return 0 if x.is_inference() else x._version

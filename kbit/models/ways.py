@@ -42,6 +42,7 @@ class Parts:
             that calibrate or whose layers can't be packed, experts).
         originals: of a copy of the weights that cells begin from, where it can lie nowhere else (a CPU's); else 0.
         largest: of the largest tensor, as it is read.
+        working: of what a method needs to quantize, beside the model.
         block: of the largest block, in the compute dtype.
         outside: of the largest tensor outside the blocks (embedding or head), in the compute dtype.
         token: of the activations of one token, at the widest place.
@@ -54,6 +55,7 @@ class Parts:
     packed: int | None
     originals: int = 0
     largest: int
+    working: int = 0
     block: int
     outside: int
     token: int
@@ -135,7 +137,11 @@ def needs(parts: Parts, way: Way, *, gpus: int = 1, batch_tokens: int) -> dict[s
             held = {BLOCKS: 3 * parts.block, "embedding and head": 2 * parts.outside}
     logits = min(parts.logits, batch_tokens * parts.token_logits)
     batch = {"activations": batch_tokens * parts.token, "logits": logits}
-    return {what: count for what, count in {**held, "largest tensor": parts.largest, **batch}.items() if count}
+    return {
+        what: count
+        for what, count in {**held, "largest tensor": parts.largest, "quantizing": parts.working, **batch}.items()
+        if count
+    }
 
 
 def possible_ways(parts: Parts, gpus: int) -> list[Way]:

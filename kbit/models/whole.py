@@ -53,7 +53,7 @@ class WholeBlock:
             stack.enter_context(computing_in(self.module, self.dtype))
             if watch is not None:
                 for layer in self.layers:
-                    stack.enter_context(_watched(layer, watch))
+                    stack.enter_context(watched(layer, watch))
             for hidden, arguments in zip(before.hidden, before.arguments[self.number], strict=True):
                 entering = hidden.to(device, non_blocking=True)
                 out = self.module(entering, *arguments.rest, **arguments.named)
@@ -188,7 +188,9 @@ def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
 
 
 @contextmanager
-def _watched(layer: Layer, watch: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+def watched(layer: Layer, watch: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Have `watch` told the inputs of a layer for a while (``kbit.methods.protocol.Block.run``)."""
+
     def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
         watch(layer, given[0].reshape(-1, given[0].shape[-1]))
 

@@ -93,6 +93,14 @@ class GptqSpec(QuantSpec):
             return "no kernel multiplies permuted columns (act_order=true; static_groups=true leaves them in place)"
         return super().why_not_packed
 
+    @property
+    def why_not_layered(self) -> str | None:
+        return None
+
+    def working_bytes(self, width: int) -> int:
+        """The sums of one block's inputs, and what the largest is factored with: four matrices of float32."""
+        return 4 * 4 * width**2
+
     def blockwise(self, in_features: int) -> QuantSpec:
         """Return the spec of what is stored of a layer: blocks, codebook and absmax as without the correction."""
         plain = QuantSpec(**{name: getattr(self, name) for name in axes_of(QuantSpec)})

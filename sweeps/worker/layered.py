@@ -174,7 +174,7 @@ class _Attempt:
         run, started = self.run, datetime.now(UTC)
         reset_peak_memory(min(1, run.gpus))
         hollow = Hollow(self.blocks, name=run.pack.model.label)
-        cells = self._cells(self._record(hollow))
+        cells = self._cells(hollow, self._record(hollow))
         if not cells:
             return None
         one = self._pass(hollow, cells)
@@ -225,7 +225,7 @@ class _Attempt:
         except LayeredError as error:
             raise LayeredError(f"{spec.name} can't be measured layer by layer: {error}") from error
 
-    def _cells(self, asked: Mapping[EvalSpec, Sequence[str]]) -> list[PassCell]:
+    def _cells(self, hollow: Hollow, asked: Mapping[EvalSpec, Sequence[str]]) -> list[PassCell]:
         """Return the cells of the pass, the baseline first; it takes part also where others are compared with it."""
         from kbit.layered.cells import PassCell
 
@@ -239,7 +239,37 @@ class _Attempt:
             if self._lacks_reference(measurement.eval):
                 add(Cell(model=self.run.pack.model, quant=QuantSpec(bits=BASELINE_BITS)), asked[measurement.eval])
             add(measurement.cell, asked[measurement.eval])
+        for key, cell in {m.cell.key: m.cell for m in self.run._left.values()}.items():
+            mine = [m for m in self.run._left.values() if m.cell.key == key]
+            try:
+                found[key].calibration = self._calibration(hollow, cell)
+            except DataChangedError as error:
+                del found[key]
+                for measurement in mine:
+                    del self.run._left[measurement.key]
+                self.run.withhold(mine, error)
+            except Exception as error:
+                if _lacks_memory(error):
+                    raise
+                del found[key]
+                self.run._fail(mine, error, datetime.now(UTC))
         return sorted(found.values(), key=lambda cell: not cell.spec.is_baseline)
+
+    def _calibration(self, hollow: Hollow, cell: Cell) -> Sequence[str]:
+        """Return the forward passes over the windows that a cell calibrates on; none of other methods."""
+        import torch
+
+        if cell.calibration is None:
+            return ()
+        asked, own = cell.calibration.compute_dtype, self.loaded.model.dtype
+        wanted = self.loaded.storage_dtype if asked == "storage" else getattr(torch, asked)
+        if wanted != own:
+            name, here = (str(d).removeprefix("torch.") for d in (wanted, own))
+            raise LayeredError(
+                f"calibration.compute_dtype={asked!r} is {name}, and a model that runs layer by layer computes in one "
+                f"dtype, here {here}: give calibration.compute_dtype={here}, or eval.compute_dtype={name}"
+            )
+        return hollow.record_windows(self.run.warm.calibration(cell.calibration, self.loaded))
 
     def _lacks_reference(self, spec: EvalSpec) -> bool:
         return self.run.warm.lacks_reference(spec, self.loaded, batch_tokens=self.run.batch())

@@ -8,22 +8,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kbit.calibration import Calibration
 from kbit.evaluation import zeroshot
 from kbit.evaluation.spec import EvalSpec
 from kbit.layered import run
 from kbit.layered.run import LayeredPass
 from kbit.models.places import Room
-from kbit.sources import source_from_dict
-from kbit.spec import QuantSpec
+from kbit.sources import LocalFile, source_from_dict
+from kbit.spec import QuantSpec, spec_of
 from sweeps import load_samples
 from sweeps.config import DEMO_DIR
 from sweeps.events import BlockDone, Stopped
+from sweeps.study.cell import Cell
 from sweeps.worker import layered, ways, worker
 from tests import ROOT
 from tests.kbit.evaluation.test_zeroshot import write_task
@@ -234,3 +237,29 @@ def test_where_memory_runs_out_batches_are_halved(tmp_path: Path, monkeypatch: p
     bench = Bench(tmp_path)
     bench.worker.run_pack(pack_of(BASELINE, INT4, model=NEOX_M))
     assert {(row["status"], row["batch_tokens"]) for row in bench.rows()} == {("done", 1024)}
+
+
+def test_cells_that_calibrate_have_the_rows_of_the_whole_model_or_say_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = LocalFile(path=str(DEMO_DIR / "text" / "jargon.jsonl"))
+    about = Calibration(dataset="sha256:" + "0" * 64, samples=8, length=64, compute_dtype="float32", source=text)
+    gptq = spec_of({"method": "gptq", "bits": 3, "dtype": "int", "blocksize": 32})
+    changed = replace(about, source=replace(text, sha256="1" * 64))
+    plain = pack_of(BASELINE, name="calibrated")
+    cells = [
+        Cell(model=plain.model, quant=gptq, calibration=calibration)
+        for calibration in (about, replace(about, compute_dtype="storage", seed=1), replace(changed, seed=2))
+    ]
+    pack = replace(plain, items=(*plain.items, *((cell, (evaluation(),)) for cell in cells)))
+    whole, bench = Bench(tmp_path / "whole"), Bench(tmp_path / "layered")
+    whole.worker.run_pack(replace(pack, items=pack.items[:2]))
+    monkeypatch.setattr(worker, "runs_layered", lambda *_, **__: True)
+    bench.worker.run_pack(pack)
+    assert results(whole, *SAME, "codes_hash")[3, "jargon"]["codes_hash"] is not None
+    rows = {row["calibration_seed"]: row for row in bench.rows()}
+    assert {seed: row["status"] for seed, row in rows.items()} == {None: "done", 0: "done", 1: "failed"}
+    assert "calibration.compute_dtype='storage' is float16, and a model that runs layer by layer" in rows[1]["error"]
+    same = {row["calibration_seed"]: row for row in whole.rows()}
+    for seed in (None, 0):
+        assert {c: rows[seed][c] for c in (*SAME, "codes_hash")} == {c: same[seed][c] for c in (*SAME, "codes_hash")}
