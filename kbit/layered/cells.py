@@ -140,8 +140,9 @@ class HeldBlock:
     def outputs(self, _: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Iterator[Tensor]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            for layer in () if watch is None else self.layers:
-                stack.enter_context(watched(layer, watch))
+            if watch is not None:
+                for layer in self.layers:
+                    stack.enter_context(watched(layer, watch))
             for states, arguments in self.entering():
                 out = self.module(states, *arguments.rest, **arguments.named)
                 yield out[0] if isinstance(out, tuple) else out
