@@ -152,6 +152,7 @@ class Config:
     yes: bool = False
     undo: bool = False
     to: str | None = None
+    format: str | None = None
     long: bool = False
     watch: bool = False
     script: bool = False

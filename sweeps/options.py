@@ -30,6 +30,7 @@ class Options:
         retry: states of measurements to run again.
         order: in which cells run (sweeps.plan.order).
         budget: device-seconds that the study may spend; None is without end.
+        format: in which mode=export writes a cell (kbit.exporting.base).
         script: whether mode=plan shows the scripts of jobs.
         yes, undo: mode=drop doesn't ask; it takes the last drop back.
         executor: keys of the chosen executor, which checks them (sweeps.executors.base).
@@ -43,6 +44,7 @@ class Options:
     by: tuple[str, ...]
     choice: Choice
     to: Path | None
+    format: str | None
     long: bool
     watch: bool
     script: bool
@@ -76,6 +78,7 @@ class Options:
             by=tuple(str(b) for b in as_list(given["by"], "by")),
             choice=Choice.parse(_cell_prefixes(overrides), given["where"], given["status"]),
             to=Path(given["to"]).expanduser() if given["to"] else None,
+            format=given["format"],
             long=given["long"],
             watch=given["watch"],
             script=given["script"],

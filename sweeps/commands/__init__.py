@@ -20,6 +20,7 @@ MODES: Final[Mapping[str, str]] = {
     "cancel": "sweeps.commands.cancel:cancel",
     "fetch": "sweeps.commands.fetch:fetch",
     "drop": "sweeps.commands.drop:drop",
+    "export": "sweeps.commands.export:export",
     "sync": "sweeps.commands.sync:sync",
 }
 """Mode to what it runs, imported when it is asked for."""

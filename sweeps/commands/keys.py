@@ -14,8 +14,8 @@ from sweeps.text import written
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EVERY: Final = ("run", "plan", "status", "table", "logs", "cancel", "fetch", "drop", "sync")
-CHOOSING: Final = ("run", "plan", "status", "table", "logs", "cancel", "drop")
+EVERY: Final = ("run", "plan", "status", "table", "logs", "cancel", "fetch", "drop", "export", "sync")
+CHOOSING: Final = ("run", "plan", "status", "table", "logs", "cancel", "drop", "export")
 """Modes that work on cells, so that cells can be chosen for them."""
 
 OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -30,7 +30,9 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     "watch": ("run",),
     "script": ("plan",),
     "by": ("status",),
-    **dict.fromkeys(("to", "long"), ("table",)),
+    "to": ("table", "export"),
+    "long": ("table",),
+    "format": ("export",),
     **dict.fromkeys(("yes", "undo"), ("drop",)),
 }
 """Top-level key, or group, to the modes that obey it."""

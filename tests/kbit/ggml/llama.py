@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,3 +55,15 @@ def quantized(x: Tensor, name: str) -> Tensor:
     written = _library().ggml_quantize_chunk(layout.number, values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
     assert written == out.nbytes
     return torch.from_numpy(out)
+
+
+def run(code: str, *arguments: str) -> str:
+    """Run a program where llama_cpp can be imported: in the environment that it is installed in. Returns its output."""
+    directory = package()
+    assert directory is not None
+    own = directory.parents[3] / "bin" / "python"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [str(own) if own.is_file() else sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

@@ -105,7 +105,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a list for a number": (["eval.window=[3]"], ["eval.window=[3]", "a whole number is needed"]),
     "neither true nor false": (["mode=table", "long=maybe"], ["long=maybe", "true or false"]),
     "a number for a list": (["sweep.quant=4"], ["sweep.quant=4", "a list is needed"]),
-    "a number for a study": (["sweep=4"], ["sweep=4", "sweep is one of ", " centering, demo,"]),
+    "a number for a study": (["sweep=4"], ["sweep=4", "sweep is one of ", " centering, "]),
     "a list for a group of one": (["eval=[3]"], ["eval=[3]", "one of base, demo"]),
     "a mode alone": (["plan"], ["'plan'", "mode=plan"]),
     "help alone": (["help"], ["'help'", "--help"]),

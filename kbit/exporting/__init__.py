@@ -1,0 +1,1 @@
+"""Cells written for other programs: a format a file, behind one protocol (``base.Exporter``)."""

@@ -1,0 +1,79 @@
+"""EXPORTS: formats that a cell can be written in, and their protocol. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from kbit.doors import Door
+
+if TYPE_CHECKING:
+    from kbit.models.loading import LoadedModel
+    from kbit.models.quantize import QuantHandle
+    from kbit.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A cell that is to be written.
+
+    Attributes:
+        loaded: its model, in its 16-bit form.
+        spec: how it is quantized.
+        to: the file or directory.
+        quantize: quantizes the model in place, or packed into k bits; the handle takes it back.
+    """
+
+    loaded: LoadedModel
+    spec: Spec
+    to: Path
+    quantize: Callable[[bool], QuantHandle]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        words: what it holds, for people.
+        nbytes: its size.
+        load: reads it as a model, in the dtype and on the device of the one that it was made from.
+    """
+
+    words: str
+    nbytes: int
+    load: Callable[[], Any]
+
+
+class Exporter(Protocol):
+    """Writes cells in one format."""
+
+    def check(self, spec: Spec, config: Mapping[str, Any], to: Path) -> None:
+        """Refuse what can't be written, before a model is loaded.
+
+        Args:
+            spec: the cell's.
+            config: the model's config.json; empty where it isn't known.
+            to: the file or directory.
+
+        Raises:
+            SpecError: names format or to, and what is allowed.
+        """
+
+    def write(self, export: Export) -> Written:
+        """Write a cell; the model is in its 16-bit form afterwards.
+
+        Raises:
+            SpecError: it can't be written in this format.
+            OSError: the file can't be written.
+        """
+
+
+EXPORTS: Final = Door[Exporter](
+    "kbit_sweep.exports",
+    "format",
+    {"gguf": "kbit.exporting.gguf:EXPORTER", "packed": "kbit.exporting.packed:EXPORTER"},
+)
+"""The formats: name to what writes them."""

@@ -1,0 +1,1 @@
+"""GGUF files: written from a model's cell, and read back as a model."""
