@@ -67,6 +67,10 @@ def _dynamic_axes(_bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"dynamic_interval": given["dynamic_interval"] or "bnb"}
 
 
+def _lloyd_axes(_bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"weighting": given.get("weighting")}
+
+
 def _file_axes(_bits: int, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"codebook": given["codebook"]}
 
@@ -80,7 +84,9 @@ DTYPES: Final = Door[DataType](
         "dynamic": DataType(values="kbit.quantizer.codebooks:dynamic_values", axes=_dynamic_axes),
         "quantile": DataType(values="kbit.quantizer.codebooks:quantile_values", data_dependent=True, of_blocks=False),
         "normal": DataType(values="kbit.quantizer.codebooks:normal_values"),
-        "lloyd": DataType(values="kbit.quantizer.lloyd:lloyd_values", data_dependent=True, has_zero=False),
+        "lloyd": DataType(
+            values="kbit.quantizer.lloyd:lloyd_values", data_dependent=True, has_zero=False, axes=_lloyd_axes
+        ),
         "file": DataType(values="kbit.quantizer.codebooks:file_values", axes=_file_axes, has_zero=False),
     },
 )

@@ -33,6 +33,7 @@ from kbit.errors import SpecError
 Scheme = Literal["block", "group"]
 AbsmaxDType = Literal["float16", "float32", "nested"]
 Subnormals = Literal["ieee", "bnb"]
+OutlierCriterion = Literal["std", "activation"]
 DynamicInterval = Literal["bnb", "paper"]
 
 BASELINE_BITS: Final = 16
@@ -45,7 +46,7 @@ ALLOWED_BLOCKSIZE: Final = (
     "a whole number of at least 1 (and at most 2^40), row for each whole row (with scheme=group), or null for the "
     "whole tensor"
 )
-OPTIONS: Final = ("clip", "rotation")
+OPTIONS: Final = ("clip", "rotation", "weighting", "outlier_criterion")
 """Axes of ``QuantSpec`` that not every method built on it obeys."""
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
@@ -61,7 +62,8 @@ class Spec(ABC):
     Attributes:
         method_name: the name under which ``METHODS`` has the class.
         runs: "module:function" of the method itself (``kbit.methods``).
-        calibrates: the method reads calibration data, which then belong to a cell's identity.
+        calibrates: the method reads calibration data, which then belong to a cell's identity. A spec whose axes decide
+            it has a value of its own.
         packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
         passes: forward passes that calibrating comes to, for predictions of cost: for what blocks are given, for their
             layers' inputs, for the next block's inputs, and what a method sums of the inputs.
@@ -81,6 +83,11 @@ class Spec(ABC):
     def method(self) -> str:
         """The method's name."""
         return self.method_name
+
+    @property
+    def calibrating(self) -> tuple[str, str]:
+        """The axis, or the method, that decides whether it calibrates, and its value, as users write them."""
+        return "method", self.method
 
     @property
     def is_baseline(self) -> bool:
@@ -109,9 +116,8 @@ class Spec(ABC):
     @property
     def why_not_layered(self) -> str | None:
         """Why a model can't be quantized layer by layer so, in words; None where it can."""
-        return (
-            f"method={self.method!r} calibrates on more than what enters a block's layers" if self.calibrates else None
-        )
+        name, value = self.calibrating
+        return f"{name}={value!r} calibrates on more than what enters a block's layers" if self.calibrates else None
 
     def working_bytes(self, width: int) -> int:  # noqa: ARG002  # of the methods that need nothing to speak of
         """Return the bytes on the device that the method needs beside the model, for layers of this many inputs."""
@@ -172,6 +178,10 @@ class QuantSpec(Spec):
             (``kbit.quantizer.asymmetric``).
         clip: each block's absmax is the best of ten by squared error (``kbit.quantizer.clipping``).
         rotation: seed of a random rotation of the input dimensions (``kbit.quantizer.rotation``); None for none.
+        weighting: lloyd only. 'activation' fits the codebook with the inputs' mean squares on calibration data as
+            weights.
+        outlier_criterion: 'std' is proxy quantization; 'activation' keeps the input dimensions of the largest mean
+            magnitude on calibration data, as many.
         takes: of the axes that change how weights are quantized (``OPTIONS``), those that the class's method obeys. It
             is not inherited: a method that does not say so has them refused.
 
@@ -182,7 +192,7 @@ class QuantSpec(Spec):
     method_name: ClassVar[str] = "blockwise"
     runs: ClassVar[str] = "kbit.methods.blockwise:quantize_layers"
     packs: ClassVar[bool] = True
-    takes: ClassVar[frozenset[str]] = frozenset({"clip", "rotation"})
+    takes: ClassVar[frozenset[str]] = frozenset(OPTIONS)
 
     dtype: str | None = axis(None, type="string", doc="data type of the codes; null for the baseline")
     blocksize: int | None = axis(
@@ -255,6 +265,23 @@ class QuantSpec(Spec):
     rotation: int | None = axis(
         None, type="int64", doc="seed of a random rotation of inputs; null for none", neutral=None, since=3
     )
+    weighting: str | None = axis(
+        None,
+        type="string",
+        doc="of lloyd: errors count by the inputs' squares (activation), or alike (null)",
+        neutral=None,
+        optional=True,
+        since=3,
+        label="{}-weighted",
+    )
+    outlier_criterion: str = axis(
+        "std",
+        type="string",
+        doc="kept input dimensions are the largest by std (of the weights before) or activation",
+        neutral="std",
+        since=3,
+        label="by {}",
+    )
 
     def __post_init__(self) -> None:
         for name, a in axes_of(type(self)).items():
@@ -314,6 +341,12 @@ class QuantSpec(Spec):
             _integer("rotation", self.rotation, allowed)
             if not 0 <= self.rotation <= LARGEST_NUMBER:
                 raise SpecError("rotation", self.rotation, allowed)
+        if self.weighting is not None:
+            _choice("weighting", self.weighting, ("activation",), more=", or null")
+            if self.rotation is not None and self.dtype == "lloyd":
+                allowed = "null with a rotation: its weights are of inputs, which a rotation mixes"
+                raise SpecError("weighting", self.weighting, allowed)
+        _choice("outlier_criterion", self.outlier_criterion, get_args(OutlierCriterion))
         if self.clip and self.zero_point and self.method_name == QuantSpec.method_name:
             raise SpecError("clip", True, "false with zero_point=true: the search is of absmax, which that has none of")
         declared, takes = axes_of(QuantSpec), type(self).__dict__.get("takes", frozenset())
@@ -356,10 +389,22 @@ class QuantSpec(Spec):
         applies = data_type(str(self.dtype), self.codebook).axes(self.bits, given)
         for name in optional:
             set_(self, name, applies.get(name))
+        if not self.outlier_fraction:
+            set_(self, "outlier_criterion", "std")
+        if self.weighting is not None or self.outlier_criterion == "activation":
+            set_(self, "calibrates", True)
 
     @property
     def is_baseline(self) -> bool:
         return self.bits == BASELINE_BITS
+
+    @property
+    def calibrating(self) -> tuple[str, str]:
+        if self.weighting is not None:
+            return "weighting", self.weighting
+        if self.outlier_criterion == "activation":
+            return "outlier_criterion", self.outlier_criterion
+        return super().calibrating
 
     @property
     def method(self) -> str:
@@ -521,6 +566,6 @@ def _integer(key: str, value: object, allowed: str) -> None:
         raise SpecError(key, value, allowed)
 
 
-def _choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def _choice(key: str, value: object, allowed: tuple[str, ...], *, more: str = "") -> None:
     if value not in allowed:
-        raise SpecError(key, value, "one of " + ", ".join(allowed))
+        raise SpecError(key, value, f"one of {', '.join(allowed)}{more}")

@@ -74,6 +74,16 @@ class BlockInputs:
             )
         return sums
 
+    def means(self, layer: Layer) -> InputSums:
+        """Return the means of |x| and x^2 of a layer's input; zeros where no token reached it."""
+        sums = self.of(layer.name)
+        if sums is None:
+            zeros = torch.zeros(layer.shape[1], dtype=torch.float64, device=layer.weight.device)
+            return InputSums(magnitudes=zeros, squares=zeros)
+        return InputSums(
+            magnitudes=sums.magnitudes / sums.tokens, squares=sums.squares / sums.tokens, tokens=sums.tokens
+        )
+
     def groups(self, layers: tuple[Layer, ...]) -> list[list[Layer]]:
         """Return layers in lists of those that share an input, in their order."""
         found: dict[str, list[Layer]] = {}
@@ -98,5 +108,9 @@ class BlockInputs:
 
 def _is_same(x: Tensor, held: Tensor) -> bool:
     """Tell whether a layer is given the very tensor that another was given."""
-    places = [(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in (x, held)]
+    # Inference tensors don't count how often they were changed in place.
+    versions = [0 if t.is_inference() else t._version for t in (x, held)]
+    places = [
+        (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, v) for t, v in zip((x, held), versions, strict=True)
+    ]
     return places[0] == places[1]

@@ -156,11 +156,11 @@ def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated
     if spec.is_baseline:
         return []
     if spec.calibrates and not calibrated:
-        raise SpecError("method", spec.method, "one that does not calibrate, or give calibration=Calibrated(...)")
+        raise SpecError(*spec.calibrating, "one that does not calibrate, or give calibration=Calibrated(...)")
     layers = model.layers
     if spec.calibrates and any(layer.stack is not None for layer in layers):
         allowed = f"one that does not calibrate: an expert of {name} sees only the tokens sent to it"
-        raise SpecError("method", spec.method, allowed)
+        raise SpecError(*spec.calibrating, allowed)
     if packed:
         if not spec.packs:
             raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kbit.errors import SpecError
 from kbit.quantizer.absmax import load_absmax, stored_absmax
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.source import Source
@@ -50,16 +51,34 @@ def lloyd_values(source: Source, spec: QuantSpec) -> Tensor:
         float32 [2 to 2^k], sorted, distinct, within [-1, 1], on the tensor's device.
 
     Raises:
+        SpecError: the spec's weighting takes calibration data (``kbit.quantizer.weighted_lloyd``), which aren't here.
         WeightError: a value is NaN or infinite.
     """
+    if spec.weighting is not None:
+        allowed = "null, or quantize with fitted=weighted_codebook(...): its weights come from calibration data"
+        raise SpecError("weighting", spec.weighting, allowed)
     scaled = SortedValues(_scaled(source, spec))
     if not scaled.count:
         return torch.tensor([0.0, 1.0], dtype=torch.float32, device=source.device)
-    fitted = torch.unique(_iterated(scaled, spec.bits).float().clamp_(-1, 1) + 0.0)
+    return as_codebook(_iterated(scaled, spec.bits)).to(source.device)
+
+
+def as_codebook(values: Tensor) -> Tensor:
+    """Return fitted values, float64 [m], as a codebook: float32, sorted, distinct, within [-1, 1], at least two."""
+    fitted: Tensor = torch.unique(values.float().clamp(-1, 1) + 0.0)
     if fitted.numel() == 1:
         fitted = torch.unique(torch.tensor([0.0, float(fitted), 1.0], dtype=torch.float32))
-    on_device: Tensor = fitted.to(source.device)
-    return on_device
+    return fitted
+
+
+def quantiles_of(values: Tensor, at: Sequence[float]) -> Tensor:
+    """Return exact empirical quantiles of sorted float32 values, with linear interpolation: float64 [m]."""
+    last = values.numel() - 1
+    position = torch.tensor(at, dtype=torch.float64) * last
+    low = position.floor().long()
+    pair = torch.stack([low, (low + 1).clamp(max=last)])
+    pairs = values[pair.to(values.device)].double()
+    return pairs[0] + (position - low).to(pairs.device) * (pairs[1] - pairs[0])
 
 
 def _iterated(scaled: SortedValues, bits: int) -> Tensor:
@@ -115,12 +134,8 @@ class SortedValues:
         self._none, self._all = torch.tensor([[0], [self.count]], device=values.device)
 
     def quantiles(self, at: Sequence[float]) -> Tensor:
-        """Exact empirical quantiles with linear interpolation: float64 [m]."""
-        position = torch.tensor(at, dtype=torch.float64) * (self.count - 1)
-        low = position.floor().long()
-        pair = torch.stack([low, (low + 1).clamp(max=self.count - 1)])
-        pairs = self.values[pair.to(self.values.device)].double()
-        return pairs[0] + (position - low).to(pairs.device) * (pairs[1] - pairs[0])
+        """Return ``quantiles_of`` these values."""
+        return quantiles_of(self.values, at)
 
     def rounds(self, values: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
         """Run a few rounds: as many at once as don't make the device wait.

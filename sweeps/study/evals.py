@@ -194,7 +194,7 @@ def resolve_evals(
 
 
 def resolve_calibrations(
-    calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, method: str
+    calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, what: str
 ) -> tuple[Calibration, ...]:
     """Resolve the data of a method that calibrates, once for each seed.
 
@@ -202,7 +202,7 @@ def resolve_calibrations(
         calibration: the configuration's ``calibration``, as plain values.
         settings: its ``eval``: the text sets that have names.
         commits: of the hub.
-        method: that asks for it.
+        what: calibrates, as users write it: "method=gptq".
 
     Raises:
         UserError, SpecError, HubError: no data are named, or something else in the configuration is wrong.
@@ -212,7 +212,7 @@ def resolve_calibrations(
     if name is None:
         known = ", ".join(sorted(settings["sets"]))
         raise UserError(
-            f"calibration.set=null is not valid with method={method}, which calibrates: name a text set ({known}) or a "
+            f"calibration.set=null is not valid with {what}, which calibrates: name a text set ({known}) or a "
             ".jsonl or .txt file"
         )
     finder = Finder(settings=settings, data_dir=_data_dir(settings["data_dir"]), commits=commits)

@@ -58,8 +58,8 @@ class Grid:
         return excluded_counts(self.excluded)
 
 
-def _no_calibration(method: str) -> Sequence[Calibration]:
-    raise UserError(f"method={method} calibrates: name a text set or a file, e.g. calibration.set=wikitext2")
+def _no_calibration(what: str) -> Sequence[Calibration]:
+    raise UserError(f"{what} calibrates: name a text set or a file, e.g. calibration.set=wikitext2")
 
 
 def expand(
@@ -75,7 +75,7 @@ def expand(
         blocks: axis values of the study, each a value or a list of them.
         models: the study's.
         exclude: rules: axis values of the cells to leave out.
-        calibrations: asked, with a method's name, for what a method that calibrates reads: a cell for each.
+        calibrations: asked, with what calibrates ('method=gptq'), for what that reads: a cell for each.
         unfit: tells why a model can't be quantized so. The cell is left out with that reason, where others can.
 
     Raises:
@@ -99,7 +99,9 @@ def expand(
     misfits: dict[Spec, SpecError] = {}
     fit: set[Spec] = set()
     for model in models:
-        wanted = ((s, data) for s in unique for data in (calibrations(s.method) if s.calibrates else (None,)))
+        wanted = (
+            (s, data) for s in unique for data in (calibrations("=".join(s.calibrating)) if s.calibrates else (None,))
+        )
         for spec, data in wanted:
             cell = Cell(model=model, quant=spec, calibration=data)
             reason = next((why for when, why in rules if matches(cell.axes(), when)), None)

@@ -50,7 +50,7 @@ def unfit(config: ModelConfig | None, spec: Spec) -> SpecError | None:
         return SpecError("outlier_fraction", fraction, f"0, since {why}")
     if spec.calibrates and has_experts(config):
         why = "an expert sees only the tokens that are sent to it"
-        return SpecError("method", spec.method, f"one that does not calibrate, for {config.get('model_type')}: {why}")
+        return SpecError(*spec.calibrating, f"one that does not calibrate, for {config.get('model_type')}: {why}")
     return None
 
 

@@ -81,6 +81,11 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "zero_point": ({}, {"zero_point": True}),
         "clip": ({}, {"clip": True}),
         "rotation": ({}, {"rotation": 0}),
+        "weighting": ({"dtype": "lloyd"}, {"dtype": "lloyd", "weighting": "activation"}),
+        "outlier_criterion": (
+            {"outlier_fraction": 0.1},
+            {"outlier_fraction": 0.1, "outlier_criterion": "activation"},
+        ),
         "act_order": ({**GPTQ}, {**GPTQ, "act_order": True}),
         "static_groups": ({**GPTQ}, {**GPTQ, "static_groups": True}),
         "group_scales": ({**GPTQ}, {**GPTQ, "group_scales": "reference"}),

@@ -17,6 +17,8 @@ BLOCKS = (
     "{method: hqq, bits: 3, blocksize: 32}",
     "{method: gptq, bits: 3, dtype: int, blocksize: [row, 32], zero_point: true}",
     "{method: awq, bits: 3, dtype: int, blocksize: 32}",
+    "{bits: 3, dtype: lloyd, blocksize: 32, weighting: activation}",
+    "{bits: 3, dtype: int, blocksize: 32, outlier_fraction: 0.02, outlier_criterion: [std, activation]}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
 CALIBRATION = ("calibration.set=jargon", "calibration.samples=8", "calibration.length=128")
@@ -25,7 +27,11 @@ GPTQ = {  # rows of 96 values, but of 384 in one of the four matrices of a block
     "gptq int3 g32 asymmetric, jargon 8x128 seed 0": 3 + 19 / 32,
 }
 AWQ = "awq int3 g32 clipped, jargon 8x128 seed 0"
+LEARNED = "lloyd3 b32 activation-weighted, jargon 8x128 seed 0"
+KEPT = ("int3 b32 outliers 0.02", "int3 b32 outliers 0.02 by activation, jargon 8x128 seed 0")
 BITS = {
+    LEARNED: 3.505,
+    **dict.fromkeys(KEPT, 3.772),
     AWQ: 3.5 + 16 * (3 * 96 + 384) / (96 * 96 * 12),  # and a scale for each input
     "mxfp4": 4.25,
     "nvfp4": 4.5,
@@ -59,7 +65,7 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
         assert abs(rows.loc[label, "bits_per_param"] - bits) < 0.01, label
         assert rows.loc[label, "jargon_loss"] > rows.loc["16-bit", "jargon_loss"] - 0.02
     assert rows.loc["nvfp4", "format"] == "nvfp4"
-    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ) + 1
+    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ) + 3
     assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

@@ -28,7 +28,18 @@ from tests import ROOT
 
 CONF = ROOT / "conf"
 STUDIES = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
-OF_NO_FIGURE = ("demo", "paper_all", "survey", "awq", "block_floats", "ggml", "hqq", "clipping_rotation")
+OF_NO_FIGURE = (
+    "demo",
+    "paper_all",
+    "survey",
+    "activation_outliers",
+    "learned_codebooks",
+    "awq",
+    "block_floats",
+    "ggml",
+    "hqq",
+    "clipping_rotation",
+)
 FAMILIES = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
 
 # Published hyperparameters: hidden size, layers, heads, vocabulary (GPT-NeoX only).
@@ -108,6 +119,8 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("ggml", 8, 192, 192),
         ("hqq", 8, 128, 128),
         ("awq", 8, 88, 88),
+        ("learned_codebooks", 8, 104, 104),
+        ("activation_outliers", 8, 184, 184),
         ("clipping_rotation", 8, 200, 200),
         ("paper_all", 41, 8118, 48708),
     ],
