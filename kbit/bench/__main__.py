@@ -6,6 +6,7 @@
   python -m kbit.bench --switch      changing the cell of a loaded OPT-shaped model, by data type; bits are compared
   python -m kbit.bench --load DIR    a checkpoint quantized as it is read: memory, and rate beside the disk's
   python -m kbit.bench --layered DIR a checkpoint layer by layer, nine cells in one pass, beside the whole model
+  python -m kbit.bench --gptq SHAPE  GPTQ of random weights in an OPT shape: seconds, and memory beside its limit
   python -m kbit.bench --write SHAPE --to DIR   a checkpoint of random weights in an OPT shape, for these two
   python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
 
@@ -24,7 +25,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import checkpoint, evaluation, latency, layered, loading, quantizers, roofline, switch
+from kbit.bench import checkpoint, evaluation, gptq, latency, layered, loading, quantizers, roofline, switch
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
@@ -52,6 +53,7 @@ _BATCH: Final = 1
 _CONTEXT: Final = 128
 _DOCUMENTS: Final = 1000
 _LAYERED_TOKENS: Final = {"cpu": 512, "cuda": 32768}
+_SAMPLES: Final = {"cpu": 4, "cuda": 128}
 _BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 16384}
 
 
@@ -101,6 +103,8 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Callable[[argparse.Namespace
         return "loading", _load
     if args.layered:
         return "layered", _layered
+    if args.gptq:
+        return "gptq", _gptq
     return ("switch", _switch) if args.switch else ("kernels", _kernels)
 
 
@@ -132,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     mode.add_argument("--load", metavar="DIR", help="quantize a checkpoint as it is read, cold and warm")
     mode.add_argument("--layered", metavar="DIR", help="run a checkpoint layer by layer, and whole")
+    mode.add_argument("--gptq", choices=tuple(switch.SHAPES), help="GPTQ of random weights in this shape")
     mode.add_argument("--write", choices=tuple(switch.SHAPES), help="write a checkpoint of random weights to --to")
     mode.add_argument("--only", choices=("quantizers", "matmul"), help="one half of the default run")
     every = parser.add_argument_group("any run")
@@ -168,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     layers = parser.add_argument_group("--layered")
     layers.add_argument("--tokens", type=int, help="of random text (default 32768 on a GPU, 512 on a CPU)")
     layers.add_argument("--limit-gb", type=float, help="of the GPU's memory for the pass (default: all)")
+    calibrating = parser.add_argument_group("--gptq")
+    calibrating.add_argument("--samples", type=int, help="calibration windows (default 128 on a GPU, 4 on a CPU)")
+    calibrating.add_argument("--layers", type=int, help="measure the first ones, and scale times (default: all)")
     tasks = parser.add_argument_group("--evaluation")
     tasks.add_argument(
         "--tasks",
@@ -200,6 +208,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.evaluation:
         _check_evaluation(parser, args)
     _check_load(parser, args)
+    _check_gptq(parser, args)
     if args.model and args.context > PRESETS[args.model].positions:
         parser.error(f"--context {args.context}: {args.model} has positions for {PRESETS[args.model].positions} tokens")
     if args.out is not None:
@@ -211,7 +220,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if (
             args.device == "cuda"
             and args.only != "quantizers"
-            and not (args.switch or args.load or args.write or args.layered)
+            and not (args.switch or args.load or args.write or args.layered or args.gptq)
         ):
             for shape in args.shapes or SHAPES:
                 check_shape(shape, args.blocksize)
@@ -254,6 +263,16 @@ def _check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--load quantizes a checkpoint once: name one of --bits, and one of --dtypes")
 
 
+def _check_gptq(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("samples", "layers"):
+        if getattr(args, name) is not None and not args.gptq:
+            parser.error(f"--{name} belongs to --gptq")
+    if args.gptq and (args.layers or 1) > switch.SHAPES[args.gptq].layers:
+        parser.error(f"--layers {args.layers}: {args.gptq} has {switch.SHAPES[args.gptq].layers}")
+    if args.gptq and len(args.bits or [4]) > 1:
+        parser.error("--gptq quantizes to one width: name one of --bits")
+
+
 def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
     needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
@@ -287,6 +306,8 @@ def _check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         "batch_tokens",
         "readers",
         "tokens",
+        "samples",
+        "layers",
     ):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1 is needed")
@@ -399,6 +420,20 @@ def _layered(args: argparse.Namespace, say: Say) -> list[Table]:
         limit=None if args.limit_gb is None or args.device == "cpu" else round(args.limit_gb * 1e9),
     )
     return [layered.measure(setting, say=say)]
+
+
+def _gptq(args: argparse.Namespace, say: Say) -> list[Table]:
+    model = switch.SHAPES[args.gptq]
+    setting = gptq.Setting(
+        model=model,
+        layers=args.layers or model.layers,
+        device=args.device,
+        bits=(args.bits or _SWITCH_BITS)[0],
+        blocksize=args.blocksize,
+        samples=args.samples or _SAMPLES[args.device],
+        length=model.positions,
+    )
+    return [gptq.measure(setting, say=say)]
 
 
 if __name__ == "__main__":

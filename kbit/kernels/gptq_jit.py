@@ -81,9 +81,8 @@ def round_columns(
         else:
             below = tl.zeros([ROWS], tl.int32)
             for bit in tl.static_range(BITS):
-                step: tl.constexpr = 1 << (BITS - 1 - bit)
-                point = tl.load(points_ptr + below + (step - 1))
-                below = tl.where(point < y, below + step, below)
+                point = tl.load(points_ptr + below + ((1 << (BITS - 1 - bit)) - 1))
+                below = tl.where(point < y, below + (1 << (BITS - 1 - bit)), below)
             value = tl.load(codebook_ptr + below) * scale
             tl.store(codes_ptr + row * codes_stride + i, below.to(tl.uint8), mask=is_row)
         value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT).to(STORAGE).to(tl.float32)

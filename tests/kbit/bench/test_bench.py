@@ -462,9 +462,29 @@ def test_a_checkpoint_runs_layer_by_layer_and_whole_with_equal_losses(
     assert all(record["computing_seconds"] > 0 and record["ratio"] > 0 for record in records)
 
 
+def test_gptq_is_timed_whole_and_layer_by_layer_with_the_same_codes(tmp_path: Path) -> None:
+    options = ["--samples", "2", "--layers", "1", "--bits", "3", "--blocksize", "128", "--device", "cpu"]
+    main(["--gptq", "small", *options, "--out", str(tmp_path)])
+    records = json.loads((tmp_path / "gptq.json").read_text())["gptq"]
+    assert [(r["way"], r["cells"]) for r in records] == [("whole", 1), ("layer by layer", 1), ("layer by layer", 3)]
+    a = switch.SMALL
+    layer = 4 * a.hidden**2 + 2 * a.hidden * a.ffn
+    packed = layer * (3 + 19 / 128) / 8 + 4 * (a.vocab + a.positions) * a.hidden
+    batch = 2 * a.positions * 4 * (4 * a.hidden + 3 * a.ffn)
+    for record in records:
+        assert record["codes_as_whole"] == "yes"
+        assert record["limit_bytes"] == pytest.approx(packed + 2 * 4 * layer + 4 * 4 * a.ffn**2 + batch, abs=2)
+        assert record["seconds_per_cell_of_all_layers"] == record["seconds"] * a.layers / record["cells"]
+        assert record["peak_bytes"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--gptq", "small", "--layers", "9"], "--layers 9: small has 4"),
+        (["--gptq", "small", "--bits", "3", "4"], "--gptq quantizes to one width"),
+        (["--samples", "3"], "--samples belongs to --gptq"),
+        (["--gptq", "small", "--samples", "0"], "--samples 0: at least 1 is needed"),
         (["--layered", "/nowhere"], "--layered /nowhere"),
         (["--limit-gb", "6"], "--limit-gb belongs to --layered"),
         (["--load", "/nowhere"], "--load /nowhere"),

@@ -75,3 +75,37 @@ def test_codes_and_errors_are_those_in_torch(
     q, _ = quantize_corrected(w.to(DEVICE), spec, by, impl="triton")
     assert launches >= 2
     assert q.codes.device.type == DEVICE
+
+
+@pytest.mark.skipif(interpreted() or find_spec("triton") is None, reason="needs triton, and not its interpreter")
+@pytest.mark.parametrize(
+    ("refreshes", "asymmetric", "half"), [(True, True, True), (True, False, False), (False, False, True)]
+)
+def test_the_kernel_compiles_for_a_gpu_where_there_is_none_without_fused_products(
+    refreshes: bool, asymmetric: bool, half: bool
+) -> None:
+    # The interpreter takes Python that the compiler refuses.
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kbit.kernels.gptq_jit import round_columns
+
+    scales = "*fp16" if half else "*fp32"
+    pointers = {"groups_ptr": "*i64", "scale_ptr": scales, "zero_ptr": "*fp32" if asymmetric else scales}
+    pointers |= {"codes_ptr": "*u8"}
+    constants = {"BITS": 3, "ROWS": 4, "WIDTH": 128, "REFRESHES": refreshes, "ASYMMETRIC": asymmetric}
+    constants |= {"STORAGE": tl.bfloat16, "LIMIT": 3.3e38, "HALF_SCALES": half, "HALF_LIMIT": 65504.0}
+    kinds = {
+        name: "constexpr" if name in constants else pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in round_columns.arg_names
+    }
+    places = {(round_columns.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(fn=round_columns, signature=kinds, constexprs=places),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "enable_fp_fusion": False},
+    )
+    assert "fma.rn" not in compiled.asm["ptx"]
+    assert "div.rn.f32" in compiled.asm["ptx"]
