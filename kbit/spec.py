@@ -67,6 +67,8 @@ class Spec(ABC):
         packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
         passes: forward passes that calibrating comes to, for predictions of cost: for what blocks are given, for their
             layers' inputs, for the next block's inputs, and what a method sums of the inputs.
+        replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
+            more than its weights is quantized.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
     """
 
@@ -74,6 +76,7 @@ class Spec(ABC):
     runs: ClassVar[str]
     calibrates: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
     passes: ClassVar[float] = 4.0
 
@@ -482,6 +485,7 @@ METHODS: Final = Door[type[Spec]](
         "ggml": "kbit.specs.ggml:GgmlSpec",
         "hqq": "kbit.specs.hqq:HqqSpec",
         "gptq": "kbit.specs.gptq:GptqSpec",
+        "llm_int8": "kbit.specs.llm_int8:LlmInt8Spec",
     },
 )
 """The methods: name to spec. ``Spec.runs`` names what does it."""

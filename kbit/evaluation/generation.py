@@ -61,6 +61,7 @@ def generate(
         ValueError: a task asks for at least as many new tokens as the model has context.
     """
     ids = encoder.encode(context for context, _ in requests)
+    even = any(getattr(module, "of_sequences", False) for module in model.modules())  # as TokenScorer
     groups: dict[str, list[int]] = defaultdict(list)
     for index, (_, arguments) in enumerate(requests):
         groups[json.dumps(arguments, sort_keys=True, default=str)].append(index)
@@ -72,6 +73,9 @@ def generate(
         while start < len(members):
             longest = min(settings.room, len(ids[requests[members[start]][0]])) + settings.new_tokens
             batch = members[start : start + max(1, batch_tokens // longest)]
+            if even:
+                size = len(ids[requests[batch[0]][0]])
+                batch = [index for index in batch if len(ids[requests[index][0]]) == size]
             contexts = [ids[requests[index][0]][-settings.room :] or [encoder.prefix_token] for index in batch]
             outputs, bad = _run_batch(model, encoder.tokenizer, contexts, settings)
             for index, output, is_bad in zip(batch, outputs, bad, strict=True):

@@ -81,7 +81,7 @@ class ScoringPlan:
         results: list[tuple[float, bool]] = [(math.nan, False)] * self.count
         begun: deque[tuple[_Batch, OnItsWay]] = deque()
         # A GPU always has the next batches to work on while one is laid out or its results are taken.
-        for batch in self._batches(rows, batch_tokens, share):
+        for batch in self._batches(rows, batch_tokens, share, even=scorer.of_sequences):
             begun.append((batch, OnItsWay(*scorer.score(batch.tokens))))
             if len(begun) > AHEAD:
                 _take(results, *begun.popleft())
@@ -89,11 +89,14 @@ class ScoringPlan:
             _take(results, *begun.popleft())
         return results
 
-    def _batches(self, rows: Sequence[list[Tree]], batch_tokens: int, share: bool) -> Iterator[_Batch]:
+    def _batches(self, rows: Sequence[list[Tree]], batch_tokens: int, share: bool, *, even: bool) -> Iterator[_Batch]:
+        """Yield the rows, longest first, in batches; `even` ones have no padding."""
         start = 0
         while start < len(rows):
             length = size_of(rows[start])
             stop = min(len(rows), start + max(1, batch_tokens // length))
+            if even:
+                stop = next((n for n in range(start, stop) if size_of(rows[n]) != length), stop)
             yield self._batch(rows[start:stop], length, share)
             start = stop
 

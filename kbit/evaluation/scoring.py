@@ -85,6 +85,10 @@ class TokenScorer:
 
     Models that do more to their logits than apply the head (soft caps, scales) are found by their configuration, and
     by comparing on a few tokens, once a model; theirs are computed by the model itself, one row at a time.
+
+    Attributes:
+        of_sequences: what the model computes of a token depends on the whole sequence, padding included (LLM.int8()):
+            rows of a batch are to be of one length, and share nothing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -92,6 +96,7 @@ class TokenScorer:
         self.base = base_of(model)
         self.head = model.get_output_embeddings()
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self.of_sequences = any(getattr(module, "of_sequences", False) for module in model.modules())
         self.separable = self._find_separable()
 
     @torch.inference_mode()

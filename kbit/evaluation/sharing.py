@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NOTHING: Final = "nothing to share"
 SHARED: Final = "shared"
+WHOLE_SEQUENCES: Final = "not shared: outlier dimensions are found in whole sequences"
 LEAST_SAVED: Final = 0.1
 """The share of a task's tokens that sharing has to save: masks cost attention about as much."""
 SAMPLE: Final = 32
@@ -67,6 +68,8 @@ def sharing(scorer: TokenScorer, plan: ScoringPlan, *, batch_tokens: int) -> str
     """Return ``SHARED`` where a plan is to be scored with shared beginnings on a model, else why not."""
     if not plan.inputs:
         return NOTHING
+    if scorer.of_sequences:
+        return WHOLE_SEQUENCES
     saved = 1 - plan.count_tokens(share=True) / plan.count_tokens(share=False)
     if saved < LEAST_SAVED and not is_masked_anyway(scorer.base):
         return NOTHING

@@ -17,6 +17,7 @@ from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
 from kbit.models.whole import WholeModel
+from kbit.packed.int8 import Int8Linear, outlier_share
 from kbit.packed.linear import KBitLinear
 from kbit.packed.replacing import check_replaceable
 from kbit.spec import BASELINE_BITS, Spec
@@ -39,6 +40,8 @@ class QuantHandle:
             codebook where all share it. None where there are none: the baseline, ggml.
         codes_hash: SHA-256 over those of the layers' codes, in their order, of a method that calibrates; None of
             others, whose codes are the same on every device.
+        outlier_share: tells the share of input dimensions that llm_int8 has multiplied in 16 bits since it was last
+            asked, over layers and sequences; None of other methods.
     """
 
     spec: Spec
@@ -49,6 +52,7 @@ class QuantHandle:
     bits_per_param_nominal: float
     codebook_hash: str | None
     codes_hash: str | None = None
+    outlier_share: Callable[[], float | None] = field(default=lambda: None, repr=False)
     _undo: list[Callable[[], None]] = field(repr=False)
 
     def restore(self) -> None:
@@ -124,6 +128,7 @@ def quantize_model(
     """
     if originals is not None and originals.model is not model:
         raise ValueError("originals are another model's: make them of this one, Originals(model=model)")
+    packed = packed or spec.replaces_layers
     tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
     model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype, originals=originals)
     undo = [] if originals is None else [originals.way_back()]
@@ -145,13 +150,16 @@ def quantize_model(
     except BaseException:
         restore(undo)
         raise
-    return count.handle(spec, undo)
+    handle = count.handle(spec, undo)
+    if spec.replaces_layers:
+        handle.outlier_share = partial(outlier_share, model)
+    return handle
 
 
 def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:
     """Return the layers to quantize, none for the baseline; raise where the method can't take this model."""
     name = type(model.module).__name__
-    if any(isinstance(module, KBitLinear) for module in model.module.modules()):
+    if any(isinstance(module, KBitLinear | Int8Linear) for module in model.module.modules()):
         raise ArchitectureError(f"{name} is packed in k bits already: restore or load the 16-bit model")
     if spec.is_baseline:
         return []
@@ -161,6 +169,9 @@ def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated
     if spec.calibrates and any(layer.stack is not None for layer in layers):
         allowed = f"one that does not calibrate: an expert of {name} sees only the tokens sent to it"
         raise SpecError(*spec.calibrating, allowed)
+    if spec.replaces_layers and any(layer.stack is not None for layer in layers):
+        allowed = f"one that quantizes weights alone: the experts of {name} are no layers that could be replaced"
+        raise SpecError("method", spec.method, allowed)
     if packed:
         if not spec.packs:
             raise SpecError("method", spec.method, "one whose layers can be held in k bits, or packed=False")

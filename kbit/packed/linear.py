@@ -244,7 +244,7 @@ class KBitLinear(nn.Module):
         addend = sums = None
         if kept is not None:
             assert self.kept_values is not None
-            addend = by_row(partial(_wide_product, values=self.kept_values), kept, apart=apart)
+            addend = by_row(partial(wide_product, values=self.kept_values), kept, apart=apart)
         if self.mean is None:
             return addend
         # Tiles lack the mean, in all columns but the kept ones; rows have it there too, rounded, but where x is zero.
@@ -412,7 +412,7 @@ def _uncast(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
     return moved.view(buffer.dtype)
 
 
-def _wide_product(x: Tensor, *, values: Tensor) -> Tensor:
+def wide_product(x: Tensor, *, values: Tensor) -> Tensor:
     """x · values^T in float32, unrounded."""
     if x.is_cuda and x.dtype == values.dtype:
         return torch.mm(x, values.t(), out_dtype=torch.float32)

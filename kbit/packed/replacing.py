@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import ArchitectureError
@@ -54,18 +55,37 @@ def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[
     The layer's weight goes to the host; or its parameter holds the original where that is kept (``Layer.original``),
     and who keeps it moves it back; or who read it drops it (``Layer.fetch``).
     """
+    return put_in_place(model, layer, lambda bias: KBitLinear.from_quantized(q, bias=bias, dtype=layer.parameter.dtype))
+
+
+class Replacement(Protocol):
+    """A layer's module in another form: its codes are on its device, and it takes x of its dtype."""
+
+    codes: Tensor
+    dtype: torch.dtype
+
+
+def put_in_place(model: nn.Module, layer: Layer, make: Callable[[Tensor | None], nn.Module]) -> Callable[[], None]:
+    """Put a module in a layer's place, as ``pack_layer`` says. Returns the way back.
+
+    Args:
+        model: the model.
+        layer: one of its layers.
+        make: from the layer's bias, or None, the module: a ``Replacement``.
+    """
     module, parameter = layer.module, layer.parameter
     bias = dict(module.named_parameters(recurse=False)).get("bias")
     before = parameter.dtype
-    packed = KBitLinear.from_quantized(q, bias=bias, dtype=before)
-    packed.train(module.training)
-    _pass_on_hook(module, packed)
+    made = make(bias)
+    packed = cast(Replacement, made)
+    made.train(module.training)
+    _pass_on_hook(module, made)
     is_sent_away = layer.original is None and layer.fetch is None
     if is_sent_away:
         parameter.data = parameter.data.to("cpu")
     elif layer.original is not None:
         parameter.data = layer.original
-    replace(model, module, packed)
+    replace(model, module, made)
 
     def undo() -> None:
         if packed.codes.is_meta:
@@ -73,8 +93,8 @@ def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[
         if is_sent_away:
             # A layer that was not cast keeps a bias of another dtype than its weight's.
             module.to(packed.codes.device, None if packed.dtype == before else packed.dtype)
-        module.train(packed.training)
-        replace(model, packed, module)
+        module.train(made.training)
+        replace(model, made, module)
 
     return undo
 
@@ -99,7 +119,7 @@ def _only_moves(module: nn.Module) -> bool:
     return type(hook).__name__ == "AlignDevicesHook" and not getattr(hook, "offload", True)
 
 
-def _pass_on_hook(module: nn.Module, packed: KBitLinear) -> None:
+def _pass_on_hook(module: nn.Module, packed: nn.Module) -> None:
     if not _only_moves(module):
         return
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module

@@ -125,6 +125,7 @@ def handle_columns(handle: QuantHandle) -> Row:
         "total_bits_nominal": handle.total_bits_nominal,
         "codebook_hash": handle.codebook_hash,
         "codes_hash": handle.codes_hash,
+        "outlier_share": handle.outlier_share(),
     }
 
 

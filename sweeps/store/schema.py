@@ -124,6 +124,12 @@ def columns() -> tuple[Column, ...]:
         _c("held", "string", "how the model was held: whole, spread, packed or layer by layer; null in earlier rows"),
         *(_cell(a.name, a.type, a.doc, a.unit) for a in axes().values() if a.since > 2),
         _cell("codes_hash", "string", "SHA-256 of the codes of a method that calibrates; null for others"),
+        _c(
+            "outlier_share",
+            "float64",
+            "input dimensions that llm_int8 multiplied in 16 bits; null for others",
+            "fraction",
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from kbit.models.quantize import BitCount, QuantHandle, check_quantizable, count
 from kbit.models.streaming.streamed import Streamed
 from kbit.models.verification import check_causal
 from kbit.models.whole import WholeModel
+from kbit.packed.int8 import outlier_share
 from kbit.spec import Spec
 
 
@@ -104,7 +106,10 @@ class Packing:
             raise
         finally:
             arriving.end()
-        return count.handle(spec, [lambda: self.clear() if self._cell == cell else None])
+        handle = count.handle(spec, [lambda: self.clear() if self._cell == cell else None])
+        if spec.replaces_layers:
+            handle.outlier_share = partial(outlier_share, model)
+        return handle
 
     def clear(self) -> None:
         """Drop a cell: the model has its own modules again, those of its layers without weights."""

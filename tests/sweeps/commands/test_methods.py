@@ -19,6 +19,7 @@ BLOCKS = (
     "{method: awq, bits: 3, dtype: int, blocksize: 32}",
     "{bits: 3, dtype: lloyd, blocksize: 32, weighting: activation}",
     "{bits: 3, dtype: int, blocksize: 32, outlier_fraction: 0.02, outlier_criterion: [std, activation]}",
+    "{method: llm_int8, threshold: [6.0, 2.0]}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
 CALIBRATION = ("calibration.set=jargon", "calibration.samples=8", "calibration.length=128")
@@ -41,6 +42,7 @@ BITS = {
     "ggml Q4_K_M": 6.58,
     "ggml q5_1": 6.0,
     **GPTQ,
+    **dict.fromkeys(("llm_int8", "llm_int8 threshold 2"), 8 + 16 * (3 + 1 + 4 + 1) / (96 * 12)),
     "mxfp6_e3m2 scale-ceil": 6.25,
 }
 """Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks. A recipe has
@@ -66,6 +68,9 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
         assert rows.loc[label, "jargon_loss"] > rows.loc["16-bit", "jargon_loss"] - 0.02
     assert rows.loc["nvfp4", "format"] == "nvfp4"
     assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ) + 3
+    shares = load_results(tmp_path / "r", long=True).set_index("label")["outlier_share"].dropna()
+    assert 0 <= shares["llm_int8"] < shares["llm_int8 threshold 2"] < 0.5
+    assert len(shares) == 2
     assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

@@ -216,6 +216,22 @@ LATER: list[dict[str, Any]] = [
         "key": "73e8997709d742dbafed11ef596a14e1c3d10b51724bb919b1c6989ceb318f4b",
     },
     {
+        "quant": {"method": "llm_int8"},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "llm_int8", "bits": 8},
+        "label": "llm_int8",
+        "key": "c9b0b752ec472144e2bac70199bfd6361e350b5b798c40e212c0e659bf9cf31e",
+    },
+    {
+        "quant": {"method": "llm_int8", "threshold": 5},
+        "model": vars(HUB),
+        "eval": None,
+        "canonical": {"method": "llm_int8", "bits": 8, "threshold": 5.0},
+        "label": "llm_int8 threshold 5",
+        "key": "636ee296941e0c72223d8ad7bba3299aa514a696b2c23a394214f780e5488b7e",
+    },
+    {
         "quant": {"method": "hqq", "bits": 4},
         "model": vars(HUB),
         "eval": None,

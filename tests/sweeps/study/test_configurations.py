@@ -38,6 +38,7 @@ OF_NO_FIGURE = (
     "block_floats",
     "ggml",
     "hqq",
+    "llm_int8",
     "clipping_rotation",
 )
 FAMILIES = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
@@ -121,6 +122,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("awq", 8, 88, 88),
         ("learned_codebooks", 8, 104, 104),
         ("activation_outliers", 8, 184, 184),
+        ("llm_int8", 8, 56, 56),
         ("clipping_rotation", 8, 200, 200),
         ("paper_all", 41, 8118, 48708),
     ],
