@@ -8,6 +8,7 @@
   python -m kbit.bench --layered DIR a checkpoint layer by layer, nine cells in one pass, beside the whole model
   python -m kbit.bench --gptq SHAPE  GPTQ of random weights in an OPT shape: seconds, and memory beside its limit
   python -m kbit.bench --write SHAPE --to DIR   a checkpoint of random weights in an OPT shape, for these two
+  python -m kbit.bench --ggml        llama.cpp's formats beside its own quantizer, and recipes over an OPT-shaped model
   python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
 
 Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
@@ -25,7 +26,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import checkpoint, evaluation, gptq, latency, layered, loading, quantizers, roofline, switch
+from kbit.bench import checkpoint, evaluation, ggml, gptq, latency, layered, loading, quantizers, roofline, switch
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
@@ -105,6 +106,8 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Callable[[argparse.Namespace
         return "layered", _layered
     if args.gptq:
         return "gptq", _gptq
+    if args.ggml:
+        return "ggml", _ggml
     return ("switch", _switch) if args.switch else ("kernels", _kernels)
 
 
@@ -133,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
         "--evaluation",
         metavar="MODEL",
         help=f"tasks on random weights in a shape ({', '.join(evaluation.SHAPES)}) or on a model's directory",
+    )
+    mode.add_argument(
+        "--ggml",
+        nargs="?",
+        const=_AUTO,
+        choices=(_AUTO, *switch.SHAPES),
+        help=f"llama.cpp's formats and recipes, on a model of this shape ({_AUTO}: as of --switch)",
     )
     mode.add_argument("--load", metavar="DIR", help="quantize a checkpoint as it is read, cold and warm")
     mode.add_argument("--layered", metavar="DIR", help="run a checkpoint layer by layer, and whole")
@@ -220,7 +230,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if (
             args.device == "cuda"
             and args.only != "quantizers"
-            and not (args.switch or args.load or args.write or args.layered or args.gptq)
+            and not (args.switch or args.load or args.write or args.layered or args.gptq or args.ggml)
         ):
             for shape in args.shapes or SHAPES:
                 check_shape(shape, args.blocksize)
@@ -322,8 +332,9 @@ def _fill_in(args: argparse.Namespace) -> None:
     """Defaults of options that only --model takes, the shape of --switch, and each width once."""
     args.batch, args.context = args.batch or _BATCH, args.context or _CONTEXT
     args.compile_mode = args.compile_mode or latency.COMPILE_MODES[0]
-    if args.switch == _AUTO:
-        args.switch = _DEFAULT_MODEL if args.device == "cuda" else switch.SMALL.name
+    for name in ("switch", "ggml"):
+        if getattr(args, name) == _AUTO:
+            setattr(args, name, _DEFAULT_MODEL if args.device == "cuda" else switch.SMALL.name)
     args.bits = args.bits and list(dict.fromkeys(args.bits))
 
 
@@ -337,6 +348,14 @@ def _evaluation(args: argparse.Namespace, say: Say) -> list[Table]:
     device = f"{device_name(args.device)}, {str(dtype).removeprefix('torch.')}"
     ceiling = measure_ceilings().flops if args.device == "cuda" else cpu_flops()
     return [evaluation.table(found, shape=args.evaluation, device=device, ceiling=ceiling, batch_tokens=tokens)]
+
+
+def _ggml(args: argparse.Namespace, say: Say) -> list[Table]:
+    values = args.values or (2**26 if args.device == "cuda" else 2**20)
+    return [
+        ggml.measure_formats(values, device=args.device, repeats=args.repeats, say=say),
+        ggml.measure_recipes(switch.SHAPES[args.ggml], device=args.device, say=say),
+    ]
 
 
 def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:

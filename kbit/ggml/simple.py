@@ -11,6 +11,8 @@ from torch import Tensor
 
 BELOW_HALF = 0.49999997
 """The float32 before 1/2: what is added before truncation, so that halves go away from 0 and nothing else does."""
+GATHER = 0x0102040810204080
+"""Times eight bytes of 0 or 1, in a word: its highest byte has byte i as bit i."""
 
 
 def quantize_symmetric(x: Tensor, out: Tensor, bits: int) -> Tensor:
@@ -28,8 +30,9 @@ def quantize_symmetric(x: Tensor, out: Tensor, bits: int) -> Tensor:
     scale = _largest(x) / -half
     codes = _whole((x * _inverse(scale)[:, None]).add_(half + 0.5)).clamp_(max=2 * half - 1)
     stored = scale.half()
-    out[:, :2] = as_bytes(stored)
-    _write_codes(codes, out[:, 2:], bits)
+    pairs = out.view(torch.int16)
+    pairs[:, 0] = stored.view(torch.int16)
+    _write_codes(codes, pairs[:, 1:], bits)
     return stored
 
 
@@ -39,8 +42,9 @@ def quantize_offset(x: Tensor, out: Tensor, bits: int) -> Tensor:
     scale = (high - low) / (2**bits - 1)
     codes = _whole((x - low[:, None]).mul_(_inverse(scale)[:, None]).add_(0.5)).clamp_(max=2**bits - 1)
     stored, offset = scale.half(), low.half()
-    out[:, :2], out[:, 2:4] = as_bytes(stored), as_bytes(offset)
-    _write_codes(codes, out[:, 4:], bits)
+    pairs = out.view(torch.int16)
+    pairs[:, 0], pairs[:, 1] = stored.view(torch.int16), offset.view(torch.int16)
+    _write_codes(codes, pairs[:, 2:], bits)
     check: Tensor = stored + offset.abs()
     return check
 
@@ -52,7 +56,8 @@ def quantize_8bit(x: Tensor, out: Tensor, bits: int) -> Tensor:
     y = x * _inverse(scale)[:, None]
     codes = y.add_(torch.copysign(y.new_tensor(BELOW_HALF), y)).to(torch.int8)
     stored = scale.half()
-    out[:, :2], out[:, 2:] = as_bytes(stored), codes.view(torch.uint8)
+    pairs = out.view(torch.int16)
+    pairs[:, 0], pairs[:, 1:] = stored.view(torch.int16), codes.view(torch.int16)
     return stored
 
 
@@ -101,19 +106,26 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return scale.reciprocal().masked_fill_(scale == 0, 0)
+    return scale.reciprocal().nan_to_num_(nan=torch.nan, posinf=0, neginf=0)
 
 
 def _write_codes(codes: Tensor, out: Tensor, bits: int) -> None:
-    """Put the low four bits of value i and i + 16 into byte i; a fifth bit of value i is bit i of four bytes before."""
+    """Put the low four bits of value i and i + 16 into byte i; a fifth bit of value i is bit i of four bytes before.
+
+    Args:
+        codes: uint8 [blocks, 32].
+        out: int16 [blocks, 8 or 10].
+        bits: 4 or 5.
+    """
     if bits == 5:
-        bit = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
-        out[:, :4] = ((codes >> 4).view(-1, 4, 8) * bit).sum(-1, dtype=torch.uint8)
-        codes, out = codes & 15, out[:, 4:]
+        # The product has the lowest bits of a word's eight bytes side by side in its highest byte.
+        fifth = ((codes >> 4).view(torch.int64) * GATHER).view(torch.uint8).view(-1, 4, 8)[:, :, 7]
+        out[:, :2] = fifth.contiguous().view(torch.int16)
+        codes, out = codes & 15, out[:, 2:]
     # 16 codes at once: rows of two words would be walked word by word.
     halves = codes.view(torch.complex128)
     low, high = (halves[:, i].contiguous().view(torch.int64) for i in (0, 1))
-    out[:, :] = high.bitwise_left_shift_(4).bitwise_or_(low).view(torch.uint8).view(-1, 16)
+    out[:, :] = high.bitwise_left_shift_(4).bitwise_or_(low).view(torch.int16).view(-1, 8)
 
 
 def _read_codes(stored: Tensor, bits: int) -> Tensor:

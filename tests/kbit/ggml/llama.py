@@ -1,4 +1,4 @@
-"""llama.cpp itself, where the package llama-cpp-python is installed: its quantizer, called from Python.
+"""llama.cpp itself, where the package llama-cpp-python is installed: its quantizer, and programs in its environment.
 
 It builds from source in about ten minutes, and is too much for every test environment. ``KBIT_LLAMA_CPP`` names the
 directory ``llama_cpp`` of an installation elsewhere; without it the package is looked for here.
@@ -6,55 +6,18 @@ directory ``llama_cpp`` of an installation elsewhere; without it the package is 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
-from kbit.ggml.formats import FORMATS
+from kbit.bench.llama_cpp import package, quantized
+
+__all__ = ["needs_llama", "quantized", "run"]
 
 WHY = "llama.cpp isn't here: pip install llama-cpp-python, or have KBIT_LLAMA_CPP name its directory llama_cpp"
-
-
-@cache
-def package() -> Path | None:
-    """Return the package's directory."""
-    given = os.environ.get("KBIT_LLAMA_CPP")
-    found = find_spec("llama_cpp")
-    directory = Path(given) if given else Path(found.origin).parent if found and found.origin else None
-    return directory if directory and (directory / "lib" / "libggml-base.so").is_file() else None
-
-
 needs_llama = pytest.mark.skipif(package() is None, reason=WHY)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    directory = package()
-    assert directory is not None
-    library = ctypes.CDLL(str(directory / "lib" / "libggml-base.so"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    sizes = [ctypes.c_int64] * 3
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_void_p]
-    return library
-
-
-def quantized(x: Tensor, name: str) -> Tensor:
-    """Return what llama.cpp makes of float32 [rows, columns], without an importance matrix: uint8 [rows, bytes]."""
-    layout = FORMATS[name]
-    values = np.ascontiguousarray(x.numpy(), dtype=np.float32)
-    out = np.empty((len(values), layout.row_bytes(values.shape[1])), np.uint8)
-    written = _library().ggml_quantize_chunk(layout.number, values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
-    assert written == out.nbytes
-    return torch.from_numpy(out)
 
 
 def run(code: str, *arguments: str) -> str:
