@@ -21,7 +21,7 @@ from kbit.specs.gptq import LAZY_COLUMNS
 _ROWS: Final = 4
 """Rows that a CTA of four warps takes: a row is a warp's, so that what is summed over columns stays in it. No
 measurement of others is on record."""
-_TYPES: Final = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_TYPES: Final = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def round_segment(w: Tensor, upper: Tensor, grids: Grids, groups: Tensor, codes: Tensor, *, refreshes: bool) -> Tensor:

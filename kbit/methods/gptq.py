@@ -86,7 +86,7 @@ def quantize_block(
         source = moments.shared.get(layer.name)
         try:
             if source is not None and source not in factors:
-                factors[source] = correction(moments.take(source), act_order=spec.act_order)
+                factors[source] = correction(moments.take(source), act_order=spec.act_order, rotation=spec.rotation)
             stored = _quantized(model, layer, spec, None if source is None else factors[source])
         except ValueError as error:
             error.add_note(f"in layer {layer.name}")

@@ -147,7 +147,7 @@ def quantize_async(
     columns = columns_of(weight, outlier_columns)
     spec = spec.of_row(weight.shape[-1])
     impl = _chosen(impl, weight.device, spec)
-    source = _source(weight, dtype, columns, spec)
+    source = source_of(weight, dtype, columns, spec)
     own = None
     if is_data_dependent(spec):
         own = fitted_codebook(spec, source) if fitted is None else fitted.to(source.device, copy=True)
@@ -286,7 +286,7 @@ def _with_kept(values: Tensor, q: QuantizedTensor) -> Tensor:
     return values
 
 
-def _source(weight: Tensor, dtype: torch.dtype, columns: Tensor | None, spec: QuantSpec) -> Source:
+def source_of(weight: Tensor, dtype: torch.dtype, columns: Tensor | None, spec: QuantSpec) -> Source:
     """Return a weight's values as they are quantized; those of a rotation in float32, which no kept column enters."""
     if spec.rotation is None:
         return Source(weight, dtype, columns, mean16(weight, dtype) if spec.center else None)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from kbit.quantizer.asymmetric import divisor, grid_between, nearest_codes
-from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.blockwise import QuantizedTensor, source_of
 from kbit.quantizer.codebooks import fitted_codebook, fixed_codebook, is_data_dependent
 from kbit.quantizer.encode import midpoints
 from kbit.quantizer.hessian import Correction
 from kbit.quantizer.packing import pack
-from kbit.quantizer.source import Source
+from kbit.quantizer.rotation import rotate
 from kbit.quantizer.storage import FLOAT16_MAX, check_weight, non_finite, storage_dtype_of
 from kbit.spec import QuantSpec
 from kbit.specs.gptq import LAZY_COLUMNS, GptqSpec
@@ -108,7 +108,7 @@ def quantize_corrected(
     Args:
         weight: floating point [out_features, in_features]; isn't changed.
         spec: bits, codebook, groups, and how their scales are found.
-        by: the correction of its inputs, on its device.
+        by: the correction of its inputs, with the spec's order and rotation, on its device.
         storage_dtype: as in ``kbit.quantizer.blockwise.quantize``.
         fitted: the same.
         impl: 'torch' is this reference; 'triton' is a kernel for 128 columns at once that gives the same, to the bit;
@@ -125,15 +125,18 @@ def quantize_corrected(
     check_weight(weight)
     dtype, columns = storage_dtype_of(weight, storage_dtype), weight.shape[1]
     plain = spec.blockwise(columns)
-    source = Source(weight, dtype, None, None)
     w = weight.detach().to(dtype).float().contiguous()
     if not bool(w.isfinite().all()):
         raise non_finite("weight", dtype)
     own = None
     if is_data_dependent(plain):
+        source = source_of(weight, dtype, None, plain)
         own = fitted_codebook(plain, source) if fitted is None else fitted.to(w.device, copy=True)
     w[:, by.dead] = 0
-    grids = _grids(plain, own, w, dtype)
+    if plain.rotation is not None:
+        w = rotate(w, plain.rotation)
+    # A rotated weight is rounded to 16 bits when it is rotated back.
+    grids = _grids(plain, own, w, dtype if plain.rotation is None else torch.float32)
     static = spec.static_groups or grids.scale.shape[1] == 1
     if static:
         grids.measure(w, 0)

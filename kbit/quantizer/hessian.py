@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kbit.errors import HessianError
+from kbit.quantizer.rotation import rotate
 
 DAMPING: Final = (0.01, 0.1, 1.0)
 """Shares of the mean diagonal that are added to it, one after another, until there is a Cholesky factor."""
@@ -80,7 +81,7 @@ class Correction:
 
 
 @torch.no_grad()
-def correction(h: Tensor, *, act_order: bool = False) -> Correction:
+def correction(h: Tensor, *, act_order: bool = False, rotation: int | None = None) -> Correction:
     """Factor the inverse of second moments.
 
     A dead input (H_ii = 0) has H_ii = 1. Then 0.01 of the mean diagonal is added to the diagonal, and on each failure
@@ -89,6 +90,7 @@ def correction(h: Tensor, *, act_order: bool = False) -> Correction:
     Args:
         h: symmetric, float32 [in, in]; it is changed.
         act_order: columns go by descending diagonal, of equals the first ones first.
+        rotation: seed of the rotation of the inputs that the weight is quantized in (``kbit.quantizer.rotation``).
 
     Returns:
         The correction. Beside `h` there are at most three matrices of its size at work, and one at the end.
@@ -99,7 +101,9 @@ def correction(h: Tensor, *, act_order: bool = False) -> Correction:
     diagonal = h.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    if rotation is not None:
+        h = rotate(rotate(h, rotation).t(), rotation)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
         h = h[order][:, order]
     mean = float(h.diagonal().mean())

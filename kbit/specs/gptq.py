@@ -35,6 +35,7 @@ class GptqSpec(QuantSpec):
     runs: ClassVar[str] = "kbit.methods.gptq:quantize_layers"
     calibrates: ClassVar[bool] = True
     effort: ClassVar[float] = 50.0
+    takes: ClassVar[frozenset[str]] = frozenset({"rotation"})
 
     scheme: str = like(QuantSpec, "scheme", "group")
     act_order: bool = axis(
@@ -73,6 +74,13 @@ class GptqSpec(QuantSpec):
             raise SpecError("center", True, f"false {of}: a mean is not corrected for")
         if self.outlier_fraction:
             raise SpecError("outlier_fraction", self.outlier_fraction, f"0 {of}: all columns are quantized")
+
+        if self.rotation is not None and self.permutes:
+            allowed = (
+                f"null {of} and act_order=true: its columns would go in an order that is not the inputs' (rotated "
+            )
+            allowed += "back, they need static_groups=true, or blocksize=row)"
+            raise SpecError("rotation", self.rotation, allowed)
 
     def _normalise(self) -> None:
         super()._normalise()

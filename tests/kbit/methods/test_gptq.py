@@ -69,6 +69,8 @@ def loss(model: nn.Module, held_out: Tensor) -> Tensor:
 def test_each_block_is_quantized_from_the_inputs_that_quantized_blocks_give_it(name: str) -> None:
     model, original = tiny(name, torch.float16).float(), tiny(name, torch.float16).float()
     spec = gptq(act_order=name == "opt", dtype="quantile" if name == "bloom" else "int", bits=3)
+    if name == "llama-gqa":
+        spec = gptq(rotation=1)
     with quantize_model(model, spec, storage_dtype=torch.float16, calibration=Calibrated(tokens=tokens())) as handle:
         layers = block_layers(model)
         assert list(handle.layers) == [layer.name for layer in layers]
@@ -78,7 +80,10 @@ def test_each_block_is_quantized_from_the_inputs_that_quantized_blocks_give_it(n
         x = inputs_of(model, layers, tokens())[first.name]
         mine = next(layer for layer in block_layers(original) if layer.name == first.name).weight
         q, order = quantize_corrected(
-            mine, spec, correction(moments_of(x), act_order=spec.act_order), storage_dtype=torch.float16
+            mine,
+            spec,
+            correction(moments_of(x), act_order=spec.act_order, rotation=spec.rotation),
+            storage_dtype=torch.float16,
         )
         wanted = dequantize(q)
         if order is not None:
