@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Final
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
 from kbit.axes import VARIED
 from kbit.data_types import DTYPES, EXPONENT_RULES
-from kbit.spec import BASELINE_BITS, ROW, axes
+from kbit.spec import BASELINE_BITS, METHODS, ROW, axes
 
 MEASURED: Final = ("done", "diverged")
 WHOLE_TENSOR: Final = 0
@@ -87,12 +88,23 @@ def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0, every_method: bool
     for column, value in wanted.items():
         same = (df[column].isna() & (value == fixed[column])) | (df[column] == value).fillna(False).astype(bool)
         # Which way a method's blocks lie is its own matter: GPTQ's are of rows.
-        keep &= same | (df["method"] != "blockwise") if column == "scheme" else same
+        if column == "scheme":
+            keep &= same | (df["method"] != "blockwise")
+            continue
+        own = _own_defaults(df, column, fixed[column])
+        keep &= same.where(own.isna(), df[column] == own)
     df = df[keep.fillna(False).astype(bool)].copy()
     df["blocksize"] = numbers(df, "blocksize").fillna(WHOLE_TENSOR).astype(int)
     df["bits"] = numbers(df, "bits").astype(int)
     apart = ("method", "calibration") if every_method else ()
     return df.drop_duplicates(["family", "model", *apart, *(name for name in axes() if name not in fixed)])
+
+
+def _own_defaults(df: pd.DataFrame, column: str, neutral: object) -> pd.Series:
+    """Return, for rows of a method whose default isn't the neutral value, that default: AWQ clips by default."""
+    specs = {str(m): METHODS[str(m)] for m in df["method"].dropna().unique() if m in METHODS}
+    defaults = {m: f.default for m, spec in specs.items() for f in fields(spec) if f.name == column}
+    return df["method"].map({m: d for m, d in defaults.items() if d is not MISSING and d != neutral})
 
 
 def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None = None) -> pd.DataFrame:

@@ -91,6 +91,21 @@ def test_the_figure_of_methods_has_one_point_with_a_bar_for_all_seeds() -> None:
     assert "Replicates" not in written(single)
 
 
+def test_a_method_is_drawn_as_it_is_by_default() -> None:
+    wide = study({0: 3.5}).assign(clip=False)
+    gptq = wide[wide["method"] == "gptq"].assign(method="awq", scheme="group")
+    awq = [
+        gptq.assign(clip=clip, jargon_loss=loss, key=gptq["key"] + f" {clip}") for clip, loss in ((False, 5), (True, 4))
+    ]
+    fig = methods(pd.concat([wide, *awq], ignore_index=True), LOSS)
+    assert fig is not None
+    drawn = curves(fig.axes[0])
+    assert list(drawn) == ["blockwise", "awq", "gptq"]
+    assert drawn["awq"][1] == pytest.approx([4] * 3)
+    clipped = wide.assign(clip=wide["method"] == "blockwise")
+    assert methods(clipped, LOSS) is None  # of blockwise it is an option, and gptq is left alone
+
+
 def test_it_is_drawn_where_a_study_has_two_methods_and_only_there(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -189,3 +190,17 @@ def test_a_gpu_gives_nearly_the_same() -> None:
         assert same.float().mean() > 0.999
         errors = [(dequantize_hqq(q).cpu().float() - weight.float()).abs().mean() for q in (on_cpu, on_gpu)]
         assert errors[0] == pytest.approx(float(errors[1]), rel=1e-3)
+
+
+@needs_gpu
+def test_6_7_billion_weights_take_less_than_30_seconds() -> None:
+    """One of the 32 blocks of an OPT of that size, quantized and dequantized, times 32."""
+    shapes = [(4096, 4096)] * 4 + [(16384, 4096), (4096, 16384)]
+    weights = [torch.randn(shape, device="cuda", dtype=torch.float16) * 0.02 for shape in shapes]
+    dequantize_hqq(quantize_hqq(weights[0], HqqSpec(bits=4)))
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for weight in weights:
+        dequantize_hqq(quantize_hqq(weight, HqqSpec(bits=4)))
+    torch.cuda.synchronize()
+    assert 32 * (time.perf_counter() - began) < 30
