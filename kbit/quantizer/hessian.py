@@ -132,5 +132,7 @@ def _inverse_factor(h: Tensor, damping: float) -> Tensor | None:
         return None
     # Solutions come in column-major order: of the transposed system that is the row-major order of the inverse.
     eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    upper = torch.linalg.solve_triangular(lower.mT, eye, upper=True).mT.flip(0, 1).contiguous()
+    inverse = torch.linalg.solve_triangular(lower.mT, eye, upper=True)
+    del lower, eye
+    upper = inverse.mT.flip(0, 1).contiguous()
     return upper if bool(upper.diagonal().isfinite().all()) else None

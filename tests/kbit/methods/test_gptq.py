@@ -248,3 +248,31 @@ def test_a_layer_that_no_token_reaches_is_rounded() -> None:
     }
     plain = quantize(block.layers[-1].weight, spec.blockwise(block.layers[-1].shape[1]))
     assert torch.equal(found[missing].tensor.codes, plain.codes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.02), (3, 0.02), (2, 0.1)])
+def test_a_gpu_and_a_cpu_agree_within_the_stated_tolerance_of_the_loss(bits: int, tolerance: float) -> None:
+    calibration, held_out = windows()
+    losses = []
+    for device, act_order in (("cpu", False), ("cuda", False), ("cpu", True), ("cuda", True)):
+        model = neox_xs().to(device)
+        spec = gptq(bits=bits, zero_point=True, act_order=act_order)
+        with quantize_model(model, spec, storage_dtype=torch.float16, calibration=Calibrated(tokens=calibration[:32])):
+            losses.append(float(loss(model, held_out.to(device)).mean()))
+    assert abs(losses[0] - losses[1]) < tolerance
+    assert abs(losses[2] - losses[3]) < tolerance
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_16_bit_inputs_are_summed_in_float32_and_activations_lie_on_the_host() -> None:
+    x = torch.randn(3000, 96, device="cuda").half()
+    found = SecondMoments(96, x.device)
+    for batch in torch.split(x, 1000):
+        found.add(batch)
+    torch.testing.assert_close(found.take().double(), 2 / 3000 * x.double().T @ x.double(), rtol=1e-4, atol=1e-4)
+    whole = WholeModel(module=tiny("opt", torch.float16).cuda())
+    kept = whole.start(tokens())
+    assert {(h.device.type, h.is_pinned()) for h in kept.hidden} == {("cpu", True)}
+    after = next(whole.blocks()).run(kept)
+    assert {(h.device.type, h.is_pinned()) for h in after.hidden} == {("cpu", True)}
