@@ -12,7 +12,8 @@ import pandas as pd
 from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
 from kbit.axes import VARIED
 from kbit.data_types import DTYPES, EXPONENT_RULES
-from kbit.spec import BASELINE_BITS, METHODS, ROW, axes
+from kbit.spec import METHODS, axes
+from kbit.specs.base import BASELINE_BITS, ROW
 
 MEASURED: Final = ("done", "diverged")
 WHOLE_TENSOR: Final = 0

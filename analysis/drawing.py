@@ -14,7 +14,7 @@ from analysis import style
 from analysis.cells import exponents_text
 from analysis.metrics import Metric
 from analysis.significance import Comparison, Samples, can_pair, compare
-from kbit.spec import BASELINE_BITS
+from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,7 +32,7 @@ from analysis.metrics import Metric, ranked_metrics
 from analysis.replicates import pool, replicate_groups
 from analysis.scaling import scaling_points
 from analysis.significance import Samples
-from kbit.spec import BASELINE_BITS
+from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,7 +24,7 @@ from analysis.cells import (
 from analysis.metrics import Metric, ranked_metrics
 from analysis.scaling import best_precision, budget_grid, common_range, scaling_points
 from analysis.significance import Comparison, Samples, can_pair, compare_mean_loss
-from kbit.spec import BASELINE_BITS
+from kbit.specs.base import BASELINE_BITS
 
 SampleKey = tuple[str, str]
 """(cell key, eval name)."""

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, one_exponent, ordered_dtypes, plain, points
 from analysis.metrics import Metric, parse_metric
 from kbit.errors import SpecError
-from kbit.spec import BASELINE_BITS
+from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,7 +18,8 @@ from kbit.bench.timing import Ceilings, replay_seconds
 from kbit.evaluation.decoding import capture
 from kbit.packed.linear import KBitLinear
 from kbit.quantizer.blockwise import quantize
-from kbit.spec import BASELINE_BITS, QuantSpec
+from kbit.spec import QuantSpec
+from kbit.specs.base import BASELINE_BITS
 
 BITS: Final = (8, 6, 5, 4, 3)
 COMPILE_MODES: Final = ("default", "max-autotune-no-cudagraphs", "none")

@@ -34,7 +34,8 @@ from kbit.models.quantize import quantize_model
 from kbit.models.streaming.reader import THREADS
 from kbit.models.streaming.streamed import Streamed, open_streamed
 from kbit.quantizer.blockwise import dequantize, quantize
-from kbit.spec import BASELINE_BITS, QuantSpec, Spec
+from kbit.spec import QuantSpec, Spec
+from kbit.specs.base import BASELINE_BITS
 
 CELLS: Final = (
     *(("int", 4), ("float", 4), ("dynamic", 4), ("normal", 4), ("quantile", 4)),

@@ -21,7 +21,8 @@ from kbit.bench.timing import call_seconds, copies_of, graph_seconds
 from kbit.kernels.matmul import matmul
 from kbit.kernels.tiles import BLOCKSIZES, TILE, TiledWeight, tile
 from kbit.quantizer.blockwise import quantize
-from kbit.spec import BASELINE_BITS, QuantSpec
+from kbit.spec import QuantSpec
+from kbit.specs.base import BASELINE_BITS
 
 Shape = tuple[int, int]
 

@@ -12,7 +12,7 @@ from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.sources import Source
-from kbit.spec import LARGEST_NUMBER
+from kbit.specs.base import LARGEST_NUMBER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

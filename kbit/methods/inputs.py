@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kbit.errors import ActivationError
 from kbit.models.architectures import Layer
-from kbit.spec import ROW
+from kbit.specs.base import ROW
 
 
 @dataclass(kw_only=True, eq=False)

@@ -20,7 +20,8 @@ from kbit.models.whole import WholeModel
 from kbit.packed.int8 import Int8Linear, outlier_share
 from kbit.packed.linear import KBitLinear
 from kbit.packed.replacing import check_replaceable
-from kbit.spec import BASELINE_BITS, Spec
+from kbit.spec import Spec
+from kbit.specs.base import BASELINE_BITS
 
 
 @dataclass(kw_only=True, eq=False)

@@ -22,7 +22,8 @@ from kbit.quantizer.absmax import NestedAbsmax
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.blockwise import QuantizedTensor
 from kbit.quantizer.packing import pack, packed_bytes
-from kbit.spec import NESTED_BLOCKSIZE, QuantSpec
+from kbit.spec import QuantSpec
+from kbit.specs.blockwise import NESTED_BLOCKSIZE
 
 
 def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -12,7 +12,8 @@ from kbit.quantizer.codebooks import codebook
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import non_finite
-from kbit.spec import NESTED_BLOCKSIZE, QuantSpec
+from kbit.spec import QuantSpec
+from kbit.specs.blockwise import NESTED_BLOCKSIZE
 
 NESTED_SPEC = QuantSpec(bits=8, dtype="dynamic")
 """Data type of nested absmax values: bitsandbytes' signed 8-bit dynamic map."""

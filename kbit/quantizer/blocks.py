@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kbit.quantizer.storage import FLOAT16_MAX, chunk_length
-from kbit.spec import ROW, QuantSpec
+from kbit.spec import QuantSpec
+from kbit.specs.base import ROW
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kbit.quantizer.packing import pack, packed_bytes, unpack
 from kbit.quantizer.storage import FLOAT16_MAX, check_weight, chunk_length, non_finite, storage_dtype_of
-from kbit.spec import ROW
+from kbit.specs.base import ROW
 from kbit.specs.hqq import HqqSpec
 
 NORM: Final = 0.7

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from kbit.axes import axes_of, like
 from kbit.errors import SpecError
-from kbit.spec import QuantSpec
+from kbit.specs.blockwise import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)

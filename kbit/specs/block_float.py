@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 
 from kbit.axes import axis
 from kbit.errors import SpecError
-from kbit.spec import Spec
+from kbit.specs.base import Spec
 
 SCALE_BITS: Final = 8
 """Of a block's scale: E8M0 (MX) or E4M3 (NVFP4)."""

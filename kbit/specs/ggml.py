@@ -9,7 +9,7 @@ from kbit.axes import axis
 from kbit.errors import SpecError
 from kbit.ggml.formats import FORMATS, QUANTIZED, Format
 from kbit.ggml.recipes import RECIPES
-from kbit.spec import Spec
+from kbit.specs.base import Spec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import ClassVar, Final, Literal, get_args
 
 from kbit.axes import axes_of, axis, like
 from kbit.errors import SpecError
-from kbit.spec import ROW, QuantSpec
+from kbit.specs.base import ROW
+from kbit.specs.blockwise import QuantSpec
 
 GroupScales = Literal["fresh", "reference"]
 LAZY_COLUMNS: Final = 128

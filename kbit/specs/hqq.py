@@ -8,7 +8,8 @@ from typing import ClassVar, Final
 from kbit.axes import axes_of, axis, like
 from kbit.data_types import MAX_BITS, MIN_BITS
 from kbit.errors import SpecError
-from kbit.spec import LARGEST_NUMBER, ROW, QuantSpec, Spec
+from kbit.specs.base import LARGEST_NUMBER, ROW, Spec
+from kbit.specs.blockwise import QuantSpec
 
 SCALE_AND_ZERO_BITS: Final = 32
 """Of a group: a float16 scale and a float16 zero point."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Final
 
 from kbit.axes import axis
 from kbit.errors import SpecError
-from kbit.spec import Spec
+from kbit.specs.base import Spec
 
 BITS: Final = 8
 SCALE_BITS: Final = 16

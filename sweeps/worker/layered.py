@@ -15,7 +15,8 @@ from kbit.errors import LayeredError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.models.ways import Way
-from kbit.spec import BASELINE_BITS, QuantSpec
+from kbit.spec import QuantSpec
+from kbit.specs.base import BASELINE_BITS
 from sweeps.errors import DataChangedError
 from sweeps.events import BlockDone, Event, Loaded, Measuring, Started
 from sweeps.files import make_directory

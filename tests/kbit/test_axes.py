@@ -92,6 +92,7 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "format": ({**MXFP4}, {**MXFP4, "format": "nvfp4"}),
         "ggml_type": ({**GGML, "ggml_type": "q4_0"}, {**GGML, "ggml_type": "q4_K"}),
         "recipe": ({**GGML, "recipe": "Q4_K_S"}, {**GGML, "recipe": "Q4_K_M"}),
+        "threshold": ({"method": "llm_int8"}, {"method": "llm_int8", "threshold": 3.0}),
         "scale_rounding": ({**MXFP4}, {**MXFP4, "scale_rounding": "ceil"}),
     }
     first, second = (spec_of(v if "method" in v else {"bits": 4, "dtype": "int", **v}) for v in values[name])

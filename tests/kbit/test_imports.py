@@ -18,6 +18,7 @@ ORDER = (
 """A file may import its own wing and those before it. The kernels follow the reference, which they have to equal; it
 asks for them late."""
 PLACED = {
+    **{"kbit.spec": "specs"},
     **{"kbit.models.quantize": "quantize", "kbit.models.streaming.packing": "quantize"},
     **{"kbit.ggml.formats": "foundations", "kbit.ggml.recipes": "foundations"},
 }

@@ -13,7 +13,8 @@ from kbit import KBitLinear, QuantSpec, SpecError, codebook, dequantize, quantiz
 from kbit.models.whole import WholeModel
 from kbit.packed.linear import spec_as_json
 from kbit.quantizer.packing import unpack
-from kbit.spec import ROW, spec_of
+from kbit.spec import spec_of
+from kbit.specs.base import ROW
 from tests.kbit.tiny_models import tiny
 
 

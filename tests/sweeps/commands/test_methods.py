@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kbit.spec import ROW
+from kbit.specs.base import ROW
 from sweeps import load_results
 from tests.conftest import Launch
 

@@ -13,18 +13,8 @@ from kbit.data_types import DTYPES
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import BOS, EvalSpec
 from kbit.sources import LocalFile, source_from_dict
-from kbit.spec import (
-    METHODS,
-    AbsmaxDType,
-    DynamicInterval,
-    QuantSpec,
-    Scheme,
-    Spec,
-    Subnormals,
-    axes,
-    spec_from_canonical,
-    spec_of,
-)
+from kbit.spec import METHODS, QuantSpec, Spec, axes, spec_from_canonical, spec_of
+from kbit.specs.blockwise import AbsmaxDType, DynamicInterval, Scheme, Subnormals
 from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json
 from tests import ROOT
 

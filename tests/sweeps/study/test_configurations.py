@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from kbit.calibration import Calibration
-from kbit.spec import ROW
+from kbit.specs.base import ROW
 from sweeps import config
 from sweeps.errors import UserError
 from sweeps.options import Options

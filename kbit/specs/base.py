@@ -1,0 +1,117 @@
+"""The base of every method's spec, and numbers that all share. Imports no torch: planning stays light."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Self
+
+from kbit.axes import axes_of, axis
+
+BASELINE_BITS: Final = 16
+LARGEST_NUMBER: Final = 2**40
+"""No block or text has as many values, and twice of it still is a 64-bit number."""
+ROW: Final = -1
+"""The block size 'row', each whole row, as keys and columns hold it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec(ABC):
+    """One way to quantize a model: the base of every method's spec.
+
+    A subclass is a frozen dataclass whose fields are declared by ``kbit.axes.axis``. It validates itself, and
+    normalises away what can't matter, so that two specs that quantize alike are equal and hash alike.
+
+    Attributes:
+        method_name: the name under which ``METHODS`` has the class.
+        runs: "module:function" of the method itself (``kbit.methods``).
+        calibrates: the method reads calibration data, which then belong to a cell's identity. A spec whose axes decide
+            it has a value of its own.
+        packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
+        passes: forward passes that calibrating comes to, for predictions of cost: for what blocks are given, for their
+            layers' inputs, for the next block's inputs, and what a method sums of the inputs.
+        replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
+            more than its weights is quantized.
+        effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
+    """
+
+    method_name: ClassVar[str]
+    runs: ClassVar[str]
+    calibrates: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
+    replaces_layers: ClassVar[bool] = False
+    effort: ClassVar[float] = 1.0
+    passes: ClassVar[float] = 4.0
+
+    bits: int = axis(type="int64", doc="bits per code", unit="bit")
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.method_name
+
+    @property
+    def calibrating(self) -> tuple[str, str]:
+        """The axis, or the method, that decides whether it calibrates, and its value, as users write them."""
+        return "method", self.method
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether nothing is quantized: the 16-bit model."""
+        return False
+
+    @property
+    @abstractmethod
+    def bits_per_param_nominal(self) -> float:
+        """Bits of a quantized weight as the paper would count them; of its least where layers differ."""
+
+    @property
+    def nominal_by_layer(self) -> bool:
+        """Whether the nominal count depends on a layer's shape: then ``nominal_bits`` has it."""
+        return False
+
+    def nominal_bits(self, in_features: int) -> float:  # noqa: ARG002  # of the methods whose layers are alike
+        """Return bits of a quantized weight in a layer, as the paper would count them."""
+        return self.bits_per_param_nominal
+
+    @property
+    def why_not_packed(self) -> str | None:
+        """Why its layers can't be held in k bits, in words; None where they can."""
+        return None if self.packs else f"those of method={self.method} have no form in k bits"
+
+    @property
+    def why_not_layered(self) -> str | None:
+        """Why a model can't be quantized layer by layer so, in words; None where it can."""
+        name, value = self.calibrating
+        return f"{name}={value!r} calibrates on more than what enters a block's layers" if self.calibrates else None
+
+    def working_bytes(self, width: int) -> int:  # noqa: ARG002  # of the methods that need nothing to speak of
+        """Return the bytes on the device that the method needs beside the model, for layers of this many inputs."""
+        return 0
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short name for people, which tells specs apart that differ."""
+
+    def axis_values(self) -> dict[str, object]:
+        """Return each axis of the spec with its value, as columns and filters have it."""
+        return {name: getattr(self, name) for name in axes_of(type(self))}
+
+    def canonical(self) -> dict[str, Any]:
+        """Return the axes that matter for this spec, as plain JSON values: what a cell's key is made of."""
+        values = {name: (a, getattr(self, name)) for name, a in axes_of(type(self)).items()}
+        identity = {name: value for name, (a, value) in values.items() if a.is_identity(value)}
+        return {"method": self.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}}
+
+    @classmethod
+    def from_canonical(cls, values: Mapping[str, Any]) -> Self:
+        """Return the inverse of ``canonical``, without the method."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
+
+    def _words(self, *said: str) -> list[str]:
+        """Words of a label for each axis that isn't neutral, in their order, but for those that were said."""
+        values = self.axis_values()
+        return [w for name, a in axes_of(type(self)).items() if name not in said and (w := a.words(values[name]))]
