@@ -29,6 +29,7 @@ from analysis.cells import (
 )
 from analysis.drawing import Drawing, Look, canvas, cap_line, change_edge, legend, loss_cap
 from analysis.metrics import Metric, ranked_metrics
+from analysis.one_shot import one_shot_scaling
 from analysis.replicates import pool, replicate_groups
 from analysis.scaling import scaling_points
 from analysis.significance import Samples
@@ -246,6 +247,7 @@ FIGURES: Final[dict[str, Callable[[Results], Figure | None]]] = {
     "data_types_4bit": lambda r: data_types(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
     "block_sizes_4bit": lambda r: block_sizes(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
     "methods_4bit": lambda r: methods(r.df, r.metrics[0], sweep=r.sweep, samples=r.samples),
+    "one_shot": lambda r: one_shot_scaling(r.df, r.metrics[0], sweep=r.sweep),
 }
 """The figures of a study: name of the file to what draws it, or returns None where the data don't allow it."""
 
