@@ -30,6 +30,7 @@ METHODS: Final = Door[type[Spec]](
         "awq": "kbit.specs.awq:AwqSpec",
         "block_float": "kbit.specs.block_float:BlockFloatSpec",
         "ggml": "kbit.specs.ggml:GgmlSpec",
+        "checkpoint": "kbit.specs.checkpoint:CheckpointSpec",
         "hqq": "kbit.specs.hqq:HqqSpec",
         "gptq": "kbit.specs.gptq:GptqSpec",
         "llm_int8": "kbit.specs.llm_int8:LlmInt8Spec",

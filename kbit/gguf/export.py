@@ -109,6 +109,8 @@ def read_gguf(path: Path, *, storage_dtype: torch.dtype, dtype: torch.dtype, dev
     about = {k.removeprefix(f"{name}."): v for k, v in file.metadata.items() if k.startswith(f"{name}.")}
     config = AutoConfig.for_model(
         architecture.model_type,
+        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id"),
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         tie_word_embeddings="output.weight" not in file.tensors,
         **architecture.configure(about),

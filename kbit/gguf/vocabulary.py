@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from kbit.errors import SpecError
+from kbit.errors import CheckpointError, SpecError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens."""
@@ -83,3 +83,62 @@ def _name_of(pre: Mapping[str, Any] | None) -> str:
             return _SPLITS[patterns[0]]
     allowed = "packed: the tokenizer cuts texts in a way that has no name in llama.cpp"
     raise SpecError("format", "gguf", f"{allowed} ({json.dumps(pre)[:200]})")
+
+
+def tokenizer_of(metadata: Mapping[str, Any], context: int) -> dict[str, dict[str, Any]]:
+    """Return a tokenizer's files by name, of the metadata that ``vocabulary_of`` gives.
+
+    Raises:
+        CheckpointError: no byte-level BPE, or one that cuts texts in a way that isn't known here.
+    """
+    kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    names = ("gpt-2", *_PATTERNS)
+    if kind != "gpt2" or pre not in names:
+        raise CheckpointError(
+            f"the tokenizer is {kind!r} with pre={pre!r}: byte-level BPE ('gpt2') with {', '.join(names)} is read"
+        )
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    added = [
+        {"id": number, "content": text, "special": kind == CONTROL, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for number, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pre == "gpt-2"}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": _PATTERNS.get(str(pre), "")},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    special = {
+        f"{name}_token": tokens[metadata[key]]
+        for name in _SPECIAL
+        if (key := f"tokenizer.ggml.{_KEYS.get(name, name)}_token_id") in metadata
+    }
+    bos = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token") else None
+    vocabulary = {text: n for n, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    about = {
+        **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None},
+        "pre_tokenizer": byte_level if pre == "gpt-2" else {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None if bos is None else _bos_first(bos, vocabulary[bos]),
+        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+        "model": {
+            **{"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False},
+            **{"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False},
+            **{"vocab": vocabulary, "merges": metadata["tokenizer.ggml.merges"]},
+        },
+    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **special}
+    return {"tokenizer.json": about, "tokenizer_config.json": settings}
+
+
+def _bos_first(bos: str, number: int) -> dict[str, Any]:
+    """Return what puts a token before each text."""
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }

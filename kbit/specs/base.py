@@ -33,6 +33,7 @@ class Spec(ABC):
             layers' inputs, for the next block's inputs, and what a method sums of the inputs.
         replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
             more than its weights is quantized.
+        needs_config: a key that a model's config.json must have; None where any model will do.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
     """
 
@@ -42,6 +43,7 @@ class Spec(ABC):
     packs: ClassVar[bool] = False
     replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
+    needs_config: ClassVar[str | None] = None
     passes: ClassVar[float] = 4.0
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")

@@ -190,6 +190,11 @@ def local_model(path: str | Path, *, key: str = "path", progress: Progress | Non
             measured.
     """
     directory = Path(path).expanduser().absolute()
+    if directory.suffix == ".gguf" and directory.is_file():
+        raise HubError(
+            f"{key}={str(path)!r} is a GGUF file: unpack it with `python -m kbit.gguf {path} DIR`, and name {key}=DIR; "
+            "cells of method=checkpoint count the bits of the file"
+        )
     if not directory.is_dir():
         raise HubError(
             f"{key}={str(path)!r} is not a directory: a local model is a Hugging Face directory with config.json"

@@ -48,6 +48,9 @@ def unfit(config: ModelConfig | None, spec: Spec) -> SpecError | None:
     fraction, why = spec.axis_values().get("outlier_fraction"), why_unordered(config)
     if fraction and why is not None:
         return SpecError("outlier_fraction", fraction, f"0, since {why}")
+    if spec.needs_config is not None and not config.get(spec.needs_config):
+        made = "one of others for this model: its config.json has no"
+        return SpecError("method", spec.method, f"{made} {spec.needs_config!r}, which python -m kbit.gguf writes")
     if spec.calibrates and has_experts(config):
         why = "an expert sees only the tokens that are sent to it"
         return SpecError(*spec.calibrating, f"one that does not calibrate, for {config.get('model_type')}: {why}")

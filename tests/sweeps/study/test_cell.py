@@ -118,6 +118,14 @@ LATER: list[dict[str, Any]] = [
         "key": "12d99a8409f7a89c8454076f6c23e42ba4444a198f284c30591b1556234f2824",
     },
     {
+        "quant": {"method": "checkpoint", "bits": 4},
+        "model": vars(LOCAL),
+        "eval": None,
+        "canonical": {"method": "checkpoint", "bits": 4},
+        "label": "as stored, 4-bit",
+        "key": "530833f2cc0bfdf32cd07ea2a0e156c4bd7ec67d19aa302e14a4f90eea713a80",
+    },
+    {
         "quant": {"method": "ggml", "ggml_type": "q4_K"},
         "model": vars(HUB),
         "eval": None,

@@ -29,6 +29,7 @@ from tests import ROOT
 CONF = ROOT / "conf"
 STUDIES = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
 OF_NO_FIGURE = (
+    "checkpoint",
     "demo",
     "paper_all",
     "survey",
@@ -117,6 +118,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("centering", 26, 442, 2652),
         ("survey", 8, 248, 496),
         ("block_floats", 8, 176, 176),
+        ("checkpoint", 3, 6, 6),
         ("ggml", 8, 192, 192),
         ("hqq", 8, 128, 128),
         ("awq", 8, 88, 88),

@@ -1,0 +1,60 @@
+"""Models that others quantized: their layers stay as they were loaded, and their bits are counted from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kbit.errors import SpecError
+from kbit.methods.protocol import ModelPass, Undo
+from kbit.models.architectures import Layer, text_config
+from kbit.models.overwriting import overwrite
+from kbit.specs.checkpoint import STORED_BITS, CheckpointSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredElsewhere:
+    """What a file stores of one layer: its bits."""
+
+    nbits: int
+
+    @property
+    def codebook(self) -> None:
+        return None
+
+    @property
+    def shares_codebook(self) -> bool:
+        return True
+
+    def put(self, layer: Layer) -> Undo:
+        """Give the layer its own weight, which an earlier cell may have overwritten."""
+        return overwrite(layer, layer.weight)
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        raise NotImplementedError("the file's codes have no form in k bits here")
+
+
+def count_layers(
+    model: ModelPass, spec: CheckpointSpec, calibration: Tensor | None = None
+) -> Iterator[tuple[Layer, StoredElsewhere]]:
+    """Yield each layer that the file quantizes, with its bits.
+
+    Raises:
+        SpecError: the model's configuration doesn't say what was stored of it.
+    """
+    config: Any = text_config(model.module)
+    bits: Mapping[str, int] = getattr(config, STORED_BITS, {})
+    if not bits:
+        allowed = f"one for a directory that python -m kbit.gguf made: this config.json has no {STORED_BITS}"
+        raise SpecError("method", spec.method, allowed)
+    embedding, head = model.embedding, model.head
+    if embedding is not None and embedding.name in bits:
+        yield embedding, StoredElsewhere(nbits=bits[embedding.name])
+    for block in model.blocks():
+        for layer in block.layers:
+            yield layer, StoredElsewhere(nbits=bits[layer.name])
+    if head is not None and head.name in bits:
+        yield head, StoredElsewhere(nbits=bits[head.name])
