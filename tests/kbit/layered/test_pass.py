@@ -27,6 +27,8 @@ from kbit.models.places import Room
 from kbit.models.quantize import QuantHandle
 from kbit.models.streaming.streamed import open_streamed
 from kbit.spec import Spec
+from kbit.specs.block_float import BlockFloatSpec
+from kbit.specs.hqq import HqqSpec
 from tests.kbit.architectures import ARCHITECTURES, VOCABULARY, build, write
 from tests.kbit.methods.one_shot import ScaledSpec
 
@@ -93,6 +95,21 @@ def test_losses_and_bits_are_those_of_the_whole_model(name: str) -> None:
         assert np.array_equal(found[key][0].samples["nats"], result.samples["nats"]), key
         assert numbers(found[key][1]) == numbers(handle), key
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_methods_that_take_no_data_give_the_same(name: str) -> None:
+    specs: dict[str, Spec] = {
+        "hqq": HqqSpec(bits=3, blocksize=32),
+        "nvfp4": BlockFloatSpec(format="nvfp4"),
+        "clipped": QuantSpec(bits=3, dtype="int", blocksize=32, clip=True),
+        "rotated": QuantSpec(bits=3, dtype="int", blocksize=32, rotation=1),
+    }
+    model = build(name).float()
+    expected, found = whole(model, specs), layered(model, specs)
+    for key, (result, handle) in expected.items():
+        assert np.array_equal(found[key][0].samples["nats"], result.samples["nats"]), key
+        assert numbers(found[key][1]) == numbers(handle), key
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "opt", "gpt2", "bloom", "llama", "mixtral", "jamba"])
