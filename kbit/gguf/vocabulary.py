@@ -22,7 +22,14 @@ _SPLITS: Final[Mapping[str, str]] = {
     ): "qwen2",
 }
 """Patterns by which texts are cut into words, to llama.cpp's names for them; GPT-2's is that of ByteLevel itself."""
-_PATTERNS: Final = {name: pattern for pattern, name in _SPLITS.items()}
+_Part = tuple[str, object]
+"""A part of what cuts a text: its type, with the pattern of a Split, or the flag that decides."""
+CUTS: Final[Mapping[str, tuple[_Part, ...]]] = {
+    "gpt-2": (("ByteLevel", True),),
+    "smollm": (("Digits", True), ("ByteLevel", True)),
+    **{name: (("Split", pattern), ("ByteLevel", False)) for pattern, name in _SPLITS.items()},
+}
+"""By llama.cpp's names, in order."""
 _SPECIAL: Final = ("bos", "eos", "unk", "pad")
 _KEYS: Final = {"unk": "unknown", "pad": "padding"}
 
@@ -73,16 +80,37 @@ def _puts_bos(tokenizer: Any) -> bool:
 def _name_of(pre: Mapping[str, Any] | None) -> str:
     """Return llama.cpp's name for the way in which a text is cut before it is encoded."""
     parts = [] if pre is None else pre.get("pretokenizers", [pre])
-    byte_level = next((p for p in parts if p["type"] == "ByteLevel"), None)
-    splits = [p for p in parts if p["type"] == "Split"]
-    if byte_level is not None and not byte_level.get("add_prefix_space"):
-        if byte_level.get("use_regex", True) and len(parts) == 1:
-            return "gpt-2"
-        patterns = [p["pattern"].get("Regex", "") for p in splits]
-        if len(patterns) == 1 and len(parts) == 2 and patterns[0] in _SPLITS:
-            return _SPLITS[patterns[0]]
+    cuts = tuple(map(_cut, parts))
+    for name, known in CUTS.items():
+        if cuts == known:
+            return name
     allowed = "packed: the tokenizer cuts texts in a way that has no name in llama.cpp"
     raise SpecError("format", "gguf", f"{allowed} ({json.dumps(pre)[:200]})")
+
+
+def _cut(part: Mapping[str, Any]) -> _Part | None:
+    match part["type"]:
+        case "ByteLevel" if not part.get("add_prefix_space"):
+            return "ByteLevel", bool(part.get("use_regex", True))
+        case "Digits":
+            return "Digits", bool(part.get("individual_digits"))
+        case "Split" if part.get("behavior") == "Isolated" and not part.get("invert"):
+            return "Split", part["pattern"].get("Regex")
+    return None
+
+
+def _pre_tokenizer(name: str) -> dict[str, Any]:
+    """Return what cuts a text, as tokenizer.json has it: the inverse of ``_name_of``."""
+    parts: list[dict[str, Any]] = []
+    for kind, what in CUTS[name]:
+        match kind:
+            case "ByteLevel":
+                parts.append({"type": kind, "add_prefix_space": False, "trim_offsets": True, "use_regex": what})
+            case "Digits":
+                parts.append({"type": kind, "individual_digits": what})
+            case _:
+                parts.append({"type": kind, "pattern": {"Regex": what}, "behavior": "Isolated", "invert": False})
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
 
 
 def tokenizer_of(metadata: Mapping[str, Any], context: int) -> dict[str, dict[str, Any]]:
@@ -92,10 +120,9 @@ def tokenizer_of(metadata: Mapping[str, Any], context: int) -> dict[str, dict[st
         CheckpointError: no byte-level BPE, or one that cuts texts in a way that isn't known here.
     """
     kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    names = ("gpt-2", *_PATTERNS)
-    if kind != "gpt2" or pre not in names:
+    if kind != "gpt2" or pre not in CUTS:
         raise CheckpointError(
-            f"the tokenizer is {kind!r} with pre={pre!r}: byte-level BPE ('gpt2') with {', '.join(names)} is read"
+            f"the tokenizer is {kind!r} with pre={pre!r}: byte-level BPE ('gpt2') with {', '.join(CUTS)} is read"
         )
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     added = [
@@ -104,13 +131,6 @@ def tokenizer_of(metadata: Mapping[str, Any], context: int) -> dict[str, dict[st
         for number, (text, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pre == "gpt-2"}
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": _PATTERNS.get(str(pre), "")},
-        "behavior": "Isolated",
-        "invert": False,
-    }
     special = {
         f"{name}_token": tokens[metadata[key]]
         for name in _SPECIAL
@@ -120,9 +140,9 @@ def tokenizer_of(metadata: Mapping[str, Any], context: int) -> dict[str, dict[st
     vocabulary = {text: n for n, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     about = {
         **{"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None},
-        "pre_tokenizer": byte_level if pre == "gpt-2" else {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": _pre_tokenizer(str(pre)),
         "post_processor": None if bos is None else _bos_first(bos, vocabulary[bos]),
-        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             **{"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False},
             **{"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False},

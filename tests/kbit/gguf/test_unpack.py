@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from kbit import QuantSpec, SpecError, quantize_model
 from kbit.errors import CheckpointError
 from kbit.gguf.__main__ import main
 from kbit.gguf.export import rows_of, write_gguf
 from kbit.gguf.unpack import unpack
-from kbit.gguf.vocabulary import tokenizer_of, vocabulary_of
+from kbit.gguf.vocabulary import CUTS, tokenizer_of, vocabulary_of
 from kbit.models.loading import LoadedModel, load_model
 from kbit.models.originals import Originals
 from kbit.spec import spec_from_canonical, spec_of
@@ -88,6 +91,21 @@ def test_a_study_of_the_directory_counts_the_files_bits(unpacked: Path, tmp_path
     stored = rows.loc["as stored, 4-bit"]
     assert stored["jargon_loss"] == rows.loc["16-bit", "jargon_loss"]
     assert stored["bits_per_param"] == pytest.approx(6.5805, abs=1e-3)
+
+
+def test_each_known_way_of_cutting_texts_comes_back(loaded: LoadedModel) -> None:
+    metadata = vocabulary_of(loaded.tokenizer, loaded.vocab_size)
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
+    tokens = {}
+    for name in CUTS:
+        about = tokenizer_of({**metadata, "tokenizer.ggml.pre": name}, 512)["tokenizer.json"]
+        again = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(about)))
+        assert vocabulary_of(again, loaded.vocab_size)["tokenizer.ggml.pre"] == name
+        tokens[name] = tuple(again(TEXT)["input_ids"])
+        assert again.decode(tokens[name]) == TEXT
+    assert tokens["gpt-2"] == tuple(loaded.tokenizer(TEXT)["input_ids"])
+    assert len(set(tokens.values())) > 1
+    assert list(CUTS) == ["gpt-2", "smollm", "bloom", "llama-bpe", "qwen2"]
 
 
 def test_what_is_not_counted_or_read_is_refused(loaded: LoadedModel, unpacked: Path, tmp_path: Path) -> None:
