@@ -13,7 +13,7 @@ from tests import ROOT
 
 ORDER = (
     *("foundations", "specs", "quantizer", "ggml", "kernels", "models", "packed", "methods", "quantize", "evaluation"),
-    *("layered", "gguf", "exporting", "bench"),
+    *("layered", "gguf", "exporting", "bench", "compression"),
 )
 """A file may import its own wing and those before it. The kernels follow the reference, which they have to equal; it
 asks for them late."""
