@@ -101,6 +101,10 @@ class Finder:
         there = [n for n, of in local.items() if (file.parent / of).is_file()]
         left = [n for n in asked if n != name and n in there] or there
         offer = f", or measure what is there: 'eval.perplexity=[{','.join(left)}]'" if left else ""
+        if key == "calibration.set":
+            offer = (
+                f", or name another (there are {', '.join(there)}, or a file of yours)" if there else ", or name a file"
+            )
         without = offer or f", or leave it out: 'eval.perplexity=[{','.join(n for n in asked if n != name)}]'"
         raise UserError(
             f"{key}: eval.data_dir={str(file.parent)!r} has no {file.name} (for {name}): put it there{without}"

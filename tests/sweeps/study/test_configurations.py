@@ -22,8 +22,8 @@ from sweeps.options import Options
 from sweeps.store.rows import cell_row
 from sweeps.study import grid, hub
 from sweeps.study.cell import ModelRef
-from sweeps.study.evals import as_list
-from sweeps.study.resolve import build_study
+from sweeps.study.evals import as_list, resolve_calibrations
+from sweeps.study.resolve import Resolver, build_study
 from tests import ROOT
 
 CONF = ROOT / "conf"
@@ -293,3 +293,12 @@ def test_a_directory_has_no_revisions() -> None:
     options = Options.from_config(composed(*arguments), arguments)
     with pytest.raises(UserError, match=r"sweep\.revisions='step1' is not valid: .* is a local directory"):
         build_study(options.study, device="cpu", device_name=str, strict=True, progress=lambda _: None)
+
+
+def test_a_calibration_set_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "wikitext2_raw_test.jsonl").write_text('{"text": "one"}\n')
+    arguments = ["sweep=table1_gptq", f"eval.data_dir={tmp_path}"]
+    study = Options.from_config(composed(*arguments), arguments).study
+    said = r"calibration\.set: .* has no wikitext2_raw_train\.jsonl .* name another \(there are wikitext2, or a file"
+    with pytest.raises(UserError, match=said):
+        resolve_calibrations(study.calibration, study.eval, Resolver(strict=False), "gptq")
