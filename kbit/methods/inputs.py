@@ -48,7 +48,9 @@ class BlockInputs:
     _seen: set[str] = field(default_factory=set)
 
     def add(self, layer: Layer, x: Tensor) -> None:
-        """Take in the input of a layer, [tokens, in_features], for a batch."""
+        """Take in the input of a layer, [tokens, in_features], for a batch; no tokens are as if it was not called."""
+        if not len(x):
+            return
         if layer.name in self._seen:  # a second batch
             self._held.clear()
         self._seen.add(layer.name)

@@ -38,7 +38,9 @@ class SecondMoments:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Take in inputs: floating point, [tokens, in_features], on the device."""
+        """Take in inputs: floating point, [tokens, in_features], on the device. No tokens change nothing."""
+        if not len(x):
+            return
         self.tokens += x.shape[0]
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
             # Products of 16-bit numbers are exact in float32, so that only their sum is rounded.
