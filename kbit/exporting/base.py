@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kbit.doors import Door
+from kbit.errors import SpecError
 
 if TYPE_CHECKING:
     from kbit.models.loading import LoadedModel
@@ -69,6 +70,17 @@ class Exporter(Protocol):
             SpecError: it can't be written in this format.
             OSError: the file can't be written.
         """
+
+
+def check_weights_alone(spec: Spec, format_: str) -> None:
+    """Refuse a method that changes more than weights: no file says how its layers compute.
+
+    Raises:
+        SpecError: names format.
+    """
+    if spec.replaces_layers:
+        allowed = f"none for {spec.label!r}: its layers quantize what they are given, which no file says"
+        raise SpecError("format", format_, allowed)
 
 
 EXPORTS: Final = Door[Exporter](

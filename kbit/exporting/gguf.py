@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from kbit.errors import SpecError
-from kbit.exporting.base import Export, Exporter, Written
+from kbit.exporting.base import Export, Exporter, Written, check_weights_alone
 from kbit.gguf.architectures import architecture_of
 from kbit.gguf.export import read_gguf, rows_of, write_gguf
 from kbit.spec import Spec
@@ -23,6 +23,7 @@ class GgufExporter:
     def check(self, spec: Spec, config: Mapping[str, Any], to: Path) -> None:
         if to.suffix != ".gguf":
             raise SpecError("to", str(to), "a file for format=gguf: NAME.gguf")
+        check_weights_alone(spec, "gguf")
         if "model_type" in config:
             architecture_of(config["model_type"])
 

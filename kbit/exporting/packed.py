@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import SpecError
-from kbit.exporting.base import Export, Exporter, Written
+from kbit.exporting.base import Export, Exporter, Written, check_weights_alone
 from kbit.packed.files import load_packed, save_packed
 from kbit.spec import Spec
 
@@ -23,6 +23,7 @@ class PackedExporter:
             raise SpecError("format", "packed", "gguf for the 16-bit baseline: nothing of it is in k bits")
         if spec.why_not_packed is not None:
             raise SpecError("format", "packed", f"gguf for {spec.label!r}: {spec.why_not_packed}")
+        check_weights_alone(spec, "packed")
 
     def write(self, export: Export) -> Written:
         loaded = export.loaded

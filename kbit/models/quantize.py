@@ -105,6 +105,9 @@ def quantize_model(
     first. The originals are kept on the host until ``restore``; on the device there are never more than the model and
     one layer's quantized and dequantized (packed: quantized and laid out) forms, besides what the method itself needs.
 
+    A method that calibrates sees dequantized blocks in any case; with `packed` its layers are replaced once all are
+    quantized, so that their k-bit forms lie beside the model until then.
+
     For many cells of one model, one after another, `originals` keeps the weights once. Then a cell need not be restored
     before the next one: it is quantized from them, and the results are the same to the bit.
 
@@ -130,22 +133,27 @@ def quantize_model(
     if originals is not None and originals.model is not model:
         raise ValueError("originals are another model's: make them of this one, Originals(model=model)")
     packed = packed or spec.replaces_layers
+    # What a calibrating method finds depends on the blocks before: it sees the same ones, whichever way it is held.
+    packs_last = packed and spec.calibrates
+    waiting: list[tuple[Layer, Stored]] = []
     tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
     model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype, originals=originals)
     undo = [] if originals is None else [originals.way_back()]
     try:
         if originals is not None:
-            originals.begin(spec, packed=packed)
+            originals.begin(spec, packed=packed and not packs_last)
         layers = check_quantizable(model_pass, spec, packed=packed, calibrated=calibration is not None)
         count = BitCount(parameters=count_parameters(model))
         for layer, stored in () if not layers else method_of(spec)(model_pass, spec, tokens):
             count.add(layer, stored)
-            write = partial(stored.pack, model, layer) if packed else partial(stored.put, layer)
-            if originals is not None:
-                originals.put(layer, write, packed=packed)
-            else:
-                undo.append(write())
-            del stored, write  # before the next one is made
+            if packs_last:
+                waiting.append((layer, stored))
+            _write(model, layer, stored, undo, originals, packed=packed and not packs_last)
+            del stored  # before the next one is made
+        if waiting:
+            restore(undo) if originals is None else originals.restore()
+        while waiting:
+            _write(model, *waiting.pop(0), undo, originals, packed=True)
         if originals is not None:
             originals.finish()
     except BaseException:
@@ -155,6 +163,23 @@ def quantize_model(
     if spec.replaces_layers:
         handle.outlier_share = partial(outlier_share, model)
     return handle
+
+
+def _write(
+    model: nn.Module,
+    layer: Layer,
+    stored: Stored,
+    undo: list[Callable[[], None]],
+    originals: Originals | None,
+    *,
+    packed: bool,
+) -> None:
+    """Put what is stored of a layer into the model, and its way back where the originals are."""
+    write = partial(stored.pack, model, layer) if packed else partial(stored.put, layer)
+    if originals is not None:
+        originals.put(layer, write, packed=packed)
+    else:
+        undo.append(write())
 
 
 def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:

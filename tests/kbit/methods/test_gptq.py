@@ -15,6 +15,7 @@ from kbit import KBitLinear, QuantSpec, SpecError, dequantize, quantize, quantiz
 from kbit.errors import HessianError
 from kbit.methods.gptq import BlockMoments, CorrectedCodes, quantize_block, quantize_layers
 from kbit.models.architectures import Layer, block_layers
+from kbit.models.loading import load_model
 from kbit.models.originals import Originals
 from kbit.models.quantize import Calibrated, QuantHandle
 from kbit.models.whole import WholeModel
@@ -25,7 +26,7 @@ from kbit.spec import spec_of
 from kbit.specs.gptq import GptqSpec
 from sweeps.config import DEMO_DIR
 from tests.kbit.methods.test_protocol import inputs_of, tokens
-from tests.kbit.tiny_models import NAMES, tiny
+from tests.kbit.tiny_models import NAMES, bits_of, identical, tiny
 
 LENGTH = 128
 
@@ -165,6 +166,33 @@ def test_it_packs_with_the_weights_that_it_has_unpacked(tmp_path: Any) -> None:
     assert all(
         torch.equal(v, tiny("opt", torch.float16).float().state_dict()[k]) for k, v in model.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_codes_are_the_same_whether_layers_are_packed_or_not(keeps: bool) -> None:
+    loaded = load_model(str(DEMO_DIR / "models" / "neox-xs"), device="cpu", compute_dtype="float32")
+    before = bits_of(loaded.model)
+    originals = Originals(model=loaded.model) if keeps else None
+    windows = torch.randint(2048, (8, 64), generator=torch.Generator().manual_seed(1))
+    hashes = []
+    for packed in (False, True, False, True):
+        handle = quantize_model(
+            loaded.model,
+            gptq(bits=2, dtype="quantile", blocksize=64),
+            storage_dtype=loaded.storage_dtype,
+            packed=packed,
+            calibration=Calibrated(tokens=windows, dtype=torch.float16),
+            originals=originals,
+        )
+        hashes.append((handle.codes_hash, handle.total_bits))
+        assert any(isinstance(m, KBitLinear) for m in loaded.model.modules()) is packed
+        if not keeps:
+            handle.restore()
+            assert identical(bits_of(loaded.model), before)
+    if originals is not None:
+        originals.restore()
+        assert identical(bits_of(loaded.model), before)
+    assert len(set(hashes)) == 1
 
 
 def test_what_can_not_be_packed_or_calibrated_is_refused_by_name() -> None:
