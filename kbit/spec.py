@@ -34,6 +34,7 @@ METHODS: Final = Door[type[Spec]](
         "hqq": "kbit.specs.hqq:HqqSpec",
         "gptq": "kbit.specs.gptq:GptqSpec",
         "llm_int8": "kbit.specs.llm_int8:LlmInt8Spec",
+        "mixed": "kbit.specs.mixed:MixedSpec",
     },
 )
 """The methods: name to spec. ``Spec.runs`` names what does it."""
@@ -74,7 +75,7 @@ def spec_of(values: Mapping[str, Any]) -> Spec:
     cls = METHODS[named or "blockwise"]
     if "bits" not in given and _must_be_given(cls, "bits"):
         raise SpecError("bits", None, "must be given")
-    if isinstance(given.get("dtype"), Mapping):
+    if isinstance(given.get("dtype"), Mapping) and "codebook" in axes_of(cls):
         given |= _dtype_from_file(given["dtype"], given.get("bits"))
     foreign = sorted(given.keys() - axes_of(cls).keys())
     if foreign:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import LayeredError
-from kbit.methods.protocol import method_of
+from kbit.methods.protocol import Losses, method_of
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer
 from kbit.models.originals import Fitted
@@ -170,6 +170,11 @@ class BlockPass:
 
     def start(self, _: Tensor) -> Activations:
         return Activations(hidden=(), arguments=())
+
+    def scoring(self, _: Tensor) -> AbstractContextManager[Losses]:
+        raise LayeredError(
+            "the method measures losses of the whole model, which is never there where it runs in layers"
+        )
 
     def outlier_columns(self, fraction: float) -> dict[str, Tensor | None]:
         return self.spreads.columns(self.block.layers, fraction)

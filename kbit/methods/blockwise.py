@@ -67,7 +67,7 @@ def quantize_layers(
         return
     for block in model.blocks():
         for layer in block.layers:
-            yield layer, StoredCodes(tensor=_quantized(layer, spec, columns.get(layer.name), model))
+            yield layer, StoredCodes(tensor=quantize_layer(layer, spec, columns.get(layer.name), model))
 
 
 def _calibrated(
@@ -87,7 +87,7 @@ def _calibrated(
             if own is not None and spec.outlier_criterion == "activation":
                 own = largest_inputs(means.magnitudes, own.numel())
             weights = means.squares if spec.weighting == "activation" else None
-            yield layer, CalibratedCodes(tensor=_quantized(layer, spec, own, model, weights))
+            yield layer, CalibratedCodes(tensor=quantize_layer(layer, spec, own, model, weights))
         kept = after
 
 
@@ -97,9 +97,21 @@ def largest_inputs(magnitudes: Tensor, count: int) -> Tensor:
     return chosen.int()
 
 
-def _quantized(
+def quantize_layer(
     layer: Layer, spec: QuantSpec, columns: Tensor | None, model: ModelPass, weights: Tensor | None = None
 ) -> QuantizedTensor:
+    """Quantize a layer, by what was fitted to it already.
+
+    Args:
+        layer: the layer.
+        spec: how.
+        columns: input dimensions that stay in 16 bits.
+        model: the pass that it is of.
+        weights: of the input dimensions, float64 [in_features], for a codebook that is fitted by them.
+
+    Raises:
+        WeightError: a weight with NaN or infinite values.
+    """
     key = (layer.name, what_fits(spec), model.storage_dtype)
     # What is fitted by calibration data is of this cell alone; so is what kept columns of calibration data leave.
     is_shared = is_data_dependent(spec) and not spec.calibrates

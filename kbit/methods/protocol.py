@@ -9,6 +9,7 @@ block's inputs are those of the quantized model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -51,6 +52,35 @@ class HasCodes(Protocol):
 
     def code_tensors(self) -> tuple[Tensor, ...]:
         """Return the layer's codes, and what says where they belong."""
+
+
+@runtime_checkable
+class Allotted(Protocol):
+    """What a method that gives each layer bits of its own stores of one."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of the layer's codes."""
+
+    @property
+    def predicted(self) -> float:
+        """Nats that the layer's error is predicted to add to the loss."""
+
+
+class Losses(Protocol):
+    """The losses of a model on the same windows again and again, while it computes as in calibration."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+
+    def __call__(self, number: int = 0, entering: Activations | None = None) -> Tensor:
+        """Return the mean loss of each window, its first token not scored: nats, float64 [windows], on the host.
+
+        Args:
+            number: the first block to run.
+            entering: what enters it; None runs the whole model, as the first call has to.
+        """
 
 
 class Block(Protocol):
@@ -105,6 +135,9 @@ class ModelPass(Protocol):
 
     def start(self, tokens: Tensor) -> Activations:
         """Return what enters the first block for windows of tokens, int64 [windows, length]."""
+
+    def scoring(self, tokens: Tensor) -> AbstractContextManager[Losses]:
+        """Have the model compute as in calibration for a while, and score windows, int64 [windows, length]."""
 
     def outlier_columns(self, fraction: float) -> Mapping[str, Tensor | None]:
         """Return the input dimensions of each layer that stay in 16 bits by proxy quantization (section 3)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
-from kbit.methods.protocol import HasCodes, Stored, method_of
+from kbit.methods.protocol import Allotted, HasCodes, Stored, method_of
 from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
@@ -41,6 +42,8 @@ class QuantHandle:
             codebook where all share it. None where there are none: the baseline, ggml.
         codes_hash: SHA-256 over those of the layers' codes, in their order, of a method that calibrates; None of
             others, whose codes are the same on every device.
+        allocation: bits of each layer's codes, by name, of a method that gives each its own; empty for others.
+        predicted_change: nats by which that method predicts the loss on its calibration data to rise; None of others.
         outlier_share: tells the share of input dimensions that llm_int8 has multiplied in 16 bits since it was last
             asked, over layers and sequences; None of other methods.
     """
@@ -53,8 +56,16 @@ class QuantHandle:
     bits_per_param_nominal: float
     codebook_hash: str | None
     codes_hash: str | None = None
+    allocation: dict[str, int] = field(default_factory=dict)
+    predicted_change: float | None = None
     outlier_share: Callable[[], float | None] = field(default=lambda: None, repr=False)
     _undo: list[Callable[[], None]] = field(repr=False)
+
+    @property
+    def allocation_hash(self) -> str | None:
+        """SHA-256 over the layers' names and bits, in their order; None where all have the same."""
+        told = "".join(f"{name} {bits}\n" for name, bits in self.allocation.items())
+        return hashlib.sha256(told.encode()).hexdigest() if told else None
 
     def restore(self) -> None:
         """Give the model its original weights back, bit for bit, and in a packed one its modules, where it now lies.
@@ -217,6 +228,7 @@ class BitCount:
         stored_bits, quantized: bits that are stored of them, and their weights.
         codebooks: the values of their codebooks, float32, little-endian; of one codebook where all share it.
         code_hashes: SHA-256 of each layer's codes, of a method that calibrates.
+        allocation, predicted: bits of each layer and nats that it is predicted to add, of a method that allots them.
     """
 
     parameters: int
@@ -225,6 +237,8 @@ class BitCount:
     quantized: int = 0
     codebooks: bytearray = field(default_factory=bytearray)
     code_hashes: bytearray = field(default_factory=bytearray)
+    allocation: dict[str, int] = field(default_factory=dict)
+    predicted: list[float] = field(default_factory=list)
 
     def add(self, layer: Layer, stored: Stored) -> None:
         """Count a layer; they come in the model's order."""
@@ -234,6 +248,9 @@ class BitCount:
         self.stored_bits += stored.nbits
         if stored.codebook is not None and (len(self.shapes) == 1 or not stored.shares_codebook):
             self.codebooks += stored.codebook.cpu().numpy().astype("<f4").tobytes()
+        if isinstance(stored, Allotted):
+            self.allocation[layer.name] = stored.bits
+            self.predicted.append(stored.predicted)
         if isinstance(stored, HasCodes):
             parts = [t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in stored.code_tensors()]
             self.code_hashes += hashlib.sha256(b"".join(parts)).digest()
@@ -255,6 +272,8 @@ class BitCount:
             ),
             codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.codebooks else None,
             codes_hash=hashlib.sha256(self.code_hashes).hexdigest() if self.code_hashes else None,
+            allocation=self.allocation,
+            predicted_change=math.fsum(self.predicted) if self.predicted else None,
             _undo=undo,
         )
 

@@ -16,6 +16,7 @@ from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
 from kbit.models.originals import Fitted, Originals
 from kbit.models.outliers import outlier_columns
+from kbit.models.window_losses import WindowLosses
 
 OUTSIDE: Final = -1
 """The block number of a layer that lies in no block."""
@@ -128,6 +129,14 @@ class WholeModel:
             for handle in handles:
                 handle.remove()
         return Activations(hidden=hidden, arguments=arguments)
+
+    @contextmanager
+    def scoring(self, tokens: Tensor) -> Iterator[WindowLosses]:
+        if self.originals is not None:
+            self.originals.finish()  # what an earlier cell left
+        blocks = list(decoder_blocks(self.module)[1])
+        with computing_in(self.module, self.compute_dtype):
+            yield WindowLosses(module=self.module, blocks=blocks, tokens=tokens, per_batch=WINDOWS_PER_BATCH)
 
     def outlier_columns(self, fraction: float) -> Mapping[str, Tensor | None]:
         if self.originals is not None:

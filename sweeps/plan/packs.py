@@ -15,7 +15,7 @@ from typing import Final
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError, did_you_mean
 from sweeps.files import JsonObject
-from sweeps.plan.cost import CostModel
+from sweeps.plan.cost import CostModel, shared_by
 from sweeps.plan.order import CHEAPEST, order_cells, order_packs
 from sweeps.status import RETRY, UNRECORDED, State
 from sweeps.study.cell import (
@@ -109,9 +109,12 @@ class Pack:
 
     def predicted(self, cost: CostModel) -> Pack:
         """Return the pack with what is predicted for it now."""
-        seconds = tuple(
-            cost.cell_seconds(cell, evals, first=not number) for number, (cell, evals) in enumerate(self.items)
-        )
+        seconds: tuple[float, ...] = ()
+        begun: set[object] = {None}
+        for number, (cell, evals) in enumerate(self.items):
+            shared = shared_by(cell)
+            seconds += (cost.cell_seconds(cell, evals, first=not number, begins=shared not in begun),)
+            begun.add(shared)
         return replace(self, item_seconds=seconds, seconds=sum(seconds))
 
     def without(self, measurements: Collection[str]) -> Pack | None:

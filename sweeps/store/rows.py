@@ -126,6 +126,8 @@ def handle_columns(handle: QuantHandle) -> Row:
         "codebook_hash": handle.codebook_hash,
         "codes_hash": handle.codes_hash,
         "outlier_share": handle.outlier_share(),
+        "allocation_hash": handle.allocation_hash,
+        "predicted_loss_change": handle.predicted_change,
     }
 
 

@@ -130,6 +130,13 @@ def columns() -> tuple[Column, ...]:
             "input dimensions that llm_int8 multiplied in 16 bits; null for others",
             "fraction",
         ),
+        _cell("allocation_hash", "string", "SHA-256 of the bits of each layer that mixed chose; null for others"),
+        _cell(
+            "predicted_loss_change",
+            "float64",
+            "predicted for the loss on mixed's calibration data, against 16 bits; null for others",
+            "nats",
+        ),
     )
 
 

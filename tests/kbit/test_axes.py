@@ -59,6 +59,7 @@ def test_each_axis_is_wherever_axes_are_listed(name: str) -> None:
 
 MXFP4 = {"method": "block_float", "format": "mxfp4"}
 GGML = {"method": "ggml"}
+MIXED = {"method": "mixed", "budget": 4.25, "dtype": "int"}
 GPTQ = {"method": "gptq", "bits": 4, "dtype": "int", "blocksize": 32}
 
 
@@ -93,6 +94,8 @@ def test_each_axis_tells_specs_apart_or_is_varied(name: str) -> None:
         "ggml_type": ({**GGML, "ggml_type": "q4_0"}, {**GGML, "ggml_type": "q4_K"}),
         "recipe": ({**GGML, "recipe": "Q4_K_S"}, {**GGML, "recipe": "Q4_K_M"}),
         "threshold": ({"method": "llm_int8"}, {"method": "llm_int8", "threshold": 3.0}),
+        "budget": (MIXED, {**MIXED, "budget": 3.25}),
+        "candidates": (MIXED, {**MIXED, "candidates": "3-5"}),
         "scale_rounding": ({**MXFP4}, {**MXFP4, "scale_rounding": "ceil"}),
     }
     first, second = (spec_of(v if "method" in v else {"bits": 4, "dtype": "int", **v}) for v in values[name])

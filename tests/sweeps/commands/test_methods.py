@@ -20,6 +20,7 @@ BLOCKS = (
     "{bits: 3, dtype: lloyd, blocksize: 32, weighting: activation}",
     "{bits: 3, dtype: int, blocksize: 32, outlier_fraction: 0.02, outlier_criterion: [std, activation]}",
     "{method: llm_int8, threshold: [6.0, 2.0]}",
+    "{method: mixed, budget: [3.5, 4.0], dtype: int, blocksize: 32, candidates: 2-6}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
 CALIBRATION = (
@@ -33,6 +34,7 @@ GPTQ = {  # rows of 96 values, but of 384 in one of the four matrices of a block
 AWQ = "awq int3 g32 clipped, jargon 8x128 seed 0 float32"
 LEARNED = "lloyd3 b32 activation-weighted, jargon 8x128 seed 0 float32"
 KEPT = ("int3 b32 outliers 0.02", "int3 b32 outliers 0.02 by activation, jargon 8x128 seed 0 float32")
+MIXED = {f"mixed int {budget} b32 candidates=2-6, jargon 8x128 seed 0 float32": budget for budget in (3.5, 4)}
 BITS = {
     LEARNED: 3.505,
     **dict.fromkeys(KEPT, 3.772),
@@ -46,6 +48,7 @@ BITS = {
     "ggml q5_1": 6.0,
     **GPTQ,
     **dict.fromkeys(("llm_int8", "llm_int8 threshold 2"), 8 + 16 * (3 + 1 + 4 + 1) / (96 * 12)),
+    **MIXED,
     "mxfp6_e3m2 scale-ceil": 6.25,
 }
 """Bits a weight of each cell, in layers of neox-xs: rows of 96 or 384 values, whole blocks. A recipe has
@@ -70,10 +73,14 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
         assert abs(rows.loc[label, "bits_per_param"] - bits) < 0.01, label
         assert rows.loc[label, "jargon_loss"] > rows.loc["16-bit", "jargon_loss"] - 0.02
     assert rows.loc["nvfp4", "format"] == "nvfp4"
-    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ) + 3
+    assert rows["codes_hash"].notna().sum() == rows["codes_hash"].nunique() == len(GPTQ) + len(MIXED) + 3
     shares = load_results(tmp_path / "r", long=True).set_index("label")["outlier_share"].dropna()
     assert 0 <= shares["llm_int8"] < shares["llm_int8 threshold 2"] < 0.5
     assert len(shares) == 2
+    assert set(rows.index[rows["allocation_hash"].notna()]) == set(MIXED)
+    predicted = rows["predicted_loss_change"].dropna()
+    assert predicted.index.size == 2
+    assert predicted.nlargest(1).index[0].startswith("mixed int 3.5")
     assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

@@ -40,6 +40,7 @@ OF_NO_FIGURE = (
     "ggml",
     "hqq",
     "llm_int8",
+    "mixed",
     "clipping_rotation",
 )
 FAMILIES = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
@@ -125,6 +126,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("learned_codebooks", 8, 104, 104),
         ("activation_outliers", 8, 184, 184),
         ("llm_int8", 8, 56, 56),
+        ("mixed", 8, 120, 240),
         ("clipping_rotation", 8, 200, 200),
         ("paper_all", 41, 8118, 48708),
     ],
