@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError
 from kbit.methods.blockwise import StoredCodes, what_fits
+from kbit.methods.inputs import SharedInputs
 from kbit.methods.protocol import Block, ModelPass, Undo
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
@@ -114,53 +115,21 @@ def _quantized(model: ModelPass, layer: Layer, spec: GptqSpec, by: Correction | 
 
 
 @dataclass(kw_only=True, eq=False)
-class BlockMoments:
-    """Second moments of the inputs of a block's layers, one for all layers that are given the same tensor.
+class BlockMoments(SharedInputs):
+    """Second moments of the inputs of a block's layers, one for all layers that are given the same tensor."""
 
-    Attributes:
-        shared: by layer, the first layer that is given its input.
-    """
-
-    shared: dict[str, str] = field(default_factory=dict)
     _sums: dict[str, SecondMoments] = field(default_factory=dict)
-    # Of the first batch: inputs are held, so that no other tensor comes to lie where one of them lay.
-    _held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
 
     def add(self, layer: Layer, x: Tensor) -> None:
         """Take in the input of a layer, [tokens, in_features], for a batch; no tokens are as if it was not called."""
         if not len(x):
             return
-        if layer.name in self._seen:  # a second batch
-            self._held.clear()
-        self._seen.add(layer.name)
-        first = self.shared.get(layer.name)
-        if first is None:
-            first = next((name for name, held in self._held.items() if _is_same(x, *held)), layer.name)
-            self.shared[layer.name] = first
-            self._held.setdefault(first, (x, _version(x)))
-        if first == layer.name:
-            if first not in self._sums:
-                self._sums[first] = SecondMoments(x.shape[1], x.device)
-            self._sums[first].add(x)
+        if self.is_first(layer.name, x):
+            if layer.name not in self._sums:
+                self._sums[layer.name] = SecondMoments(x.shape[1], x.device)
+            self._sums[layer.name].add(x)
 
     def take(self, layer: str) -> Tensor:
         """Return the second moments of a layer's input, float32, which are the caller's from now on."""
-        self._held.clear()
+        self.let_go()
         return self._sums.pop(layer).take()
-
-
-def _is_same(x: Tensor, held: Tensor, version: int) -> bool:
-    """Tell whether a layer is given the very tensor that another was given, unchanged since."""
-    return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype) == (
-        held.device,
-        held.data_ptr(),
-        held.shape,
-        held.stride(),
-        held.dtype,
-    ) and _version(x) == version
-
-
-def _version(x: Tensor) -> int:
-    """Return how often a tensor was changed in place; inference tensors don't count it."""
-    return 0 if x.is_inference() else x._version

@@ -32,33 +32,51 @@ class InputSums:
 
 
 @dataclass(kw_only=True, eq=False)
-class BlockInputs:
+class SharedInputs:
+    """Which layers of a block are given the same tensor, by what each was given in its first batch.
+
+    Attributes:
+        shared: by layer, the first layer that is given its input.
+    """
+
+    shared: dict[str, str] = field(default_factory=dict)
+    # Of the first batch: inputs are held, so that no other tensor comes to lie where one of them lay; with the count of
+    # their changes in place, since one that was changed between two layers is not the same to both.
+    _held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    def is_first(self, layer: str, x: Tensor) -> bool:
+        """Tell whether a layer is the first of those that are given its input, which is what it is given now."""
+        if layer in self._seen:  # a second batch
+            self.let_go()
+        self._seen.add(layer)
+        if layer not in self.shared:
+            first = next((name for name, held in self._held.items() if _is_same(x, *held)), layer)
+            self.shared[layer] = first
+            self._held.setdefault(first, (x, _changes(x)))
+        return self.shared[layer] == layer
+
+    def let_go(self) -> None:
+        """Hold no input any more."""
+        self._held.clear()
+
+
+@dataclass(kw_only=True, eq=False)
+class BlockInputs(SharedInputs):
     """Inputs of the layers of one block, by what `add`, which watches the block run, has seen.
 
     Attributes:
         group_size: of the columns whose products are summed, or ``ROW`` for all columns; None sums none.
-        shared: by layer, the first layer that is given its input.
     """
 
     group_size: int | None = None
-    shared: dict[str, str] = field(default_factory=dict)
     _sums: dict[str, InputSums] = field(default_factory=dict)
-    # Of the first batch: inputs are held, so that no other tensor comes to lie where one of them lay.
-    _held: dict[str, Tensor] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
 
     def add(self, layer: Layer, x: Tensor) -> None:
         """Take in the input of a layer, [tokens, in_features], for a batch; no tokens are as if it was not called."""
         if not len(x):
             return
-        if layer.name in self._seen:  # a second batch
-            self._held.clear()
-        self._seen.add(layer.name)
-        if layer.name not in self.shared:
-            first = next((name for name, held in self._held.items() if _is_same(x, held)), layer.name)
-            self.shared[layer.name] = first
-            self._held.setdefault(first, x)
-        if self.shared[layer.name] == layer.name:
+        if self.is_first(layer.name, x):
             self._take(layer.name, x.float())
 
     def of(self, layer: str) -> InputSums | None:
@@ -67,7 +85,7 @@ class BlockInputs:
         Raises:
             ActivationError: they are NaN or infinite.
         """
-        self._held.clear()
+        self.let_go()
         sums = self._sums.get(self.shared.get(layer, layer))
         if sums is not None and not bool(sums.squares.isfinite().all()):
             raise ActivationError(
@@ -108,11 +126,12 @@ class BlockInputs:
             sums.products = products if sums.products is None else sums.products.add_(products)
 
 
-def _is_same(x: Tensor, held: Tensor) -> bool:
-    """Tell whether a layer is given the very tensor that another was given."""
-    # Inference tensors don't count how often they were changed in place.
-    versions = [0 if t.is_inference() else t._version for t in (x, held)]
-    places = [
-        (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, v) for t, v in zip((x, held), versions, strict=True)
-    ]
-    return places[0] == places[1]
+def _is_same(x: Tensor, held: Tensor, changes: int) -> bool:
+    """Tell whether a layer is given the very tensor that another was given, unchanged since."""
+    places = [(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (x, held)]
+    return places[0] == places[1] and _changes(x) == changes
+
+
+def _changes(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; inference tensors don't count it."""
+    return 0 if x.is_inference() else x._version

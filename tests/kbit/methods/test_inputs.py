@@ -1,4 +1,4 @@
-"""What methods that calibrate learn of layers' inputs, where a layer gets no tokens."""
+"""What methods that calibrate learn of layers' inputs: of no tokens, and of tensors that change between layers."""
 
 from __future__ import annotations
 
@@ -65,3 +65,21 @@ def test_no_tokens_come_before_and_after_others_without_a_trace() -> None:
     moments = SecondMoments(64, x.device)
     moments.add(x[:0])
     assert moments.tokens == 0
+
+
+@pytest.mark.parametrize("inputs", [BlockInputs(), BlockMoments()], ids=lambda inputs: type(inputs).__name__)
+def test_a_tensor_that_is_changed_between_two_layers_is_not_shared(inputs: BlockInputs | BlockMoments) -> None:
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    first, second, third, *_ = block_layers(tiny("opt"))
+    inputs.add(first, x.view(-1, 64))
+    x.mul_(2)
+    inputs.add(second, x.view(-1, 64))
+    inputs.add(third, x.view(-1, 64))
+    assert inputs.shared == {first.name: first.name, second.name: second.name, third.name: second.name}
+    if isinstance(inputs, BlockInputs):
+        before, after = inputs.of(first.name), inputs.of(third.name)
+        assert before is not None
+        assert after is not None
+        torch.testing.assert_close(after.squares, 4 * before.squares)
+    else:
+        torch.testing.assert_close(inputs.take(second.name), 4 * inputs.take(first.name))
