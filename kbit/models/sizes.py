@@ -110,7 +110,7 @@ def parts_of(
         packed=held + compute_bytes * (sizes.parameters - sizes.quantized) if packs else None,
         originals=compute_bytes * sizes.quantized if apart else 0,
         largest=STORED_BYTES * sizes.largest,
-        working=spec.working_bytes(max(sizes.hidden, sizes.inner)),
+        working=spec.working_bytes(sizes.hidden, sizes.inner),
         block=compute_bytes * sizes.block,
         outside=compute_bytes * sizes.outside,
         token=compute_bytes * width,

@@ -104,10 +104,10 @@ def correction(h: Tensor, *, act_order: bool = False, rotation: int | None = Non
     dead = diagonal == 0
     diagonal[dead] = 1
     if rotation is not None:
-        h = rotate(rotate(h, rotation).t(), rotation)
+        h.copy_(rotate(rotate(h, rotation).t(), rotation))
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
-        h = h[order][:, order]
+        h.copy_(h[order][:, order])  # in place: a caller may hold it
     mean = float(h.diagonal().mean())
     for share in DAMPING:
         upper = _inverse_factor(h, share * mean)

@@ -55,7 +55,9 @@ def weighted_codebook(
     if not bool(weights.any()):
         weights = torch.ones_like(weights)
     values, order = values.sort(stable=True)
-    return as_codebook(_iterated(values, weights[order], spec.bits)).to(weight.device)
+    weights = weights[order]
+    del order
+    return as_codebook(_iterated(values, weights, spec.bits)).to(weight.device)
 
 
 def _scaled(source: Source, spec: QuantSpec, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,14 +76,15 @@ def _scaled(source: Source, spec: QuantSpec, importance: Tensor) -> tuple[Tensor
         of_value = importance[torch.arange(piece.start, piece.stop, device=source.device) % columns]
         parts.append(values[taken != 0])
         weights.append(of_value[taken != 0])
-    return torch.cat(parts), torch.cat(weights)
+    scaled = torch.cat(parts)
+    parts.clear()
+    return scaled, torch.cat(weights)
 
 
 def _iterated(values: Tensor, weights: Tensor, bits: int) -> Tensor:
     """Return the values at which the iteration ends, float64 [2^bits]; of sorted values [n] and their weights."""
+    before = _sums_before(values, weights)
     wide = values.double()
-    moments = torch.stack([weights, weights * wide, weights * wide.square()])
-    before = torch.nn.functional.pad(moments.cumsum(1), (1, 0))
     book = quantiles_of(values, [(2 * i + 1) / 2 ** (bits + 1) for i in range(2**bits)])
     error = math.inf
     for _ in range(MOST_ROUNDS):
@@ -94,3 +97,17 @@ def _iterated(values: Tensor, weights: Tensor, bits: int) -> Tensor:
             break
         book, error = torch.where(mass > 0, first / mass.clamp(min=1e-300), book), now
     return book
+
+
+def _sums_before(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the sums of w, w y and w y^2 before each place, float64 [3, n + 1]; one summand lies in memory at a time.
+
+    Beside them are the values and their weights: of all that is fitted so, this takes most (``WEIGHTED_FIT_BYTES``).
+    """
+    before = weights.new_zeros(3, len(values) + 1)
+    torch.cumsum(weights, 0, out=before[0, 1:])
+    summand = values.double()
+    torch.cumsum(summand.mul_(weights), 0, out=before[1, 1:])
+    summand.copy_(values)
+    torch.cumsum(summand.square_().mul_(weights), 0, out=before[2, 1:])
+    return before

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 from kbit.axes import axes_of, like
 from kbit.errors import SpecError
+from kbit.specs.base import ROW
 from kbit.specs.blockwise import QuantSpec
+
+SEARCH_BYTES: Final = 40
+"""Of a weight: ten copies in float32. A search that clips was seen to need 27, and 36 where two layers share inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,16 @@ class AwqSpec(QuantSpec):
     @classmethod
     def from_canonical(cls, values: Mapping[str, Any]) -> Self:
         return super().from_canonical({"clip": False, **values})  # a later axis at its neutral value is in no key
+
+    def working_bytes(self, hidden: int, inner: int) -> int:
+        """The products of one block's inputs within groups, and what the largest layer is scaled and clipped with."""
+        largest = SEARCH_BYTES * hidden * max(inner, 3 * hidden)
+        if not self.clip or self.blocksize is None:
+            return largest
+        of_hidden, of_inner = (
+            width * (width if self.blocksize == ROW else min(width, self.blocksize)) for width in (hidden, inner)
+        )
+        return largest + 4 * (3 * of_hidden + of_inner)
 
     def blockwise(self) -> QuantSpec:
         """Return the spec of what is stored of a layer's scaled and clipped weight."""

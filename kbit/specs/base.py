@@ -90,8 +90,13 @@ class Spec(ABC):
         name, value = self.calibrating
         return f"{name}={value!r} calibrates on more than what enters a block's layers" if self.calibrates else None
 
-    def working_bytes(self, width: int) -> int:  # noqa: ARG002  # of the methods that need nothing to speak of
-        """Return the bytes on the device that the method needs beside the model, for layers of this many inputs."""
+    def working_bytes(self, hidden: int, inner: int) -> int:  # noqa: ARG002  # of methods that need nothing to speak of
+        """Return the bytes on the device that the method needs beside the model, but for activations.
+
+        Args:
+            hidden: inputs of most of a block's layers, the width of the residual stream.
+            inner: inputs of the others, the width of the FFN.
+        """
         return 0
 
     @property

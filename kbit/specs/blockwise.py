@@ -32,6 +32,9 @@ OPTIONS: Final = ("clip", "rotation", "weighting", "outlier_criterion")
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
 
+WEIGHTED_FIT_BYTES: Final = 48
+"""Of a weight, while a codebook is fitted to weighted errors: its value, its weight, three sums and a summand (44)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec(Spec):
@@ -320,6 +323,10 @@ class QuantSpec(Spec):
         if self.rotation is not None:
             return "a packed layer would have to rotate its inputs, and the weight is rotated back instead (rotation)"
         return super().why_not_packed
+
+    def working_bytes(self, hidden: int, inner: int) -> int:
+        """What a codebook is fitted to the largest layer with, by its inputs."""
+        return 0 if self.weighting is None else WEIGHTED_FIT_BYTES * hidden * max(inner, 3 * hidden)
 
     def of_row(self, length: int) -> Self:
         """Return the spec for a tensor with rows of this length: blocks of 'row' have that size."""

@@ -106,9 +106,9 @@ class GptqSpec(QuantSpec):
     def why_not_layered(self) -> str | None:
         return None
 
-    def working_bytes(self, width: int) -> int:
-        """The sums of one block's inputs, and what the largest is factored with: four matrices of float32."""
-        return 4 * 4 * width**2
+    def working_bytes(self, hidden: int, inner: int) -> int:
+        """The sums of one block's inputs, three of `hidden`, and three matrices that the widest is factored with."""
+        return 4 * (3 * hidden**2 + 4 * max(hidden, inner) ** 2)
 
     def blockwise(self, in_features: int) -> QuantSpec:
         """Return the spec of what is stored of a layer: blocks, codebook and absmax as without the correction."""
