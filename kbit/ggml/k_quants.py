@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kbit.ggml.simple import as_bytes, as_float
+from kbit.quantizer.storage import divided
 
 VALUES: Final = 256
 SUB: Final = 32
@@ -56,7 +57,7 @@ def quantize_offset(x: Tensor, out: Tensor, bits: int) -> Tensor:
     scales, offsets = fit.scale.view(-1, 8), fit.low.view(-1, 8).abs()  # abs: no -0
     largest, lowest = scales.amax(1).clamp_min(0), offsets.amax(1)
     in_scales, in_offsets = _in_six_bits(scales, largest), _in_six_bits(offsets, lowest)
-    d, dmin = (largest / MOST).half(), (lowest / MOST).half()
+    d, dmin = divided(largest, MOST).half(), divided(lowest, MOST).half()
     scale = (d.float()[:, None] * in_scales).view(-1)
     offset = (dmin.float()[:, None] * in_offsets).view(-1)
     codes = (values + offset).div_(scale).round_().clamp_(0, 2**bits - 1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kbit.quantizer.storage import divided
+
 BELOW_HALF = 0.49999997
 """The float32 before 1/2: what is added before truncation, so that halves go away from 0 and nothing else does."""
 GATHER = 0x0102040810204080
@@ -39,7 +41,7 @@ def quantize_symmetric(x: Tensor, out: Tensor, bits: int) -> Tensor:
 def quantize_offset(x: Tensor, out: Tensor, bits: int) -> Tensor:
     """Write q4_1 or q5_1: codes from the block's least value, 0, to its largest. As ``quantize_symmetric``."""
     low, high = x.amin(-1), x.amax(-1)  # aminmax takes ten times as long
-    scale = (high - low) / (2**bits - 1)
+    scale = divided(high - low, 2**bits - 1)
     codes = _whole((x - low[:, None]).mul_(_inverse(scale)[:, None]).add_(0.5)).clamp_(max=2**bits - 1)
     stored, offset = scale.half(), low.half()
     pairs = out.view(torch.int16)
@@ -52,7 +54,7 @@ def quantize_offset(x: Tensor, out: Tensor, bits: int) -> Tensor:
 def quantize_8bit(x: Tensor, out: Tensor, bits: int) -> Tensor:
     """Write q8_0: signed codes, ±127 for the largest magnitude; halves go away from 0. As ``quantize_symmetric``."""
     low, high = x.amin(-1), x.amax(-1)  # aminmax takes ten times as long
-    scale = torch.maximum(high, -low).abs_() / float((1 << (bits - 1)) - 1)
+    scale = divided(torch.maximum(high, -low).abs_(), (1 << (bits - 1)) - 1)
     y = x * _inverse(scale)[:, None]
     codes = y.add_(torch.copysign(y.new_tensor(BELOW_HALF), y)).to(torch.int8)
     stored = scale.half()

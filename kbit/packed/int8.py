@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kbit.packed.linear import wide_product
 from kbit.quantizer.int8 import LARGEST_CODE, Int8Rows, dequantize_rows, to_codes
+from kbit.quantizer.storage import divided
 
 _LEAST_ROWS: Final = 17
 """Rows from which torch multiplies int8 on a GPU; columns and outputs are multiples of 8 there."""
@@ -87,7 +88,7 @@ class Int8Linear(nn.Module):
         rows = tokens.masked_fill(is_outlier, 0).reshape(-1, self.in_features).float()
         scale = rows.abs().amax(1)
         y = int8_product(to_codes(rows, scale), self.codes).float()
-        y *= (scale / LARGEST_CODE).unsqueeze(1) * (self.absmax.float() / LARGEST_CODE)
+        y *= divided(scale, LARGEST_CODE).unsqueeze(1) * divided(self.absmax.float(), LARGEST_CODE)
         columns = is_outlier.any(0).view(-1).nonzero().view(-1)
         if len(columns):
             kept = torch.where(is_outlier, tokens, 0).index_select(-1, columns).reshape(-1, len(columns))

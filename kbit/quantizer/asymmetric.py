@@ -16,7 +16,7 @@ from torch import Tensor
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.packing import pack, packed_bytes
 from kbit.quantizer.source import Source
-from kbit.quantizer.storage import FLOAT16_MAX, non_finite
+from kbit.quantizer.storage import FLOAT16_MAX, divided, non_finite
 
 
 class Grid(NamedTuple):
@@ -35,7 +35,7 @@ def grid_between(low: Tensor, high: Tensor, bits: int) -> Grid:
     """Return the grid of blocks by their extremes: float32 tensors of one shape, which the grid's have too."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     top = 2**bits - 1
-    scale = ((high - low) / top).clamp(max=FLOAT16_MAX).to(torch.float16)
+    scale = divided(high - low, top).clamp(max=FLOAT16_MAX).to(torch.float16)
     return Grid(scale, (-low / divisor(scale)).round_().clamp_(0, top).to(torch.uint8))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kbit.quantizer.encode import Encoder
 from kbit.quantizer.packing import pack, packed_bytes, unpack
-from kbit.quantizer.storage import check_weight, chunk_length, non_finite, storage_dtype_of
+from kbit.quantizer.storage import check_weight, chunk_length, divided, non_finite, storage_dtype_of
 from kbit.specs.block_float import FORMATS, TENSOR_SCALE_BITS, BlockFloatSpec, ElementFormat
 
 E8M0_BIAS: Final = 127
@@ -173,12 +173,12 @@ def _e8m0(absmax: Tensor, element: ElementFormat, rounding: str | None) -> Tenso
 
 
 def _tensor_scale(absmax: Tensor, element: ElementFormat) -> Tensor:
-    return absmax.amax() / (E4M3.largest * element.largest)
+    return divided(absmax.amax(), E4M3.largest * element.largest)
 
 
 def _e4m3(absmax: Tensor, tensor_scale: Tensor) -> Tensor:
     """Return E4M3 codes of absmax / 6 / tensor scale, rounded to nearest even; 0 where the tensor's scale is."""
-    scaled = absmax.div(FP4_LARGEST).div_(torch.where(tensor_scale == 0, torch.inf, tensor_scale))
+    scaled = divided(absmax, FP4_LARGEST).div_(torch.where(tensor_scale == 0, torch.inf, tensor_scale))
     return _encoder(E4M3, absmax.device)(scaled.view(-1)).view(absmax.shape)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kbit.quantizer.packing import pack, packed_bytes, unpack
-from kbit.quantizer.storage import FLOAT16_MAX, check_weight, chunk_length, non_finite, storage_dtype_of
+from kbit.quantizer.storage import FLOAT16_MAX, check_weight, chunk_length, divided, non_finite, storage_dtype_of
 from kbit.specs.base import ROW
 from kbit.specs.hqq import HqqSpec
 
@@ -144,7 +144,9 @@ def _range(own: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return scale (of float16 values) and zero point of groups [rows, groups, width]: float32 [rows, groups]."""
     least, most = own.aminmax(dim=-1)
     largest = torch.maximum(least.abs(), most.abs())
-    scale = torch.maximum((most - least) / (2**bits - 1), largest / LARGEST_ZERO).clamp(max=FLOAT16_MAX).half().float()
+    scale = (
+        torch.maximum(divided(most - least, 2**bits - 1), largest / LARGEST_ZERO).clamp(max=FLOAT16_MAX).half().float()
+    )
     # Below float16's smallest numbers: the group is one value, or nothing.
     scale = torch.where(scale == 0, largest.half().float(), scale)
     return scale, -least / _divisor(scale)

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kbit.quantizer.storage import FLOAT16_MAX, check_weight, non_finite, storage_dtype_of
+from kbit.quantizer.storage import FLOAT16_MAX, check_weight, divided, non_finite, storage_dtype_of
 
 LARGEST_CODE: Final = 127
 _PIECE: Final = 1 << 24
@@ -75,7 +75,7 @@ def to_codes(values: Tensor, absmax: Tensor) -> Tensor:
 def dequantize_rows(q: Int8Rows, columns: Tensor | None = None) -> Tensor:
     """Return the weight that `q` stands for, in the storage dtype; of some columns, int64 [m], where they are given."""
     codes = q.codes if columns is None else q.codes.index_select(1, columns)
-    return (codes.float() / LARGEST_CODE * q.absmax.float().unsqueeze(1)).to(q.storage_dtype)
+    return (divided(codes.float(), LARGEST_CODE) * q.absmax.float().unsqueeze(1)).to(q.storage_dtype)
 
 
 def row_pieces(weight: Tensor) -> list[tuple[int, int]]:

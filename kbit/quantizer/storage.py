@@ -47,6 +47,11 @@ def check_weight(weight: Tensor) -> None:
         )
 
 
+def divided(values: Tensor, number: float) -> Tensor:
+    """Return values / number, the same on every device: a GPU multiplies by the reciprocal of a Python number."""
+    return values / values.new_full((), number)
+
+
 def non_finite(what: str, dtype: torch.dtype) -> WeightError:
     name = STORAGE_DTYPES.get(dtype, "float32")
     return WeightError(f"{what} holds NaN or infinite values once cast to {name}: there is no absmax to scale it by")

@@ -152,6 +152,7 @@ class Reading:
                 if memory is None:
                     break
                 copied = self._copy(chunk[:length], memory[first : first + length], self._streams.get(arriving.device))
+                memory = None  # the next piece may be long in coming, and the tensor dropped meanwhile
                 with self._lock:
                     if copied is not None:
                         arriving.copies.append(copied)

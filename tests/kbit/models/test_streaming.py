@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +172,21 @@ def test_weights_that_the_files_hold_twice_are_apart_where_they_differ(tmp_path:
     streamed.fill(every_name(streamed.model), CPU)
     assert streamed.model.lm_head.weight is not streamed.model.get_input_embeddings().weight
     assert identical(all_of(streamed.model), all_of(loaded.model))
+
+
+def test_a_tensor_that_was_dropped_takes_no_memory_while_threads_wait(tmp_path: Path) -> None:
+    save_file({name: torch.full((1000,), n) for n, name in enumerate("abc")}, tmp_path / "x.safetensors")
+    extents = extents_of([tmp_path / "x.safetensors"])
+    with reader.Reading([(extents[name], CPU) for name in "abc"], threads=1) as reading:
+        first = reading.take()
+        memory = weakref.ref(first.untyped_storage())
+        assert first.unique().tolist() == [0]
+        del first
+        deadline = time.monotonic() + 10
+        while memory() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert memory() is None
+        assert [reading.take().unique().tolist() for _ in range(2)] == [[1], [2]]
 
 
 def test_tensors_of_a_torch_file_are_found_whatever_their_order_in_memory(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from kbit import KBitLinear, QuantSpec, SpecError, codebook, dequantize, quantiz
 from kbit.models.whole import WholeModel
 from kbit.packed.linear import spec_as_json
 from kbit.quantizer.packing import unpack
+from kbit.quantizer.storage import divided
 from kbit.spec import spec_of
 from kbit.specs.base import ROW
 from tests.kbit.tiny_models import tiny
@@ -150,3 +151,11 @@ def test_rows_can_be_held_in_k_bits() -> None:
 
 def test_integers_with_zero_points_are_their_own_codebook() -> None:
     assert codebook(QuantSpec(bits=2, dtype="int", zero_point=True)).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_divisions_by_a_number_are_those_of_float32_on_every_device(device: str) -> None:
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(3))
+    for number in (3, 6, 7, 15, 63, 127, 448 * 6):
+        expected = values.numpy() / np.float32(number)
+        assert (divided(values.to(device), number).cpu().numpy() == expected).all()
