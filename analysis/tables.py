@@ -12,17 +12,29 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 
-from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, one_exponent, ordered_dtypes, plain, points
+from analysis.cells import (
+    WHOLE_TENSOR,
+    baselines,
+    block_name,
+    measured,
+    numbers,
+    one_exponent,
+    ordered_dtypes,
+    plain,
+    points,
+)
 from analysis.metrics import Metric, parse_metric
 from kbit.errors import SpecError
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 TABLE_SUFFIXES: Final = (".csv", ".parquet", ".md", ".tex")
 _LATEX_NEEDS: Final = "% \\usepackage{booktabs}\n"
 _FIELDS: Final = ("value", "stderr", "diverged")
+_OTHER: Final = ("model", "method", "label", "bits_per_param", *_FIELDS)
 
 
 def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | None = 64) -> pd.DataFrame:
@@ -46,9 +58,7 @@ def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | No
     """
     metric = parse_metric(metric, df) if isinstance(metric, str) else metric
     rows = measured(df)
-    cells = plain(rows)
-    cells = points(cells[cells["blocksize"] == (blocksize or WHOLE_TENSOR)], metric)
-    cells = one_exponent(cells, ["family", "dtype", "bits"])
+    cells = _tabled(rows, metric, blocksize)
     base = points(baselines(rows), metric)
     dtypes = ordered_dtypes(cells) or ["16-bit"]
     spread = pd.concat([base.assign(dtype=d) for d in dtypes])
@@ -63,6 +73,67 @@ def bits_by_dtype(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | No
     columns = pd.MultiIndex.from_product([dtypes, _FIELDS], names=["dtype", "field"])
     kinds = {(d, f): "bool" if f == "diverged" else "float64" for d in dtypes for f in _FIELDS}
     return pd.DataFrame(data, index=index, columns=columns).astype(kinds)
+
+
+def other_cells(df: pd.DataFrame, *, metric: Metric | str, blocksize: int | None = 64) -> pd.DataFrame:
+    """Return the quantized cells with a value of a metric that ``bits_by_dtype`` has no place for.
+
+    They are of other methods, block sizes or options, or floats with another number of exponent bits.
+
+    Args:
+        df: a wide result table.
+        metric: a metric or its column.
+        blocksize: of the table: values a block; None for the whole tensor.
+
+    Returns:
+        A row each, models by family and size, of each the most bits first: model, method, label, bits_per_param (as
+        stored; the nominal count where that is unknown), value and stderr (float64), diverged (bool).
+
+    Raises:
+        ValueError: ``metric`` isn't a metric's name.
+    """
+    metric = parse_metric(metric, df) if isinstance(metric, str) else metric
+    rows = measured(df)
+    bits = numbers(rows, "bits")
+    cells = points(rows[bits.notna() & (bits != BASELINE_BITS)], metric)
+    cells = cells[~cells["key"].isin(_tabled(rows, metric, blocksize)["key"])]
+    about = rows.reindex(columns=["key", "label", "bits_per_param"]).rename(columns={"bits_per_param": "stored"})
+    cells = cells.merge(about, on="key", how="left")
+    cells["bits_per_param"] = numbers(cells, "stored").fillna(cells["bits_per_param"])
+    order = ["family", "params", "model", "bits_per_param"]
+    cells = cells.sort_values(order, ascending=[True, True, True, False], kind="stable")
+    return cells[list(_OTHER)].reset_index(drop=True)
+
+
+def others_text(others: pd.DataFrame, *, blocksize: int | None = 64) -> str:
+    """Say of ``other_cells`` how many of which methods they are, and why a table by bits lacks them; '' for none."""
+    if others.empty:
+        return ""
+    counts = ", ".join(f"{n} of {method}" for method, n in others["method"].value_counts(sort=False).items())
+    what = "1 cell is" if len(others) == 1 else f"{len(others)} cells are"
+    block = block_name(blocksize or WHOLE_TENSOR)
+    return f"{what} not in this table of plain block-wise cells at block size {block}: {counts}."
+
+
+def others_markdown(others: pd.DataFrame, *, metric: Metric | str) -> str:
+    """``other_cells`` as a Markdown table by label, with stored bits per parameter."""
+    metric = parse_metric(metric) if isinstance(metric, str) else metric
+    return f"{others_text(others)}\n\n" + _pipe_table(_by_label(metric), _lines(others, metric), numeric_from=2)
+
+
+def render_others(others: pd.DataFrame, console: Console, *, metric: Metric | str) -> None:
+    """Prints ``other_cells``, a line a cell."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    metric = parse_metric(metric) if isinstance(metric, str) else metric
+    grid = Table(box=box.SIMPLE_HEAD)
+    for i, name in enumerate(_by_label(metric)):
+        grid.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    for line in _lines(others, metric):
+        grid.add_row(*map(Text, line))
+    _print_whole(grid, console)
 
 
 def to_markdown(table: pd.DataFrame, *, metric: Metric | str) -> str:
@@ -94,10 +165,7 @@ def render(table: pd.DataFrame, console: Console, *, metric: Metric | str, block
         texts = [Text(text, style="bold" if best else "") for text, best in cells]
         grid.add_row("" if model == last else model, str(bits), *texts)
         last = model
-    # Rich cuts what is wider than the terminal; numbers must not be cut, so a narrow terminal wraps lines instead.
-    wide = console.measure(grid, options=console.options.update(max_width=1000)).maximum
-    grid.width = wide if wide > console.width else None
-    console.print(grid, crop=False, no_wrap=True, overflow="ignore")
+    _print_whole(grid, console)
 
 
 def write_table(df: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
@@ -127,6 +195,32 @@ def write_table(df: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _tabled(rows: pd.DataFrame, metric: Metric, blocksize: int | None) -> pd.DataFrame:
+    """Return the points among ``measured`` rows that a table by bits and data type holds."""
+    cells = plain(rows)
+    cells = points(cells[cells["blocksize"] == (blocksize or WHOLE_TENSOR)], metric)
+    return one_exponent(cells, ["family", "dtype", "bits"])
+
+
+def _by_label(metric: Metric) -> list[str]:
+    return ["model", "cell", "bits per parameter", metric.label]
+
+
+def _lines(others: pd.DataFrame, metric: Metric) -> list[list[str]]:
+    """Text of ``other_cells``, row by row."""
+    return [
+        [r.model, r.label, f"{r.bits_per_param:.3f}", _text(r.value, r.stderr, r.diverged, decimals=metric.decimals)]
+        for r in others.itertuples()
+    ]
+
+
+def _print_whole(grid: Table, console: Console) -> None:
+    # Rich cuts what is wider than the terminal; numbers must not be cut, so a narrow terminal wraps lines instead.
+    wide = console.measure(grid, options=console.options.update(max_width=1000)).maximum
+    grid.width = wide if wide > console.width else None
+    console.print(grid, crop=False, no_wrap=True, overflow="ignore")
 
 
 def _dtypes(table: pd.DataFrame) -> list[str]:

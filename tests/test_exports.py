@@ -24,7 +24,7 @@ FUNCTIONS = {
     "analysis.mixtures": ["mixture_warnings"],
     "analysis.scaling": ["best_precision", "budget_grid", "common_range", "interpolate", "scaling_points"],
     "analysis.significance": ["compare", "compare_loss", "compare_mean_loss", "compare_outcomes"],
-    "analysis.tables": ["bits_by_dtype", "render", "to_markdown", "write_table"],
+    "analysis.tables": ["bits_by_dtype", "other_cells", "render", "to_markdown", "write_table"],
     "kbit.evaluation.lm": ["KbitLM"],
 }
 

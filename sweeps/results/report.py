@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_FAILURES_SHOWN = 10
+MOST_OTHERS_SHOWN = 30
+"""Cells without a place in the table by bits and data type."""
 
 
 def show_results(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
@@ -30,7 +32,9 @@ def show_results(store: Store, manifest: Manifest, console: Console, *, figures:
     """
     results, long = study_results(store.out, manifest)
     if results["finished"].notna().any():
-        _show_table(results, console)
+        by_label = f"tables/{manifest.sweep}.md"
+        written = figures or (store.out / by_label).exists()
+        _show_table(results, by_label if written else "what mode=table writes", console)
         if figures:
             with console.status("comparing cells, drawing figures"):
                 _draw(store, manifest.sweep, results, long, console)
@@ -39,12 +43,20 @@ def show_results(store: Store, manifest: Manifest, console: Console, *, figures:
     return _show_failures(results[results["key"].isin(mine)], console)
 
 
-def _show_table(results: pd.DataFrame, console: Console) -> None:
+def _show_table(results: pd.DataFrame, elsewhere: str, console: Console) -> None:
+    """Print a table by bits and data type, and below it the cells that have no place there, or where they are."""
     from analysis.metrics import headline_metrics
-    from analysis.tables import bits_by_dtype, render
+    from analysis.tables import bits_by_dtype, other_cells, others_text, render, render_others
 
     for metric in headline_metrics(results):
         render(bits_by_dtype(results, metric=metric), console, metric=metric)
+        others = other_cells(results, metric=metric)
+        if len(others):
+            many = len(others) > MOST_OTHERS_SHOWN
+            where = f"They are in {elsewhere}, by label." if many else "They are:"
+            console.print(f"{others_text(others)} {where}", markup=False, highlight=False, soft_wrap=True)
+            if not many:
+                render_others(others, console, metric=metric)
 
 
 def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, console: Console) -> None:
@@ -71,13 +83,17 @@ def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, c
 def write_tables(store: Store, sweep: str, results: pd.DataFrame) -> list[Path]:
     """Write a study's results as parquet and CSV, and what the terminal shows as Markdown; return the files."""
     from analysis.metrics import headline_metrics
-    from analysis.tables import bits_by_dtype, to_markdown, write_table
+    from analysis.tables import bits_by_dtype, other_cells, others_markdown, to_markdown, write_table
 
     tables = store.out / "tables"
     make_directory(tables)
     made = [write_table(results, tables / f"{sweep}.{kind}") for kind in ("parquet", "csv")]
     share_with_group(*made)
-    shown = [to_markdown(bits_by_dtype(results, metric=m), metric=m) for m in headline_metrics(results)]
+    shown = []
+    for metric in headline_metrics(results):
+        shown.append(to_markdown(bits_by_dtype(results, metric=metric), metric=metric))
+        others = other_cells(results, metric=metric)
+        shown += [others_markdown(others, metric=metric)] if len(others) else []
     write_atomically(tables / f"{sweep}.md", "\n".join(shown).encode())
     return [*made, tables / f"{sweep}.md"]
 

@@ -16,7 +16,17 @@ from rich.console import Console
 from analysis.cells import measured, one_exponent, plain, points
 from analysis.metrics import ZERO_SHOT_TASKS, headline_metrics, metric_columns, parse_metric, primary_loss, stderr
 from analysis.mixtures import mixture_warnings
-from analysis.tables import TABLE_SUFFIXES, bits_by_dtype, render, to_markdown, write_table
+from analysis.tables import (
+    TABLE_SUFFIXES,
+    bits_by_dtype,
+    other_cells,
+    others_markdown,
+    others_text,
+    render,
+    render_others,
+    to_markdown,
+    write_table,
+)
 from kbit.errors import SpecError
 from kbit.spec import QuantSpec
 from tests.analysis.studies import MODELS, Study, demo_specs, diverge, make_study
@@ -102,6 +112,29 @@ def test_bits_by_dtype_of_another_block_size_has_its_cells_only(study: Study) ->
     whole = make_study(specs=[QuantSpec(bits=4, dtype="int", blocksize=None), QuantSpec(bits=4, dtype="int")])
     found = bits_by_dtype(whole.wide, metric=LOSS, blocksize=None)
     assert found.loc[("neox-s", 4), ("int", "value")] == one(whole.wide, key="neox-s int4 tensor")["jargon_loss"]
+
+
+def test_cells_without_a_place_in_the_table_are_counted_and_listed_by_label(study: Study) -> None:
+    wide = study.wide.copy()
+    ggml = wide["key"] == "neox-s int4 b64"
+    about = {"method": "ggml", "label": "ggml q4_K", "ggml_type": "q4_K", "bits_per_param": 4.5}
+    wide.loc[ggml, ["dtype", "scheme", "absmax_dtype"]] = None
+    for name, value in about.items():
+        wide.loc[ggml, name] = value
+    others = other_cells(wide, metric=LOSS)
+    table = bits_by_dtype(wide, metric=LOSS)
+    held = int(table.xs("value", axis=1, level="field").drop(16, level="bits").notna().to_numpy().sum())
+    assert held + len(others) == int((wide["bits"] < 16).sum())
+    assert others_text(others) == (
+        "55 cells are not in this table of plain block-wise cells at block size 64: 54 of blockwise, 1 of ggml."
+    )
+    value = wide.loc[ggml, "jargon_loss"].item()
+    markdown = unpadded(others_markdown(others, metric=LOSS))
+    assert f"| neox-s | ggml q4_K | 4.500 | {value:.3f} ± 0." in markdown
+    out = StringIO()
+    render_others(others[others["method"] == "ggml"], Console(file=out, width=60), metric=LOSS)
+    assert f"{value:.3f} ± 0." in out.getvalue()
+    assert others_text(other_cells(pd.DataFrame(), metric=LOSS)) == ""
 
 
 @pytest.mark.parametrize("status", ["failed", "running", "queued", "missing"])

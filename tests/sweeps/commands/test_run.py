@@ -13,8 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.tables import other_cells, others_text
 from sweeps import load_results, load_samples
 from sweeps.config import DEMO_DIR
+from sweeps.results.report import MOST_OTHERS_SHOWN
 from sweeps.store.parts import Store
 from sweeps.text import counted
 from tests.conftest import ROOT, Launch
@@ -124,6 +126,12 @@ def test_the_demo_ends_in_a_table_figures_and_places(demo: tuple[Path, subproces
     out, process = demo
     for expected in ("16", "int", "quantile", "±", "bit_scaling.png", "tables/demo.csv"):
         assert expected in process.stdout
+    others = other_cells(load_results(out), metric="jargon_loss")
+    assert 0 < len(others) <= MOST_OTHERS_SHOWN
+    assert f"{others_text(others)} They are:" in process.stdout
+    by_label = (out / "tables" / "demo.md").read_text()
+    assert others_text(others) in by_label
+    assert all(label in process.stdout and label in by_label for label in others["label"])
     figures = {p.name: p.read_bytes() for p in out.glob("figures/demo/*.png")}
     assert set(figures) == {"bit_scaling.png", "data_types_4bit.png", "block_sizes_4bit.png"}
     assert all(data.startswith(b"\x89PNG") for data in figures.values())
