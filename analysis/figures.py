@@ -21,6 +21,7 @@ from analysis.cells import (
     block_name,
     fullest_dtype,
     measured,
+    numbers,
     one_exponent,
     ordered_dtypes,
     plain,
@@ -213,18 +214,22 @@ def methods(
 ) -> Figure | None:
     """Draw methods at one precision over model sizes, and their change from 16-bit, per family.
 
-    All with block size 64 and one data type: the one with the most methods. Replicates, which differ in the seed of
+    All with block size 64 and one data type: the one with the most methods. Methods without such a cell (formats with
+    scales of their own have no data type) are named below it, or where it is said to be missing. Replicates, which differ in the seed of
     their calibration data, are one point with their spread. None, with the reason logged, for fewer than two methods.
     """
     rows = measured(df)
     cells = plain(rows, every_method=True)
     cells = points(cells[(cells["blocksize"] == 64) & (cells["bits"] == bits)], metric)
     cells = cells[cells["dtype"] == fullest_dtype(cells, "method")]
+    others = sorted({*points(rows[numbers(rows, "bits") == bits], metric)["method"]} - {*cells["method"]})
+    apart = f"Not drawn, without such a cell: {', '.join(others)}." if others else ""
     cells = one_exponent(cells, ["family", "dtype", "bits"], axis="method")
     found = list(dict.fromkeys(sorted(cells["method"], key=lambda m: (m != "blockwise", m))))
     if len(found) < 2:
         named = " and ".join(found) or "no method"
-        log.warning("no figure of methods: at %d bits and block size 64, %s has %s", bits, named, metric.column)
+        text = "no figure of methods: at %d bits and block size 64, %s has %s"
+        log.warning(text + (f". {apart}" if apart else ""), bits, named, metric.column)
         return None
     cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
     panels = {style.family_name(str(f)): own for f, own in cells.groupby("family")}
@@ -232,7 +237,7 @@ def methods(
     drawing = Drawing(metric=metric, cap=None, samples=samples or {})
     fig = _comparison(drawing, points(baselines(rows), metric), panels, "method", styles)
     title = f"Methods at {bits} bits: {metric.phrase} ({cells['dtype'].iloc[0]}, block size 64)"
-    style.finish(fig, title, drawing.notes(cells, sweep))
+    style.finish(fig, title, " ".join(filter(None, (apart, drawing.notes(cells, sweep)))))
     return fig
 
 

@@ -91,6 +91,28 @@ def test_the_figure_of_methods_has_one_point_with_a_bar_for_all_seeds() -> None:
     assert "Replicates" not in written(single)
 
 
+def test_methods_without_a_data_type_are_named_below_the_figure_or_with_why_there_is_none(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def with_formats(wide: pd.DataFrame) -> pd.DataFrame:
+        four = wide[(wide["bits"] == 4) & (wide["method"] == "blockwise")]
+        others = [
+            four.assign(method=m, dtype=None, blocksize=b, scheme=None, key=four["key"] + m)
+            for m, b in (("hqq", 64), ("ggml", None), ("block_float", None))
+        ]
+        return pd.concat([wide, *others], ignore_index=True).astype({"blocksize": "Int64"})
+
+    fig = methods(with_formats(study({0: 3.5})), LOSS)
+    assert fig is not None
+    assert list(curves(fig.axes[0])) == ["blockwise", "gptq"]
+    assert "Not drawn, without such a cell: block_float, ggml, hqq." in written(fig)
+    assert methods(with_formats(study({})), LOSS) is None
+    assert "blockwise has jargon_loss. Not drawn, without such a cell: block_float, ggml, hqq." in caplog.text
+    alone = methods(study({0: 3.5}), LOSS)
+    assert alone is not None
+    assert "Not drawn" not in written(alone)
+
+
 def test_a_method_is_drawn_as_it_is_by_default() -> None:
     wide = study({0: 3.5}).assign(clip=False)
     gptq = wide[wide["method"] == "gptq"].assign(method="awq", scheme="group")
