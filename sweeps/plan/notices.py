@@ -10,6 +10,7 @@ from kbit.errors import CheckpointError
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import read_config
+from kbit.specs.base import Spec
 from sweeps.errors import HubError
 from sweeps.store.parts import Store
 from sweeps.store.rows import recorded_state
@@ -132,11 +133,17 @@ def _calibrate_on_tests(manifest: Manifest) -> Iterator[str]:
     for dataset, name in {c.calibration.dataset: c.calibration.name for c in cells if c.calibration}.items():
         same = [e.name for e in manifest.evals if e.dataset == dataset]
         if same:
-            methods = _some(list(dict.fromkeys(c.quant.method for c in cells)))
+            methods = _some(list(dict.fromkeys(_calibrating(c.quant) for c in cells)))
             yield (
                 f"calibration.set={name} is also measured on ({_some(same)}): cells of {methods} have seen what they "
                 "are tested on, and their losses are too low there. Calibrate on another text, such as a training split"
             )
+
+
+def _calibrating(spec: Spec) -> str:
+    """Return the method that calibrates, or the option with which one does: 'gptq', 'weighting=activation'."""
+    name, value = spec.calibrating
+    return value if name == "method" else f"{name}={value}"
 
 
 def _need_bos(manifest: Manifest) -> Iterator[str]:

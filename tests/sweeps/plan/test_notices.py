@@ -137,5 +137,10 @@ def test_a_text_that_is_calibrated_and_measured_on_is_said(launch: Launch, study
     study += ["calibration.length=64", "where={blocksize: row}"]
     seen = said(launch, *study, f"calibration.set={tmp_path / 'words.jsonl'}")
     assert "is also measured on (words): cells of gptq have seen what they are tested on" in seen
+    options = "sweep.quant=[{bits: 4, dtype: lloyd, weighting: activation}, "
+    options += "{bits: 4, dtype: int, outlier_fraction: 0.02, outlier_criterion: activation}]"
+    without = [key for key in study if not key.startswith(("sweep.quant", "where"))]
+    seen = said(launch, *without, options, f"calibration.set={tmp_path / 'words.jsonl'}")
+    assert "cells of weighting=activation, outlier_criterion=activation have seen what" in seen
     (tmp_path / "other.jsonl").write_text("".join((tmp_path / "words.jsonl").open().readlines()[:200]))
     assert "also measured on" not in said(launch, *study, f"calibration.set={tmp_path / 'other.jsonl'}")
