@@ -249,7 +249,9 @@ class QuantSpec(Spec):
         elif self.dtype == "file":
             raise SpecError("dtype", self.dtype, "a data type from a file is written {file: PATH.json}")
         elif (self.dtype is not None or not self.is_baseline) and self.dtype not in DTYPES:
-            raise DTYPES.unknown(self.dtype)
+            names = "one of " + ", ".join("{file: my.json}" if name == "file" else name for name in DTYPES)
+            missing = f"must be given with method={self.method_name}: " if self.dtype is None else ""
+            raise SpecError("dtype", self.dtype, missing + names)
 
     def _validate_exponent_bits(self, value: int | str) -> None:
         if self.dtype == "float" and not self.is_baseline:

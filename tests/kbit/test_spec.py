@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from kbit.data_types import EXPONENT_RULES, named_dtypes
 from kbit.errors import SpecError
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import QuantSpec
+from kbit.spec import QuantSpec, spec_of
+
+
+@pytest.mark.parametrize("method", ["blockwise", "gptq", "awq"])
+def test_a_data_type_that_is_not_given_is_said_to_be_missing(method: str) -> None:
+    with pytest.raises(SpecError, match=rf"must be given with method={method}: one of int, .*\{{file: my\.json\}}"):
+        spec_of({"method": method, "bits": 4})
+    with pytest.raises(SpecError, match=r"dtype='flaot' is not valid: one of int, .*\{file: my\.json\}"):
+        spec_of({"method": method, "bits": 4, "dtype": "flaot"})
 
 
 @pytest.mark.parametrize(
