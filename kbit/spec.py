@@ -79,7 +79,7 @@ def spec_of(values: Mapping[str, Any]) -> Spec:
         given |= _dtype_from_file(given["dtype"], given.get("bits"))
     foreign = sorted(given.keys() - axes_of(cls).keys())
     if foreign:
-        has = ", ".join(axes_of(cls))
+        has = ", ".join(cls.offered())
         raise SpecError(foreign[0], given[foreign[0]], f"method {named or 'blockwise'} has no such axis; it has {has}")
     missing = next((name for name in axes_of(cls) if name not in given and _must_be_given(cls, name)), None)
     if missing is not None:

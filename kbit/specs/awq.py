@@ -35,6 +35,7 @@ class AwqSpec(QuantSpec):
     effort: ClassVar[float] = 60.0
     passes: ClassVar[float] = 84.0
     takes: ClassVar[frozenset[str]] = frozenset({"clip"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
 
     scheme: str = like(QuantSpec, "scheme", "group")
     clip: bool = like(QuantSpec, "clip", True)

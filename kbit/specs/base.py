@@ -35,6 +35,7 @@ class Spec(ABC):
         replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
             more than its weights is quantized.
         needs_config: a key that a model's config.json must have; None where any model will do.
+        refuses: inherited axes whose every value but the neutral one the method refuses: no list for people has them.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
     """
 
@@ -44,11 +45,17 @@ class Spec(ABC):
     packs: ClassVar[bool] = False
     replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
+    refuses: ClassVar[frozenset[str]] = frozenset()
     needs_config: ClassVar[str | None] = None
     passes: ClassVar[float] = 4.0
     shared_passes: ClassVar[float] = 0.0
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
+
+    @classmethod
+    def offered(cls) -> tuple[str, ...]:
+        """Return the axes that the method obeys, in the order of their fields."""
+        return tuple(name for name in axes_of(cls) if name not in cls.refuses)
 
     @property
     def method(self) -> str:

@@ -282,6 +282,11 @@ class QuantSpec(Spec):
         if self.weighting is not None or self.outlier_criterion == "activation":
             set_(self, "calibrates", True)
 
+    @classmethod
+    def offered(cls) -> tuple[str, ...]:
+        takes = cls.__dict__.get("takes", frozenset())
+        return tuple(name for name in super().offered() if name not in OPTIONS or name in takes)
+
     @property
     def is_baseline(self) -> bool:
         return self.bits == BASELINE_BITS

@@ -37,6 +37,7 @@ class GptqSpec(QuantSpec):
     calibrates: ClassVar[bool] = True
     effort: ClassVar[float] = 50.0
     takes: ClassVar[frozenset[str]] = frozenset({"rotation"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
 
     scheme: str = like(QuantSpec, "scheme", "group")
     act_order: bool = axis(

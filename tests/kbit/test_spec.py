@@ -16,6 +16,23 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec, spec_of
 
 
+@pytest.mark.parametrize(("method", "takes"), [("awq", "clip"), ("gptq", "rotation"), ("blockwise", "clip")])
+def test_axes_that_a_method_refuses_are_not_offered(method: str, takes: str) -> None:
+    with pytest.raises(SpecError, match="has no such axis; it has ") as caught:
+        spec_of({"method": method, "bits": 4, "dtype": "int", "threshold": 3})
+    has = str(caught.value).rpartition("it has ")[2].split(", ")
+    assert {"bits", "dtype", "blocksize", "zero_point", takes} <= set(has)
+    different = {"center": True, "outlier_fraction": 0.1, "rotation": 1, "clip": True}
+    different |= {"weighting": "activation", "outlier_criterion": "activation"}
+    for name, value in different.items():
+        given = {"method": method, "bits": 4, "dtype": "lloyd" if name == "weighting" else "int", name: value}
+        if name in has:
+            spec_of(given)
+        else:
+            with pytest.raises(SpecError):
+                spec_of(given)
+
+
 @pytest.mark.parametrize("method", ["blockwise", "gptq", "awq"])
 def test_a_data_type_that_is_not_given_is_said_to_be_missing(method: str) -> None:
     with pytest.raises(SpecError, match=rf"must be given with method={method}: one of int, .*\{{file: my\.json\}}"):
