@@ -239,7 +239,7 @@ class QuantSpec(Spec):
         for name in OPTIONS:
             value = getattr(self, name)
             if name not in takes and not declared[name].is_neutral(value):
-                raise SpecError(name, value, f"left out: method={self.method_name} does not obey it")
+                raise SpecError(name, value, f"leave it out: method={self.method_name} does not obey it")
 
     def _validate_dtype(self) -> None:
         if self.codebook is not None:

@@ -212,7 +212,7 @@ def test_the_output_error_is_below_roundings(bits: int) -> None:
         ({"absmax_dtype": "nested"}, "absmax_dtype='nested' is not valid: float16 or float32 with method=gptq"),
         ({"center": True}, "center=True is not valid: false with method=gptq"),
         ({"rotation": 1, "act_order": True}, "rotation=1 is not valid: null with method=gptq and act_order=true"),
-        ({"clip": True}, "clip=True is not valid: left out: method=gptq does not obey it"),
+        ({"clip": True}, "clip=True is not valid: leave it out: method=gptq does not obey it"),
         ({"outlier_fraction": 0.02}, "outlier_fraction=0.02 is not valid: 0 with method=gptq"),
         ({"act_order": "yes"}, "act_order='yes' is not valid: true or false"),
         ({"static_groups": 1}, "static_groups=1 is not valid: true or false"),
