@@ -102,6 +102,11 @@ class BlockFloatSpec(Spec):
             raise SpecError("bits", self.bits, allowed)
         if self.scale_rounding is not None and self.scale_rounding not in SCALE_ROUNDINGS:
             raise SpecError("scale_rounding", self.scale_rounding, "one of " + ", ".join(SCALE_ROUNDINGS))
+        if element.tensor_scaled and self.scale_rounding == "ceil":
+            allowed = (
+                f"left out with format={self.format}, whose scales are rounded to nearest: only MX formats have it"
+            )
+            raise SpecError("scale_rounding", self.scale_rounding, allowed)
         object.__setattr__(self, "bits", element.bits)
         rounding = None if element.tensor_scaled else self.scale_rounding or "floor"
         object.__setattr__(self, "scale_rounding", rounding)

@@ -204,6 +204,7 @@ def test_zeros_and_the_smallest_numbers_stay_finite() -> None:
     ("values", "key", "said"),
     [
         ({"format": "mxfp5"}, "format", "one of mxfp4, nvfp4"),
+        ({"format": "nvfp4", "scale_rounding": "ceil"}, "scale_rounding", "left out with format=nvfp4"),
         ({"format": "mxfp4", "bits": 5}, "bits", "4, the bits of format=mxfp4: leave it out"),
         ({"format": "mxfp4", "bits": 16}, "bits", "4, the bits of format=mxfp4"),
         ({"format": "mxfp4", "scale_rounding": "up"}, "scale_rounding", "one of floor, ceil"),
@@ -222,7 +223,7 @@ def test_a_spec_has_its_bits_from_the_format_and_nothing_that_does_not_matter() 
     assert spec == spec_of({"method": "block_float", "format": "mxfp6_e2m3", "bits": 6, "scale_rounding": "floor"})
     assert spec.canonical() == {"method": "block_float", "bits": 6, "format": "mxfp6_e2m3"}
     assert spec_from_canonical(spec.canonical()) == spec
-    nv = spec_of({"method": "block_float", "format": "nvfp4", "scale_rounding": "ceil"})
+    nv = spec_of({"method": "block_float", "format": "nvfp4", "scale_rounding": "floor"})
     assert nv == spec_of({"method": "block_float", "format": "nvfp4"})
     assert [s.label for s in (spec, nv, BlockFloatSpec(format="mxfp4", scale_rounding="ceil"))] == [
         "mxfp6_e2m3",
