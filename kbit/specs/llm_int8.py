@@ -42,7 +42,7 @@ class LlmInt8Spec(Spec):
         since=3,
         neutral=THRESHOLD,
         optional=True,
-        label="threshold {:.3g}",
+        label="threshold {:.12g}",
     )
 
     def __post_init__(self) -> None:

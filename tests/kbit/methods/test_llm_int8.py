@@ -179,3 +179,4 @@ def test_a_row_scale_of_sixteen_bits_is_counted() -> None:
     spec = LlmInt8Spec()
     assert (spec.bits_per_param_nominal, spec.nominal_bits(64), spec.label) == (8.0, 8.25, "llm_int8")
     assert LlmInt8Spec(threshold=5).label == "llm_int8 threshold 5"
+    assert LlmInt8Spec(threshold=1e6).label == "llm_int8 threshold 1000000"
