@@ -215,8 +215,8 @@ def methods(
     """Draw methods at one precision over model sizes, and their change from 16-bit, per family.
 
     All with block size 64 and one data type: the one with the most methods. Methods without such a cell (formats with
-    scales of their own have no data type) are named below it, or where it is said to be missing. Replicates, which differ in the seed of
-    their calibration data, are one point with their spread. None, with the reason logged, for fewer than two methods.
+    scales of their own have no data type) are named below it. Replicates, which differ in the seed of their calibration
+    data, are one point with their spread. None, with the reason logged, for fewer than two methods.
     """
     rows = measured(df)
     cells = plain(rows, every_method=True)
