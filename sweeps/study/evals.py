@@ -102,9 +102,7 @@ class Finder:
         left = [n for n in asked if n != name and n in there] or there
         offer = f", or measure what is there: 'eval.perplexity=[{','.join(left)}]'" if left else ""
         if key == "calibration.set":
-            offer = (
-                f", or name another (there are {', '.join(there)}, or a file of yours)" if there else ", or name a file"
-            )
+            offer = _other_calibration(there, asked)
         without = offer or f", or leave it out: 'eval.perplexity=[{','.join(n for n in asked if n != name)}]'"
         raise UserError(
             f"{key}: eval.data_dir={str(file.parent)!r} has no {file.name} (for {name}): put it there{without}"
@@ -149,6 +147,16 @@ FIND: Final[Mapping[Data, Callable[[Finder, str, str], Found]]] = {
     "task": Finder.task,
     "none": Finder.nothing,
 }
+
+
+def _other_calibration(there: Sequence[str], tested: Sequence[str]) -> str:
+    """Offer the text sets that are there to calibrate on, first those that no cell is tested on."""
+    if not there:
+        return ", or name a file"
+    unseen, seen = [n for n in there if n not in tested], [n for n in there if n in tested]
+    example = f", e.g. calibration.set={unseen[0]}" if unseen else ""
+    too_low = f"; on {', '.join(seen)}, which eval.perplexity has, losses would be too low" if seen else ""
+    return f", or name another (there are {', '.join([*unseen, *seen])}, or a file of yours){example}{too_low}"
 
 
 def resolve_evals(

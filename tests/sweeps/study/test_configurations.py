@@ -302,5 +302,11 @@ def test_a_calibration_set_that_is_not_there_is_refused_by_name(tmp_path: Path) 
     arguments = ["sweep=table1_gptq", f"eval.data_dir={tmp_path}"]
     study = Options.from_config(composed(*arguments), arguments).study
     said = r"calibration\.set: .* has no wikitext2_raw_train\.jsonl .* name another \(there are wikitext2, or a file"
-    with pytest.raises(UserError, match=said):
+    seen = r".*\); on wikitext2, which eval\.perplexity has, losses would be too low"
+    with pytest.raises(UserError, match=said + seen):
         resolve_calibrations(study.calibration, study.eval, Resolver(strict=False), "gptq")
+    (tmp_path / "c4_train.jsonl").write_text('{"text": "one"}\n')
+    sets = {**study.eval["sets"], "own": {**study.eval["sets"]["wikitext2"], "local": "c4_train.jsonl"}}
+    unseen = r"\(there are own, wikitext2, or a file of yours\), e\.g\. calibration\.set=own; on wikitext2"
+    with pytest.raises(UserError, match=unseen):
+        resolve_calibrations(study.calibration, {**study.eval, "sets": sets}, Resolver(strict=False), "gptq")
