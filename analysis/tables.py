@@ -25,6 +25,7 @@ from analysis.cells import (
 )
 from analysis.metrics import Metric, parse_metric
 from kbit.errors import SpecError
+from kbit.spec import axes
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
@@ -267,8 +268,10 @@ def _latex(df: pd.DataFrame) -> str:
 
 
 def _shown(df: pd.DataFrame) -> pd.DataFrame:
-    """Return every value as its text on one line: numbers with 6 digits, nothing for a missing one."""
+    """Return every value as its text on one line: numbers with 6 digits or by name, nothing for a missing one."""
     flat = _flat(df)
+    named = {name: flat[name].astype(object).map(a.name_of) for name, a in axes().items() if a.names and name in flat}
+    flat = flat.assign(**named)
     rows = [["" if _missing(x) else _text_of(x) for x in row] for row in flat.itertuples(index=False)]
     return pd.DataFrame(rows, columns=[str(c) for c in flat.columns], dtype="object")
 

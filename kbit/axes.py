@@ -56,6 +56,10 @@ class Axis:
         """Return the number that a name stands for; any other value as it is."""
         return dict(self.names).get(value, value) if isinstance(value, str) else value
 
+    def name_of(self, value: Any) -> Any:
+        """Return the name that a number stands for, for people to read; any other value as it is."""
+        return {number: name for name, number in self.names}.get(value, value) if self.names else value
+
     def is_neutral(self, value: object) -> bool:
         """Tell whether a value changes nothing."""
         return value is None or (self.neutral is not VARIED and value == self.neutral)

@@ -13,6 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from kbit.spec import axes as kbit_axes
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -46,11 +48,14 @@ class StateCounts:
         """
         import pandas as pd
 
+        known = kbit_axes()
+        named = [known[a].name_of if a in known else str for a in axes]
         rows = []
         for values, group in results.groupby(list(axes), dropna=False, sort=True):
             counts = group["status"].value_counts()
             of_axes = tuple(
-                NO_VALUE if missing else str(v) for v, missing in zip(values, pd.isna(list(values)), strict=True)
+                NO_VALUE if missing else str(name_of(v))
+                for v, missing, name_of in zip(values, pd.isna(list(values)), named, strict=True)
             )
             rows.append((of_axes, tuple(int(counts.get(s, 0)) for s in states)))
         return cls(axes=tuple(axes), states=tuple(states), rows=tuple(rows))

@@ -283,6 +283,13 @@ def test_written_tables_read_back(study: Study, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "t.md", "t.parquet"]
 
 
+def test_a_block_of_a_whole_row_is_row_in_markdown_and_a_number_in_csv(tmp_path: Path) -> None:
+    df = pd.DataFrame({"label": ["a", "b", "c"], "blocksize": [-1, 64, None]}).astype({"blocksize": "Int64"})
+    markdown = unpadded(write_table(df, tmp_path / "t.md").read_text(encoding="utf-8"))
+    assert markdown.splitlines()[2:] == ["| a | row |", "| b | 64 |", "| c | |"]
+    assert pd.read_csv(write_table(df, tmp_path / "t.csv"))["blocksize"].tolist()[:2] == [-1, 64]
+
+
 AWKWARD = pd.DataFrame({"a_b": ["x|y", "50% & {3}", None], "n": [1.23456789, float("nan"), 2e-9]})
 
 

@@ -41,6 +41,13 @@ def test_cells_are_counted_by_every_axis() -> None:
     assert (("pythia-410m", "16", "-", "-", "-", "0.0"), (1, 0, 0, 0)) in COUNTS.rows
 
 
+def test_a_block_of_a_whole_row_is_counted_as_row() -> None:
+    counts = StateCounts.of(
+        RESULTS.assign(blocksize=pd.array([-1, -1, 64, 64, None, 64], dtype="Int64")), ("blocksize",), STATES
+    )
+    assert {values for values, _ in counts.rows} == {("row",), ("64",), ("-",)}
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
 def test_no_value_is_cut_at_any_width(width: int) -> None:
     lines = shown(COUNTS, width)
