@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,10 +27,13 @@ from sweeps.text import counted
 if TYPE_CHECKING:
     import pandas as pd
 
+COUNTED_BY: Final = ("calibration", "label")
+"""Columns beside the axes that cells can be counted by."""
+
 
 def status(options: Options, console: Console) -> int:
     """Count cells by state, and by the axes of ``by``; say how their jobs do."""
-    check_axes(options.by, "by")
+    check_axes(options.by, "by", COUNTED_BY)
     flight = observed_flight(options.out, console)
     # By study, a cell that several share counts in each; by other axes it is one cell.
     by_study = not options.by

@@ -140,12 +140,12 @@ def _same(axis: object, value: object) -> bool:
     return isinstance(axis, bool) == isinstance(value, bool) and (axis == value or str(axis) == str(value))
 
 
-def check_axes(names: Iterable[str], key: str) -> None:
-    """Refuse names that are no axis."""
+def check_axes(names: Iterable[str], key: str, more: Sequence[str] = ()) -> None:
+    """Refuse names that are no axis, and none of ``more``."""
+    known = (*axis_names(), *more)
     for name in names:
-        if name not in axis_names():
-            hint = did_you_mean(name, axis_names())
-            raise UserError(f"{key}: {name!r} is not an axis;{hint} Axes: {', '.join(axis_names())}")
+        if name not in known:
+            raise UserError(f"{key}: {name!r} is not an axis;{did_you_mean(name, known)} Axes: {', '.join(known)}")
 
 
 def _rule(rule: Mapping[str, object], number: int) -> tuple[Mapping[str, object], str]:

@@ -66,6 +66,8 @@ def test_a_cell_that_studies_share_counts_in_each_and_to_do_is_what_a_plan_says(
         "missing": 1,
         "all": 3,
     }
+    by_label = launch("mode=status", "out=r", "by=[label,calibration]").stdout
+    assert re.search(r"int4 b64 +- +1 +0 +1$", by_label, re.M), by_label
     assert len(load_results(model.parent / "r")) == 4
     assert left(launch, "first", mine, QUANT) == 0
     assert left(launch, "second", mine, WIDER) == 1
