@@ -212,8 +212,12 @@ def _by_label(metric: Metric) -> list[str]:
 def _lines(others: pd.DataFrame, metric: Metric) -> list[list[str]]:
     """Text of ``other_cells``, row by row."""
     return [
-        [r.model, r.label, f"{r.bits_per_param:.3f}", _text(r.value, r.stderr, r.diverged, decimals=metric.decimals)]
-        for r in others.itertuples()
+        [
+            *(str(r[name]) for name in ("model", "label")),
+            f"{r['bits_per_param']:.3f}",
+            _text(r["value"], r["stderr"], r["diverged"], decimals=metric.decimals),
+        ]
+        for r in others.to_dict("records")
     ]
 
 
