@@ -104,7 +104,7 @@ class BlockFloatSpec(Spec):
             raise SpecError("scale_rounding", self.scale_rounding, "one of " + ", ".join(SCALE_ROUNDINGS))
         if element.tensor_scaled and self.scale_rounding == "ceil":
             allowed = (
-                f"left out with format={self.format}, whose scales are rounded to nearest: only MX formats have it"
+                f"leave it out with format={self.format}, whose scales are rounded to nearest: only MX formats have it"
             )
             raise SpecError("scale_rounding", self.scale_rounding, allowed)
         object.__setattr__(self, "bits", element.bits)
