@@ -56,7 +56,8 @@ class WholeBlock:
                 for layer in self.layers:
                     stack.enter_context(watched(layer, watch))
             for hidden, arguments in zip(before.hidden, before.arguments[self.number], strict=True):
-                entering = hidden.to(device, non_blocking=True)
+                # A copy on a CPU too: a block may write into what it is given, and it is run again on what was kept.
+                entering = hidden.to(device, non_blocking=True, copy=True)
                 out = self.module(entering, *arguments.rest, **arguments.named)
                 yield out[0] if isinstance(out, tuple) else out
 

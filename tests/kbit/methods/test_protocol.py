@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kbit import QuantSpec, SpecError, dequantize, quantize, quantize_model
+from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers
 from kbit.models.quantize import Calibrated
-from kbit.models.whole import WholeModel, computing_in
+from kbit.models.whole import WholeBlock, WholeModel, computing_in
 from tests.kbit.methods.one_shot import ScaledSpec
 from tests.kbit.tiny_models import NAMES, VOCABULARY, tiny
 
@@ -118,3 +119,21 @@ def test_a_method_that_fails_leaves_the_model_as_it_was() -> None:
         quantize_model(model, QuantSpec(bits=4, dtype="int"))
     first, same = block_layers(model)[0], block_layers(original)[0]
     assert torch.equal(first.weight, same.weight)
+
+
+def test_a_block_that_writes_into_what_it_is_given_finds_it_again_as_it_was() -> None:
+    class Doubling(nn.Module):
+        """A block that changes its input in place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden.mul_(self.scale)
+
+    block = WholeBlock(number=0, layers=(), module=Doubling())
+    kept = Activations(hidden=[torch.ones(1, 3, 4)], arguments=[[BlockArguments(rest=(), named={})]])
+    for _ in range(2):
+        assert torch.equal(block.run(kept).hidden[0], torch.full((1, 3, 4), 2.0))
+    assert torch.equal(kept.hidden[0], torch.ones(1, 3, 4))
