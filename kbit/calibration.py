@@ -11,6 +11,8 @@ from kbit.errors import SpecError
 from kbit.sources import Source
 
 MOST: Final = 2**40
+WINDOWS_PER_BATCH: Final = 8
+"""Windows that run at once: at 2,048 tokens about 16,000, as many as an evaluation's batch."""
 CALIBRATION_VERSION: Final = "1"
 """Of how windows are cut and drawn. Raised when a number would change."""
 
@@ -57,6 +59,10 @@ class Calibration:
     def canonical(self) -> Mapping[str, Any]:
         """Return what belongs to the identity of a cell, as plain JSON values."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+
+    def length_in(self, context: int | None) -> int:
+        """Return the tokens of a window of a model with this context; None where that is unknown."""
+        return self.length if context is None else min(self.length, context)
 
     @property
     def label(self) -> str:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from kbit.bench.decode import Architecture
 from kbit.bench.report import Record, Table, device_name
 from kbit.bench.switch import random_model
+from kbit.calibration import WINDOWS_PER_BATCH
 from kbit.layered.blocks import HostBlocks
 from kbit.layered.cells import PassCell
 from kbit.layered.hollow import Hollow
 from kbit.layered.run import LayeredPass
 from kbit.models.quantize import Calibrated, quantize_model
-from kbit.models.whole import WINDOWS_PER_BATCH
 from kbit.spec import spec_of
 from kbit.specs.gptq import GptqSpec
 

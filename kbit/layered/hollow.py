@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from kbit.calibration import WINDOWS_PER_BATCH
 from kbit.errors import ArchitectureError, LayeredError, SeenError
 from kbit.evaluation.scoring import PROBE_TOKENS, TokenScorer, base_of
 from kbit.evaluation.sharing import forgo_sharing
@@ -24,7 +25,6 @@ from kbit.layered.blocks import Blocks
 from kbit.models.activations import BlockArguments
 from kbit.models.architectures import decoder_blocks
 from kbit.models.verification import check_causal
-from kbit.models.whole import WINDOWS_PER_BATCH
 
 _CACHES: Final = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _HANDED_ON: Final = object()

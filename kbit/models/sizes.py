@@ -12,7 +12,9 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, Final
 
+from kbit.calibration import WINDOWS_PER_BATCH, Calibration
 from kbit.models.checkpoint import StoredTensor, is_buffer, layer_of, own_tensors, safetensors_header
+from kbit.models.limits import as_namespace, named_context
 from kbit.models.readings import has_experts
 from kbit.models.ways import Parts
 from kbit.spec import Spec
@@ -86,17 +88,28 @@ def sizes_of(files: Collection[Path], config: Mapping[str, Any] | None, paramete
 
 
 def parts_of(
-    sizes: Sizes, spec: Spec, config: Mapping[str, Any] | None = None, *, compute_bytes: int, device: str
+    sizes: Sizes,
+    spec: Spec,
+    config: Mapping[str, Any] | None = None,
+    *,
+    compute_bytes: int,
+    device: str,
+    calibration: Calibration | None = None,
 ) -> Parts:
     """Return what a model takes in bytes under a quantization.
 
     Args:
         sizes: the model's.
         spec: the quantization.
-        config: its config.json, where known: experts can't be held in k bits.
+        config: its config.json, where known: experts can't be held in k bits, and windows are cut to the context.
         compute_bytes: of a value in the compute dtype.
         device: 'cpu' or 'cuda'.
+        calibration: what it calibrates on, where it does.
     """
+    calibrating = 0
+    if calibration is not None:
+        context = None if config is None else named_context(as_namespace(config))
+        calibrating = min(WINDOWS_PER_BATCH, calibration.samples) * calibration.length_in(context)
     packs = spec.why_not_packed is None and not (
         spec.is_baseline or spec.calibrates or (config is not None and has_experts(config))
     )
@@ -114,6 +127,7 @@ def parts_of(
         block=compute_bytes * sizes.block,
         outside=compute_bytes * sizes.outside,
         token=compute_bytes * width,
+        calibrating=calibrating,
         # A cell's logits, and those of the 16-bit model that it is compared with.
         token_logits=2 * compute_bytes * sizes.vocabulary,
         logits=2 * compute_bytes * max(LOGITS_AT_ONCE[device], sizes.vocabulary),

@@ -46,6 +46,7 @@ class Parts:
         block: of the largest block, in the compute dtype.
         outside: of the largest tensor outside the blocks (embedding or head), in the compute dtype.
         token: of the activations of one token, at the widest place.
+        calibrating: tokens that run at once where it calibrates, which memory does not change; 0 where it doesn't.
         token_logits: of the logits of one token.
         logits: of the logits that exist at once, at most.
         layered: it can run layer by layer: what is quantized lies in the blocks.
@@ -59,6 +60,7 @@ class Parts:
     block: int
     outside: int
     token: int
+    calibrating: int = 0
     token_logits: int
     logits: int
     layered: bool = True
@@ -136,7 +138,7 @@ def needs(parts: Parts, way: Way, *, gpus: int = 1, batch_tokens: int) -> dict[s
             # A block as it was read, as a cell has it, and the next one as it comes.
             held = {BLOCKS: 3 * parts.block, "embedding and head": 2 * parts.outside}
     logits = min(parts.logits, batch_tokens * parts.token_logits)
-    batch = {"activations": batch_tokens * parts.token, "logits": logits}
+    batch = {"activations": max(batch_tokens, parts.calibrating) * parts.token, "logits": logits}
     return {
         what: count
         for what, count in {**held, "largest tensor": parts.largest, "quantizing": parts.working, **batch}.items()

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from kbit.calibration import WINDOWS_PER_BATCH
 from kbit.errors import SeenError
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
@@ -20,8 +21,6 @@ from kbit.models.window_losses import WindowLosses
 
 OUTSIDE: Final = -1
 """The block number of a layer that lies in no block."""
-WINDOWS_PER_BATCH: Final = 8
-"""Calibration windows that run at once: at 2,048 tokens about 16,000, as many as an evaluation's batch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

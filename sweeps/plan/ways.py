@@ -96,7 +96,7 @@ def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned
     found: dict[tuple[ModelRef, int, str], list[tuple[Spec, Choice | None, dict[str, int]]]] = {}
     unknown: dict[ModelRef, None] = {}
     sizes: dict[ModelRef, tuple[Sizes | None, ModelConfig | None]] = {}
-    for cell in dict.fromkeys(Cell(model=c.model, quant=c.quant) for c in manifest.wanted_cells()):
+    for cell in dict.fromkeys(_without_seed(cell) for cell in manifest.wanted_cells()):
         model, spec = cell.model, cell.quant
         if model not in sizes:
             sizes[model] = known_sizes(model)
@@ -104,7 +104,7 @@ def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned
         if known is None:
             unknown[model] = None
             continue
-        choice, terms = _choose(known, spec, config, widest, model, memory)
+        choice, terms = _choose(cell, known, config, widest, memory)
         way = "" if choice is None else str(choice.way)
         found.setdefault((model, spec.bits, way), []).append((spec, choice, terms))
     ways = []
@@ -112,7 +112,7 @@ def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned
         _, choice, terms = max(alike, key=lambda a: sum(a[2].values()))
         known = sizes[model][0]
         assert known is not None
-        specs = tuple(spec for spec, *_ in alike)
+        specs = tuple(dict.fromkeys(spec for spec, *_ in alike))
         ways.append(
             Planned(model=model, specs=specs, choice=choice, terms=terms, memory=memory.bytes_of(model), sizes=known)
         )
@@ -142,15 +142,17 @@ def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
     )
 
 
+def _without_seed(cell: Cell) -> Cell:
+    """Return a cell with its calibration's first seed: draws take alike."""
+    data = cell.calibration
+    return Cell(model=cell.model, quant=cell.quant, calibration=None if data is None else data.with_seed(0))
+
+
 def _choose(
-    sizes: Sizes,
-    spec: Spec,
-    config: ModelConfig | None,
-    compute_bytes: int,
-    model: ModelRef,
-    memory: DeviceMemory,
+    cell: Cell, sizes: Sizes, config: ModelConfig | None, compute_bytes: int, memory: DeviceMemory
 ) -> tuple[Choice | None, dict[str, int]]:
-    parts = parts_of(sizes, spec, config, compute_bytes=compute_bytes, device=memory.device)
+    model, data = cell.model, cell.calibration
+    parts = parts_of(sizes, cell.quant, config, compute_bytes=compute_bytes, device=memory.device, calibration=data)
     gpus, tokens = memory.gpus_of(model), memory.batch_tokens
     choice = choose_way(parts, memory.bytes_of(model), gpus=gpus, batch_tokens=tokens)
     if choice is not None:

@@ -31,7 +31,8 @@ def way_of(cell: Cell, compute_dtype: str, *, device: str, gpus: int, batch_toke
     sizes, config = sizes_of_model(cell.model)
     if sizes is None or sizes.known_from == GUESSED:
         return None
-    parts = parts_of(sizes, cell.quant, config, compute_bytes=_width(compute_dtype), device=device)
+    width, data = _width(compute_dtype), cell.calibration
+    parts = parts_of(sizes, cell.quant, config, compute_bytes=width, device=device, calibration=data)
     choice = choose_way(parts, device_memory(device), gpus=max(1, gpus), batch_tokens=batch_tokens)
     return None if choice is None else choice.way
 

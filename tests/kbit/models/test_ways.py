@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from kbit.calibration import WINDOWS_PER_BATCH, Calibration
 from kbit.models.architectures import block_layers
 from kbit.models.quantize import quantize_model
 from kbit.models.sizes import Sizes, parts_of, sizes_of
 from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Parts, Way, choose_way, needs
-from kbit.spec import QuantSpec, Spec
+from kbit.spec import QuantSpec, Spec, spec_of
 from tests.kbit.tiny_models import FFN, HIDDEN, LAYERS, NAMES, VOCABULARY, tiny
 
 GB = 10**9
@@ -180,3 +181,29 @@ def test_originals_lie_beside_the_weights_of_a_cpu_alone() -> None:
     assert parts_of(sizes(), four, compute_bytes=4, device="cpu").originals == 3200
     assert parts_of(sizes(), four, compute_bytes=2, device="cuda").originals == 0
     assert parts_of(sizes(), QuantSpec(bits=16), compute_bytes=4, device="cpu").originals == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "config", "tokens"),
+    [
+        (128, 2048, None, WINDOWS_PER_BATCH * 2048),
+        (128, 4096, {"max_position_embeddings": 1024}, WINDOWS_PER_BATCH * 1024),
+        (128, 512, {"max_position_embeddings": 1024}, WINDOWS_PER_BATCH * 512),
+        (3, 512, {}, 3 * 512),
+    ],
+)
+def test_windows_that_are_calibrated_on_run_at_once_whatever_the_batch(
+    samples: int, length: int, config: dict[str, Any] | None, tokens: int
+) -> None:
+    data = Calibration(dataset="a", samples=samples, length=length)
+    four = spec_of({"method": "gptq", "bits": 4, "dtype": "int"})
+    parts = parts_of(sizes(), four, config, compute_bytes=2, device="cuda", calibration=data)
+    assert needs(parts, Way.WHOLE, batch_tokens=1024)["activations"] == max(1024, tokens) * parts.token
+    assert needs(parts, Way.LAYERED, batch_tokens=10**6)["activations"] == 10**6 * parts.token
+
+
+def test_a_batch_that_is_halved_does_not_make_calibration_fit() -> None:
+    full = replace(PARTS, calibrating=16384)
+    memory = int(sum(needs(full, Way.WHOLE, batch_tokens=16384).values()) / SHARE) - GB
+    assert chosen(memory, parts=PARTS) == "whole"
+    assert chosen(memory, parts=full) == "packed"
