@@ -11,21 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Final
 
 from kbit.calibration import Calibration
 from kbit.data_types import EXPONENT_RULES
 from kbit.errors import SpecError
-from kbit.spec import METHODS, Spec, spec_of
+from kbit.spec import Spec, spec_of
 from kbit.spec import axes as all_axes
 from sweeps.errors import UserError, did_you_mean
 from sweeps.study.cell import Cell, ModelRef, axis_names
-
-LATER_METHODS: Final = {
-    "llm_int8": "LLM.int8() is not in this version",
-    "ggml": "the GGML formats are not in this version",
-    "mixed": "mixed precision across layers is not in this version",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +156,6 @@ def _expand_block(block: Mapping[str, object], where: str) -> tuple[list[Spec], 
     failed: dict[tuple[str, str], SpecError] = {}
     fine: set[tuple[str, str]] = set()
     for combination in _combinations(block, where):
-        method = combination.get("method")
-        if method in LATER_METHODS and method not in METHODS:
-            invalid.append(Excluded(axes=combination, reason=f"method={method}: {LATER_METHODS[method]}"))
-            continue
         try:
             spec = spec_of(combination)
         except SpecError as error:

@@ -34,8 +34,7 @@ LOCAL_DONE: Final = (
     "sweep.name=local_done",
     "sweep.sizes=[neox-xs,neox-s]",
     "sweep.quant=[{bits: 16}, {bits: 4, dtype: [int, float], exponent_bits: heuristic}, "
-    "{bits: [3, 4], dtype: float, exponent_bits: 3, outlier_fraction: 0.02}, {bits: 2, dtype: int, blocksize: null}, "
-    "{method: mixed, bits: 3}]",
+    "{bits: [3, 4], dtype: float, exponent_bits: 3, outlier_fraction: 0.02}, {bits: 2, dtype: int, blocksize: null}]",
     "sweep.exclude=[{when: {model: neox-s, bits: 16}, reason: its baseline is of another study}, "
     "{when: {model: neox-s, outlier_fraction: 0.02}, reason: too slow}, "
     "{when: {model: neox-s, bits: 2}, reason: too slow}]",
@@ -223,7 +222,7 @@ def test_logs_show_a_failure_and_jobs_that_never_began(earlier: Path, launch: La
 
 def test_a_plan_of_what_is_finished_has_nothing_to_do(earlier: Path, launch: Launch) -> None:
     said = succeeded(launch(*SETTINGS, *HERE, *LOCAL_DONE, "mode=plan"))
-    assert " to do 0 done 20 diverged 1 excluded 7 " in said
+    assert " to do 0 done 20 diverged 1 excluded 5 " in said
     said = succeeded(launch(*SETTINGS, *ON_SLURM, *SLURM_DONE, "mode=plan"))
     assert " to do 0 done 12 excluded 3 " in said
     assert " jobs 0 of 10 min" in said

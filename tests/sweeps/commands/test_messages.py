@@ -14,7 +14,6 @@ import pytest
 import launch as command
 from kbit.spec import METHODS
 from sweeps.config import DEMO_DIR
-from sweeps.study.grid import LATER_METHODS
 from tests.sweeps.commands.test_run import SMALL
 
 MODEL = DEMO_DIR / "models" / "neox-xs"
@@ -204,11 +203,6 @@ FOR_RUN = [case for case, (arguments, _) in CASES.items() if not any("mode=" in 
 def test_a_plan_refuses_what_a_run_refuses_in_the_same_words(case: str, ask: Ask) -> None:
     arguments = CASES[case][0]
     assert ask(*arguments, "mode=plan") == ask(*arguments)
-
-
-def test_methods_that_are_not_there_yet_are_not_offered(ask: Ask) -> None:
-    said = ask("sweep.quant.1.method=awq").error
-    assert not [name for name in LATER_METHODS if name not in METHODS and name in said]
 
 
 def planned(said: Said, row: str) -> str:

@@ -20,7 +20,7 @@ BLOCKS = (
     "{bits: 3, dtype: lloyd, blocksize: 32, weighting: activation}",
     "{bits: 3, dtype: int, blocksize: 32, outlier_fraction: 0.02, outlier_criterion: [std, activation]}",
     "{method: llm_int8, threshold: [6.0, 2.0]}",
-    "{method: mixed, budget: [3.5, 4.0], dtype: int, blocksize: 32, candidates: 2-6}",
+    "{method: mixed, budget: [3.75, 4.0], dtype: int, blocksize: 32, candidates: 2-6}",
     "{method: block_float, format: mxfp6_e3m2, scale_rounding: ceil}",
 )
 CALIBRATION = (
@@ -34,7 +34,7 @@ GPTQ = {  # rows of 96 values, but of 384 in one of the four matrices of a block
 AWQ = "awq int3 g32 clipped, jargon 8x128 seed 0 float32"
 LEARNED = "lloyd3 b32 activation-weighted, jargon 8x128 seed 0 float32"
 KEPT = ("int3 b32 outliers 0.02", "int3 b32 outliers 0.02 by activation, jargon 8x128 seed 0 float32")
-MIXED = {f"mixed int {budget} b32 candidates=2-6, jargon 8x128 seed 0 float32": budget for budget in (3.5, 4)}
+MIXED = {f"mixed int {budget} b32 candidates=2-6, jargon 8x128 seed 0 float32": budget for budget in (3.75, 4)}
 BITS = {
     LEARNED: 3.505,
     **dict.fromkeys(KEPT, 3.772),
@@ -80,7 +80,7 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
     assert set(rows.index[rows["allocation_hash"].notna()]) == set(MIXED)
     predicted = rows["predicted_loss_change"].dropna()
     assert predicted.index.size == 2
-    assert predicted.nlargest(1).index[0].startswith("mixed int 3.5")
+    assert predicted.nlargest(1).index[0].startswith("mixed int 3.75")
     assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

@@ -25,7 +25,9 @@ EVALS = tuple(
     EvalSpec(kind="perplexity", name=n, dataset="sha256:" + n * 64, compute_dtype="float32", limit=1000, window=512)
     for n in ("x", "y")
 )
-GRID = expand([{"bits": [3, 4, 5], "dtype": ["int", "float"]}, {"bits": 16}, {"method": "mixed", "bits": 2}], MODELS)
+EXCLUDED = {"bits": 2, "dtype": "int"}
+RULE = {"when": {"bits": 2}, "reason": "too few bits"}
+GRID = expand([{"bits": [3, 4, 5], "dtype": ["int", "float"]}, {"bits": 16}, EXCLUDED], MODELS, [RULE])
 MANIFEST = Manifest(sweep="s", cells=GRID.cells, evals=EVALS, excluded=GRID.excluded, config={})
 KEYS = [m.key for m in MANIFEST.measurements()]
 
@@ -103,7 +105,7 @@ def test_a_manifest_is_named_by_its_content_and_comes_back(tmp_path: Path) -> No
     assert load_manifests(tmp_path, "other") == []
     assert back.excluded == GRID.excluded
     assert [e.axes["model"] for e in back.excluded] == ["neox-a", "neox-b"]
-    assert all("mixed" in e.reason for e in back.excluded)
+    assert all(e.reason == "too few bits" for e in back.excluded)
 
 
 @pytest.mark.parametrize("retry", ["faild", ["failed", "done"], [3]])

@@ -50,14 +50,6 @@ def test_rules_exclude_with_the_users_reason() -> None:
     assert grid.excluded_counts() == {"known to be bad": 2}
 
 
-def test_what_a_later_capability_is_needed_for_is_excluded() -> None:
-    grid = expand([{"method": "mixed", "bits": [2, 3], "blocksize": 64}, {"bits": 16}], MODELS)
-    assert len(grid.cells) == 2
-    ((reason, count),) = grid.excluded_counts().items()
-    assert count == 4
-    assert "mixed" in reason
-
-
 @pytest.mark.parametrize(
     ("block", "key", "value"),
     [
