@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kbit.methods.protocol import Stored, method_of
+from kbit.methods.protocol import Stored, method_of, write
 from kbit.models.architectures import Layer, key_of
 from kbit.models.overwriting import restore
 from kbit.models.quantize import BitCount, Calibrated, QuantHandle, check_quantizable, count_parameters
@@ -142,7 +142,7 @@ def _layer(
 ) -> TensorReport:
     """Quantize one layer, and compare it with what it was."""
     before = layer.weight.detach().clone()
-    undo.append(stored.pack(model, layer) if spec.replaces_layers else stored.put(layer))
+    undo.append(write(stored, model, layer, packed=spec.replaces_layers))
     if spec.replaces_layers:
         module = model.get_submodule(layer.name)
         after, run = module.dequantize(), module  # type: ignore[operator]

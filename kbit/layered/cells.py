@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import LayeredError
-from kbit.methods.protocol import Losses, method_of
+from kbit.methods.protocol import Losses, method_of, write
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer
 from kbit.models.originals import Fitted
@@ -223,7 +223,7 @@ class BlockWeights:
                 for layer, stored in method_of(cell.spec)(held, cell.spec, None):
                     cell.count.add(layer, stored)
                     self._changed[layer.name] = layer
-                    stored.put(layer)
+                    write(stored, held.module, layer, packed=False)
         finally:
             self._give_back(layer for name, layer in left.items() if name not in self._changed)
 

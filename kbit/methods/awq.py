@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbit.methods.inputs import BlockInputs, InputSums
 from kbit.methods.protocol import Block, ModelPass, Undo
@@ -71,9 +71,6 @@ class StoredScaled:
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, lambda working: working.copy_(self.weight()))
-
-    def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        raise NotImplementedError("the k-bit layer's products know no scales of inputs")
 
 
 def quantize_layers(model: ModelPass, spec: AwqSpec, calibration: Tensor) -> Iterator[tuple[Layer, StoredScaled]]:

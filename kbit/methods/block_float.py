@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbit.methods.protocol import ModelPass, Undo
 from kbit.models.architectures import Layer
@@ -36,9 +36,6 @@ class StoredBlockFloat:
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, lambda working: dequantize_block_float(self.tensor, out=working))
-
-    def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        raise NotImplementedError("the k-bit layer's products take one absmax per block, not these scales")
 
 
 def quantize_layers(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbit.errors import SpecError
 from kbit.methods.protocol import ModelPass, Undo
@@ -32,9 +32,6 @@ class StoredElsewhere:
     def put(self, layer: Layer) -> Undo:
         """Give the layer its own weight, which an earlier cell may have overwritten."""
         return overwrite(layer, layer.weight)
-
-    def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        raise NotImplementedError("the file's codes have no form in k bits here")
 
 
 def count_layers(

@@ -61,9 +61,6 @@ class StoredRows:
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, self._fill)
 
-    def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        raise NotImplementedError("the k-bit layer's products take one absmax per block, not llama.cpp's scales")
-
     def _fill(self, working: Tensor) -> None:
         if self.format == "f16":
             working.copy_(self.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kbit.methods.protocol import ModelPass, Undo
 from kbit.models.architectures import Layer
@@ -28,9 +28,6 @@ class StoredHqq:
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, lambda working: dequantize_hqq(self.tensor, out=working))
-
-    def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        raise NotImplementedError("the k-bit layer's products know no zero points")
 
 
 def quantize_layers(

@@ -28,9 +28,6 @@ class StoredInt8:
     def nbits(self) -> int:
         return self.rows.nbits
 
-    def put(self, layer: Layer) -> Undo:
-        raise NotImplementedError("its layers are replaced: what they are given is quantized too")
-
     def pack(self, model: nn.Module, layer: Layer) -> Undo:
         return put_in_place(model, layer, lambda bias: self._module(model, layer, bias))
 

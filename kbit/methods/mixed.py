@@ -65,7 +65,7 @@ def quantize_layers(model: ModelPass, spec: MixedSpec, calibration: Tensor) -> I
     errors = [_errors(model, layer, spec.choices) for block in model.blocks() for layer in block.layers]
     sizes = [int(of_layer[0, 2]) for of_layer in errors]
     costs = np.array([[slope * float(t) for t in of[:, 0]] for slope, of in zip(slopes, errors, strict=True)])
-    # The fewest bits are right where noise lowered the loss, whatever their error: it is no gain to be had.
+    # Where noise lowered the loss, a larger error must not count as a gain: such a layer gets the fewest bits.
     costs = costs.clip(min=0.0)
     bits = [[int(b) for b in of_layer[:, 1]] for of_layer in errors]
     try:

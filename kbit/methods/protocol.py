@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ Undo = Callable[[], None]
 
 
 class Stored(Protocol):
-    """What is stored of one layer."""
+    """What is stored of one layer. How it is held is its spec's to say: it is ``Dense``, ``Packable``, or both."""
 
     @property
     def nbits(self) -> int:
@@ -39,11 +39,28 @@ class Stored(Protocol):
     def shares_codebook(self) -> bool:
         """Whether all layers of the model have this codebook."""
 
+
+class Dense(Stored, Protocol):
+    """What can be put into a model dequantized: of every spec but those with ``replaces_layers``."""
+
     def put(self, layer: Layer) -> Undo:
         """Give the layer its dequantized weight; returns the way back."""
 
+
+class Packable(Stored, Protocol):
+    """What can be held in k bits: of specs whose ``why_not_packed`` is None."""
+
     def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        """Put a module that holds k bits in the layer's place; returns the way back. For specs with ``packs``."""
+        """Put a module that holds k bits in the layer's place; returns the way back."""
+
+
+def write(stored: Stored, model: nn.Module, layer: Layer, *, packed: bool) -> Undo:
+    """Put what is stored of a layer into its model, in k bits or dequantized: the form that its spec has.
+
+    Returns:
+        The way back.
+    """
+    return cast(Packable, stored).pack(model, layer) if packed else cast(Dense, stored).put(layer)
 
 
 @runtime_checkable

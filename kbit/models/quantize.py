@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
-from kbit.methods.protocol import Allotted, HasCodes, Stored, method_of
+from kbit.methods.protocol import Allotted, HasCodes, Stored, method_of, write
 from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
@@ -186,11 +186,11 @@ def _write(
     packed: bool,
 ) -> None:
     """Put what is stored of a layer into the model, and its way back where the originals are."""
-    write = partial(stored.pack, model, layer) if packed else partial(stored.put, layer)
+    step = partial(write, stored, model, layer, packed=packed)
     if originals is not None:
-        originals.put(layer, write, packed=packed)
+        originals.put(layer, step, packed=packed)
     else:
-        undo.append(write())
+        undo.append(step())
 
 
 def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:

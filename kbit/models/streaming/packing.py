@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import SpecError
-from kbit.methods.protocol import method_of
+from kbit.methods.protocol import method_of, write
 from kbit.models.activations import Activations
 from kbit.models.architectures import Layer, block_layers
 from kbit.models.originals import Fitted
@@ -92,7 +92,7 @@ class Packing:
             arriving.begin()
             for layer, stored in method_of(spec)(model_pass, spec, None):
                 count.add(layer, stored)
-                stored.pack(model, layer)
+                write(stored, model, layer, packed=True)
                 del stored
                 self.streamed.empty([self._name_of[layer.name]])
             arriving.finish({layer.name for layer in self._found} - count.shapes.keys())
