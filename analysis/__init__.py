@@ -5,10 +5,11 @@ imported when used.
 
     cells         which rows count, and the plain block-wise cells every comparison starts from
     metrics       which metric columns there are, their names, units and direction
-    tables        a metric by bits and data type; results as CSV, parquet or Markdown
-    scaling       bit-level scaling curves: which precision is best for a number of model bits
-    significance  two measurements on the same samples: their difference with a confidence interval
-    figures       loss against total bits by precision; data types; block sizes (drawing: curves, notes; style: looks)
-    findings      sentences computed from the data
+    replicates    cells that differ in nothing but their calibration data's seed
     mixtures      warnings about tables that mix datasets, revisions, limits or compute dtypes
+    tables/       a metric by bits and data type; results as CSV, parquet, Markdown or LaTeX
+    scaling/      bit-level scaling: which precision is best for a number of model bits
+    significance/ two measurements on the same samples: their difference with a confidence interval
+    figures/      loss against total bits by precision; data types; block sizes; methods
+    findings/     what the data say about the paper's questions
 """

@@ -49,7 +49,7 @@ def test_sweeps_load_what_computes_only_inside_calls(path: Path) -> None:
     assert of_kbit <= LIGHT
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "analysis").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "analysis").rglob("*.py")), ids=lambda p: p.name)
 def test_analysis_never_imports_torch(path: Path) -> None:
     assert not [m for m in imports(path, everywhere=True) if m.split(".")[0] in COMPUTES]
 

@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analysis import figures, style
-from analysis.drawing import LOSS_CAP
-from analysis.figures import Results, bit_scaling, block_sizes, data_types, write_figures
+from analysis.figures import Results, bit_scaling, block_sizes, data_types, registry, style, write_figures
+from analysis.figures.drawing import LOSS_CAP
 from analysis.findings import findings
 from analysis.metrics import parse_metric
 from kbit.spec import QuantSpec
@@ -205,8 +204,8 @@ def test_a_new_figure_is_a_function_and_an_entry(tmp_path: Path, monkeypatch: py
         fig.add_subplot().bar(results.df["label"], results.df[results.metrics[0].column])
         return fig
 
-    nothing = {name: lambda _: None for name in figures.FIGURES}
-    monkeypatch.setattr(figures, "FIGURES", {**nothing, "losses": losses})
+    nothing = {name: lambda _: None for name in registry.FIGURES}
+    monkeypatch.setattr(registry, "FIGURES", {**nothing, "losses": losses})
     small = make_study({"neox-xs": MODELS["neox-xs"]}, [QuantSpec(bits=16), QuantSpec(bits=4, dtype="int")]).wide
     assert [p.name for p in write_figures(small, tmp_path)] == ["losses.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["losses.png", "losses.svg"]
@@ -285,12 +284,13 @@ def test_with_everything_diverged_cells_stand_at_the_cap(study: Study) -> None:
 
 
 def test_analysis_imports_no_torch_and_draws_late() -> None:
-    modules = sorted(p.stem for p in (ROOT / "analysis").glob("*.py") if p.stem != "__init__")
+    files = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "analysis").rglob("*.py") if p.stem != "__init__"]
+    modules = sorted(".".join(p.parts) for p in files)
     code = f"""
 import sys
 from importlib import import_module
 for name in {modules!r}:
-    import_module("analysis." + name)
+    import_module(name)
 print([m for m in ("torch", "matplotlib", "scipy", "rich") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.figures import FIGURES, Results
-from analysis.one_shot import one_shot_scaling
+from analysis.figures.one_shot import one_shot_scaling
 from tests.analysis.test_figures import curves, written
 from tests.analysis.test_replicates import LOSS, study
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from analysis import style
+from analysis.figures import style
 from kbit import QuantSpec, quantize
 from kbit.bench import figure, switch
 from kbit.bench.__main__ import main

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis import style
 from analysis.cells import exponents_text
+from analysis.figures import style
 from analysis.metrics import Metric
-from analysis.significance import Comparison, Samples, can_pair, compare
+from analysis.significance.pairs import Comparison, Samples, can_pair, compare
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 LOSS_CAP: Final = float(np.log(100))
 """Where a figure cuts losses (nats per token): perplexity 100, as in the paper (Appendix C.5). The data aren't cut."""
 _MOST_NAMED: Final = 8
+
+X_LABEL: Final = "Total model bits"
+
+SamplesByCell = Mapping[tuple[str, str], Samples]
+"""Per-sample outcomes by (cell key, eval)."""
 
 Look = tuple[str, str]
 """(colour, marker)."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from analysis import style
 from analysis.cells import baselines, measured, numbers, points
-from analysis.drawing import Drawing, canvas, cap_line, legend, loss_cap
+from analysis.figures import style
+from analysis.figures.drawing import X_LABEL, Drawing, canvas, cap_line, legend, loss_cap
 from analysis.metrics import Metric
 from analysis.replicates import pool, replicate_groups
 from kbit.specs.base import BASELINE_BITS
@@ -65,7 +65,7 @@ def one_shot_scaling(df: pd.DataFrame, metric: Metric, *, sweep: str | None = No
                 drawing.line(ax, own[own["format"] == name], look, name)
         style.bits_axis(ax, own["total_bits"].tolist())
         ax.set_title(style.family_name(families[i]))
-        ax.set_xlabel("Total model bits" if i + columns >= len(families) else "")
+        ax.set_xlabel(X_LABEL if i + columns >= len(families) else "")
         ax.set_ylabel(metric.label if i % columns == 0 else "")
     cap_line(axes, drawing)
     legend(fig, axes, list(looks), "Quantization")
