@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sweeps.errors import UserError
+from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.results.superseded import newest_launches, planned_now
 from sweeps.status import State
@@ -52,6 +52,41 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     """
     rows = _long_rows(Path(out), _manifests(Path(out), sweep))
     return _long(rows) if long else _wide(rows)
+
+
+def load_tables(
+    outs: Sequence[Path], *, sweep: str | None = None, manifest: Manifest | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read (wide, long) tables of one or several directories, each once.
+
+    A measurement that several directories planned is the one that is done; of several, the first.
+
+    Args:
+        outs: results directories.
+        sweep: only what this study planned, in those that hold it.
+        manifest: exactly what this launch planned.
+
+    Raises:
+        UserError: no study was ever planned there, or none of that name.
+    """
+    found: dict[tuple[str, str], Row] = {}
+    problems: list[UserError] = []
+    for out in outs:
+        try:
+            manifests = [manifest] if manifest is not None else _manifests(out, sweep)
+        except StoreError:
+            raise
+        except UserError as problem:
+            problems.append(problem)
+            continue
+        for row in _long_rows(out, manifests):
+            where = (row["key"], row["eval"])
+            if where not in found or (not State(found[where]["status"]).is_final and State(row["status"]).is_final):
+                found[where] = row
+    if len(problems) == len(outs):
+        raise problems[0]
+    rows = list(found.values())
+    return _wide(rows), _long(rows)
 
 
 def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:

@@ -1,0 +1,44 @@
+"""Read what analysis works on: one study, or all of one or several results directories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweeps.errors import UserError
+from sweeps.results.table import left_out, load_samples, load_tables
+from sweeps.store.parts import Samples
+from sweeps.study.manifest import Manifest
+
+if TYPE_CHECKING:
+    from analysis.inputs import Inputs
+
+
+def read_inputs(outs: Sequence[Path], *, sweep: str | None = None, manifest: Manifest | None = None) -> Inputs:
+    """Read the results of one or several directories; a cell that several hold counts once, a measured one first.
+
+    Args:
+        outs: results directories.
+        sweep: only this study.
+        manifest: exactly what this launch planned, whatever else the directory holds.
+
+    Raises:
+        UserError: a directory isn't there, or none of them holds the study, or any.
+    """
+    from analysis.inputs import Inputs
+
+    for out in outs:
+        if not out.is_dir():
+            raise UserError(f"out={str(out)!r} is no directory: name one that a study wrote, e.g. out=results")
+    df, long = load_tables(outs, sweep=sweep, manifest=manifest)
+
+    def read_samples(measurements: Sequence[str]) -> dict[str, Samples]:
+        found: dict[str, Samples] = {}
+        for out in outs:
+            found = {**load_samples(out, [m for m in measurements if m not in found]), **found}
+        return found
+
+    name = manifest.sweep if manifest is not None else sweep or "all"
+    notes = [note for out in outs for note in left_out(out, name if name != "all" else None)]
+    return Inputs(name=name, df=df, long=long, read_samples=read_samples, notes=notes)
