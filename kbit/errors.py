@@ -5,6 +5,7 @@ ValueError
 ├── WeightError         a tensor can't be quantized
 ├── ActivationError     inputs of layers on calibration data can't be used
 ├── ArchitectureError   the layers to quantize can't be told
+│   └── OrderError      nor which layer follows which
 ├── HessianError        a layer's calibration inputs have no usable second moments
 └── LayeredError        a model that runs layer by layer can't be measured so
 Exception
@@ -44,6 +45,21 @@ class ActivationError(ValueError):
 
 class ArchitectureError(ValueError):
     """A model in which the layers to quantize, or their order, can't be told."""
+
+
+class OrderError(ArchitectureError):
+    """A model in which it isn't known which layer follows which.
+
+    Attributes:
+        why: what isn't known, in words.
+    """
+
+    def __init__(self, model: object, why: str) -> None:
+        super().__init__(
+            f"outlier_fraction needs to know which layer follows which, and in {type(model).__name__} that isn't "
+            f"known: {why}. Use outlier_fraction=0 with this model"
+        )
+        self.why = why
 
 
 class HessianError(ValueError):

@@ -25,14 +25,15 @@ class MetricSpec:
         name: as results carry it: the columns ``{eval}_{name}``.
         title: for people, e.g. 'Loss'.
         unit: e.g. 'nats/token'; empty for a fraction or a ratio.
-        higher_is_better: accuracies yes, losses no.
+        higher_is_better: accuracies yes, losses no; None for a property of the model that is neither good nor bad, so
+            that nothing is ranked by it.
         decimals: how many a table shows.
     """
 
     name: str
     title: str
     unit: str = ""
-    higher_is_better: bool
+    higher_is_better: bool | None
     decimals: int = 3
 
 
@@ -56,6 +57,10 @@ class Evaluator:
             quantized: what is prepared is a ``kbit.evaluation.prepared.ComparingEval``.
         brings: kinds whose results, of the same data under the same settings, come with its own
             (``EvalResult.also``): where both are due, the model runs once.
+        baseline_only: it looks at the model before it is quantized: of a study's cells only the 16-bit baselines have
+            it.
+        looks_inside: it watches what enters the model's layers, so the model has to be in memory as a whole: layer by
+            layer only what leaves the last block is known.
         context: tokens of context that a model needs for it; None where any will do.
         steps: forward passes of a few tokens, for predicting the cost: each reads all weights.
     """
@@ -72,6 +77,8 @@ class Evaluator:
     identity_of_device: bool = False
     compares: bool = False
     brings: tuple[str, ...] = ()
+    baseline_only: bool = False
+    looks_inside: bool = False
     context: int | None = None
     steps: int = 0
 
@@ -214,10 +221,56 @@ LATENCY: Final = Evaluator(
     steps=(WARM_UPS + REPETITIONS) * (NEW_TOKENS - 1) * len(BATCHES),
 )
 
+OUTLIER_MAGNITUDE: Final = 6.0
+OUTLIER_LAYERS: Final = 0.25
+OUTLIER_POSITIONS: Final = 0.06
+"""What makes a dimension an outlier feature (LLM.int8(), Dettmers et al., 2022, section 4): a magnitude, and the shares
+of layers and of sequence positions in which it occurs, at least. They are the definition, so they are no settings.
+"""
+
+SPREAD_PAIRS: Final[Mapping[str, tuple[str, str]]] = {
+    "ffn1_ffn2": ("FFN 1", "FFN 2"),
+    "value_output": ("V", "attention output"),
+    "output_ffn1": ("attention output", "FFN 1"),
+    "ffn2_ffn1": ("previous FFN 2", "FFN 1"),
+    "ffn2_qkv": ("previous FFN 2", "QKV"),
+}
+"""Name of a pair to (layer whose weights' spread it is, layer that reads the activations): Table 2's three rows, then
+those that the paper does not have. Where attention and FFN read the same input, FFN 1 follows the previous block's
+FFN 2.
+"""
+
+
+def _neutral(name: str, title: str, *, unit: str = "", decimals: int = 3) -> MetricSpec:
+    return MetricSpec(name=name, title=title, unit=unit, higher_is_better=None, decimals=decimals)
+
+
+OUTLIERS: Final = Evaluator(
+    data="text",
+    prepare="kbit.evaluation.outliers:prepare_outliers",
+    tokens="kbit.evaluation.predicted:text_tokens",
+    metrics=(
+        _neutral("outlier_features", "Outlier features", decimals=0),
+        _neutral("outlier_layers", "Layers with outlier features"),
+        _neutral("outlier_positions", "Positions with outlier features"),
+        _neutral("widest_layers", "Layers with the widest large feature"),
+        _neutral("widest_positions", "Positions with the widest large feature"),
+        _neutral("largest_input", "Largest input of attention and FFN", decimals=1),
+        *(
+            _neutral(f"spearman_{pair}", f"Correlation of spread of {by} with input of {reads}")
+            for pair, (by, reads) in SPREAD_PAIRS.items()
+        ),
+    ),
+    settings=PERPLEXITY.settings,
+    suffix="_outliers",
+    baseline_only=True,
+    looks_inside=True,
+)
+
 EVALUATORS: Final[Door[Evaluator]] = Door(
     "kbit_sweep.evaluations",
     "eval.kinds",
-    {"perplexity": PERPLEXITY, "task": TASK, "agreement": AGREEMENT, "latency": LATENCY},
+    {"perplexity": PERPLEXITY, "task": TASK, "agreement": AGREEMENT, "latency": LATENCY, "outliers": OUTLIERS},
 )
 
 

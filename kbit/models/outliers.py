@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.errors import ArchitectureError
+from kbit.errors import ArchitectureError, OrderError
 from kbit.models.architectures import Layer, block_layers, has_parallel_residual, text_config
 from kbit.models.roles import (
     ATTENTION_OUT,
@@ -85,7 +85,7 @@ def block_spreads(
     try:
         block = block_roles(layers)
     except ArchitectureError as error:
-        raise _unknown(model, str(error)) from error
+        raise OrderError(model, str(error)) from error
     attention = _spread(block.attention[ATTENTION_OUT].weight, storage_dtype)
     before = {
         **dict.fromkeys((QKV, QUERY, KEY, VALUE), entering),
@@ -104,13 +104,6 @@ def largest_columns(
 ) -> dict[str, Tensor | None]:
     """Return the columns of ``outlier_columns`` for the layers of one block, of ``block_spreads``."""
     return {layer.name: _largest(spreads[layer.name], layer, fraction) for layer in layers}
-
-
-def _unknown(model: nn.Module, what: str) -> ArchitectureError:
-    return ArchitectureError(
-        f"outlier_fraction needs to know which layer follows which, and in {type(model).__name__} that isn't known: "
-        f"{what}. Use outlier_fraction=0 with this model"
-    )
 
 
 def _spread(weight: Tensor, storage_dtype: torch.dtype | None) -> Tensor:
@@ -147,7 +140,7 @@ def _value_spread(model: nn.Module, roles: dict[str, Layer], storage_dtype: torc
         spread = _spread(roles[VALUE].weight, storage_dtype)
         head_dim = read // heads
         if spread.numel() % head_dim or read % spread.numel():
-            raise _unknown(
+            raise OrderError(
                 model, f"{roles[VALUE].name} has {spread.numel()} rows, which {heads} heads of {head_dim} can't share"
             )
         return spread.view(-1, 1, head_dim).expand(-1, read // spread.numel(), head_dim).reshape(-1)
@@ -156,7 +149,7 @@ def _value_spread(model: nn.Module, roles: dict[str, Layer], storage_dtype: torc
     gpt2 = layer.name.endswith(".c_attn")
     # GPTBigCode's c_attn is an nn.Linear and lies in another order than GPT-2's Conv1D.
     if spread.numel() != 3 * read or gpt2 != isinstance(layer.module, Conv1D):
-        raise _unknown(
+        raise OrderError(
             model,
             f"{layer.name} ({type(layer.module).__name__}, {spread.numel()} rows) isn't Q, K and V of {read} rows each",
         )
@@ -171,7 +164,7 @@ def _heads(model: nn.Module, read: int) -> int:
         heads = getattr(config, key, None)
         if isinstance(heads, int) and heads > 0 and read % heads == 0:
             return heads
-    raise _unknown(model, f"its configuration names no number of attention heads that divides {read}")
+    raise OrderError(model, f"its configuration names no number of attention heads that divides {read}")
 
 
 def _largest(spread: Tensor | None, layer: Layer, fraction: float) -> Tensor | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import Source
 from sweeps.files import list_files, read_json, write_atomically
@@ -47,9 +48,10 @@ class Manifest:
     chosen: frozenset[str] | None = None
 
     def measurements(self) -> Iterator[Measurement]:
-        """Yield every measurement, cell by cell."""
+        """Yield every measurement, cell by cell: some evaluations are of baselines only."""
+        of_all = [spec for spec in self.evals if not EVALUATORS[spec.kind].baseline_only]
         for cell in self.cells:
-            for spec in self.evals:
+            for spec in self.evals if cell.quant.is_baseline else of_all:
                 yield Measurement(cell=cell, eval=spec)
 
     def wanted(self) -> Iterator[Measurement]:

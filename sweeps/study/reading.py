@@ -107,6 +107,37 @@ def check_context(evals: Iterable[EvalSpec], configs: Mapping[ModelRef, ModelCon
             )
 
 
+def check_baselines(
+    evals: Iterable[EvalSpec], specs: Iterable[Spec], configs: Mapping[ModelRef, ModelConfig | None]
+) -> None:
+    """Refuse evaluations of 16-bit baselines where there is none, where other cells would have nothing to measure, and
+    those that look inside of models in which it isn't known which layer follows which.
+
+    Raises:
+        UserError: names the evaluation, and the models.
+    """
+    evals, specs = list(evals), list(specs)
+    only = [spec.name for spec in evals if EVALUATORS[spec.kind].baseline_only]
+    if only and specs and not any(spec.is_baseline for spec in specs):
+        raise UserError(
+            f"eval {only[0]!r} is of 16-bit baselines, and the study has none: add {{bits: 16}} to sweep.quant"
+        )
+    other = next((spec for spec in specs if not spec.is_baseline), None)
+    if only and len(only) == len(evals) and other is not None:
+        raise UserError(
+            f"eval {only[0]!r} is of 16-bit baselines, and nothing is measured of {other.label!r}: leave quantized "
+            "cells out of sweep.quant, or name a text set in eval.perplexity"
+        )
+    looking = [spec.name for spec in evals if EVALUATORS[spec.kind].looks_inside]
+    unknown = {m.label: why for m, c in configs.items() if c is not None and (why := why_unordered(c)) is not None}
+    if looking and unknown:
+        name, why = next(iter(unknown.items()))
+        raise UserError(
+            f"eval {looking[0]!r} needs to know which layer follows which, and in {name} that isn't known: {why}. "
+            "Leave the evaluation or the model (sweep.sizes) out"
+        )
+
+
 def superseded(models: Iterable[ModelRef]) -> dict[ModelRef, str]:
     """Return the models of an earlier reading, each with the reason why what was measured of it doesn't count.
 

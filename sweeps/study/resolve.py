@@ -19,7 +19,7 @@ from sweeps.study.cell import UNRESOLVED, ModelRef
 from sweeps.study.evals import as_list, resolve_calibrations, resolve_evals
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
-from sweeps.study.reading import check_context, check_packed, config_of, unfit, with_reading
+from sweeps.study.reading import check_baselines, check_context, check_packed, config_of, unfit, with_reading
 from sweeps.study.windows import check_texts, check_windows
 
 
@@ -94,6 +94,7 @@ def build_study(
     evals = resolve_evals(config.eval, resolver, device, device_name)
     check_packed(evals, (cell.quant for cell in grid.cells), configs)
     check_context(evals, configs)
+    check_baselines(evals, (cell.quant for cell in grid.cells), configs)
     if not grid.cells:
         reasons = "; ".join(f"{n} x {why}" for why, n in grid.excluded_counts().items()) or "no models"
         raise UserError(f"sweep={name}: nothing is left to run ({reasons})")

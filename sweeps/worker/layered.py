@@ -217,6 +217,11 @@ class _Attempt:
                 f"{spec.name} measures a model that is held in k bits: {self.run.pack.model.label} doesn't fit this "
                 "device so, and runs layer by layer"
             )
+        if EVALUATORS[spec.kind].looks_inside:
+            raise LayeredError(
+                f"{spec.name} watches what enters the layers of a model in memory: {self.run.pack.model.label} doesn't "
+                "fit this device so, and runs layer by layer. Give it more GPUs, or ones with more memory"
+            )
         prepared, tokens = self.run.warm.prepare(spec, self.loaded), self.run.batch()
         if EVALUATORS[spec.kind].compares:
             # The passes are those of ``run``, which wants a reference first.

@@ -352,6 +352,17 @@ LATER: list[dict[str, Any]] = [
         "quant": {"bits": 16},
         "model": vars(HUB),
         "eval": {
+            **{"kind": "outliers", "name": "jargon_outliers", "window": 512, "dataset": "sha256:" + "c" * 64},
+            **{"compute_dtype": "float32"},
+        },
+        "canonical": {"method": "baseline", "bits": 16},
+        "label": "16-bit",
+        "key": "de629ba5acb25978e6380e19ce26d7fb21a205a613ec965b7ea88f392ad13e01",
+    },
+    {
+        "quant": {"bits": 16},
+        "model": vars(HUB),
+        "eval": {
             **{"kind": "latency", "name": "jargon_latency", "dataset": "sha256:" + "c" * 64},
             **{
                 "compute_dtype": "storage",

@@ -22,7 +22,15 @@ from sweeps.store.rows import Origin, run_row
 from sweeps.study.cell import Cell, ModelRef, content_key, model_to_dict
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
-from sweeps.study.reading import check_context, check_packed, config_of, superseded, unfit, with_reading
+from sweeps.study.reading import (
+    check_baselines,
+    check_context,
+    check_packed,
+    config_of,
+    superseded,
+    unfit,
+    with_reading,
+)
 from tests.kbit.methods.one_shot import ScaledSpec
 
 TOWER = {"hidden_size": 64, "num_hidden_layers": 12}
@@ -195,6 +203,30 @@ def test_a_context_that_is_too_short_for_an_evaluation_is_refused(tmp_path: Path
     check_context([text], {model: config_of(model)})
     check_context([timed], {model: None})
     check_context([timed], {model: {"model_type": "gpt2", "n_positions": 256}})
+
+
+def test_an_evaluation_of_baselines_is_of_no_other_cell_and_refused_where_there_is_none(tmp_path: Path) -> None:
+    model = local(tmp_path / "llama", {"model_type": "llama"})
+    phi = local(tmp_path / "phi", {"model_type": "phi3"})
+    text, inside = (
+        EvalSpec(kind=kind, name=name, dataset="x", compute_dtype="float32")
+        for kind, name in (("perplexity", "text"), ("outliers", "text_outliers"))
+    )
+    baseline, int4 = QuantSpec(bits=16), QuantSpec(bits=4, dtype="int")
+    cells = tuple(Cell(model=model, quant=spec) for spec in (baseline, int4))
+    manifest = Manifest(sweep="s", cells=cells, evals=(inside, text), excluded=(), config={})
+    found = [(m.cell.quant.bits, m.eval.name) for m in manifest.measurements()]
+    assert found == [(16, "text_outliers"), (16, "text"), (4, "text")]
+    configs = {model: config_of(model)}
+    check_baselines([text, inside], [baseline, int4], configs)
+    check_baselines([inside], [baseline], configs)
+    check_baselines([text], [int4], {phi: config_of(phi)})
+    with pytest.raises(UserError, match="eval 'text_outliers' is of 16-bit baselines, and the study has none"):
+        check_baselines([text, inside], [int4], configs)
+    with pytest.raises(UserError, match=r"and nothing is measured of 'int4 b64': leave quantized cells out"):
+        check_baselines([inside], [baseline, int4], configs)
+    with pytest.raises(UserError, match="which layer follows which, and in phi that isn't known: .*fused projections"):
+        check_baselines([text, inside], [baseline], {**configs, phi: config_of(phi)})
 
 
 def fits(model: ModelRef, spec: Spec) -> SpecError | None:

@@ -122,12 +122,15 @@ def test_what_can_not_be_had_layer_by_layer_fails_by_name_and_the_rest_is_measur
     )
     source = source_from_dict({"task_file": str(task_file), "path": str(data)})
     generating = evaluation("own", kind="task", window=None, limit=None, source=source)
+    watching = evaluation("jargon_outliers", kind="outliers")
     bench = Bench(tmp_path / "out")
-    bench.worker.run_pack(pack_of(BASELINE, INT4, evals=(evaluation(), generating), model=NEOX_M))
+    bench.worker.run_pack(pack_of(BASELINE, INT4, evals=(evaluation(), generating, watching), model=NEOX_M))
     rows = {(row["bits"], row["eval"]): row for row in bench.rows()}
-    assert {key: row["status"] for key, row in rows.items()} == {
+    assert {key: row["status"] for key, row in rows.items() if key[1] != "jargon_outliers"} == {
         **{(16, "jargon"): "done", (4, "jargon"): "done", (16, "own"): "failed", (4, "own"): "failed"}
     }
+    said = "jargon_outliers watches what enters the layers of a model in memory: neox-m doesn't fit this device so"
+    assert said in rows[16, "jargon_outliers"]["error"]
     assert "own can't be measured layer by layer: it generates text, token by token" in rows[4, "own"]["error"]
 
 
