@@ -121,7 +121,9 @@ def metric_columns(df: pd.DataFrame) -> list[Metric]:
 
 def direction_warnings(df: pd.DataFrame) -> list[str]:
     """Return one sentence that names the metrics whose direction nobody declares, where there are any."""
-    unknown = [m.column for m in metric_columns(df) if m.higher_is_better is None and df[m.column].notna().any()]
+    neutral = {name for name, spec in declared_metrics().items() if spec.higher_is_better is None}
+    unranked = [m for m in metric_columns(df) if m.higher_is_better is None and m.metric not in neutral]
+    unknown = [m.column for m in unranked if df[m.column].notna().any()]
     if not unknown:
         return []
     return [

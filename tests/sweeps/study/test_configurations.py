@@ -128,6 +128,7 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("llm_int8", 8, 56, 56),
         ("mixed", 8, 120, 240),
         ("clipping_rotation", 8, 200, 200),
+        ("outliers", 26, 26, 52),
         ("paper_all", 41, 8118, 48708),
     ],
 )
@@ -189,7 +190,7 @@ def test_single_studies_of_the_paper_are_part_of_the_whole() -> None:
             assert cells(study) <= whole, study
 
 
-@pytest.mark.parametrize("name", ["paper", "perplexity", "wikitext2", "survey", "demo"])
+@pytest.mark.parametrize("name", ["paper", "perplexity", "wikitext2", "survey", "outliers", "demo"])
 def test_evaluations_name_sets_that_are_known(name: str) -> None:
     cfg = composed(f"eval={name}").eval
     assert cfg.perplexity

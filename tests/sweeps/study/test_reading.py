@@ -225,7 +225,7 @@ def test_an_evaluation_of_baselines_is_of_no_other_cell_and_refused_where_there_
         check_baselines([text, inside], [int4], configs)
     with pytest.raises(UserError, match=r"and nothing is measured of 'int4 b64': leave quantized cells out"):
         check_baselines([inside], [baseline, int4], configs)
-    with pytest.raises(UserError, match="which layer follows which, and in phi that isn't known: .*fused projections"):
+    with pytest.raises(UserError, match=r"which layer follows which, and in phi that isn't known: .*fused projections"):
         check_baselines([text, inside], [baseline], {**configs, phi: config_of(phi)})
 
 
