@@ -89,7 +89,7 @@ class TextSetConfig:
     path: str | None = None
 
 
-FOUND: Final = ("device", "definition")
+FOUND: Final = ("device", "definition", "seed")
 """Fields of evaluations that no key sets."""
 
 

@@ -63,6 +63,8 @@ class Evaluator:
             layer only what leaves the last block is known.
         context: tokens of context that a model needs for it; None where any will do.
         steps: forward passes of a few tokens, for predicting the cost: each reads all weights.
+        of_methods: methods ask for it (``Spec.measures``), of the 16-bit model and the data that they calibrate on;
+            users don't name it.
     """
 
     data: Data
@@ -81,6 +83,7 @@ class Evaluator:
     looks_inside: bool = False
     context: int | None = None
     steps: int = 0
+    of_methods: bool = False
 
     def key(self, name: str) -> str:
         """Return the setting that a field of the spec comes from, for messages."""
@@ -267,10 +270,30 @@ OUTLIERS: Final = Evaluator(
     looks_inside=True,
 )
 
+SENSITIVITY: Final = Evaluator(
+    data="text",
+    prepare="kbit.evaluation.sensitivity:prepare_sensitivity",
+    tokens="kbit.evaluation.predicted:noise_tokens",
+    metrics=(
+        _neutral("noise_rise", "Rise of the loss by noise of a tenth of each weight", unit="nats/token", decimals=4),
+    ),
+    suffix="_sensitivity",
+    baseline_only=True,
+    looks_inside=True,
+    of_methods=True,
+)
+
 EVALUATORS: Final[Door[Evaluator]] = Door(
     "kbit_sweep.evaluations",
     "eval.kinds",
-    {"perplexity": PERPLEXITY, "task": TASK, "agreement": AGREEMENT, "latency": LATENCY, "outliers": OUTLIERS},
+    {
+        "perplexity": PERPLEXITY,
+        "task": TASK,
+        "agreement": AGREEMENT,
+        "latency": LATENCY,
+        "outliers": OUTLIERS,
+        "sensitivity": SENSITIVITY,
+    },
 )
 
 

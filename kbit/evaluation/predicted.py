@@ -21,6 +21,8 @@ TASK_TOKENS: Final = {
 }
 OTHER_TASK: Final = (5000, 300)
 BYTES_PER_TOKEN: Final = 3.5
+NOISE_PASSES: Final = 300
+"""Over the windows: six per layer, of which half on average is run, in a model of 24 blocks with 4 layers each."""
 REPEATED: Final = 1.2
 """A task's file goes through the model a little more than once: templates add words, and rows of a batch are padded."""
 
@@ -31,6 +33,11 @@ def text_tokens(spec: EvalSpec) -> int:
     size = text.bytes if isinstance(text, LocalFile) else None
     whole = int(size / BYTES_PER_TOKEN) if size else TEXT_TOKENS
     return min(spec.limit or whole, whole)
+
+
+def noise_tokens(spec: EvalSpec) -> int:
+    """Predict the tokens of measuring what noise in each layer does to the loss."""
+    return NOISE_PASSES * (spec.limit or TEXT_TOKENS)
 
 
 def latency_tokens(_: EvalSpec) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from kbit.axes import Axis, axis, axis_of
+from kbit.calibration import Calibration
 from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import SpecError
 from kbit.evaluation.evaluators import EVALUATORS
@@ -24,6 +25,8 @@ ATTENTIONS: Final = ("sdpa", "eager")
 """How transformers computes attention: torch's fused operator, or one by one (``EvalSpec.attention``)."""
 EXECUTIONS: Final = ("eager", "graph", "compile")
 """How a decoding step runs: as written, as a CUDA graph, or compiled by torch.compile (on a GPU as a graph too)."""
+SLOPES: Final = "slopes"
+"""Of a table of sensitivity, the sample of each layer: nats per squared relative error, in the model's order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class EvalSpec:
             device's name says.
         definition: of a task that is the user's own: what its YAML, with what it includes and runs, contains. lm-eval's
             tasks are known by their versions.
+        seed: of a kind that methods ask for, of the draw of the windows; None for others.
         source: where to read, which is not identity; None for a kind that reads nothing.
 
     Raises:
@@ -97,6 +101,13 @@ class EvalSpec:
         neutral=None,
         since=5,
     )
+    seed: int | None = axis(
+        None,
+        type="int64",
+        doc="seed of the draw of the windows that a method asks to measure; null for what users name",
+        neutral=None,
+        since=6,
+    )
     source: Source | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +125,10 @@ class EvalSpec:
         if evaluator.identity_of_device != (self.device is not None):
             allowed = "the name of the device that is measured" if evaluator.identity_of_device else "null"
             raise SpecError("device", self.device, f"{allowed}, for an evaluation of kind {self.kind}")
+        if evaluator.of_methods and self.seed is None:
+            object.__setattr__(self, "seed", 0)
+        elif not evaluator.of_methods and self.seed is not None:
+            raise SpecError("seed", self.seed, f"null, for an evaluation of kind {self.kind}")
         on_cpu = (self.device or "").startswith("cpu")
         self._choose("attention", ATTENTIONS, ATTENTIONS[0])
         # A CPU has no graphs.
@@ -132,6 +147,41 @@ class EvalSpec:
         if value is not None and value not in allowed:
             said = "one of " + ", ".join(allowed) if allowed else f"null, for an evaluation of kind {self.kind}"
             raise SpecError(evaluator.key(name), value, said)
+
+    @classmethod
+    def of_calibration(cls, kind: str, data: Calibration) -> Self:
+        """Return what a method that calibrates on data wants measured of the 16-bit model first (``Spec.measures``)."""
+        evaluator = EVALUATORS[kind]
+        dtype = "" if data.compute_dtype == "storage" else f"_{data.compute_dtype}"
+        return cls(
+            kind=kind,
+            # The columns of a table go by it, and each of a model's calibrations has its own.
+            name=f"{data.name}_{data.samples}x{data.length}_seed{data.seed}{dtype}{evaluator.suffix}",
+            version=f"{evaluator.version}.{data.version}",
+            window=data.length,
+            limit=data.samples * data.length,
+            dataset=data.dataset,
+            compute_dtype=data.compute_dtype,
+            seed=data.seed,
+            source=data.source,
+        )
+
+    @property
+    def calibration(self) -> Calibration:
+        """The data of an evaluation that a method asked for: what ``of_calibration`` was given."""
+        if self.window is None or self.limit is None or self.seed is None:
+            raise ValueError(f"the evaluation {self.name!r} is of no calibration data")
+        samples = self.limit // self.window
+        return Calibration(
+            dataset=self.dataset,
+            samples=samples,
+            length=self.window,
+            seed=self.seed,
+            compute_dtype=self.compute_dtype,
+            version=self.version.rpartition(".")[2],
+            name=self.name.rpartition(f"_{samples}x{self.window}_")[0],
+            source=self.source,
+        )
 
     @property
     def limit_key(self) -> str:

@@ -1,12 +1,11 @@
 """Mixed bits: each layer its own bits, by how much its error costs in loss (Malinovskii et al. 2025).
 
-The slopes of the loss are measured once per loaded model and calibration data, and each layer's error once per
-candidate: all budgets share them.
+The slopes of the loss are known where they were measured before (``Calibrated.slopes``), else measured once per loaded
+model and calibration data; each layer's error is once per candidate. All budgets share them.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,17 +15,14 @@ from torch import Tensor
 
 from kbit.errors import SpecError
 from kbit.methods.blockwise import CalibratedCodes, quantize_layer
-from kbit.methods.noise import loss_slopes
+from kbit.methods.noise import known_slopes
 from kbit.methods.protocol import ModelPass
 from kbit.models.architectures import Layer
 from kbit.quantizer.allocation import allocate, mean_bits, parts_of
 from kbit.quantizer.blockwise import QuantizedTensor, dequantize
 from kbit.quantizer.storage import storage_dtype_of
-from kbit.specs.base import BASELINE_BITS
 from kbit.specs.blockwise import QuantSpec
 from kbit.specs.mixed import MixedSpec
-
-_ANY = QuantSpec(bits=BASELINE_BITS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +57,7 @@ def quantize_layers(model: ModelPass, spec: MixedSpec, calibration: Tensor) -> I
         SpecError: the model's layers need more than the budget.
         WeightError: a weight with NaN or infinite values.
     """
-    slopes = _slopes(model, calibration)
+    slopes = known_slopes(model, calibration)
     errors = [_errors(model, layer, spec.choices) for block in model.blocks() for layer in block.layers]
     sizes = [int(of_layer[0, 2]) for of_layer in errors]
     costs = np.array([[slope * float(t) for t in of[:, 0]] for slope, of in zip(slopes, errors, strict=True)])
@@ -80,17 +76,6 @@ def quantize_layers(model: ModelPass, spec: MixedSpec, calibration: Tensor) -> I
             q = quantize_layer(layer, spec.choices[chosen[number]], None, model)
             yield layer, AllottedCodes(tensor=q, predicted=float(costs[number, chosen[number]]))
             number += 1
-
-
-def _slopes(model: ModelPass, tokens: Tensor) -> list[float]:
-    """Return each layer's slope of the loss, measured once."""
-    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
-    with model.scoring(tokens) as losses:
-        computing = losses.dtype
-    key = (f"loss slopes {digest} {tuple(tokens.shape)} {computing}", _ANY, model.storage_dtype)
-    if key not in model.fitted:
-        model.fitted[key] = torch.tensor(list(loss_slopes(model, tokens).values()), dtype=torch.float64)
-    return [float(slope) for slope in model.fitted[key]]
 
 
 def _errors(model: ModelPass, layer: Layer, choices: Sequence[QuantSpec]) -> Tensor:

@@ -6,19 +6,23 @@ alpha t^2, with t the relative error of a layer's weight.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kbit.errors import ActivationError
 from kbit.methods.protocol import ModelPass
-from kbit.models.architectures import Layer
+from kbit.models.architectures import Layer, block_layers, decoder_blocks
+from kbit.spec import QuantSpec, Spec
+from kbit.specs.base import BASELINE_BITS
 
 LEVELS: Final = (0.05, 0.1, 0.2)
 """Norms of the noise, in norms of the weight: about what 5, 4 and 3 bits do to it."""
@@ -26,6 +30,44 @@ SEEDS: Final = (0, 1)
 _MOST_SEEDS: Final = 1024
 _QUIET_SECONDS: Final = 2.0
 _BETWEEN_SECONDS: Final = 10.0
+
+
+_ANY: Final = QuantSpec(bits=BASELINE_BITS)
+
+
+def known_slopes(model: ModelPass, tokens: Tensor) -> list[float]:
+    """Return ``loss_slopes`` by layer: those that ``keep_slopes`` was given, else measured now and kept."""
+    key = _key(model, tokens)
+    if key not in model.fitted:
+        keep_slopes(model, tokens, list(loss_slopes(model, tokens).values()))
+    return [float(slope) for slope in model.fitted[key]]
+
+
+def keep_slopes(model: ModelPass, tokens: Tensor, slopes: Sequence[float]) -> None:
+    """Have a model's slopes on windows be known.
+
+    Args:
+        model: the pass that ``known_slopes`` will be asked with, or one that shares what is fitted.
+        tokens: the windows.
+        slopes: of each layer, in the model's order.
+    """
+    rounded = [float(f"{slope:.2e}") for slope in slopes]  # float32 holds the 3 digits, not their number
+    model.fitted[_key(model, tokens)] = torch.tensor(rounded, dtype=torch.float64)
+
+
+def noise_passes(module: nn.Module) -> float:
+    """Return how many passes over the windows ``loss_slopes`` takes: those of a layer begin at its block."""
+    layers = Counter(layer.block for layer in block_layers(module))
+    count = len(decoder_blocks(module)[1])
+    each = len(SEEDS) * len(LEVELS)
+    return 2 + sum(each * layers[block] * (count - block) / count for block in range(count))
+
+
+def _key(model: ModelPass, tokens: Tensor) -> tuple[str, Spec, torch.dtype | None]:
+    digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+    with model.scoring(tokens) as losses:
+        computing = losses.dtype
+    return f"loss slopes {digest} {tuple(tokens.shape)} {computing}", _ANY, model.storage_dtype
 
 
 def loss_slopes(model: ModelPass, tokens: Tensor) -> dict[str, float]:

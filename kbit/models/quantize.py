@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
+from kbit.methods.noise import keep_slopes
 from kbit.methods.protocol import Allotted, HasCodes, Stored, method_of, write
 from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
@@ -93,10 +94,13 @@ class Calibrated:
     Attributes:
         tokens: windows, int64 [samples, length].
         dtype: what they run in; None is the model's dtype.
+        slopes: of each layer, what ``kbit.methods.noise.loss_slopes`` measured on these windows in this dtype; None
+            leaves that to the method that needs them.
     """
 
     tokens: Tensor
     dtype: torch.dtype | None = None
+    slopes: Sequence[float] | None = None
 
 
 @torch.no_grad()
@@ -138,7 +142,7 @@ def quantize_model(
             layers' order isn't known; packed, and a layer has hooks or a forward of its own, shares its weight with
             another, or is float64.
         SpecError: a method that calibrates without calibration; packed, and the method's layers can't be packed.
-        ValueError: `originals` of another model.
+        ValueError: `originals`, or slopes, of another model.
         WeightError: a weight with NaN or infinite values. Whatever the error, the model has its original weights again.
     """
     if originals is not None and originals.model is not model:
@@ -155,6 +159,8 @@ def quantize_model(
             originals.begin(spec, packed=packed and not packs_last)
         layers = check_quantizable(model_pass, spec, packed=packed, calibrated=calibration is not None)
         count = BitCount(parameters=count_parameters(model))
+        if calibration is not None and calibration.slopes is not None:
+            _keep_slopes(model_pass, calibration.tokens, calibration.slopes, len(layers))
         for layer, stored in () if not layers else method_of(spec)(model_pass, spec, tokens):
             count.add(layer, stored)
             if packs_last:
@@ -174,6 +180,14 @@ def quantize_model(
     if spec.replaces_layers:
         handle.outlier_share = partial(outlier_share, model)
     return handle
+
+
+def _keep_slopes(model: WholeModel, tokens: Tensor, slopes: Sequence[float], layers: int) -> None:
+    if len(slopes) != layers:
+        raise ValueError(
+            f"slopes of {len(slopes)} layers are another model's: {type(model.module).__name__} has {layers}"
+        )
+    keep_slopes(model, tokens, slopes)
 
 
 def _write(

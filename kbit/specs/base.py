@@ -31,7 +31,8 @@ class Spec(ABC):
         packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
         passes: forward passes that calibrating comes to, for predictions of cost: for what blocks are given, for their
             layers' inputs, for the next block's inputs, and what a method sums of the inputs.
-        shared_passes: those that the cells of a pack with the same calibration data share: the first makes them.
+        measures: a kind of evaluation (``Evaluator.of_methods``) of the 16-bit model on the calibration data, which is
+            run before the method is and then known to it; None for most methods.
         replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
             more than its weights is quantized.
         needs_config: a key that a model's config.json must have; None where any model will do.
@@ -48,7 +49,7 @@ class Spec(ABC):
     refuses: ClassVar[frozenset[str]] = frozenset()
     needs_config: ClassVar[str | None] = None
     passes: ClassVar[float] = 4.0
-    shared_passes: ClassVar[float] = 0.0
+    measures: ClassVar[str | None] = None
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
 

@@ -42,7 +42,7 @@ class MixedSpec(Spec):
     packs: ClassVar[bool] = True
     effort: ClassVar[float] = 8.0
     passes: ClassVar[float] = 0.0
-    shared_passes: ClassVar[float] = 300.0
+    measures: ClassVar[str | None] = "sensitivity"
 
     bits: int = axis(0, type="int64", doc="bits per code", unit="bit")
     budget: float = axis(

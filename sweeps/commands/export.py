@@ -12,6 +12,8 @@ from kbit.exporting.base import EXPORTS, Export
 from sweeps.commands.selection import chosen_results
 from sweeps.errors import EXIT_FAILED, UserError
 from sweeps.options import Options
+from sweeps.store.first import stored_slopes
+from sweeps.store.parts import Store
 from sweeps.study.manifest import load_manifests
 from sweeps.study.reading import config_of
 from sweeps.text import counted
@@ -58,7 +60,7 @@ def export(options: Options, console: Console) -> int:
     warm = Warm(device=device, gpus=1, trust_remote_code=options.trust_remote_code)
     loaded = _load(warm, cell, spec)
     prepared = warm.prepare(spec, loaded)
-    quantize = partial(_quantize, warm, loaded, cell)
+    quantize = partial(_quantize, Store(out=options.out), warm, loaded, cell)
     with quantize(False):
         before = prepared.run(loaded.model, batch_tokens=tokens).metrics["loss"]
     written = exporter.write(Export(loaded=loaded, spec=cell.quant, to=to, quantize=quantize))
@@ -113,7 +115,7 @@ def _load(warm: Warm, cell: Cell, spec: EvalSpec) -> LoadedModel:
         raise UserError(f"{cell.model.label} can't be loaded: {error}") from error
 
 
-def _quantize(warm: Warm, loaded: LoadedModel, cell: Cell, packed: bool) -> QuantHandle:
+def _quantize(store: Store, warm: Warm, loaded: LoadedModel, cell: Cell, packed: bool) -> QuantHandle:
     import torch
 
     from kbit.models.quantize import Calibrated, quantize_model
@@ -124,6 +126,7 @@ def _quantize(warm: Warm, loaded: LoadedModel, cell: Cell, packed: bool) -> Quan
         calibration = Calibrated(
             tokens=warm.calibration(cell.calibration, loaded),
             dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
+            slopes=stored_slopes(store, cell),
         )
     return quantize_model(
         loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed, calibration=calibration

@@ -54,10 +54,11 @@ def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
         return manifest
     measurements = list(manifest.measurements())
     states = measurement_states(out, manifest, read_flight(out))
-    axes = {cell: cell.axes() for cell in manifest.cells}
+    axes = {cell: cell.axes() for cell in dict.fromkeys(m.cell for m in measurements)}
     chosen = choice.of(Candidate(key=m.cell.key, axes=axes[m.cell], state=states[m.key]) for m in measurements)
-    keys = frozenset(m.key for m, is_chosen in zip(measurements, chosen, strict=True) if is_chosen)
-    return replace(manifest, chosen=keys)
+    taken = [m for m, is_chosen in zip(measurements, chosen, strict=True) if is_chosen]
+    first = [m.cell.first for m in taken if m.cell.first is not None]
+    return replace(manifest, chosen=frozenset(m.key for m in [*taken, *first]))
 
 
 def say_what_stays(options: Options, console: Console) -> None:

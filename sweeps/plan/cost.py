@@ -119,10 +119,8 @@ class CostModel:
             like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
             about = json.loads(row.get("calibration") or "{}")
             first = self._is_first(row, ("quantize", packed))
-            if _shares(method):
-                first = self._is_first(row, ("shared", method, row.get("calibration")))
             tokens = about.get("samples", 0) * about.get("length", 0)
-            counted = self._counted_quantizing(params, method, tokens, begins=first)
+            counted = self._counted_quantizing(params, method, tokens)
             of = ValueOf(model=model, params=params, like=like, counted=counted)
             self.quantizing.add(of, row["quantize_seconds"], first=first)
         if row.get("load_seconds") and self._is_new(("load", row.get("launch"), model, row.get("load_seconds"))):
@@ -139,23 +137,16 @@ class CostModel:
         """Tell whether a row, of those in the order of their ends, is its pack's first with something."""
         return row.get("pack") is not None and self._is_new(("first", row.get("launch"), row["pack"], what))
 
-    def cell_seconds(
-        self, cell: Cell, evals: Sequence[EvalSpec], *, first: bool = False, begins: bool = False
-    ) -> float:
+    def cell_seconds(self, cell: Cell, evals: Sequence[EvalSpec], *, first: bool = False) -> float:
         """Predict quantizing, once for each form of the layers, and evaluating.
 
         Args:
             cell: the cell.
             evals: its evaluations.
             first: it is its pack's first.
-            begins: it is its pack's first that shares what it shares (``shared_by``).
         """
-        forms = sorted({EVALUATORS[spec.kind].packed for spec in evals})
-        quantize = 0.0
-        for number, packed in enumerate(forms):
-            shares = _shares(cell.quant.method)
-            begun = begins and not number  # what is measured serves the other form too
-            quantize += self._quantize(cell, packed=packed, first=begun if shares else first)
+        forms = {EVALUATORS[spec.kind].packed for spec in evals}
+        quantize = sum(self._quantize(cell, packed=packed, first=first) for packed in sorted(forms))
         brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
         return quantize + sum(
             self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
@@ -178,20 +169,14 @@ class CostModel:
         method = cell.quant.method
         like = _like_quant(cell.quant_label, method, cell.quant.axis_values().get("dtype"), packed)
         tokens = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
-        counted = self._counted_quantizing(params, method, tokens, begins=first)
+        counted = self._counted_quantizing(params, method, tokens)
         of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
         return self.quantizing.predict(of, exact=2, first=first)
 
-    def _counted_quantizing(self, params: int, method: str, tokens: int, *, begins: bool) -> float:
+    def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
         of = METHODS[method] if method in METHODS else METHODS["blockwise"]
-        calibrating = (
-            (of.passes + (of.shared_passes if begins else 0.0))
-            * 2.0
-            * params
-            * tokens
-            / OPERATIONS_PER_SECOND[self.device]
-        )
+        calibrating = of.passes * 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
         return calibrating + of.effort * params / QUANTIZE_PER_SECOND[self.device]
 
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec], *, first: bool) -> float:
@@ -221,15 +206,6 @@ class CostModel:
         rate = (UNPACK_PER_SECOND if in_bits else STEP_WEIGHTS_PER_SECOND)[self.device]
         steps = evaluator.steps * (STEP_SECONDS[self.device] + params / rate)
         return forward + steps + SECONDS_PER_MEASUREMENT[self.device]
-
-
-def shared_by(cell: Cell) -> object:
-    """Return what a pack's cells share that its first of them measures, hashable; None where that is nothing."""
-    return (cell.quant.method, cell.calibration) if _shares(cell.quant.method) else None
-
-
-def _shares(method: str) -> bool:
-    return method in METHODS and METHODS[method].shared_passes > 0
 
 
 def _params(model: ModelRef) -> int:

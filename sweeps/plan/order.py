@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from sweeps.plan.packs import Pack
-    from sweeps.study.cell import Cell
+    from sweeps.plan.packs import Item, Pack
 
 
 CHEAPEST: Final = "cheapest"
@@ -33,19 +33,25 @@ def parse_order(value: object) -> str:
     return str(value)
 
 
-def order_cells(cells: Iterable[Cell], seconds: Callable[[Cell], float], order: str) -> list[Cell]:
-    """Return the cells of one model in their order.
+def is_baseline(item: Item) -> bool:
+    """Tell whether an item of a pack is a 16-bit baseline: not what a method needs first of it, which may take long."""
+    cell, evals = item
+    return cell.quant.is_baseline and not any(EVALUATORS[spec.kind].of_methods for spec in evals)
+
+
+def order_items(items: Iterable[Item], seconds: Callable[[Item], float], order: str) -> list[Item]:
+    """Return the items of one model in their order.
 
     Each comparison needs the 16-bit baseline of its model, so that comes first, and packs that have one run first.
 
     Args:
-        cells: in the order of the grid.
-        seconds: predicted for a cell.
+        items: in the order of the grid.
+        seconds: predicted for an item.
         order: a key of ``ORDERS``.
     """
     if order != CHEAPEST:
-        return list(cells)
-    return sorted(cells, key=lambda cell: (not cell.quant.is_baseline, seconds(cell)))
+        return list(items)
+    return sorted(items, key=lambda item: (not is_baseline(item), seconds(item)))
 
 
 def order_packs(packs: Sequence[Pack], order: str) -> tuple[Pack, ...]:
@@ -58,4 +64,4 @@ def order_packs(packs: Sequence[Pack], order: str) -> tuple[Pack, ...]:
 
 
 def _has_baseline(pack: Pack) -> bool:
-    return any(cell.quant.is_baseline for cell, _ in pack.items)
+    return any(map(is_baseline, pack.items))

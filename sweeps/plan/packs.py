@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Final
 
+from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError, did_you_mean
 from sweeps.files import JsonObject
-from sweeps.plan.cost import CostModel, shared_by
-from sweeps.plan.order import CHEAPEST, order_cells, order_packs
+from sweeps.plan.cost import CostModel
+from sweeps.plan.order import CHEAPEST, is_baseline, order_items, order_packs
 from sweeps.status import RETRY, UNRECORDED, State
 from sweeps.study.cell import (
     Cell,
@@ -36,6 +37,10 @@ PACKS_PER_WORKER: Final = 4
 """Enough packs that workers finish together, few enough that loading stays a small part."""
 ROW_BYTES: Final = 30_000
 """A part with its per-sample outcomes, as measured on the demo and on full sets, on the large side."""
+
+
+Item = tuple[Cell, tuple[EvalSpec, ...]]
+"""A cell and the evaluations to run on it; what methods need first of a 16-bit model is an item of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class Pack:
     id: str
     sweep: str
     model: ModelRef
-    items: tuple[tuple[Cell, tuple[EvalSpec, ...]], ...]
+    items: tuple[Item, ...]
     seconds: float
     item_seconds: tuple[float, ...] = ()
     rung: int = 0
@@ -109,12 +114,7 @@ class Pack:
 
     def predicted(self, cost: CostModel) -> Pack:
         """Return the pack with what is predicted for it now."""
-        seconds: tuple[float, ...] = ()
-        begun: set[object] = {None}
-        for number, (cell, evals) in enumerate(self.items):
-            shared = shared_by(cell)
-            seconds += (cost.cell_seconds(cell, evals, first=not number, begins=shared not in begun),)
-            begun.add(shared)
+        seconds = tuple(cost.cell_seconds(cell, evals, first=not n) for n, (cell, evals) in enumerate(self.items))
         return replace(self, item_seconds=seconds, seconds=sum(seconds))
 
     def without(self, measurements: Collection[str]) -> Pack | None:
@@ -206,7 +206,7 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
         packing: how measurements are put together.
     """
     counts: Counter[str] = Counter({"to do": 0})
-    todo: dict[tuple[int, Cell], list[EvalSpec]] = {}
+    todo: dict[int, list[Measurement]] = {}
     for measurement in manifest.wanted():
         key = measurement.key
         state = known.statuses.get(key) or known.ended.get(key, "to do")
@@ -214,7 +214,7 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
             state = "in flight"
         if state == "to do" or state in retry:
             counts["to do"] += 1
-            todo.setdefault((known.rungs.get(key, 0), measurement.cell), []).append(measurement.eval)
+            todo.setdefault(known.rungs.get(key, 0), []).append(measurement)
         else:
             counts[state] += 1
     packs = _pack(manifest.sweep, todo, cost, packing)
@@ -222,25 +222,54 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
     return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
 
 
-def _pack(
-    sweep: str, todo: Mapping[tuple[int, Cell], Sequence[EvalSpec]], cost: CostModel, packing: Packing
-) -> tuple[Pack, ...]:
-    seconds = {(rung, cell): cost.cell_seconds(cell, evals) for (rung, cell), evals in todo.items()}
+def _pack(sweep: str, todo: Mapping[int, Sequence[Measurement]], cost: CostModel, packing: Packing) -> tuple[Pack, ...]:
+    """Put measurements, by their step of the ladder, into packs."""
+    groups: dict[tuple[int, ModelRef, bool], list[Item]] = {}
+    seconds: dict[Item, float] = {}
+    for rung, measurements in todo.items():
+        for item in _items(measurements):
+            cell, evals = item
+            seconds[item] = cost.cell_seconds(cell, evals)
+            apart = packing.baseline_apart and is_baseline(item)
+            groups.setdefault((rung, cell.model, apart), []).append(item)
     target = packing.seconds
     if packing.workers is not None:
-        share = sum(seconds.values()) / (packing.workers * PACKS_PER_WORKER)
+        share = sum(seconds[item] for items in groups.values() for item in items) / (packing.workers * PACKS_PER_WORKER)
         target = min(target, max(PACK_SECONDS[0], share))
-    groups: dict[tuple[int, ModelRef, bool], list[Cell]] = {}
-    for rung, cell in todo:
-        apart = packing.baseline_apart and cell.quant.is_baseline
-        groups.setdefault((rung, cell.model, apart), []).append(cell)
     packs: list[Pack] = []
-    for (rung, model, _), cells in groups.items():
-        of_cell = {c: seconds[rung, c] for c in cells}
-        for chunk in _cut(order_cells(cells, of_cell.__getitem__, packing.order), of_cell, target, packing.cells):
-            items = tuple((cell, tuple(todo[rung, cell])) for cell in chunk)
-            packs.append(_one_pack(sweep, model, items, tuple(of_cell[c] for c in chunk), rung))
+    for (rung, model, _), items in groups.items():
+        units = _units(order_items(items, seconds.__getitem__, packing.order))
+        chunks = _cut(units, seconds, target, packing.cells)
+        packs += [_one_pack(sweep, model, tuple(c), tuple(seconds[i] for i in c), rung) for c in chunks]
     return order_packs(packs, packing.order)
+
+
+def _items(measurements: Iterable[Measurement]) -> list[Item]:
+    """Return measurements by cell, in their order; what methods need first by itself."""
+    found: dict[tuple[Cell, str | None], list[EvalSpec]] = {}
+    for m in measurements:
+        found.setdefault((m.cell, m.key if EVALUATORS[m.eval.kind].of_methods else None), []).append(m.eval)
+    return [(cell, tuple(evals)) for (cell, _), evals in found.items()]
+
+
+def _units(items: Sequence[Item]) -> list[list[Item]]:
+    """Return what must not be cut: single items, and what cells need first with those cells, at the first one's place.
+
+    So it is measured once and by nobody else, and is there when they are quantized.
+    """
+    heads: dict[Measurement | None, Item] = {
+        Measurement(cell=cell, eval=spec): (cell, (spec,))
+        for cell, (spec, *_) in items
+        if EVALUATORS[spec.kind].of_methods
+    }
+    units: dict[Item, list[Item]] = {}
+    for item in items:
+        cell, (spec, *_) = item
+        head = heads.get(cell.first, heads.get(Measurement(cell=cell, eval=spec)))
+        unit = units.setdefault(head or item, [head] if head else [])
+        if item != head:
+            unit.append(item)
+    return list(units.values())
 
 
 def first_items(pack: Pack, seconds: float) -> Pack | None:
@@ -252,22 +281,25 @@ def first_items(pack: Pack, seconds: float) -> Pack | None:
     return _one_pack(pack.sweep, pack.model, pack.items[:count], pack.item_seconds[:count], pack.rung)
 
 
-def _cut(cells: Sequence[Cell], seconds: Mapping[Cell, float], target: float, most: int | None) -> Iterator[list[Cell]]:
-    """Yield cells in order, in chunks of ``most``, or of about ``target`` seconds."""
-    chunk: list[Cell] = []
-    for cell in cells:
-        full = len(chunk) >= most if most else sum(seconds[c] for c in chunk) + seconds[cell] > target
+def _cut(
+    units: Sequence[Sequence[Item]], seconds: Mapping[Item, float], target: float, most: int | None
+) -> Iterator[list[Item]]:
+    """Yield items in order, in chunks of ``most``, or of about ``target`` seconds; a unit is never cut."""
+    chunk: list[Item] = []
+    for unit in units:
+        added = sum(seconds[i] for i in unit)
+        full = len(chunk) >= most if most else sum(seconds[i] for i in chunk) + added > target
         if chunk and full:
             yield chunk
             chunk = []
-        chunk.append(cell)
+        chunk += unit
     yield chunk
 
 
 def _one_pack(
     sweep: str,
     model: ModelRef,
-    items: tuple[tuple[Cell, tuple[EvalSpec, ...]], ...],
+    items: tuple[Item, ...],
     seconds: tuple[float, ...],
     rung: int,
 ) -> Pack:

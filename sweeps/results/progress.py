@@ -150,6 +150,8 @@ class RunView:
         self._show()
 
     def _on_row(self, row: Row) -> None:
+        if row["key"] not in self._left:
+            return  # what a cell needed first, and no launch had left
         self.measured += 1
         self._left[row["key"]] -= 1
         if row["status"] == "failed":

@@ -21,7 +21,7 @@ Scalar = str | int | float | bool | None
 Row = Mapping[str, Any]
 """A row of the store, or some of its columns: values by column name, each of the type that ``columns()`` gives it."""
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -114,7 +114,7 @@ def columns() -> tuple[Column, ...]:
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since == 3),
         _cell("calibration_seed", "int64", "seed of the draw of calibration data, by which replicates differ"),
         _c("prefixes", "string", "of a task: shared where requests shared their beginnings, else why not"),
-        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 3),
+        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since in (4, 5)),
         _c(
             "predicted_seconds",
             "float64",
@@ -137,6 +137,7 @@ def columns() -> tuple[Column, ...]:
             "predicted for the loss on mixed's calibration data, against 16 bits; null for others",
             "nats",
         ),
+        *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 5),
     )
 
 

@@ -17,7 +17,8 @@ from kbit.axes import Axis
 from kbit.calibration import Calibration
 from kbit.evaluation.spec import EvalSpec, eval_axes
 from kbit.sources import source_from_dict, source_to_dict
-from kbit.spec import Spec, axes, spec_from_canonical
+from kbit.spec import QuantSpec, Spec, axes, spec_from_canonical
+from kbit.specs.base import BASELINE_BITS
 from sweeps.files import JsonObject
 
 KEY_VERSION: Final = 1
@@ -33,6 +34,7 @@ _EVAL_COLUMNS: Final = {
     "attention": "eval_attention",
     "execution": "eval_execution",
     "definition": "eval_definition",
+    "seed": "eval_seed",
 }
 """Columns with another name than the field of the evaluation."""
 
@@ -119,6 +121,14 @@ class Cell:
     def calibration_seed(self) -> int | None:
         """The seed by which replicates differ; None for a method in which nothing is random."""
         return None if self.calibration is None else self.calibration.seed
+
+    @cached_property
+    def first(self) -> Measurement | None:
+        """What has to be measured of its 16-bit model before it is quantized (``Spec.measures``); None for most."""
+        if self.quant.measures is None or self.calibration is None:
+            return None
+        baseline = Cell(model=self.model, quant=QuantSpec(bits=BASELINE_BITS))
+        return Measurement(cell=baseline, eval=EvalSpec.of_calibration(self.quant.measures, self.calibration))
 
     @property
     def quant_label(self) -> str:

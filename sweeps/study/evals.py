@@ -185,6 +185,11 @@ def resolve_evals(
     for kind, key, names in asked:
         evaluator = EVALUATORS[kind]
         listed = as_list(names, key)
+        if evaluator.of_methods and listed:
+            raise UserError(
+                f"{key}={listed} is not valid: methods ask for it themselves, on what they calibrate on "
+                "(calibration.set): leave it out"
+            )
         for name in finder.members(listed) if evaluator.data == "task" else listed:
             found = FIND[evaluator.data](finder, str(name), key)
             documents = documents_of(found.source)

@@ -48,11 +48,12 @@ class Manifest:
     chosen: frozenset[str] | None = None
 
     def measurements(self) -> Iterator[Measurement]:
-        """Yield every measurement, cell by cell: some evaluations are of baselines only."""
+        """Yield every measurement, cell by cell (some are of baselines only), and what methods need first of models."""
         of_all = [spec for spec in self.evals if not EVALUATORS[spec.kind].baseline_only]
         for cell in self.cells:
             for spec in self.evals if cell.quant.is_baseline else of_all:
                 yield Measurement(cell=cell, eval=spec)
+        yield from dict.fromkeys(cell.first for cell in self.cells if cell.first is not None)
 
     def wanted(self) -> Iterator[Measurement]:
         """Yield the measurements that a launch may run."""

@@ -36,6 +36,7 @@ from sweeps.store.schema import Row, Scalar
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.devices import check_device
 from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
+from sweeps.worker.first import KnownFirst
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.sharing import Brought, bringers_first
 from sweeps.worker.time_budget import Pace
@@ -99,6 +100,7 @@ class Worker:
     _predicted: float | None = None
     _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
     _brought: Brought = field(default_factory=Brought)
+    _first: KnownFirst = field(default_factory=KnownFirst)
 
     def __post_init__(self) -> None:
         if self.device == "cpu":
@@ -129,6 +131,8 @@ class Worker:
             if (number or pace.over(now)) and not pace.fits(number, now=now, load_seconds=to_load):
                 return "walltime"
             began, loading = time.monotonic(), self._warm.total_seconds
+            if not self._have_first(pack, cell):
+                return "asked"
             self._predicted = pack.item_seconds[number] / len(evals) if pack.item_seconds else None
             for form in forms:
                 if not self._run_cell(pack, cell, [e for e in evals if _form(e) == form], form):
@@ -198,6 +202,17 @@ class Worker:
             self._measure(pack, measurement, loaded, handle, quantize_seconds)
         return True
 
+    def _have_first(self, pack: Pack, cell: Cell) -> bool:
+        """Have what a cell needs first of its 16-bit model: where it isn't stored, it is measured now, and stored.
+
+        In a plan it comes before the cell: it is missing where that failed, or where it was dropped meanwhile. Return
+        False where the worker was asked to stop.
+        """
+        if cell.first is None or self._first.has(cell, self.store):
+            return True
+        self._predicted = None
+        return self._run_cell(pack, cell.first.cell, [cell.first.eval], _form(cell.first.eval))
+
     def _refer(self, pack: Pack, measurements: list[Measurement], loaded: LoadedModel) -> list[Measurement]:
         """Take what the cell is compared with from the model in its 16-bit form, once for all its cells.
 
@@ -247,6 +262,7 @@ class Worker:
             "peak_memory_bytes": peak_memory(self.gpus) - self._warm.kept_gpu_bytes,
         }
         self._record_result(row)
+        self._first.keep(measurement, result)
 
     def _record_result(self, row: Row) -> None:
         self._record(row)
@@ -364,6 +380,7 @@ class Worker:
         print(f"{measurements[0].cell.label} on {names} failed:\n{text}", file=sys.stderr, flush=True)
         origin = self._origin(pack)
         for measurement in measurements:
+            self._first.keep(measurement, error)
             self._record(failed_row(measurement, origin, error_type=kind, error=text, started=started))
         if is_lost(error):
             # A new worker goes on with the rest.
@@ -393,6 +410,7 @@ class Worker:
             calibrated = Calibrated(
                 tokens=self._warm.calibration(cell.calibration, loaded),
                 dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
+                slopes=self._first.slopes(cell),
             )
         while True:
             try:

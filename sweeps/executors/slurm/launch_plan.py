@@ -19,6 +19,7 @@ from sweeps.launches.claimer import launch_provenance
 from sweeps.launches.launch import Chunk, Launch, Shape, line_offsets
 from sweeps.launches.spending import read_spending
 from sweeps.plan.budget import fit
+from sweeps.plan.order import is_baseline
 from sweeps.plan.packs import Pack, Plan
 from sweeps.store.schema import Row
 from sweeps.study.manifest import Manifest
@@ -131,7 +132,7 @@ class LaunchPlan:
         if not self.context.slurm.baseline_gate:
             return list(packs), {}
         context = self.context
-        baselines = {p.model.label: p.id for p in packs if all(c.quant.is_baseline for c, _ in p.items)}
+        baselines = {p.model.label: p.id for p in packs if all(map(is_baseline, p.items))}
         problems = _baseline_problems(context, {p.model.label for p in packs} - set(baselines))
         self.held = {model: why for model, why in problems.items() if why}
         # A baseline comes before the cells that wait for it, also where limits let only some in.
@@ -165,14 +166,14 @@ def _baselines(manifest: Manifest) -> dict[str, list[str]]:
     """Return baseline measurements by model: what the gate looks at."""
     found: dict[str, list[str]] = {}
     for m in manifest.measurements():
-        if m.cell.quant.is_baseline:
+        if is_baseline((m.cell, (m.eval,))):
             found.setdefault(m.cell.model.label, []).append(m.key)
     return found
 
 
 def _frozen(pack: Pack, frozen: Mapping[EvalSpec, EvalSpec]) -> Pack:
     """Return a pack whose task definitions are copies that nobody edits."""
-    return replace(pack, items=tuple((cell, tuple(frozen[e] for e in specs)) for cell, specs in pack.items))
+    return replace(pack, items=tuple((cell, tuple(frozen.get(e, e) for e in specs)) for cell, specs in pack.items))
 
 
 def _baseline_problems(context: LaunchContext, models: Iterable[str]) -> dict[str, str | None]:
@@ -180,7 +181,7 @@ def _baseline_problems(context: LaunchContext, models: Iterable[str]) -> dict[st
     wanted = {
         m.key: m.cell.model.label
         for m in context.manifest.measurements()
-        if m.cell.quant.is_baseline and m.cell.model.label in set(models)
+        if is_baseline((m.cell, (m.eval,))) and m.cell.model.label in set(models)
     }
     rows: dict[str, list[Row]] = {}
     for row in context.store.read(["measurement", "eval", "status", "metrics"], measurements=set(wanted)).to_pylist():

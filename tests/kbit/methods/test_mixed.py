@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kbit import QuantSpec, quantize_model
 from kbit.errors import ActivationError, SpecError
-from kbit.methods import mixed
+from kbit.methods import noise
 from kbit.methods.noise import LEVELS, SEEDS, loss_slopes, noise_of
 from kbit.models.architectures import block_layers
 from kbit.models.originals import Originals
@@ -128,7 +129,7 @@ def test_all_budgets_of_a_model_share_what_is_measured() -> None:
     for other, spec in zip(alone, specs, strict=True):
         quantize_model(other, spec, calibration=CALIBRATION)
     quantize_model(model, QuantSpec(bits=3, dtype="int"), originals=originals)
-    with patch.object(mixed, "loss_slopes", wraps=loss_slopes) as measured:
+    with patch.object(noise, "loss_slopes", wraps=loss_slopes) as measured:
         for other, spec in zip(alone, specs, strict=True):
             quantize_model(model, spec, calibration=CALIBRATION, originals=originals)
             assert identical(bits_of(model), bits_of(other))
@@ -140,6 +141,25 @@ def test_all_budgets_of_a_model_share_what_is_measured() -> None:
         assert measured.call_count == 3  # other arithmetic
     originals.restore()
     assert identical(bits_of(model), before)
+
+
+def test_known_slopes_are_not_measured_again() -> None:
+    model = lively("opt")
+    slopes = list(loss_slopes(WholeModel(module=model), tokens()).values())
+    with quantize_model(model, SPEC, calibration=CALIBRATION) as handle:
+        measured = (handle.allocation, handle.predicted_change)
+    known = replace(CALIBRATION, slopes=[float(np.float32(slope)) for slope in slopes])
+    with (
+        patch.object(noise, "loss_slopes", side_effect=AssertionError),
+        quantize_model(model, SPEC, calibration=known) as handle,
+    ):
+        assert (handle.allocation, handle.predicted_change) == measured
+    # A layer that the loss feels gets more bits than one that it doesn't.
+    dull = replace(known, slopes=[100.0, *[0.0] * (len(slopes) - 1)])
+    with quantize_model(model, SPEC, calibration=dull) as handle:
+        assert list(handle.allocation.values())[:2] == [8, 2]
+    with pytest.raises(ValueError, match=f"slopes of 3 layers are another model's: OPTForCausalLM has {len(slopes)}"):
+        quantize_model(model, SPEC, calibration=replace(known, slopes=[1.0] * 3))
 
 
 def test_layers_of_unlike_bits_are_held_in_k_bits_and_stored(tmp_path: Path) -> None:

@@ -82,5 +82,8 @@ def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch:
     assert predicted.index.size == 2
     assert predicted.nlargest(1).index[0].startswith("mixed int 3.75")
     assert set(rows.index[rows["blocksize"] == ROW]) == {label for label in GPTQ if " row " in label}
+    table = "jargon_8x128_seed0_float32_sensitivity"
+    assert rows[f"{table}_status"].value_counts().to_dict() == {"done": 1}
+    assert rows.loc["16-bit", f"{table}_noise_rise"] > 0
     # What the first launch measured is not measured again.
     assert sorted(rows["launch"].value_counts()) == [1, len(rows) - 1]

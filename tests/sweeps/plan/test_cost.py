@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kbit.calibration import Calibration
+from kbit.evaluation.predicted import NOISE_PASSES
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from kbit.specs.mixed import MixedSpec
@@ -16,7 +17,7 @@ from sweeps.options import Options
 from sweeps.plan.accuracy import accuracy_of, compared
 from sweeps.plan.cost import CostModel, load_seconds
 from sweeps.plan.learned import LATEST
-from sweeps.plan.packs import Known, Pack, Packing, make_plan
+from sweeps.plan.packs import Known, Packing, make_plan
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.resolve import build_study
 from tests.conftest import Launch
@@ -185,32 +186,13 @@ def test_errors_are_of_what_packs_took_from_their_first_quantization_to_their_la
     assert accuracy_of(rows[-1:]) is None
 
 
-def test_what_a_packs_cells_share_is_predicted_for_the_first_of_them_alone() -> None:
-    calibrations = [Calibration(dataset="sha256:y", samples=16, length=512, seed=seed) for seed in (0, 1)]
-    cells = [
-        Cell(model=A, quant=MixedSpec(budget=budget, dtype="int"), calibration=calibration)
-        for calibration in calibrations
-        for budget in (3.25, 4.25)
-    ]
-    items = [(Cell(model=A, quant=INT3), (TEXT,)), *((cell, (TEXT,)) for cell in cells)]
-    pack = Pack(id="p", sweep="s", model=A, items=tuple(items), item_seconds=(0.0,) * 5, seconds=0.0).predicted(cost())
-    plain, first, second, other, last = pack.item_seconds
-    noise = MixedSpec.shared_passes * 2 * 10**6 * 16 * 512 / 8e10
-    assert first - second == pytest.approx(noise)
-    assert other == first
-    assert last == second < plain + 1
-    # What the first took says nothing of the others, and the other way round.
-    about = '{"length": 512, "samples": 16}'
-    rows = [
-        {
-            **quantized(str(cell.quant_label), seconds),
-            "method": "mixed",
-            "pack": "p",
-            "calibration": about,
-            "finished": n,
-        }
-        for n, (cell, seconds) in enumerate(zip(cells[:2], (80.0, 2.0), strict=True))
-    ]
-    learned = cost(*rows)
-    took = [learned.cell_seconds(cells[0], [TEXT], begins=begins) for begins in (True, False)]
-    assert took[0] - took[1] > 60
+def test_what_methods_need_first_is_predicted_apart_from_their_cells() -> None:
+    data = Calibration(dataset="sha256:y", samples=16, length=512)
+    cells = [Cell(model=A, quant=MixedSpec(budget=budget, dtype="int"), calibration=data) for budget in (3.25, 4.25)]
+    first = cells[0].first
+    assert first is not None
+    assert first == cells[1].first
+    plain, each = (cost().cell_seconds(cell, [TEXT]) for cell in (Cell(model=A, quant=INT3), cells[0]))
+    assert plain < each < plain + 1
+    table = cost().cell_seconds(first.cell, [first.eval])
+    assert table == pytest.approx(NOISE_PASSES * 2 * 10**6 * 16 * 512 / 8e10, rel=0.01)

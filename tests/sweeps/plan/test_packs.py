@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from kbit.calibration import Calibration
 from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.plan.cost import CostModel
+from sweeps.plan.order import ORDERS
 from sweeps.plan.packs import Known, Pack, Packing, Plan, make_plan, parse_retry
 from sweeps.status import UNRECORDED
-from sweeps.study.cell import ModelRef
+from sweeps.study.cell import Measurement, ModelRef
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest, load_manifests
 from tests.sweeps.plan.known_costs import cost_of
@@ -144,6 +146,38 @@ def test_a_pack_is_predicted_to_fit_its_time() -> None:
 def test_a_baseline_gets_a_pack_of_its_own_when_cells_wait_for_it() -> None:
     packs = plan({}, packing=Packing(baseline_apart=True)).packs
     assert [len(p.items) for p in packs if any(c.quant.is_baseline for c, _ in p.items)] == [1, 1]
+
+
+def test_what_cells_need_first_stands_before_them_in_one_pack_and_costs_apart() -> None:
+    data = Calibration(dataset="sha256:x", samples=4, length=128, name="x")
+    blocks = [{"method": "mixed", "budget": [3.25, 4.25], "dtype": ["int", "normal"]}, {"bits": [3, 4], "dtype": "int"}]
+    cells = expand([*blocks, {"bits": 16}], MODELS, calibrations=lambda _: [data]).cells
+    study = Manifest(sweep="s", cells=cells, evals=EVALS, excluded=(), config={})
+    firsts = list(dict.fromkeys(c.first for c in cells if c.first is not None))
+    assert len(firsts) == len(MODELS)
+    assert list(study.measurements())[-2:] == firsts
+
+    def packs_of(statuses: dict[str, str], **packing: object) -> tuple[Pack, ...]:
+        known, how = Known(statuses=statuses), Packing(**packing)  # type: ignore[arg-type]
+        cost = CostModel(device="cpu")
+        return make_plan(study, known, retry=parse_retry("lost"), cost=cost, packing=how).packs
+
+    for order in ORDERS:
+        packs = packs_of({}, seconds=1e-9, order=order)  # each cell that can be gets a pack of its own
+        assert sorted(len(p.items) for p in packs) == [1] * 6 + [5, 5]
+        for pack in packs:
+            if len(pack.items) > 1:
+                (cell, evals), *others = pack.items
+                assert Measurement(cell=cell, eval=evals[0]) in firsts
+                assert {c.quant.method for c, _ in others} == {"mixed"}
+                assert pack.item_seconds[0] > max(pack.item_seconds[1:])
+    assert [len(p.items) for p in packs_of({}, seconds=1e9)] == [8, 8]
+    (apart, *_) = packs_of({}, seconds=1e9, baseline_apart=True)
+    assert [[e.kind for e in evals] for _, evals in apart.items] == [["perplexity", "perplexity"]]
+    done = packs_of({m.key: "done" for m in firsts}, seconds=1e-9)
+    assert {len(p.items) for p in done} == {1}
+    alone = packs_of({m.key: "done" for m in study.measurements() if m not in firsts})
+    assert [p.measurements() for p in alone] == [[m] for m in firsts]
 
 
 def test_what_is_left_of_a_pack_keeps_its_id_and_order() -> None:

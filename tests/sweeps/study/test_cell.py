@@ -390,6 +390,17 @@ LATER: list[dict[str, Any]] = [
         "key": "b7d3794d8283edd226467319beeced734c8e2a9a4bb743760fb5073c6dc29b02",
     },
     {
+        "quant": {"bits": 16},
+        "model": vars(HUB),
+        "eval": {
+            **{"kind": "sensitivity", "name": "wikitext2_train_16x2048_seed1_sensitivity", "version": "1.1"},
+            **{"window": 2048, "limit": 32768, "dataset": "sha256:" + "c" * 64, "compute_dtype": "storage", "seed": 1},
+        },
+        "canonical": {"method": "baseline", "bits": 16},
+        "label": "16-bit",
+        "key": "d589fd682b478a276304d338407de6fa84589ec75cc2327dc5883d4445fc9fda",
+    },
+    {
         "quant": {"method": "gptq", "bits": 2, "dtype": "int", "zero_point": True, "blocksize": "row"},
         "model": vars(HUB),
         "eval": None,
