@@ -1,8 +1,17 @@
-"""Statistics of measurements on the same samples.
+"""Statistics of measurements on the same samples, and of differences over models.
 
-pairs  the difference of two cells, and its mean over models, with a confidence interval
+pairs         the difference of two cells, and its mean over models, with a confidence interval
+proportions   McNemar's exact test, Wilson's interval
+resampling    a bootstrap over windows, documents or clusters; flipped signs
+effects       an effect over models (t, signed ranks, random effects) and how surely it lies above or below a bound
+equivalence   margins, and two one-sided tests of no effect
+multiplicity  Holm, and Benjamini and Hochberg
+power         the smallest difference that data could have shown; documents and models that it would take
 """
 
+from analysis.significance.effects import Effect, by_ranks, of_samples, over_models, random_effects
+from analysis.significance.equivalence import Margins, tost
+from analysis.significance.multiplicity import benjamini_hochberg, holm
 from analysis.significance.pairs import (
     LEVEL,
     Comparison,
@@ -13,14 +22,34 @@ from analysis.significance.pairs import (
     compare_mean_loss,
     compare_outcomes,
 )
+from analysis.significance.power import models_needed, samples_needed, smallest_detectable
+from analysis.significance.proportions import McNemar, mcnemar, wilson
+from analysis.significance.resampling import bootstrap, sign_flip
 
 __all__ = [
     "LEVEL",
     "Comparison",
+    "Effect",
+    "Margins",
+    "McNemar",
     "Samples",
+    "benjamini_hochberg",
+    "bootstrap",
+    "by_ranks",
     "can_pair",
     "compare",
     "compare_loss",
     "compare_mean_loss",
     "compare_outcomes",
+    "holm",
+    "mcnemar",
+    "models_needed",
+    "of_samples",
+    "over_models",
+    "random_effects",
+    "samples_needed",
+    "sign_flip",
+    "smallest_detectable",
+    "tost",
+    "wilson",
 ]

@@ -31,6 +31,7 @@ class Comparison:
         low, high: the interval; NaN where a value isn't finite or there are fewer than two samples.
         stderr: standard error of the difference.
         n: samples (windows or documents).
+        p: two-sided p-value of no difference; NaN where none was computed.
     """
 
     difference: float
@@ -38,6 +39,7 @@ class Comparison:
     high: float
     stderr: float
     n: int
+    p: float = float("nan")
 
     @property
     def significant(self) -> bool:
@@ -162,5 +164,8 @@ def _window_by_window(pairs: Sequence[tuple[Samples, Samples]]) -> Comparison:
 def _student(mean: float, error: float, n: int) -> Comparison:
     from scipy.stats import t
 
-    half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * error if n > 1 and np.isfinite(error) else float("nan")
-    return Comparison(difference=mean, low=mean - half, high=mean + half, stderr=error, n=n)
+    if n < 2 or not np.isfinite(error):
+        return Comparison(difference=mean, low=float("nan"), high=float("nan"), stderr=error, n=n)
+    half = float(t.ppf(0.5 + LEVEL / 2, n - 1)) * error
+    p = 2 * float(t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return Comparison(difference=mean, low=mean - half, high=mean + half, stderr=error, n=n, p=p)
