@@ -11,5 +11,6 @@ imported when used.
     scaling/      bit-level scaling: which precision is best for a number of model bits
     significance/ two measurements on the same samples: their difference with a confidence interval
     figures/      loss against total bits by precision; data types; block sizes; methods
+    beside/       each quantization beside the best plain rounding of at most as many bits
     findings/     what the data say about the paper's questions
 """

@@ -16,6 +16,7 @@ from typing import Final
 
 COMMANDS: Final[Mapping[str, str]] = {
     "report": "analysis.report.command",
+    "beside": "analysis.beside.command",
 }
 """Command to its module."""
 
