@@ -28,6 +28,7 @@ from torch import Tensor
 from kbit.errors import ArchitectureError, OrderError
 from kbit.evaluation.evaluators import OUTLIER_LAYERS, OUTLIER_POSITIONS
 from kbit.evaluation.perplexity import PerplexityEval, prepare_perplexity
+from kbit.evaluation.rank_correlation import chance_deviation, spearman
 from kbit.evaluation.scoring import base_of
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.evaluation.watching import BlockWatch, Inputs, stored_as, watch_places
@@ -70,9 +71,10 @@ class OutliersEval:
 
         Samples: for each pair of ``SPREAD_PAIRS`` that the model has, over its blocks (NaN where a block has none), the
         correlation by mean magnitude 'PAIR', by the largest 'PAIR_largest', the least input 'PAIR_least' (0 after a
-        ReLU), float32, and the dimensions 'PAIR_units', int32; over all blocks at once 'PAIR_pooled' [1]. Of each block
-        'block_positions', the share of its positions that outlier features affect. Of up to 64 dimensions with large
-        values 'feature_dimension' int32, 'feature_layers', 'feature_positions', 'feature_low' and 'feature_high'.
+        ReLU), float32, and the dimensions 'PAIR_units', int32; of all blocks the correlation over their dimensions at
+        once 'PAIR_pooled' [1], and by how much the mean of their correlations scatters by chance 'PAIR_chance' [1].
+        Of each block 'block_positions', the share of its positions that outlier features affect. Of up to 64 dimensions
+        with large values 'feature_dimension' int32, 'feature_layers', 'feature_positions', 'feature_low' and 'feature_high'.
 
         Raises:
             ArchitectureError: the roles of the model's layers aren't known.
@@ -146,19 +148,6 @@ def prepare_outliers(spec: EvalSpec, tokenizer: Any, *, context: int, vocab_size
         SpecError, ValueError: as ``kbit.evaluation.perplexity.prepare_perplexity``.
     """
     return OutliersEval(text=prepare_perplexity(spec, tokenizer, context=context, vocab_size=vocab_size))
-
-
-def spearman(spread: NDArray[np.float64], magnitude: NDArray[np.float64]) -> float:
-    """Spearman's rank correlation of two arrays [n], equal values sharing their mean rank; NaN where it is undefined:
-    one of them is constant, or not all values are finite.
-    """
-    from scipy.stats import rankdata
-
-    if len(spread) < 2 or not (np.isfinite(spread).all() and np.isfinite(magnitude).all()):
-        return math.nan
-    a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (spread, magnitude))
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -269,7 +258,8 @@ class _Correlated:
     def samples(self, pair: str) -> dict[str, NDArray[Any]]:
         pooled = spearman(np.concatenate(self.spreads), np.concatenate(self.magnitudes))
         values = {pair: self.mean, f"{pair}_largest": self.largest, f"{pair}_least": self.least}
-        values |= {f"{pair}_pooled": np.array([pooled])}
+        chance = chance_deviation(self.spreads, self.magnitudes)
+        values |= {f"{pair}_pooled": np.array([pooled]), f"{pair}_chance": np.array([chance])}
         return {**{name: of.astype(np.float32) for name, of in values.items()}, f"{pair}_units": self.units}
 
 

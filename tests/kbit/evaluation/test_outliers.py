@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config
 
 from kbit.errors import ArchitectureError
-from kbit.evaluation.outliers import OutliersEval, spearman
+from kbit.evaluation.outliers import OutliersEval
 from kbit.evaluation.perplexity import PerplexityEval
+from kbit.evaluation.rank_correlation import chance_deviation, spearman
 from kbit.evaluation.watching import stored_as
 from kbit.models.architectures import block_layers
 from tests.kbit.models.test_outliers import PARTS, PREFIX, value_rows
@@ -112,6 +114,8 @@ def test_its_numbers_are_those_of_hooks_and_loops(name: str) -> None:
         assert result.samples[f"{pair}_largest"][-len(each) :] == pytest.approx(by_largest, abs=1e-6)
         pooled = spearmanr(np.concatenate([s for s, _ in there]), np.concatenate([m.mean(0) for _, m in there]))
         assert result.samples[f"{pair}_pooled"] == pytest.approx([pooled.statistic], abs=1e-6)
+        chance = chance_deviation([s for s, _ in there], [m.mean(0) for _, m in there])
+        assert result.samples[f"{pair}_chance"] == pytest.approx([chance], rel=1e-6)
         assert result.samples[f"{pair}_units"].tolist()[-len(each) :] == [len(s) for s, _ in there]
     least = [seen[n].min() for n in of_role["ffn2"]]
     assert result.samples["ffn1_ffn2_least"] == pytest.approx(least, rel=1e-6)
@@ -291,6 +295,25 @@ def test_equal_values_share_their_mean_rank() -> None:
     assert spearman(a, -a) == pytest.approx(-1)
     assert math.isnan(spearman(a, np.ones(200)))
     assert math.isnan(spearman(a, np.where(a == 1, np.inf, a)))
+
+
+def test_chance_is_that_of_all_permutations_of_the_dimensions() -> None:
+    draw = np.random.default_rng(5)
+    # Blocks that are alike, as those of a residual stream are.
+    base = draw.normal(size=(2, 6))
+    spreads, magnitudes = (list(of + 0.3 * draw.normal(size=(3, 6))) for of in base)
+    each = [
+        np.mean([spearmanr(s[list(order)], m).statistic for s, m in zip(spreads, magnitudes, strict=True)])
+        for order in permutations(range(6))
+    ]
+    assert chance_deviation(spreads, magnitudes) == pytest.approx(np.std(each), abs=1e-12)
+    assert np.mean(each) == pytest.approx(0, abs=1e-12)
+    assert np.std(each) > 1.3 / math.sqrt(3 * 5)  # of independent blocks it would be less
+    # Of different widths they are independent: variances of 1/5 and 1/3 by themselves. A constant block says nothing.
+    other, constant = draw.normal(size=(2, 4)), np.ones(6)
+    found = chance_deviation([spreads[0], other[0], constant], [magnitudes[0], other[1], base[0]])
+    assert found == pytest.approx(math.sqrt(1 / 5 + 1 / 3) / 2)
+    assert math.isnan(chance_deviation([constant], [base[0]]))
 
 
 @needs_gpu
