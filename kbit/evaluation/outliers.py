@@ -74,7 +74,8 @@ class OutliersEval:
         ReLU), float32, and the dimensions 'PAIR_units', int32; of all blocks the correlation over their dimensions at
         once 'PAIR_pooled' [1], and by how much the mean of their correlations scatters by chance 'PAIR_chance' [1].
         Of each block 'block_positions', the share of its positions that outlier features affect. Of up to 64 dimensions
-        with large values 'feature_dimension' int32, 'feature_layers', 'feature_positions', 'feature_low' and 'feature_high'.
+        with large values 'feature_dimension' int32, 'feature_layers', 'feature_positions', and 'feature_low' and
+        'feature_high'.
 
         Raises:
             ArchitectureError: the roles of the model's layers aren't known.
