@@ -17,6 +17,7 @@ from typing import Final
 COMMANDS: Final[Mapping[str, str]] = {
     "report": "analysis.report.command",
     "beside": "analysis.beside.command",
+    "outliers": "analysis.outliers",
 }
 """Command to its module."""
 

@@ -1,0 +1,231 @@
+"""``python -m analysis outliers OUT [OUT2 …]``: what 16-bit models' outliers look like, from stored measurements.
+
+Correlations of the spread of weights with the size of activations by layer (Table 2), and the emergence of outlier
+features with scale, as LLM.int8() defines them: a table and a figure of each. ``kbit.evaluation.outliers`` says what is
+measured, and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis.cells import MEASURED, baselines, measured
+from analysis.figures.outliers import draw_correlations, draw_emergence, layer_order
+from analysis.figures.saving import save
+from analysis.inputs import Inputs
+from analysis.metrics import primary_loss
+from analysis.mixtures import mixture_warnings
+from analysis.significance import LEVEL, Samples
+from analysis.tables import write_table
+from analysis.tables.text import pipe_table, value_text
+from kbit.errors import SpecError
+from kbit.evaluation.evaluators import OUTLIER_LAYERS, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, SPREAD_PAIRS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HELP: Final = "tables and figures of 16-bit models' outliers (Table 2; LLM.int8()'s outlier features by scale)"
+KIND: Final = "outliers"
+CONTROL: Final = "ffn1_ffn2"
+"""The paper's control, where FFN 1 is followed by a ReLU."""
+_SIGNIFICANT: Final = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """What was measured of one or several models' outliers.
+
+    Attributes:
+        correlations: a row per model, text set and pair of layers: 'layers' (for people), 'weights' and 'reads' (its
+            two sides), 'is_control', 'correlation' (mean over blocks), 'low' and 'high' (95 % over blocks, NaN of one),
+            'p' (two-sided, of no relation), 'by_largest' (with the largest magnitudes), 'pooled' (all blocks'
+            dimensions at once), 'blocks', 'units' (dimensions of a block) and 'of_blocks' (each block's).
+        emergence: a row per model and text set: 'features', 'one_sided' (those of one sign, of up to 64), 'layers' and
+            'positions' (the shares that they affect) with '_stderr', 'widest_layers', 'widest_positions' and
+            'largest_input'.
+    """
+
+    correlations: pd.DataFrame
+    emergence: pd.DataFrame
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where to write; else OUT/reports/STUDY")
+
+
+def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
+    """Print the tables, write them and the figures, and say where they are.
+
+    Raises:
+        SpecError: nothing of the kind is stored.
+    """
+    found = outliers_of(inputs)
+    for warning in mixture_warnings(inputs.long[inputs.long["eval_kind"] == KIND]):
+        print(f"note: {warning}")
+    print(correlations_markdown(found.correlations))
+    print(emergence_markdown(found.emergence))
+    for path in write_outliers(found, arguments.to or arguments.out[0] / "reports" / inputs.name, inputs.name):
+        print(path)
+    return 0
+
+
+def outliers_of(inputs: Inputs) -> Outliers:
+    """Return what is stored of outliers, smaller models first in each family.
+
+    Raises:
+        SpecError: nothing is.
+    """
+    long = inputs.long
+    stored = long[(long["eval_kind"] == KIND) & long["status"].isin(MEASURED)]
+    if not len(stored):
+        raise SpecError(
+            "out", inputs.name, f"results with measurements of kind {KIND}: run 'eval.kinds={{{KIND}: [SET]}}' first"
+        )
+    samples = inputs.read_samples(stored["measurement"].tolist())
+    wide = baselines(measured(inputs.df)).drop_duplicates("key").set_index("key")
+    metric = primary_loss(inputs.df)
+    loss = wide[metric.column] if metric is not None else pd.Series(math.nan, index=wide.index)
+    rows = sorted(
+        (r for r in stored.to_dict("records") if r["key"] in wide.index),
+        key=lambda r: (r["eval"], str(wide.at[r["key"], "family"]), _number(wide.at[r["key"], "params"])),
+    )
+    correlations, emergence = [], []
+    for row in rows:
+        key, own = row["key"], samples[row["measurement"]]
+        about = {name: wide.at[key, name] for name in ("family", "model")}
+        about |= {"params": _number(wide.at[key, "params"]), "loss": float(loss[key]), "eval": row["eval"]}
+        metrics, stderr = dict(row["metrics"]), dict(row["stderr"])
+        correlations += [about | _correlation(pair, own) for pair in SPREAD_PAIRS if pair in own]
+        emergence.append(about | _emergence(metrics, stderr, own))
+    return Outliers(correlations=pd.DataFrame(correlations), emergence=pd.DataFrame(emergence))
+
+
+def write_outliers(found: Outliers, directory: Path, study: str | None = None) -> list[Path]:
+    """Write tables (CSV, Markdown, LaTeX) and figures (PNG, SVG); return the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, table, markdown in (
+        ("outlier_correlations", found.correlations, correlations_markdown),
+        ("outlier_emergence", found.emergence, emergence_markdown),
+    ):
+        made += [write_table(table, directory / f"{name}.{kind}") for kind in ("csv", "tex")]
+        made.append(directory / f"{name}.md")
+        made[-1].write_text(markdown(table))
+    return [*made, *(save(figure, directory / name) for name, figure in outlier_figures(found, study).items())]
+
+
+def outlier_figures(found: Outliers, study: str | None = None) -> dict[str, Figure]:
+    """Return the figures that the data allow, by their names; of several text sets each has its own."""
+    figures: dict[str, Figure | None] = {}
+    evals = found.emergence["eval"].unique().tolist()
+    for of in evals:
+        suffix = f"_{of}" if len(evals) > 1 else ""
+        figures[f"outlier_correlations{suffix}"] = draw_correlations(_only(found.correlations, of), study=study)
+        figures[f"outlier_emergence{suffix}"] = draw_emergence(_only(found.emergence, of), study=study)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def correlations_markdown(table: pd.DataFrame) -> str:
+    """Return Table 2, one for each family and text set: layers down, models across."""
+    parts = []
+    for (of, family), own in table.groupby(["eval", "family"], sort=False):
+        models = own["model"].unique().tolist()
+        texts = {(r["layers"], r["model"]): _correlation_text(r) for r in _records(own)}
+        rows = [[name, *(texts.get((name, m), "-") for m in models)] for name in layer_order(own)]
+        head = f"Rank correlation of the spread of weights with the magnitude of activations, {family}, {of}\n\n"
+        parts.append(head + pipe_table(["Layer / feature", *models], rows, numeric_from=1))
+    chance = f"* p < {_SIGNIFICANT:g} (two-sided, over permutations of the dimensions)"
+    return "\n".join([*parts, f"Mean over blocks [{LEVEL:.0%} interval over blocks]; {chance}.\n"])
+
+
+def emergence_markdown(table: pd.DataFrame) -> str:
+    """Return a row per model: how many outlier features it has, and what they affect."""
+    columns = ["Model", "Parameters", "Loss", "Outlier features", "One-sided", "Layers", "Positions"]
+    columns += ["Widest feature: layers", "positions", "Largest input"]
+    rows = []
+    for r in _records(table):
+        layers, positions = (
+            value_text(100 * r[n], 100 * r[f"{n}_stderr"], False, decimals=1) for n in ("layers", "positions")
+        )
+        numbers = [f"{r['features']:.0f}", f"{r['one_sided']:.0f}", f"{layers} %", f"{positions} %"]
+        widest = [f"{100 * r[f'widest_{n}']:.1f} %" for n in ("layers", "positions")]
+        params = "-" if math.isnan(r["params"]) else f"{r['params']:,.0f}"
+        loss = value_text(r["loss"], math.nan, False, decimals=3)
+        rows.append([str(r["model"]), params, loss, *numbers, *widest, f"{r['largest_input']:.1f}"])
+    note = (
+        f"An outlier feature has a magnitude of at least {OUTLIER_MAGNITUDE:g} in at least {OUTLIER_LAYERS:.0%} of the "
+        f"layers and at {OUTLIER_POSITIONS:.0%} of the positions; ± one standard error over windows. Text: "
+        f"{', '.join(table['eval'].unique())}.\n"
+    )
+    return pipe_table(columns, rows, numeric_from=1) + "\n" + note
+
+
+def _correlation(pair: str, samples: Samples) -> dict[str, Any]:
+    """Return what is known of one pair of layers, of a measurement's samples."""
+    weights, reads = SPREAD_PAIRS[pair]
+    of_blocks = samples[pair].astype(np.float64)
+    there = ~np.isnan(of_blocks)
+    mean, low, high = _interval(of_blocks[there])
+    is_control = pair == CONTROL and bool((samples[f"{pair}_least"][samples[f"{pair}_units"] > 0] >= 0).all())
+    chance = float(samples[f"{pair}_chance"][0])
+    feature = f"{'ReLU (control)' if is_control else 'activation'}" if pair == CONTROL else reads
+    largest = samples[f"{pair}_largest"][there]
+    return {
+        "layers": f"{weights} / {feature}",
+        **{"weights": weights, "reads": reads, "is_control": is_control, "correlation": mean, "low": low, "high": high},
+        "p": math.erfc(abs(mean) / chance / math.sqrt(2)) if chance > 0 else math.nan,
+        "by_largest": float(largest.mean()) if len(largest) else math.nan,
+        "pooled": float(samples[f"{pair}_pooled"][0]),
+        **{"blocks": int(there.sum()), "units": int(samples[f"{pair}_units"].max()), "of_blocks": of_blocks.tolist()},
+    }
+
+
+def _emergence(metrics: Mapping[str, float], stderr: Mapping[str, float], samples: Samples) -> dict[str, Any]:
+    names = {"features": "outlier_features", "layers": "outlier_layers", "positions": "outlier_positions"}
+    values = {name: metrics[metric] for name, metric in names.items()}
+    # Samples are float32, and list no more than the 64 dimensions that are large at most positions.
+    shares = (("feature_layers", OUTLIER_LAYERS), ("feature_positions", OUTLIER_POSITIONS))
+    chosen = np.logical_and.reduce([samples[name] >= np.float32(least) for name, least in shares])
+    crosses = (samples["feature_low"] <= -OUTLIER_MAGNITUDE) & (samples["feature_high"] >= OUTLIER_MAGNITUDE)
+    values["one_sided"] = float((chosen & ~crosses).sum())
+    values |= {f"{name}_stderr": stderr.get(names[name], math.nan) for name in ("layers", "positions")}
+    return values | {name: metrics[name] for name in ("widest_layers", "widest_positions", "largest_input")}
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the mean and its interval by Student's t; NaN where there are too few."""
+    from scipy.stats import t
+
+    if not len(values):
+        return math.nan, math.nan, math.nan
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def _correlation_text(row: Mapping[str, Any]) -> str:
+    interval = "" if math.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['correlation']:.2f}{interval}{'*' if row['p'] < _SIGNIFICANT else ''}"
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _only(table: pd.DataFrame, of: str) -> pd.DataFrame:
+    return table[table["eval"] == of].reset_index(drop=True) if len(table) else table
+
+
+def _number(value: object) -> float:
+    return math.nan if value is None or value is pd.NA else float(value)  # type: ignore[arg-type]
