@@ -28,7 +28,13 @@ from analysis.significance import LEVEL, Samples
 from analysis.tables import write_table
 from analysis.tables.text import pipe_table, value_text
 from kbit.errors import SpecError
-from kbit.evaluation.evaluators import OUTLIER_LAYERS, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, SPREAD_PAIRS
+from kbit.evaluation.evaluators import (
+    OUTLIER_LAYERS,
+    OUTLIER_MAGNITUDE,
+    OUTLIER_POSITIONS,
+    OUTLIERS,
+    SPREAD_PAIRS,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +44,8 @@ KIND: Final = "outliers"
 CONTROL: Final = "ffn1_ffn2"
 """The paper's control, where FFN 1 is followed by a ReLU."""
 _SIGNIFICANT: Final = 0.05
+_FINITE: Final = 1e-9
+"""As near as a correlation comes to 1 where Fisher's z has to be finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,8 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
         print(f"note: {warning}")
     print(correlations_markdown(found.correlations))
     print(emergence_markdown(found.emergence))
-    for path in write_outliers(found, arguments.to or arguments.out[0] / "reports" / inputs.name, inputs.name):
+    directory = arguments.to or arguments.out[0] / "reports" / inputs.name
+    for path in write_outliers(found, directory, arguments.study):
         print(path)
     return 0
 
@@ -140,11 +149,18 @@ def correlations_markdown(table: pd.DataFrame) -> str:
     for (of, family), own in table.groupby(["eval", "family"], sort=False):
         models = own["model"].unique().tolist()
         texts = {(r["layers"], r["model"]): _correlation_text(r) for r in _records(own)}
-        rows = [[name, *(texts.get((name, m), "-") for m in models)] for name in layer_order(own)]
-        head = f"Rank correlation of the spread of weights with the magnitude of activations, {family}, {of}\n\n"
+        pooled = {(r["layers"], r["model"]): f"{r['pooled']:.2f}" for r in _records(own)}
+        rows = [
+            [name + how, *(cells.get((name, m), "-") for m in models)]
+            for cells, how in ((texts, ""), (pooled, ", pooled"))
+            for name in layer_order(own)
+        ]
+        text = str(of).removesuffix(OUTLIERS.suffix)
+        head = f"Rank correlation of the spread of weights with the magnitude of activations: {family}, on {text}\n\n"
         parts.append(head + pipe_table(["Layer / feature", *models], rows, numeric_from=1))
     chance = f"* p < {_SIGNIFICANT:g} (two-sided, over permutations of the dimensions)"
-    return "\n".join([*parts, f"Mean over blocks [{LEVEL:.0%} interval over blocks]; {chance}.\n"])
+    how = f"Mean over blocks [{100 * LEVEL:g} % interval over blocks]; {chance}"
+    return "\n".join([*parts, f"{how}; pooled: of the dimensions of all blocks at once.\n"])
 
 
 def emergence_markdown(table: pd.DataFrame) -> str:
@@ -162,9 +178,9 @@ def emergence_markdown(table: pd.DataFrame) -> str:
         loss = value_text(r["loss"], math.nan, False, decimals=3)
         rows.append([str(r["model"]), params, loss, *numbers, *widest, f"{r['largest_input']:.1f}"])
     note = (
-        f"An outlier feature has a magnitude of at least {OUTLIER_MAGNITUDE:g} in at least {OUTLIER_LAYERS:.0%} of the "
-        f"layers and at {OUTLIER_POSITIONS:.0%} of the positions; ± one standard error over windows. Text: "
-        f"{', '.join(table['eval'].unique())}.\n"
+        f"An outlier feature has a magnitude of at least {OUTLIER_MAGNITUDE:g} in at least {100 * OUTLIER_LAYERS:g} % "
+        f"of the layers and at {100 * OUTLIER_POSITIONS:g} % of the positions; ± one standard error over windows. "
+        f"Text: {', '.join(of.removesuffix(OUTLIERS.suffix) for of in table['eval'].unique())}.\n"
     )
     return pipe_table(columns, rows, numeric_from=1) + "\n" + note
 
@@ -202,7 +218,7 @@ def _emergence(metrics: Mapping[str, float], stderr: Mapping[str, float], sample
 
 
 def _interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Return the mean and its interval by Student's t; NaN where there are too few."""
+    """Return the mean of correlations, and an interval by Student's t of Fisher's z; NaN where there are too few."""
     from scipy.stats import t
 
     if not len(values):
@@ -210,8 +226,9 @@ def _interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
     mean = float(values.mean())
     if len(values) < 2:
         return mean, math.nan, math.nan
-    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
+    z = np.arctanh(np.clip(values, -1 + _FINITE, 1 - _FINITE))
+    half = t.ppf((1 + LEVEL) / 2, len(z) - 1) * z.std(ddof=1) / math.sqrt(len(z))
+    return mean, math.tanh(z.mean() - half), math.tanh(z.mean() + half)
 
 
 def _correlation_text(row: Mapping[str, Any]) -> str:

@@ -30,9 +30,9 @@ _CORRELATED: Final = (
     "blocks with its 95 % interval over blocks; dots: the blocks."
 )
 _EMERGED: Final = (
-    f"Outlier features: magnitude of at least {OUTLIER_MAGNITUDE:g} in at least {OUTLIER_LAYERS:.0%} of the layers and "
-    f"at {OUTLIER_POSITIONS:.0%} of the positions (dashed grey). Filled: what they affect together, ± 1 standard error "
-    "over windows. Open: the dimension that is large at most positions, an outlier feature or not."
+    f"Outlier features: magnitude of at least {OUTLIER_MAGNITUDE:g} in at least {100 * OUTLIER_LAYERS:g} % of the "
+    f"layers and at {100 * OUTLIER_POSITIONS:g} % of the positions (dashed grey). Filled: what they affect together, "
+    "± 1 standard error over windows. Open: the dimension that is large at most positions, an outlier feature or not."
 )
 
 
@@ -105,8 +105,8 @@ def draw_emergence(table: pd.DataFrame, *, study: str | None = None) -> Figure |
             elif ax.get_xlim()[0] < ax.get_xlim()[1]:
                 ax.invert_xaxis()  # better models to the right, as larger ones
             ax.set_xlabel(label if share == "positions" else "")
-            ax.set_title(f"{title} affected")
-        row[0].set_ylabel(f"{title} (%)")
+            ax.set_title(title)
+        row[0].set_ylabel("Affected (%)")
     legend(fig, axes, [style.family_name(f) for f in looks], "Family")
     style.finish(fig, "Emergence of outlier features", _notes(_EMERGED, table, study))
     return fig
@@ -118,7 +118,7 @@ def _correlation_line(ax: Axes, own: pd.DataFrame, look: Look, family: str) -> N
         return
     x, y = own["params"].to_numpy(float), own["correlation"].to_numpy(float)
     for at, of_blocks in zip(x, own["of_blocks"], strict=True):
-        ax.plot([at] * len(of_blocks), of_blocks, ".", color=look[0], markersize=2.5, alpha=0.35, zorder=2)
+        ax.plot([at] * len(of_blocks), of_blocks, ".", color=look[0], markersize=3.5, alpha=0.45, zorder=2)
     ax.plot(x, y, color=look[0], marker=look[1], label=style.family_name(family), zorder=3)
     known = own["low"].notna().to_numpy()
     below, above = (y - own["low"].to_numpy(float))[known], (own["high"].to_numpy(float) - y)[known]

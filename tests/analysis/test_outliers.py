@@ -82,8 +82,8 @@ def test_correlations_are_means_over_blocks_with_interval_and_chance(found: Outl
     table = found.correlations.set_index(["model", "reads"])
     assert list(dict.fromkeys(found.correlations["model"])) == ["neox-a", "opt-a", "opt-b"]  # by family, then size
     row = table.loc[("opt-a", "attention output")]
-    values = np.array([0.5, 0.7, 0.9])
-    low, high = t.interval(0.95, 2, values.mean(), values.std(ddof=1) / math.sqrt(3))
+    z = np.arctanh([0.5, 0.7, 0.9])
+    low, high = np.tanh(t.interval(0.95, 2, z.mean(), z.std(ddof=1) / math.sqrt(3)))
     assert (row["correlation"], row["low"], row["high"]) == pytest.approx((0.7, low, high))
     assert (row["by_largest"], row["pooled"]) == pytest.approx((0.35, 0.11))
     assert (row["loss"], row["params"], row["blocks"], row["units"]) == (3.5, 1e6, 3, 64)
@@ -118,8 +118,9 @@ def test_table_2_has_layers_down_and_models_across(found: Outliers) -> None:
     assert cells[2][0] == "FFN 1 / ReLU (control)"
     assert cells[2][2].startswith("0.00 [")
     assert not cells[2][2].endswith("*")
-    assert cells[2][1] == "0.10 [-0.40, 0.60]*"
-    assert cells[3][:2] == ["V / attention output", "0.70 [0.20, 1.20]*"]
+    assert cells[2][1] == "0.10 [-0.39, 0.55]*"
+    assert cells[3] == ["V / attention output", "0.70 [-0.20, 0.97]*", "0.80 [-1.00, 1.00]*"]
+    assert cells[5] == ["V / attention output, pooled", "0.11", "0.11"]
     assert "FFN 1 / activation" in neox[2]
     assert "two-sided, over permutations of the dimensions" in text
 
@@ -145,7 +146,7 @@ def test_emergence_counts_features_and_those_of_one_sign(found: Outliers) -> Non
         "75.0 %",
         "40.0",
     ]
-    assert "at least 6 in at least 25% of the layers and at 6% of the positions" in text
+    assert "at least 6 in at least 25 % of the layers and at 6 % of the positions" in text
 
 
 def test_figures_show_every_model_where_it_is(found: Outliers) -> None:
