@@ -18,7 +18,8 @@ class Inputs:
     """The results of one study, or of all studies of one or several directories.
 
     Attributes:
-        name: of the study, or of the directories; names files.
+        name: of the study, or 'all'; names files.
+        title: for people.
         df: the wide table, one row per planned cell (``sweeps.load_results``).
         long: one row per measurement.
         read_samples: per-sample outcomes of measurements, by their keys.
@@ -26,6 +27,7 @@ class Inputs:
     """
 
     name: str
+    title: str
     df: pd.DataFrame
     long: pd.DataFrame
     read_samples: Callable[[Sequence[str]], Mapping[str, Samples]]

@@ -156,6 +156,7 @@ class Config:
     long: bool = False
     watch: bool = False
     script: bool = False
+    report: bool = True
     trust_remote_code: bool = False
     models: dict[str, FamilyConfig] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -32,6 +32,7 @@ class Options:
         budget: device-seconds that the study may spend; None is without end.
         format: in which mode=export writes a cell (kbit.exporting.base).
         script: whether mode=plan shows the scripts of jobs.
+        report: whether a study ends in its report.
         yes, undo: mode=drop doesn't ask; it takes the last drop back.
         executor: keys of the chosen executor, which checks them (sweeps.executors.base).
     """
@@ -48,6 +49,7 @@ class Options:
     long: bool
     watch: bool
     script: bool
+    report: bool
     yes: bool
     undo: bool
     trust_remote_code: bool
@@ -82,6 +84,7 @@ class Options:
             long=given["long"],
             watch=given["watch"],
             script=given["script"],
+            report=given["report"],
             yes=given["yes"],
             undo=given["undo"],
             trust_remote_code=given["trust_remote_code"],

@@ -1,27 +1,68 @@
-"""Write the files of a report."""
+"""Write a report: its page, figures and tables."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pandas as pd
+
 from analysis.inputs import Inputs
+from analysis.report.content import Parts, Report, build_report
+from analysis.report.page import page
+from analysis.report.places import Places
 
 
-def report_findings(inputs: Inputs) -> list[str]:
-    """Return what the data say, in sentences."""
-    from analysis.findings import findings, wanted_samples
-
-    return findings(inputs.df, inputs.samples(wanted_samples(inputs.df, inputs.long)))
-
-
-def write_files(inputs: Inputs, directory: Path) -> list[Path]:
-    """Write figures and tables; return the files."""
-    from analysis.figures import write_figures
+def report_of(inputs: Inputs) -> Report:
+    """Build the report of what a command works on, reading the samples that its comparisons need."""
     from analysis.findings import wanted_samples
-    from analysis.tables import write_table
 
+    # Only what is compared: the samples of a large study don't fit into memory.
     samples = inputs.samples(wanted_samples(inputs.df, inputs.long))
-    tables = directory / "tables"
-    tables.mkdir(parents=True, exist_ok=True)
-    made = [write_table(inputs.df, tables / f"{inputs.name}.{kind}") for kind in ("parquet", "csv")]
-    return [*write_figures(inputs.df, directory / "figures", sweep=inputs.name, samples=samples), *made]
+    return build_report(inputs.df, inputs.long, samples, title=inputs.title, name=inputs.name, notes=inputs.notes)
+
+
+def write_report(report: Report, places: Places | Path) -> tuple[list[Path], list[str]]:
+    """Write figures, tables and the page that links them; return the files, the page first, and what went wrong.
+
+    Args:
+        report: what to write.
+        places: where; a directory for all of it, or ``Places``.
+    """
+    if isinstance(places, Path):
+        places = Places.within(places)
+    parts = Parts()
+    none: list[Path] = []
+    figures = parts.made("figures", lambda: _write_figures(report, places), none)
+    tables = parts.made("tables", lambda: write_tables(report.df, places.tables, name=report.name), none)
+    beside = [(path.name, os.path.relpath(path, places.page.parent)) for path in (*figures, *tables)]
+    places.page.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: somebody may be reading the one of before.
+    temporary = places.page.with_name(f".{places.page.name}.{os.getpid()}.tmp")
+    temporary.write_text(page(report, figures=beside, problems=parts.problems))
+    temporary.replace(places.page)
+    return [places.page, *figures, *tables], parts.problems
+
+
+def _write_figures(report: Report, places: Places) -> list[Path]:
+    from analysis.figures import write_figures
+
+    places.figures.mkdir(parents=True, exist_ok=True)
+    return write_figures(report.df, places.figures, sweep=report.name, samples=report.samples)
+
+
+def write_tables(df: pd.DataFrame, directory: Path, *, name: str) -> list[Path]:
+    """Write results as parquet and CSV, and what the terminal shows as Markdown; return the files."""
+    from analysis.metrics import headline_metrics
+    from analysis.tables import bits_by_dtype, other_cells, others_markdown, to_markdown, write_table
+
+    directory.mkdir(parents=True, exist_ok=True)
+    made = [write_table(df, directory / f"{name}.{kind}") for kind in ("parquet", "csv")]
+    shown = []
+    for metric in headline_metrics(df):
+        shown.append(to_markdown(bits_by_dtype(df, metric=metric), metric=metric))
+        others = other_cells(df, metric=metric)
+        shown += [others_markdown(others, metric=metric)] if len(others) else []
+    text = directory / f"{name}.md"
+    text.write_text("\n".join(shown))
+    return [*made, text]

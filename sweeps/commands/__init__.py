@@ -16,6 +16,7 @@ MODES: Final[Mapping[str, str]] = {
     "plan": "sweeps.commands.plan:plan",
     "status": "sweeps.commands.status:status",
     "table": "sweeps.commands.table:table",
+    "report": "sweeps.commands.report:report",
     "logs": "sweeps.commands.logs:logs",
     "cancel": "sweeps.commands.cancel:cancel",
     "fetch": "sweeps.commands.fetch:fetch",

@@ -14,8 +14,8 @@ from sweeps.text import written
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EVERY: Final = ("run", "plan", "status", "table", "logs", "cancel", "fetch", "drop", "export", "sync")
-CHOOSING: Final = ("run", "plan", "status", "table", "logs", "cancel", "drop", "export")
+EVERY: Final = ("run", "plan", "status", "table", "report", "logs", "cancel", "fetch", "drop", "export", "sync")
+CHOOSING: Final = ("run", "plan", "status", "table", "report", "logs", "cancel", "drop", "export")
 """Modes that work on cells, so that cells can be chosen for them."""
 
 OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -27,10 +27,10 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     "retry": ("run", "plan", "status"),
     "order": ("run", "plan"),
     "budget": ("run", "plan"),
-    "watch": ("run",),
+    **dict.fromkeys(("watch", "report"), ("run",)),
     "script": ("plan",),
     "by": ("status",),
-    "to": ("table", "export"),
+    "to": ("table", "report", "export"),
     "long": ("table",),
     "format": ("export",),
     **dict.fromkeys(("yes", "undo"), ("drop",)),

@@ -28,7 +28,7 @@ def chosen_results(options: Options, *, long: bool = False) -> pd.DataFrame:
         UserError: nothing is chosen.
     """
     results = load_results(options.out, long=long, sweep=options.asked_sweep)
-    return _chosen(options, results)
+    return chosen_rows(options, results)
 
 
 def chosen_by_study(options: Options) -> pd.DataFrame:
@@ -37,10 +37,11 @@ def chosen_by_study(options: Options) -> pd.DataFrame:
     Raises:
         UserError: nothing is chosen.
     """
-    return _chosen(options, results_by_study(options.out, sweep=options.asked_sweep))
+    return chosen_rows(options, results_by_study(options.out, sweep=options.asked_sweep))
 
 
-def _chosen(options: Options, results: pd.DataFrame) -> pd.DataFrame:
+def chosen_rows(options: Options, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the chosen cells, of a wide table or a long one."""
     return results[options.choice.of(_candidates(results))] if options.choice else results
 
 

@@ -22,9 +22,8 @@ from sweeps.plan.budget import spent_text
 from sweeps.plan.cost import COLUMNS, CostModel
 from sweeps.plan.packs import Packing, Plan
 from sweeps.results.progress import RunView
-from sweeps.results.report import show_results
+from sweeps.results.report import has_report, show_results
 from sweeps.store.parts import Store
-from sweeps.study.manifest import Manifest
 from sweeps.worker.devices import Workers, plan_workers
 from sweeps.worker.execution import Execution, batch_tokens, worker_log
 from sweeps.worker.settings import WorkerSettings
@@ -48,12 +47,13 @@ def run_here(order: Order, settings: LocalSettings) -> int:
     ).claim(lambda plan: plan if left else replace(plan, packs=()))
     if claim is None and plan.todo:
         _say_spent(order, plan.todo)
-        return _ending(store, manifest, console, figures=False)
+        return _ending(order, report=False)
     if claim is None:
         console.print(f"[bold]{manifest.sweep}[/]: nothing to do. {counts_text(plan)}")
         for line in who_holds(store) if plan.counts["in flight"] else ():
             console.print(line, highlight=False)
-        return _ending(store, manifest, console, figures=False)
+        # All of it may have been measured by other studies, or by a launch that was cut before its end.
+        return _ending(order, report=not plan.counts["in flight"] and not has_report(store, manifest))
     console.print(
         f"[bold]{manifest.sweep}[/]: {sum(len(p.items) for p in plan.packs)} cells, {plan.todo} measurements "
         f"in {len(plan.packs)} packs on {workers.count} {order.device} worker(s) with {workers.threads} thread(s). "
@@ -81,7 +81,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
     unfinished = _unfinished(store, plan) if budget is not None else 0
     if unfinished:
         _say_spent(order, unfinished)
-    code = _ending(store, manifest, console, figures=True)
+    code = _ending(order, report=True)
     order.mirror_tables()
     return EXIT_FAILED if withheld else code
 
@@ -161,9 +161,15 @@ def _close(store: Store, claim: Claim, plan: Plan, console: Console) -> None:
         console.print(f"[yellow]{escape(f'{store.out} can not be tidied up: {error}')}[/]")
 
 
-def _ending(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
-    """Show table, figures, findings, where everything lies, and which cells failed; return the exit code."""
-    failed = show_results(store, manifest, console, figures=figures)
+def _ending(order: Order, *, report: bool) -> int:
+    """Show the table, findings, where everything lies, and which cells failed; return the exit code.
+
+    Args:
+        order: the launch; ``report=false`` keeps it from writing one.
+        report: write the study's report.
+    """
+    wanted = report and order.options.report
+    failed = show_results(order.store, order.manifest, order.console, report=wanted)
     return EXIT_FAILED if failed else 0
 
 

@@ -23,6 +23,9 @@ class JobSettings:
         tracking: fields of ``TrackingConfig``.
         references: expected values of baselines by model and ``{eval}_{metric}``.
         baseline_tolerance: relative difference from a reference that the gate allows.
+        manifest: name of what the study planned.
+        report_code: the installation whose ``analysis`` writes the report, once nothing of the study is missing; empty
+            is no report.
 
         code_hash: of the code that jobs must find.
         kill_wait: seconds between SLURM's SIGTERM and SIGKILL.
@@ -41,6 +44,8 @@ class JobSettings:
     tracking: JsonObject
     references: Mapping[str, Mapping[str, float]]
     baseline_tolerance: float
+    manifest: str = ""
+    report_code: str = ""
 
     code_hash: str = ""
     kill_wait: float = 0.0

@@ -41,4 +41,5 @@ def read_inputs(outs: Sequence[Path], *, sweep: str | None = None, manifest: Man
 
     name = manifest.sweep if manifest is not None else sweep or "all"
     notes = [note for out in outs for note in left_out(out, name if name != "all" else None)]
-    return Inputs(name=name, df=df, long=long, read_samples=read_samples, notes=notes)
+    title = name if name != "all" else f"All studies of {', '.join(out.absolute().name for out in outs)}"
+    return Inputs(name=name, title=title, df=df, long=long, read_samples=read_samples, notes=notes)

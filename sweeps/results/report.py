@@ -1,4 +1,4 @@
-"""Report a finished study: the table in the terminal, findings, figures on disk, and where everything is."""
+"""Report a study: the table in the terminal, findings, the report on disk, and where everything is."""
 
 from __future__ import annotations
 
@@ -8,39 +8,83 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.files import make_directory, share_with_group, write_atomically
-from sweeps.results.table import load_samples, study_results
+from analysis.report.places import Places
+from sweeps.files import make_directory, share_with_group
+from sweeps.results.inputs import read_inputs
 from sweeps.store.parts import Store
 from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.inputs import Inputs
+    from analysis.report import Report
+
 MOST_FAILURES_SHOWN = 10
 MOST_OTHERS_SHOWN = 30
 """Cells without a place in the table by bits and data type."""
 
 
-def show_results(store: Store, manifest: Manifest, console: Console, *, figures: bool) -> int:
+def show_results(store: Store, manifest: Manifest, console: Console, *, report: bool) -> int:
     """Print what a launch planned and what came of it; returns how many of its cells failed.
 
     Args:
         store: the results.
         manifest: the study.
         console: where to print.
-        figures: draw them, and compute the findings that need per-sample outcomes; else say where they are.
+        report: write the study's report (page, figures, tables), and print its findings; else say where those are.
     """
-    results, long = study_results(store.out, manifest)
+    inputs = read_inputs([store.out], manifest=manifest)
+    results = inputs.df
     if results["finished"].notna().any():
         by_label = f"tables/{manifest.sweep}.md"
-        written = figures or (store.out / by_label).exists()
+        written = report or (store.out / by_label).exists()
         _show_table(results, by_label if written else "what mode=table writes", console)
-        if figures:
-            with console.status("comparing cells, drawing figures"):
-                _draw(store, manifest.sweep, results, long, console)
+        if report:
+            with console.status("comparing cells, drawing figures, writing the report"):
+                _report(inputs, Places.of_study(store.out, manifest.sweep), console)
     _show_places(store, manifest.sweep, console)
     mine = {m.cell.key for m in manifest.wanted()}
     return _show_failures(results[results["key"].isin(mine)], console)
+
+
+def has_report(store: Store, manifest: Manifest) -> bool:
+    """Tell whether a study has a report that is newer than all that is stored of it."""
+    page = Places.of_study(store.out, manifest.sweep).page
+    wanted = {m.key for m in manifest.wanted()}
+    finished = store.read(["finished"], measurements=wanted).column("finished").to_pylist()
+    last = max((f.timestamp() for f in finished if f is not None), default=0.0)
+    return page.exists() and page.stat().st_mtime >= last
+
+
+def make_report(inputs: Inputs, places: Places) -> tuple[Report, list[Path], list[str]]:
+    """Build a report and write its files; return it, the files and what went wrong.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    from analysis.report import report_of, write_report
+
+    for directory in (places.page.parent, places.figures, places.tables):
+        make_directory(directory)
+    report = report_of(inputs)
+    files, problems = write_report(report, places)
+    share_with_group(*files, *(path.with_suffix(".svg") for path in files if path.suffix == ".png"))
+    return report, files, problems
+
+
+def _report(inputs: Inputs, places: Places, console: Console) -> None:
+    """Write the report of what was just measured: whatever is wrong with it, the measurements are stored."""
+    try:
+        report, _, problems = make_report(inputs, places)
+    except Exception as error:
+        text = f"no report was written ({type(error).__name__}: {error}); mode=report tries again"
+        console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+        return
+    for warning in (*report.warnings, *problems):
+        console.print(f"[yellow]{escape(warning)}[/]")
+    for finding in report.sentences:
+        console.print(f"• {escape(finding)}", highlight=False)
 
 
 def _show_table(results: pd.DataFrame, elsewhere: str, console: Console) -> None:
@@ -59,48 +103,25 @@ def _show_table(results: pd.DataFrame, elsewhere: str, console: Console) -> None
                 render_others(others, console, metric=metric)
 
 
-def _draw(store: Store, sweep: str, results: pd.DataFrame, long: pd.DataFrame, console: Console) -> None:
-    """Findings to the console; figures and the table to files."""
-    from analysis.figures import write_figures
-    from analysis.findings import findings, wanted_samples
-    from analysis.metrics import direction_warnings
-    from analysis.mixtures import mixture_warnings
-
-    # Only what is compared: the samples of a large study don't fit into memory.
-    wanted = wanted_samples(results, long)
-    samples = {wanted[m]: outcome for m, outcome in load_samples(store.out, list(wanted)).items()}
-    for warning in [*mixture_warnings(long), *direction_warnings(results)]:
-        console.print(f"[yellow]{escape(warning)}[/]")
-    for finding in findings(results, samples):
-        console.print(f"• {escape(finding)}", highlight=False)
-    figures = store.out / "figures" / sweep
-    make_directory(figures)
-    write_figures(results, figures, sweep=sweep, samples=samples)
-    share_with_group(*figures.iterdir())
-    write_tables(store, sweep, results)
-
-
 def write_tables(store: Store, sweep: str, results: pd.DataFrame) -> list[Path]:
     """Write a study's results as parquet and CSV, and what the terminal shows as Markdown; return the files."""
-    from analysis.metrics import headline_metrics
-    from analysis.tables import bits_by_dtype, other_cells, others_markdown, to_markdown, write_table
+    from analysis.report import write_tables as write
 
     tables = store.out / "tables"
     make_directory(tables)
-    made = [write_table(results, tables / f"{sweep}.{kind}") for kind in ("parquet", "csv")]
+    made = write(results, tables, name=sweep)
     share_with_group(*made)
-    shown = []
-    for metric in headline_metrics(results):
-        shown.append(to_markdown(bits_by_dtype(results, metric=metric), metric=metric))
-        others = other_cells(results, metric=metric)
-        shown += [others_markdown(others, metric=metric)] if len(others) else []
-    write_atomically(tables / f"{sweep}.md", "\n".join(shown).encode())
-    return [*made, tables / f"{sweep}.md"]
+    return made
 
 
 def _show_places(store: Store, sweep: str, console: Console) -> None:
     console.print(f"\nIn {store.out}:", highlight=False, soft_wrap=True)
-    made = [*sorted((store.out / "figures" / sweep).glob("*.png")), *sorted((store.out / "tables").glob(f"{sweep}.*"))]
+    page = store.out / "reports" / f"{sweep}.html"
+    made = [
+        page,
+        *sorted((store.out / "figures" / sweep).glob("*.png")),
+        *sorted((store.out / "tables").glob(f"{sweep}.*")),
+    ]
     for path in made:
         if path.exists():
             console.print(f"  {path.relative_to(store.out)}", highlight=False)

@@ -79,7 +79,7 @@ class Manifest:
 
     def path(self, out: Path) -> Path:
         """Return where a results directory has it."""
-        return _directory(out) / f"{self.name}.json"
+        return manifest_path(out, self.name)
 
     def save(self, out: Path) -> str:
         """Write it under its content's name and return that name."""
@@ -102,6 +102,11 @@ class Manifest:
             "excluded": [{"axes": dict(e.axes), "reason": e.reason} for e in self.excluded],
             "config": dict(self.config),
         }
+
+
+def manifest_path(out: Path, name: str) -> Path:
+    """Return where a results directory has a manifest, by its name."""
+    return _directory(out) / f"{name}.json"
 
 
 def load_manifest(path: Path) -> Manifest:

@@ -13,6 +13,7 @@ from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Shape
 from sweeps.plan.order import CHEAPEST
 from sweeps.plan.packs import Pack, Packing
+from sweeps.provenance import ROOT
 from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef
 from sweeps.study.manifest import Manifest
@@ -90,6 +91,8 @@ def _job_settings(order: Order, slurm: SlurmSettings) -> JobSettings:
         tracking={**asdict(tracking), "dir": str(tracking.dir)},
         references=_references(order),
         baseline_tolerance=slurm.baseline_tolerance,
+        manifest=order.manifest.name,
+        report_code=str(ROOT) if order.options.report else "",
     )
 
 

@@ -26,7 +26,7 @@ from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.plan.budget import HOUR, budget_text, spent_text
 from sweeps.plan.cost import load_seconds
-from sweeps.results.report import show_results
+from sweeps.results.report import has_report, show_results
 from sweeps.results.table import measurement_states
 from sweeps.status import UNRECORDED, State
 from sweeps.text import counted, hours
@@ -60,14 +60,15 @@ def submit_study(order: Order, slurm: SlurmSettings) -> int:
         )
     _say(submitted, submitter, console)
     if order.options.watch:
-        code = _watch(submitter, console)
+        code = _watch(submitter, console, report=order.options.report)
         if code != EXIT_INTERRUPTED:
             order.mirror_tables()
         return code
     if submitted.launch is None and submitted.plan.counts["in flight"]:
         console.print("mode=status says how those in flight do; watch=true follows them.", highlight=False)
     elif submitted.launch is None and not submitted.left:
-        failed = show_results(store, manifest, console, figures=False)
+        report = order.options.report and not has_report(store, manifest)
+        failed = show_results(store, manifest, console, report=report)
         return EXIT_FAILED if failed or submitted.held or submitted.unfit else 0
     return EXIT_FAILED if submitted.error else 0
 
@@ -128,7 +129,7 @@ def _budget_words(submitter: Submitter, beyond: int) -> str:
     )
 
 
-def _watch(submitter: Submitter, console: Console) -> int:
+def _watch(submitter: Submitter, console: Console, *, report: bool) -> int:
     """Follow a study, submitting what limits kept out, until nothing is left; Ctrl-C only stops looking."""
     store, manifest = submitter.context.store, submitter.context.manifest
     # What somebody cancels meanwhile stays cancelled, and what fails again is not tried for ever.
@@ -142,7 +143,7 @@ def _watch(submitter: Submitter, console: Console) -> int:
             highlight=False,
         )
         return EXIT_INTERRUPTED
-    failed = show_results(store, manifest, console, figures=True)
+    failed = show_results(store, manifest, console, report=report)
     states = measurement_states(store.out, manifest, read_flight(store.out))
     unfinished = {m for m, state in states.items() if not state.is_final}
     for why, measurements in why_never_run(store.out, unfinished).items():

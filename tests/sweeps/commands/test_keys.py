@@ -36,6 +36,7 @@ VALUES: Mapping[str, str] = {
     "long": "true",
     "yes": "true",
     "undo": "true",
+    "report": "false",
 }
 """Keys that not every mode obeys, each with a value that asks for something."""
 IGNORED = [(mode, key) for key in VALUES for mode in MODES if mode not in OBEYED[key]]
@@ -122,12 +123,13 @@ def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(launch
 def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     small: Path, launch: Launch, tmp_path: Path
 ) -> None:
-    assert {"run", "plan", "status", "table", "logs", "cancel", "drop", "export"} == set(CHOOSING)
+    assert {"run", "plan", "status", "table", "report", "logs", "cancel", "drop", "export"} == set(CHOOSING)
     study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
     before = load_results(small)
     chosen = before[before["bits"].isin([3, 4]) & (before["dtype"] == "int")]
     assert launch(*study, "mode=table", where, "to=t.csv").returncode == 0
     assert set(pd.read_csv(tmp_path / "t.csv")["key"]) == set(chosen["key"])
+    assert "2 of 2 cells measured" in launch(*study, "mode=report", where, "to=report").stdout
     assert "chooses 2 cells, and one" in launch(*study, "mode=export", where, "format=gguf", "to=x.gguf").stderr
     assert "No failed measurement among those chosen (2 done)" in launch(*study, "mode=logs", where).stdout
     assert re.search(r"demo +2 +2\n", launch(*study, "mode=status", where).stdout)

@@ -24,6 +24,7 @@ from sweeps.launches.job_log import BUDGET
 from sweeps.launches.launch import Attempt, Chunk, Launch
 from sweeps.launches.spending import allowance_ends
 from sweeps.plan.packs import Pack
+from sweeps.results.finishing import finish_study
 from sweeps.store.parts import Store
 from sweeps.store.schema import Scalar
 from sweeps.tracking.config import TrackingConfig
@@ -282,7 +283,19 @@ class PackAttempt:
             self._end("data", error=self._withheld)
             return "data"
         self._end("finished")
+        self._report()
         return "finished"
+
+    def _report(self) -> None:
+        """Write the study's report, if nothing of it is missing now; its measurements are stored in any case."""
+        settings = self.launch.settings
+        left = self._job_end() - time.time() - END_MARGIN
+        if not settings.report_code or left < END_MARGIN:
+            return
+        store = Store(out=self.launch.out)
+        said = finish_study(store, settings.manifest, code=settings.report_code, seconds=left)
+        if said is not None:
+            print(said, flush=True)
 
     def _is_gate(self) -> bool:
         """Tell whether other chunks wait for this one."""
