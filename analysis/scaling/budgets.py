@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from analysis.metrics import Metric
 from analysis.scaling.interpolation import best_precision, budget_grid
@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 SampleKey = tuple[str, str]
 
 BUDGETS: Final = 25
+DRAWS: Final = 1000
+"""Bootstrap samples: of texts, and of models."""
 _COLUMNS: Final = (
     *("family", "dtype", "blocksize", "budget", "bits", "value", "runner_up", "margin", "low", "high"),
     *("confidence", "confidence_models", "precisions", "windows"),
@@ -32,7 +34,6 @@ def best_by_budget(
     budgets: Sequence[float] | None = None,
     dtype: str | None = None,
     blocksize: int | None = None,
-    draws: int = 1000,
 ) -> pd.DataFrame:
     """Return the best precision for each number of model bits, by interpolation between one family's models.
 
@@ -45,8 +46,8 @@ def best_by_budget(
         metric: its direction must be known.
         samples: outcomes by (cell key, eval); without them nothing is said over texts.
         budgets: total bits; None takes 25 over the range in which two precisions compare, evenly in the logarithm.
-        dtype, blocksize: as ``law_points``.
-        draws: bootstrap samples.
+        dtype: as ``law_points``.
+        blocksize: as ``law_points``.
 
     Returns:
         One row per family and budget: family, dtype, blocksize, budget, bits (Int64; NA where no precision reaches it),
@@ -62,24 +63,29 @@ def best_by_budget(
         at = _budgets(own) if budgets is None else np.asarray(budgets, dtype=np.float64)
         if len(at) == 0:
             continue
-        best = best_precision(own, metric, at)
-        texts = _over_texts(own, metric, samples or {}, at, draws)
-        low, high, share, windows = _confidence(best, texts)
-        tables.append(
-            best.assign(
-                family=family,
-                dtype=points.dtype,
-                blocksize=points.blocksize,
-                low=low,
-                high=high,
-                confidence=share,
-                confidence_models=_over_models(own, metric, at, best, draws),
-                windows=windows,
-            )
-        )
+        about = {"family": family, "dtype": points.dtype, "blocksize": points.blocksize}
+        tables.append(family_budgets(own, metric, samples or {}, at).assign(**about))
     if not tables:
         return pd.DataFrame(columns=list(_COLUMNS))
     return pd.concat(tables, ignore_index=True)[list(_COLUMNS)]
+
+
+def family_budgets(
+    own: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples], budgets: ArrayLike
+) -> pd.DataFrame:
+    """Return ``best_by_budget`` of one curve over sizes, without its name.
+
+    Args:
+        own: ``LawPoints.cells`` of one curve; key, model, bits, total_bits, value and diverged are read.
+        metric: its direction must be known.
+        samples: outcomes by (cell key, eval).
+        budgets: total bits.
+    """
+    at = np.asarray(budgets, dtype=np.float64)
+    best = best_precision(own, metric, at)
+    low, high, share, windows = _confidence(best, _over_texts(own, metric, samples, at))
+    models = _over_models(own, metric, at, best)
+    return best.assign(low=low, high=high, confidence=share, confidence_models=models, windows=windows)
 
 
 def _budgets(own: pd.DataFrame) -> Floats:
@@ -94,7 +100,7 @@ def _budgets(own: pd.DataFrame) -> Floats:
 
 
 def _over_texts(
-    own: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples], at: Floats, draws: int
+    own: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples], at: Floats
 ) -> tuple[list[int], Floats, int] | None:
     """(precisions [b], their values in each draw [draws, b, budgets] times the metric's sign, windows).
 
@@ -110,8 +116,8 @@ def _over_texts(
     if found is None:
         return None
     totals, weights = found
-    counts = np.random.default_rng(0).multinomial(len(weights), np.full(len(weights), 1 / len(weights)), size=draws)
-    value = np.full((draws, len(own)), np.inf)
+    counts = np.random.default_rng(0).multinomial(len(weights), np.full(len(weights), 1 / len(weights)), size=DRAWS)
+    value = np.full((DRAWS, len(own)), np.inf)
     value[:, alive] = metric.sign * (counts @ totals.T) / (counts @ weights)[:, None]
     precisions = [int(b) for b in sorted(own["bits"].unique())]
     by_bits = [_interpolated(own, value, bits, at) for bits in precisions]
@@ -132,7 +138,7 @@ def _numbers(kept: Sequence[Samples], metric: str) -> tuple[Floats, Floats] | No
 
 
 def _interpolated(own: pd.DataFrame, value: Floats, bits: int, at: Floats) -> Floats:
-    """Values of a precision at budgets [draws, budgets], as ``interpolate`` has them: NaN outside, infinite beside one."""
+    """Values of a precision at budgets [draws, budgets], as ``interpolate``: NaN outside, infinite beside inf."""
     rows = np.flatnonzero(own["bits"].to_numpy() == bits)
     x = np.log2(own["total_bits"].to_numpy(dtype=float)[rows])
     order = np.argsort(x)
@@ -145,9 +151,7 @@ def _interpolated(own: pd.DataFrame, value: Floats, bits: int, at: Floats) -> Fl
     return np.where(np.isnan(weights[0]), np.nan, np.where(touched, np.inf, finite))
 
 
-def _confidence(
-    best: pd.DataFrame, texts: tuple[list[int], Floats, int] | None
-) -> tuple[Floats, Floats, Floats, int]:
+def _confidence(best: pd.DataFrame, texts: tuple[list[int], Floats, int] | None) -> tuple[Floats, Floats, Floats, int]:
     n = len(best)
     low, high, share = (np.full(n, np.nan) for _ in range(3))
     if texts is None:
@@ -166,7 +170,7 @@ def _confidence(
     return low, high, share, windows
 
 
-def _over_models(own: pd.DataFrame, metric: Metric, at: Floats, best: pd.DataFrame, draws: int) -> Floats:
+def _over_models(own: pd.DataFrame, metric: Metric, at: Floats, best: pd.DataFrame) -> Floats:
     """Share of draws of models in which the same bits are best, of those in which two precisions reach a budget."""
     models = own["model"].unique()
     if len(models) < 3:
@@ -175,7 +179,8 @@ def _over_models(own: pd.DataFrame, metric: Metric, at: Floats, best: pd.DataFra
     precisions = [int(b) for b in sorted(own["bits"].unique())]
     value = np.where(own["diverged"] & ~np.isfinite(own["value"]), np.inf, metric.sign * own["value"])[None, :]
     # Which models were drawn decides all, not how often: a curve goes through each once.
-    drawn, times = np.unique(np.sort(rng.integers(0, len(models), (draws, len(models))), axis=1), axis=0, return_counts=True)
+    drawn = np.sort(rng.integers(0, len(models), (DRAWS, len(models))), axis=1)
+    drawn, times = np.unique(drawn, axis=0, return_counts=True)
     sets: dict[tuple[int, ...], int] = {}
     for row, count in zip(drawn, times, strict=True):
         chosen = tuple(sorted(set(row.tolist())))
@@ -191,4 +196,5 @@ def _over_models(own: pd.DataFrame, metric: Metric, at: Floats, best: pd.DataFra
         winner = np.array(have)[np.where(np.isnan(table), np.inf, table).argmin(axis=0)]
         valid += count * reached
         same += count * (reached & (winner == wanted))
-    return np.divide(same, valid, out=np.full(len(at), np.nan), where=valid > 0)
+    share: Floats = np.divide(same, valid, out=np.full(len(at), np.nan), where=valid > 0)
+    return share

@@ -1,8 +1,8 @@
 """Effective parameters: the size of the 16-bit model that is as good as a quantized one, read off the 16-bit curve.
 
 No law is assumed: the curve of 16-bit models over the logarithm of their parameters is interpolated and inverted.
-Kumar et al. (arXiv 2411.04330, section 4) give N_eff = N (1 - exp(-P / γ)) for models trained in P bits; ``Effective``
-fits that form to what is read off.
+Kumar et al. (arXiv 2411.04330, section 4) give N_eff = N (1 - exp(-P / gamma)) for models trained in P bits;
+``Effective`` fits that form to what is read off.
 """
 
 from __future__ import annotations
@@ -37,22 +37,29 @@ def effective_parameters(cells: pd.DataFrame, metric: Metric | None = None) -> p
         ('yes'; 'at most': worse than the smallest 16-bit model, or diverged, so both numbers are upper bounds; 'at
         least': better than the largest). A curve of a single 16-bit model gives no rows.
     """
-    sign = 1.0 if metric is None else metric.sign
-    rows = []
-    for _, own in cells.groupby("curve", sort=False):
-        base = own[(own["bits"] == BASELINE_BITS) & np.isfinite(own["value"]) & ~own["diverged"]].dropna(subset=["params"])
-        quantized = own[own["bits"] < BASELINE_BITS].dropna(subset=["params"])
-        if base["params"].nunique() < 2 or quantized.empty:
+    effective, known = _effective(cells, 1.0 if metric is None else metric.sign)
+    found = cells.assign(effective=effective, ratio=effective / cells["params"].to_numpy(dtype=float), known=known)
+    wanted: pd.DataFrame = found[known != ""][_COLUMNS]
+    return wanted.reset_index(drop=True)
+
+
+def _effective(cells: pd.DataFrame, sign: float) -> tuple[Floats, NDArray[np.str_]]:
+    """(effective parameters, what is known of them) of each cell [n]; empty text for a cell that has none."""
+    size, value = cells["params"].to_numpy(dtype=float), sign * cells["value"].to_numpy(dtype=float)
+    bits, diverged = cells["bits"].to_numpy(), cells["diverged"].to_numpy(dtype=bool)
+    curve, _ = pd.factorize(cells["curve"])
+    value = np.where(diverged, np.inf, value)
+    effective, known = np.full(len(cells), np.nan), np.full(len(cells), "", dtype="<U8")
+    for number in range(curve.max(initial=-1) + 1):
+        own = (curve == number) & np.isfinite(size)
+        base, quantized = own & (bits == BASELINE_BITS) & np.isfinite(value), own & (bits < BASELINE_BITS)
+        if len(np.unique(size[base])) < 2 or not quantized.any():
             continue
-        size, loss = monotone_curve(base["params"].to_numpy(dtype=float), sign * base["value"].to_numpy(dtype=float))
-        value = sign * quantized["value"].to_numpy(dtype=float)
-        value = np.where(quantized["diverged"], np.inf, value)
-        effective = invert(size, loss, value)
-        known = np.select([value > loss[0], value < loss[-1]], ["at most", "at least"], "yes")
-        rows.append(
-            quantized.assign(effective=effective, ratio=effective / quantized["params"].to_numpy(), known=known)[_COLUMNS]
-        )
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=_COLUMNS)
+        sizes, losses = monotone_curve(size[base], value[base])
+        at = value[quantized]
+        effective[quantized] = invert(sizes, losses, at)
+        known[quantized] = np.select([at > losses[0], at < losses[-1]], ["at most", "at least"], "yes")
+    return effective, known
 
 
 def monotone_curve(size: Floats, loss: Floats) -> tuple[Floats, Floats]:
@@ -74,22 +81,32 @@ def invert(size: Floats, loss: Floats, value: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Effective:
-    """N_eff as a law: a share 1 - exp(-P / γ) of the parameters counts; the loss is the 16-bit curve's there."""
+    """N_eff as a law: a share 1 - exp(-P / gamma) of the parameters counts; the loss is the 16-bit curve's there."""
 
     name: str = "effective parameters"
-    formula: str = "L = L16(N (1 - exp(-P / γ))), L16 interpolated"
+    formula: str = "L = L16(N (1 - exp(-P / gamma))), L16 interpolated"
 
-    def fit(self, cells: pd.DataFrame) -> Fitted:
-        found = effective_parameters(cells)
-        inside = found[(found["known"] == "yes") & (found["ratio"] < 1)]
-        if inside["bits"].nunique() < 2:
+    def fit(self, cells: pd.DataFrame, near: Fitted | None = None) -> Fitted:
+        """Fit gamma by least absolute deviations of the logarithm of the share, over cells within the 16-bit curve.
+
+        Args:
+            cells: of any curves of one family.
+            near: not needed: there is one parameter.
+
+        Raises:
+            ValueError: no curve, or cells within it at fewer than two precisions.
+        """
+        del near
+        effective, known = _effective(cells, 1.0)
+        ratio = effective / cells["params"].to_numpy(dtype=float)
+        inside = (known == "yes") & (ratio < 1)
+        p, ratio = cells["bits_per_param"].to_numpy(dtype=float)[inside], ratio[inside]
+        if len(np.unique(p)) < 2:
             raise ValueError(
                 "effective parameters need a 16-bit curve, and cells within it at two precisions: most are worse than "
                 "the smallest 16-bit model, or as good as their own"
             )
         from scipy.optimize import minimize_scalar
-
-        p, ratio = inside["bits_per_param"].to_numpy(dtype=float), inside["ratio"].to_numpy(dtype=float)
 
         def off(log_gamma: float) -> float:
             predicted = -np.expm1(-p / np.exp(log_gamma))
@@ -110,11 +127,12 @@ class Effective:
                 values[of_curve] = np.interp(log_size[of_curve], np.log(size), loss, left=np.nan, right=np.nan)
             return values
 
-        bounds = len(found) - len(inside)
+        count = int((known != "").sum())
+        bounds = count - int(inside.sum())
         return Fitted(
-            parameters={"γ": gamma},
+            parameters={"gamma": gamma},
             predict=predict,
-            note=f"{bounds} of {len(found)} cells only bound their size and are not fitted" if bounds else "",
+            note=f"{bounds} of {count} cells only bound their size and are not fitted" if bounds else "",
         )
 
 

@@ -1,4 +1,4 @@
-"""What every law has: a formula, a fit with parameters, and what it predicts; its intervals and its error out of sample."""
+"""The protocol of laws: a formula, a fit, what it predicts; and their intervals and errors out of sample."""
 
 from __future__ import annotations
 
@@ -44,18 +44,29 @@ class Fitted:
 class Law(Protocol):
     """A law: its name, its formula for people, and its fit."""
 
-    name: str
-    formula: str
+    @property
+    def name(self) -> str:
+        """What it is called."""
 
-    def fit(self, cells: pd.DataFrame) -> Fitted:
+    @property
+    def formula(self) -> str:
+        """It, as people write it."""
+
+    def fit(self, cells: pd.DataFrame, near: Fitted | None = None) -> Fitted:
         """Fit it to ``LawPoints.cells`` of one family.
+
+        Args:
+            cells: the cells.
+            near: a fit to much the same cells, near which the best is looked for; None looks everywhere.
 
         Raises:
             ValueError: the cells can't tell its parameters; the message says what is missing.
         """
 
 
-def bootstrap(law: Law, cells: pd.DataFrame, fitted: Fitted, *, draws: int, seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap(
+    law: Law, cells: pd.DataFrame, fitted: Fitted, *, draws: int, seed: int = 0
+) -> dict[str, tuple[float, float]]:
     """Return the 95 % interval of each parameter, by resampling models with all their cells and checkpoints.
 
     It is the estimate ± t x s, with s the draws' standard deviation (of the middle 68 %, which draws of few distinct
@@ -72,7 +83,8 @@ def bootstrap(law: Law, cells: pd.DataFrame, fitted: Fitted, *, draws: int, seed
     """
     names = [n for n in fitted.parameters if n not in fitted.intervals]
     nothing = {n: (float("nan"), float("nan")) for n in names}
-    groups = [own for _, own in cells.groupby("model", sort=True)]
+    code, _ = pd.factorize(cells["model"], sort=True)
+    groups = [np.flatnonzero(code == i) for i in range(code.max(initial=-1) + 1)]
     models = len(groups)
     if models < MIN_MODELS or not names or draws < 1:
         return {**nothing, **fitted.intervals}
@@ -81,7 +93,7 @@ def bootstrap(law: Law, cells: pd.DataFrame, fitted: Fitted, *, draws: int, seed
     for _ in range(4 * draws):
         drawn = [groups[i] for i in rng.integers(0, models, models)]
         try:
-            again = law.fit(pd.concat(drawn, ignore_index=True))
+            again = law.fit(cells.take(np.concatenate(drawn)), near=fitted)
         except ValueError:
             continue
         if set(names) <= set(again.parameters):
@@ -93,7 +105,10 @@ def bootstrap(law: Law, cells: pd.DataFrame, fitted: Fitted, *, draws: int, seed
     low, high = np.quantile(np.array(found), [0.1587, 0.8413], axis=0)
     spread = (high - low) / 2
     return {
-        **{n: _around(fitted.parameters[n], s, models, 1 + (n in fitted.between)) for n, s in zip(names, spread, strict=True)},
+        **{
+            n: _around(fitted.parameters[n], s, models, 1 + (n in fitted.between))
+            for n, s in zip(names, spread, strict=True)
+        },
         **fitted.intervals,
     }
 
@@ -130,7 +145,7 @@ def held_out(law: Law, cells: pd.DataFrame) -> HeldOut:
     """
     if cells["model"].nunique() < 2:
         return HeldOut(model=None)
-    largest = cells.loc[cells["params"].idxmax(), "model"]
+    largest = str(cells.sort_values("params", kind="stable")["model"].iloc[-1])
     out = (cells["model"] == largest) & (cells["bits"] < BASELINE_BITS)
     test = cells[out & np.isfinite(cells["value"]) & ~cells["diverged"]]
     if test.empty:

@@ -1,4 +1,4 @@
-"""Fit every law to every family, and compare them: by what they leave, and by their error on the largest size left out."""
+"""Fit every law to every family; compare them by what they leave, and by their error on the largest size left out."""
 
 from __future__ import annotations
 
@@ -84,21 +84,28 @@ def fit_laws(
 def law_parameters(laws: pd.DataFrame) -> pd.DataFrame:
     """Return ``fit_laws`` with one row per parameter: family, law, parameter, value, low, high."""
     rows = [
-        (row.family, row.law, name, value, row.low.get(name, np.nan), row.high.get(name, np.nan))
-        for row in laws.itertuples(index=False)
-        for name, value in row.parameters.items()
+        (row["family"], row["law"], name, value, row["low"].get(name, np.nan), row["high"].get(name, np.nan))
+        for row in laws.to_dict("records")
+        for name, value in row["parameters"].items()
     ]
     return pd.DataFrame(rows, columns=["family", "law", "parameter", "value", "low", "high"])
 
 
 def flat_laws(laws: pd.DataFrame) -> pd.DataFrame:
     """Return ``fit_laws`` with parameters and intervals as one text, for CSV, Markdown and LaTeX."""
-    texts = [_parameters_text(r.parameters, r.low, r.high) for r in laws.itertuples(index=False)]
+    texts = [_parameters_text(r["parameters"], r["low"], r["high"]) for r in laws.to_dict("records")]
     return laws.drop(columns=["low", "high"]).assign(parameters=texts)
 
 
 def _row(law: Law, own: pd.DataFrame, metric: Metric, draws: int) -> dict[str, Any]:
-    about: dict[str, Any] = {"law": law.name, "formula": law.formula, "parameters": {}, "low": {}, "high": {}, "cells": 0}
+    about: dict[str, Any] = {
+        "law": law.name,
+        "formula": law.formula,
+        "parameters": {},
+        "low": {},
+        "high": {},
+        "cells": 0,
+    }
     curves = isinstance(law, ParallelCurves)
     if not curves and metric.metric != "loss":
         return about | {"note": f"a law of losses; {metric.column} is none"}

@@ -54,7 +54,7 @@ class Parallel:
     def largest_drift(self) -> pd.Series[float]:
         """The row of ``offsets`` whose drift is largest in size; empty without any."""
         known = self.offsets.dropna(subset=["drift"])
-        return known.loc[known["drift"].abs().idxmax()] if len(known) else pd.Series(dtype="float64")
+        return known.iloc[int(known["drift"].abs().argmax())] if len(known) else pd.Series(dtype="float64")
 
 
 def parallel_curves(cells: pd.DataFrame, *, knots: int | None = None) -> Parallel:
@@ -114,7 +114,7 @@ def parallel_curves(cells: pd.DataFrame, *, knots: int | None = None) -> Paralle
 
 
 def hats(x: Floats, knots: Floats) -> Floats:
-    """Return the piecewise linear functions that are 1 at one knot and 0 at the others [n, k]; the ends go on straight."""
+    """Return the piecewise linear functions that are 1 at a knot, 0 at the others [n, k]; the ends go on straight."""
     if len(knots) < 2:
         return np.ones((len(x), 1))
     segment = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, len(knots) - 2)
@@ -133,7 +133,17 @@ class ParallelCurves:
     formula: str = "L = f(log2 total bits) + offset(bits), f piecewise linear"
     knots: int | None = field(default=None)
 
-    def fit(self, cells: pd.DataFrame) -> Fitted:
+    def fit(self, cells: pd.DataFrame, near: Fitted | None = None) -> Fitted:
+        """Fit it by least squares, which has one answer.
+
+        Args:
+            cells: of one curve over sizes.
+            near: not needed.
+
+        Raises:
+            ValueError: see ``parallel_curves``.
+        """
+        del near
         found = parallel_curves(cells, knots=self.knots)
         rows = found.offsets.drop(index=found.reference)
         offsets = found.offsets["offset"]
@@ -166,9 +176,10 @@ class _Least:
 
     @classmethod
     def of(cls, design: Floats, y: Floats) -> _Least:
-        beta, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+        solved, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+        beta: Floats = solved.astype(np.float64)
         left = float(((y - design @ beta) ** 2).sum())
-        inverse = np.linalg.pinv(design.T @ design)
+        inverse: Floats = np.linalg.pinv(design.T @ design).astype(np.float64)
         return cls(beta=beta, left=left, rank=int(rank), free=len(y) - int(rank), inverse=inverse, design=design)
 
     def estimate(self, column: int) -> tuple[float, float, float]:

@@ -101,7 +101,7 @@ def _without_checkpoint(names: pd.Series[str], checkpoint: pd.Series[str]) -> li
 
 
 def _quantized(cells: pd.DataFrame) -> pd.Series[float]:
-    """Parameters in quantized layers, from a cell's bits: total = quantized x bits_per_param + (params - quantized) x 16."""
+    """Parameters in quantized layers, since total bits = quantized x bits_per_param + (params - quantized) x 16."""
     full = float(BASELINE_BITS)
     own = (full * cells["params"] - cells["total_bits"]) / (full - cells["bits_per_param"])
     own = own.where((cells["bits"] < BASELINE_BITS) & (own > 0) & (own <= cells["params"]))

@@ -7,6 +7,7 @@ and are no predictions: here everything is fitted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -32,8 +33,9 @@ class PostTraining:
     """The loss that quantization adds to a trained model: a power of size, of tokens, and of bits or an exponential.
 
     Attributes:
-        bits: 'power' for Ouyang et al.: ΔL = k D^β / (N^α P^γ), N without embeddings; 'exponential' for Kumar et al.:
-            ΔL = C (D^γD / N^γN) exp(-P / γ). P is the paper's count of bits per quantized weight, overhead included.
+        bits: 'power' for Ouyang et al.: ΔL = k D^beta / (N^alpha P^gamma); 'exponential' for Kumar et al.:
+            ΔL = C (D^gamma_D / N^gamma_N) exp(-P / gamma). N is without embeddings; P is the paper's count of bits per
+            quantized weight, overhead included.
         least: a change below it is taken as censored there.
         censored_at: loss that a diverged cell is at least at (or a nat above its 16-bit model, if that is more).
         huber: of ``robust.regress``.
@@ -50,14 +52,23 @@ class PostTraining:
 
     @property
     def formula(self) -> str:
-        return "ΔL = k D^β / (N^α P^γ)" if self.bits == "power" else "ΔL = C (D^γD / N^γN) exp(-P / γ)"
+        return (
+            "ΔL = k D^beta / (N^alpha P^gamma)"
+            if self.bits == "power"
+            else "ΔL = C (D^gamma_D / N^gamma_N) exp(-P / gamma)"
+        )
 
-    def fit(self, cells: pd.DataFrame) -> Fitted:
+    def fit(self, cells: pd.DataFrame, near: Fitted | None = None) -> Fitted:
         """Fit it: linear in the logarithms, so one start is enough (the loss is convex).
+
+        Args:
+            cells: of one family, with their 16-bit values; of all its checkpoints.
+            near: not needed.
 
         Raises:
             ValueError: fewer cells or different sizes or precisions than its parameters need.
         """
+        del near
         own = cells[(cells["bits"] < BASELINE_BITS) & np.isfinite(cells["baseline"])]
         y, side = self._changes(own)
         with_tokens = _tokens_vary(own)
@@ -74,7 +85,7 @@ class PostTraining:
         return Fitted(
             parameters=self._parameters(found.coefficients, center, with_tokens),
             predict=predict,
-            between=frozenset({"α", "γN", "ln k", "ln C"}),
+            between=frozenset({"alpha", "gamma_N", "ln k", "ln C"}),
             note=_note(own, side, with_tokens, self.least),
         )
 
@@ -108,30 +119,35 @@ class PostTraining:
         tokens = float(b[3]) if with_tokens else 0.0
         constant = float(b[0] - b[1] * n - b[2] * p - tokens * d)
         if self.bits == "power":
-            found = {"ln k": constant, "α": -float(b[1]), "γ": -float(b[2])}
-            return {**found, "β": tokens} if with_tokens else found
-        found = {"ln C": constant, "γN": -float(b[1]), "1/γ": -float(b[2])}
-        return {**found, "γD": tokens} if with_tokens else found
+            found = {"ln k": constant, "alpha": -float(b[1]), "gamma": -float(b[2])}
+            return {**found, "beta": tokens} if with_tokens else found
+        found = {"ln C": constant, "gamma_N": -float(b[1]), "1/gamma": -float(b[2])}
+        return {**found, "gamma_D": tokens} if with_tokens else found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bivariate:
-    """L = E + A N^-α P^-β of parameters and stored bits a weight (16 for the baseline), in the logarithm of L.
+    """L = E + A N^-alpha P^-beta of parameters and stored bits a weight (16 for the baseline), in the logarithm of L.
 
     Attributes:
         delta: Huber's threshold, of ln L (Hoffmann et al. 2022, arXiv 2203.15556, take the same).
-        starts: random starts beside the grid's.
+        starts: random starts, of which the best ``followed`` are followed to a minimum.
         censored_at: loss that a diverged cell is at least at; what is predicted above it costs nothing.
     """
 
     delta: float = 1e-3
-    starts: int = 24
+    starts: int = 500
+    followed: int = 8
     censored_at: float = CENSORED_AT
     name: str = "bivariate power law"
-    formula: str = "L = E + A N^-α P^-β"
+    formula: str = "L = E + A N^-alpha P^-beta"
 
-    def fit(self, cells: pd.DataFrame) -> Fitted:
+    def fit(self, cells: pd.DataFrame, near: Fitted | None = None) -> Fitted:
         """Fit it from many starts; the best counts.
+
+        Args:
+            cells: of one family.
+            near: the only start, where it is given.
 
         Raises:
             ValueError: fewer than two sizes or two precisions, or no more cells than parameters.
@@ -139,16 +155,21 @@ class Bivariate:
         own = cells[(np.isfinite(cells["value"]) | cells["diverged"]) & (cells["params"] > 0)]
         seen = own[~own["diverged"]]
         if seen["params"].nunique() < 2 or seen["bits"].nunique() < 2 or len(seen) < 5:
-            raise ValueError("a bivariate power law needs two sizes, two precisions and five cells that did not diverge")
+            raise ValueError(
+                "a bivariate power law needs two sizes, two precisions and five cells that did not diverge"
+            )
         if not (seen["value"] > 0).all():
             raise ValueError("a bivariate power law needs positive values: a loss")
         from scipy.optimize import least_squares
 
         problem = _Power.of(own, self.censored_at)
+        starts = problem.starts(self.delta, self.starts, self.followed)
+        if near is not None:
+            starts = [problem.start(near.parameters)]
         best = min(
             (
                 least_squares(problem.off, start, jac=problem.slope, loss="huber", f_scale=self.delta, max_nfev=200)
-                for start in problem.starts(self.starts)
+                for start in starts
             ),
             key=lambda found: float(found.cost),
         )
@@ -161,17 +182,17 @@ class Bivariate:
             parameters={
                 "E": float(np.exp(log_e)),
                 "ln A": log_a + alpha * problem.center[0] + beta * problem.center[1],
-                "α": alpha,
-                "β": beta,
+                "alpha": alpha,
+                "beta": beta,
             },
             predict=predict,
-            between=frozenset({"E", "ln A", "α"}),
+            between=frozenset({"E", "ln A", "alpha"}),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Power:
-    """The residuals of ``Bivariate``: parameters are ln E, ln A (at the middle of ln N and ln P), α, β."""
+    """The residuals of ``Bivariate``: parameters are ln E, ln A (at the middle of ln N and ln P), alpha, beta."""
 
     n: Floats
     p: Floats
@@ -206,13 +227,21 @@ class _Power:
         counts = ~self.diverged | (log_loss < self.y)
         return np.where(counts[:, None], found, 0.0)
 
-    def starts(self, count: int) -> list[Floats]:
+    def start(self, known: Mapping[str, float]) -> Floats:
+        log_a = known["ln A"] - known["alpha"] * self.center[0] - known["beta"] * self.center[1]
+        return np.array([np.log(known["E"]), log_a, known["alpha"], known["beta"]])
+
+    def starts(self, delta: float, starts: int, followed: int) -> list[Floats]:
+        """Return the best ``followed`` of ``starts`` random starts, by Huber's loss."""
         seen = np.exp(self.y[~self.diverged])
         floor, middle = float(seen.min()), float(np.median(seen))
-        grid = [(e, a, b) for e in (0.3, 0.8) for a in (0.1, 0.4) for b in (0.3, 2.0, 6.0)]
         rng = np.random.default_rng(0)
-        grid += [(rng.uniform(0.05, 0.99), rng.uniform(0, 1), rng.uniform(0, 8)) for _ in range(count)]
-        return [np.array([np.log(e * floor), np.log(max(middle - e * floor, 1e-3 * floor)), a, b]) for e, a, b in grid]
+        e = floor * rng.uniform(0.05, 0.99, starts)
+        a = np.log(np.maximum(middle - e, 1e-3 * floor))
+        theta = np.column_stack([np.log(e), a, rng.uniform(0, 1, starts), rng.uniform(0, 8, starts)])
+        off = np.abs([self.off(t) for t in theta])
+        cost = np.where(off <= delta, off**2 / 2, delta * (off - delta / 2)).sum(axis=1)
+        return [theta[i] for i in np.argsort(cost)[:followed]]
 
 
 def _tokens_vary(own: pd.DataFrame) -> bool:
@@ -232,7 +261,9 @@ def _note(own: pd.DataFrame, side: NDArray[np.int_], with_tokens: bool, least: f
         said.append("tokens and the phase of the learning rate go together in checkpoints: D may stand for either")
     else:
         known = np.isfinite(own["tokens"].to_numpy(dtype=float)).all() and len(own) > 0
-        said.append("without D: " + ("tokens don't differ apart from size" if known else "tokens are not known of all models"))
+        said.append(
+            "without D: " + ("tokens don't differ apart from size" if known else "tokens are not known of all models")
+        )
     if (side < 0).any():
         said.append(f"{int((side < 0).sum())} changes below {least:g} nats count as at most that")
     if (side > 0).any():
