@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,11 @@ from kbit.models.architectures import Layer
 from kbit.models.originals import Fitted
 from kbit.models.outliers import block_spreads, largest_columns
 from kbit.models.quantize import BitCount, QuantHandle
-from kbit.models.whole import watched
+from kbit.models.whole import parked, watched
 from kbit.spec import Spec
+
+_STARTED: Final = torch.empty(0, 0, dtype=torch.int64)
+"""What a method that calibrates is given for token windows: they run already, and ``start`` has no use for them."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,7 +33,8 @@ class PassCell:
         key: by which its states are known, also to a later process.
         spec: how it is quantized.
         calls: the forward passes that it is measured by, by their keys (``kbit.layered.hollow.Call``).
-        calibration: those of the windows that its method calibrates on.
+        calibration: those of the windows that its method calibrates on, for the original model's states or its own
+            (``Spec.calibrates_on``).
         count: of its layers so far; None before the pass.
         error: what ended it; it takes no part any more.
         quantize_seconds: what quantizing took so far, on a GPU without what still runs there.
@@ -112,9 +116,9 @@ class Spreads:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldBlock:
-    """A block on the device: ``kbit.methods.protocol.Block`` for methods that look at its layers' inputs at most.
+    """A block on the device: ``kbit.methods.protocol.Block`` for methods that run it on what enters it, as it is.
 
-    The pass itself has what leaves it: of activations a method sees none.
+    The pass itself hands on what leaves it: a method sees that of a run that it watches.
 
     Attributes:
         number, layers: see ``kbit.methods.protocol.Block``.
@@ -129,9 +133,9 @@ class HeldBlock:
     entering: Callable[[], Iterator[tuple[Tensor, BlockArguments]]] = lambda: iter(())
 
     def run(self, before: Activations, *, watch: Callable[[Layer, Tensor], None] | None = None) -> Activations:
-        if watch is not None:
-            self.look(before, watch)
-        return before
+        if watch is None:
+            return before
+        return replace(before, hidden=[parked(out) for out in self.outputs(before, watch=watch)])
 
     def look(self, before: Activations, watch: Callable[[Layer, Tensor], None]) -> None:
         for _ in self.outputs(before, watch=watch):
@@ -220,7 +224,7 @@ class BlockWeights:
                 if cell.spec.calibrates:  # the block runs as it was before it is quantized
                     self._give_back(left.values())
                 held = replace(like, block=replace(like.block, number=number, layers=self.layers))
-                for layer, stored in method_of(cell.spec)(held, cell.spec, None):
+                for layer, stored in method_of(cell.spec)(held, cell.spec, _STARTED if cell.spec.calibrates else None):
                     cell.count.add(layer, stored)
                     self._changed[layer.name] = layer
                     write(stored, held.module, layer, packed=False)

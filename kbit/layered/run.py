@@ -27,6 +27,8 @@ from kbit.models.architectures import Layer, block_layers, decoder_blocks
 from kbit.models.originals import Fitted
 from kbit.models.places import Room, host_room
 from kbit.models.quantize import BitCount, count_parameters
+from kbit.spec import QuantSpec
+from kbit.specs.base import BASELINE_BITS
 
 SPARE_OF_GPU: Final = 0.05
 """Of a GPU's memory, which stays free beside what was seen to be needed."""
@@ -34,6 +36,9 @@ SNAPSHOT_SHARE: Final = 0.05
 """Snapshots take at most this share of a pass's time."""
 SNAPSHOT_SECONDS: Final = 120.0
 """The time between two snapshots, at least."""
+
+ORIGINAL: Final = "original"
+"""The key of the 16-bit model's states on calibration windows, which no cell is measured by."""
 
 Between = Callable[[int, int], bool]
 """Told how many blocks are done, of how many, after each; tells whether to stop there."""
@@ -92,12 +97,17 @@ class LayeredPass:
     snapshot_error: str | None = None
     fitted: Fitted = field(default_factory=dict)
     _units: list[Unit] = field(default_factory=list)
+    _original: PassCell | None = None
     _went_on_from: list[Path] = field(default_factory=list)
     _last_snapshot: float = 0.0
 
     def __post_init__(self) -> None:
         # The baseline first: it needs the block as it was fetched.
         self.cells = sorted(self.cells, key=lambda cell: not cell.spec.is_baseline)
+        if on_original := [call for cell in self.cells if _is_on_original(cell) for call in cell.calibration]:
+            # Last: cells look at what enters a block of it, which its own run replaces by what leaves.
+            self._original = PassCell(key=ORIGINAL, spec=QuantSpec(bits=BASELINE_BITS), calls=on_original)
+            self.cells = [*self.cells, self._original]
         for cell in self.cells:
             cell.count = BitCount(parameters=count_parameters(self.blocks.model))
             if cell.spec.why_not_layered is not None:
@@ -214,8 +224,9 @@ class LayeredPass:
 
     def _entering(self, block: int, cell: PassCell) -> Iterator[tuple[Tensor, BlockArguments]]:
         """Yield what enters a block on a cell's calibration windows: copies of the states, and the other arguments."""
+        source = self._original if _is_on_original(cell) else cell
         for number, unit in enumerate(self._units):
-            if unit.cell is not cell or unit.call not in cell.calibration:
+            if unit.cell is not source or unit.call not in cell.calibration:
                 continue
             call = self.hollow.calls[unit.call]
             if block == 0 or self.states is None:
@@ -343,8 +354,14 @@ class LayeredPass:
         self.seconds += float(notes["seconds"])
 
 
+def _is_on_original(cell: PassCell) -> bool:
+    """Tell whether a cell calibrates on the original model's states."""
+    return cell.spec.calibrates and cell.spec.calibrates_on == "original"
+
+
 def _calls_of(cell: PassCell) -> list[str]:
-    return list(dict.fromkeys([*cell.calls, *cell.calibration]))
+    """Return the forward passes that go through a cell's blocks."""
+    return list(dict.fromkeys([*cell.calls, *(() if _is_on_original(cell) else cell.calibration)]))
 
 
 def digest_of(*what: object) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from kbit.axes import axes_of, like
+from kbit.data_types import data_type
 from kbit.errors import SpecError
 from kbit.specs.base import ROW
 from kbit.specs.blockwise import QuantSpec
 
 SEARCH_BYTES: Final = 40
 """Of a weight: ten copies in float32. A search that clips was seen to need 27, and 36 where two layers share inputs."""
+QUANTILE_BYTES: Final = 54
+FITTED_BYTES: Final = 84
+"""The same where each scaled weight gets a codebook of its own: 49 by quantiles and 76 by Lloyd's rounds were seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,7 @@ class AwqSpec(QuantSpec):
     method_name: ClassVar[str] = "awq"
     runs: ClassVar[str] = "kbit.methods.awq:quantize_layers"
     calibrates: ClassVar[bool] = True
+    calibrates_on: ClassVar[Literal["original", "quantized"] | None] = "original"
     packs: ClassVar[bool] = False
     effort: ClassVar[float] = 60.0
     passes: ClassVar[float] = 84.0
@@ -60,7 +65,9 @@ class AwqSpec(QuantSpec):
 
     def working_bytes(self, hidden: int, inner: int) -> int:
         """The products of one block's inputs within groups, and what the largest layer is scaled and clipped with."""
-        largest = SEARCH_BYTES * hidden * max(inner, 3 * hidden)
+        is_fitted = not self.is_baseline and data_type(str(self.dtype), self.codebook).data_dependent
+        of_weight = (QUANTILE_BYTES if self.dtype == "quantile" else FITTED_BYTES) if is_fitted else SEARCH_BYTES
+        largest = of_weight * hidden * max(inner, 3 * hidden)
         if not self.clip or self.blocksize is None:
             return largest
         of_hidden, of_inner = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from kbit.axes import axes_of, axis
 
@@ -29,6 +29,9 @@ class Spec(ABC):
         calibrates: the method reads calibration data, which then belong to a cell's identity. A spec whose axes decide
             it has a value of its own.
         packs: layers that it quantizes can be held in k bits (``quantize_model(..., packed=True)``).
+        calibrates_on: what enters a block on the calibration data: the 'original' model's states, or those of the
+            'quantized' blocks before it. Each class says it of its own method, which then runs layer by layer too; None
+            is for methods that need more than that.
         passes: forward passes that calibrating comes to, for predictions of cost: for what blocks are given, for their
             layers' inputs, for the next block's inputs, and what a method sums of the inputs.
         measures: a kind of evaluation (``Evaluator.of_methods``) of the 16-bit model on the calibration data, which is
@@ -43,6 +46,7 @@ class Spec(ABC):
     method_name: ClassVar[str]
     runs: ClassVar[str]
     calibrates: ClassVar[bool] = False
+    calibrates_on: ClassVar[Literal["original", "quantized"] | None] = None
     packs: ClassVar[bool] = False
     replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
@@ -52,6 +56,11 @@ class Spec(ABC):
     measures: ClassVar[str | None] = None
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "calibrates_on" not in vars(cls):
+            cls.calibrates_on = None  # a method that builds on another's spec runs another function
 
     @classmethod
     def offered(cls) -> tuple[str, ...]:
@@ -96,7 +105,9 @@ class Spec(ABC):
     def why_not_layered(self) -> str | None:
         """Why a model can't be quantized layer by layer so, in words; None where it can."""
         name, value = self.calibrating
-        return f"{name}={value!r} calibrates on more than what enters a block's layers" if self.calibrates else None
+        if not self.calibrates or self.calibrates_on is not None:
+            return None
+        return f"{name}={value!r} calibrates on more than what enters a block's layers"
 
     def working_bytes(self, hidden: int, inner: int) -> int:  # noqa: ARG002  # of methods that need nothing to speak of
         """Return the bytes on the device that the method needs beside the model, but for activations.

@@ -78,6 +78,7 @@ class QuantSpec(Spec):
     method_name: ClassVar[str] = "blockwise"
     runs: ClassVar[str] = "kbit.methods.blockwise:quantize_layers"
     packs: ClassVar[bool] = True
+    calibrates_on: ClassVar[Literal["original", "quantized"] | None] = "original"
     takes: ClassVar[frozenset[str]] = frozenset(OPTIONS)
 
     dtype: str | None = axis(None, type="string", doc="data type of the codes; null for the baseline")

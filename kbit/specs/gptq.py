@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, get_args
 
 from kbit.axes import axes_of, axis, like
+from kbit.data_types import data_type
 from kbit.errors import SpecError
 from kbit.specs.base import ROW
 from kbit.specs.blockwise import QuantSpec
 
+FIT_BYTES: Final = 50
+"""Of a weight, that fitting a codebook takes: 46 by Lloyd's rounds were seen."""
 GroupScales = Literal["fresh", "reference"]
 LAZY_COLUMNS: Final = 128
 """Columns that are corrected at once; the rest of the weight is corrected after each so many (section 3, "Lazy Batch-
@@ -35,6 +38,7 @@ class GptqSpec(QuantSpec):
     method_name: ClassVar[str] = "gptq"
     runs: ClassVar[str] = "kbit.methods.gptq:quantize_layers"
     calibrates: ClassVar[bool] = True
+    calibrates_on: ClassVar[Literal["original", "quantized"] | None] = "quantized"
     effort: ClassVar[float] = 50.0
     takes: ClassVar[frozenset[str]] = frozenset({"rotation"})
     refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
@@ -103,13 +107,16 @@ class GptqSpec(QuantSpec):
             return "no kernel multiplies permuted columns (act_order=true; static_groups=true leaves them in place)"
         return super().why_not_packed
 
-    @property
-    def why_not_layered(self) -> str | None:
-        return None
-
     def working_bytes(self, hidden: int, inner: int) -> int:
-        """The sums of one block's inputs, three of `hidden`, and three matrices that the widest is factored with."""
-        return 4 * (3 * hidden**2 + 4 * max(hidden, inner) ** 2)
+        """The sums of one block's inputs, three of `hidden`, and three matrices that the widest is factored with.
+
+        Or, where that is more, its factor and what a codebook is fitted with.
+        """
+        widest = max(hidden, inner) ** 2
+        factoring = 4 * (3 * hidden**2 + 4 * widest)
+        if self.is_baseline or not data_type(str(self.dtype), self.codebook).data_dependent:
+            return factoring
+        return max(factoring, 4 * (3 * hidden**2 + 2 * widest) + FIT_BYTES * hidden * max(inner, 3 * hidden))
 
     def blockwise(self, in_features: int) -> QuantSpec:
         """Return the spec of what is stored of a layer: blocks, codebook and absmax as without the correction."""

@@ -11,15 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final, Self
 
+from kbit.calibration import Calibration
 from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
+from kbit.models.limits import as_namespace, named_context
 from kbit.spec import METHODS
 from sweeps.plan.learned import Like, Part, ValueOf
 from sweeps.store.schema import Row
 from sweeps.study.cell import Cell, Measurement, ModelRef
+from sweeps.study.reading import config_of
 
 OPERATIONS_PER_SECOND: Final = {"cpu": 8e10, "cuda": 3e14}
 """A core of a server's CPU in float32; an H100-class GPU in 16 bits: 1.5e14 at 160 million parameters, 4.5e14 at 1.3
@@ -54,7 +58,7 @@ COLUMNS: Final = (
         "window",
     ),
     *("num_fewshot", "compute_dtype", "n_tokens", "seconds", "quantize_seconds", "load_seconds", "device", "finished"),
-    "calibration",
+    *("calibration", "model_id", "revision", "weights_hash"),
 )
 """Of a row, what is learned from."""
 _DEFAULT_PARAMS: Final = 1_000_000_000
@@ -63,8 +67,24 @@ _LOAD: Final[Sequence[Like]] = [("load",)]
 
 def tokens_of(measurement: Measurement) -> int:
     """Predict how many tokens go through the model."""
-    tokens: int = load(EVALUATORS[measurement.eval.kind].tokens)(measurement.eval)
+    spec = measurement.eval
+    tokens: int = load(EVALUATORS[spec.kind].tokens)(spec)
+    if EVALUATORS[spec.kind].of_methods:  # windows as they are, cut to the context
+        whole, cut = (calibrating_tokens(spec.calibration, c) for c in (None, context_of(measurement.cell.model)))
+        tokens = tokens * cut // whole
     return tokens
+
+
+def calibrating_tokens(data: Calibration, context: int | None) -> int:
+    """Return the tokens of a calibration's windows, for a model with this context."""
+    return data.samples * data.length_in(context)
+
+
+@cache
+def context_of(model: ModelRef) -> int | None:
+    """Return a model's context by its config.json; None where that is not on this machine, or doesn't say."""
+    config = config_of(model, ask=False)
+    return None if config is None else named_context(as_namespace(config))
 
 
 def load_seconds(model: ModelRef) -> float:
@@ -117,9 +137,8 @@ class CostModel:
         if row.get("quantize_seconds") and row.get("method") != "baseline" and self._is_new(once):
             method = str(row.get("method"))
             like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
-            about = json.loads(row.get("calibration") or "{}")
             first = self._is_first(row, ("quantize", packed))
-            tokens = about.get("samples", 0) * about.get("length", 0)
+            tokens = _calibrated_tokens(row)
             counted = self._counted_quantizing(params, method, tokens)
             of = ValueOf(model=model, params=params, like=like, counted=counted)
             self.quantizing.add(of, row["quantize_seconds"], first=first)
@@ -168,7 +187,7 @@ class CostModel:
         params = _params(cell.model)
         method = cell.quant.method
         like = _like_quant(cell.quant_label, method, cell.quant.axis_values().get("dtype"), packed)
-        tokens = cell.calibration.samples * cell.calibration.length if cell.calibration else 0
+        tokens = calibrating_tokens(cell.calibration, context_of(cell.model)) if cell.calibration else 0
         counted = self._counted_quantizing(params, method, tokens)
         of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
         return self.quantizing.predict(of, exact=2, first=first)
@@ -206,6 +225,26 @@ class CostModel:
         rate = (UNPACK_PER_SECOND if in_bits else STEP_WEIGHTS_PER_SECOND)[self.device]
         steps = evaluator.steps * (STEP_SECONDS[self.device] + params / rate)
         return forward + steps + SECONDS_PER_MEASUREMENT[self.device]
+
+
+def _calibrated_tokens(row: Row) -> int:
+    """Return the tokens that the method of a stored row calibrated on; 0 of other methods."""
+    if not row.get("calibration"):
+        return 0
+    data = Calibration(**json.loads(row["calibration"]))
+    place = {name: row.get(name) for name in ("revision", "weights_hash", "model_id")}
+    if not place["model_id"]:
+        return calibrating_tokens(data, None)
+    is_local = place["weights_hash"] is not None
+    model = ModelRef(
+        family="",
+        name="",
+        path=place["model_id"] if is_local else None,
+        weights_hash=place["weights_hash"],
+        hub_id=None if is_local else place["model_id"],
+        commit=place["revision"],
+    )
+    return calibrating_tokens(data, context_of(model))
 
 
 def _params(model: ModelRef) -> int:

@@ -26,14 +26,21 @@ SPECS: Mapping[str, Spec] = {
     "int4": QuantSpec(bits=4, dtype="int", blocksize=32),
     "gptq4": spec_of({"method": "gptq", "bits": 4, "dtype": "int", "blocksize": 32, "zero_point": True}),
     "16": QuantSpec(bits=16),
+    "awq3": spec_of({"method": "awq", "bits": 3, "dtype": "int", "blocksize": 32}),
     "gptq3": spec_of({"method": "gptq", "bits": 3, "dtype": "quantile", "blocksize": "row", "act_order": True}),
+}
+MORE_SPECS: Mapping[str, Spec] = {
+    "awq4": spec_of({"method": "awq", "bits": 4, "dtype": "normal", "blocksize": "row", "clip": False}),
+    "lloyd3": spec_of({"bits": 3, "dtype": "lloyd", "weighting": "activation"}),
+    "kept3": spec_of({"bits": 3, "dtype": "int", "outlier_fraction": 0.1, "outlier_criterion": "activation"}),
+    **SPECS,
 }
 TOKENS = torch.from_numpy(np.random.default_rng(5).integers(0, VOCABULARY, (10, 24)))
 
 
-def whole(model: Any) -> dict[str, tuple[EvalResult, QuantHandle]]:
+def whole(model: Any, specs: Mapping[str, Spec] = SPECS) -> dict[str, tuple[EvalResult, QuantHandle]]:
     found = {}
-    for name, spec in SPECS.items():
+    for name, spec in specs.items():
         calibrated = Calibrated(tokens=TOKENS) if spec.calibrates else None
         with quantize_model(model, spec, storage_dtype=torch.float16, calibration=calibrated) as handle:
             found[name] = windows().run(model, batch_tokens=BATCH_TOKENS), handle
@@ -43,8 +50,8 @@ def whole(model: Any) -> dict[str, tuple[EvalResult, QuantHandle]]:
 class Layered:
     """Passes over one model, which may be cut after a block."""
 
-    def __init__(self, model: Any, snapshots: Snapshots | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, snapshots: Snapshots | None = None, specs: Mapping[str, Spec] = SPECS) -> None:
+        self.model, self.specs = model, specs
         self.blocks = HostBlocks(model, "cpu")
         self.hollow = Hollow(self.blocks)
         self.snapshots = snapshots
@@ -55,7 +62,7 @@ class Layered:
         assert len(calibration) == 2  # batches of 8 windows and of 2
         cells = {
             name: PassCell(key=name, spec=spec, calls=calls, calibration=calibration if spec.calibrates else ())
-            for name, spec in SPECS.items()
+            for name, spec in self.specs.items()
         }
         one = LayeredPass(
             blocks=self.blocks,
@@ -96,8 +103,9 @@ def test_codes_and_losses_are_those_of_the_whole_model(name: str) -> None:
 
 def test_a_pass_that_was_cut_goes_on_with_the_same_codes(tmp_path: Path) -> None:
     model = build("opt").float()
-    expected = whole(model)
+    expected = whole(model, MORE_SPECS)
     snapshots = Snapshots(directory=tmp_path, of="a" * 64, pack="p")
-    assert Layered(model, snapshots).run(stop_after=1) is None
+    assert Layered(model, snapshots, MORE_SPECS).run(stop_after=1) is None
     assert list(tmp_path.rglob("*.states"))
-    check(Layered(model, snapshots).run(), expected)
+    check(Layered(model, snapshots, MORE_SPECS).run(), expected)
+    assert len({handle.codes_hash for _, handle in expected.values()}) == len(expected) - 1  # none of "int4" and "16"

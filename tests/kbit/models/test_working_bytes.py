@@ -65,7 +65,10 @@ def most_bytes(call: Callable[[], None]) -> int:
     [
         AwqSpec(bits=4, dtype="int", blocksize=64),
         AwqSpec(bits=4, dtype="int", blocksize=ROW),
+        AwqSpec(bits=4, dtype="lloyd", blocksize=64),
+        AwqSpec(bits=4, dtype="quantile", blocksize=64, clip=False),
         GptqSpec(bits=4, dtype="int", blocksize=64),
+        GptqSpec(bits=4, dtype="lloyd", blocksize=64),
         GptqSpec(bits=4, dtype="int", blocksize=64, act_order=True),
         QuantSpec(bits=4, dtype="lloyd", blocksize=64, weighting="activation"),
     ],

@@ -11,19 +11,21 @@ import pytest
 from kbit.calibration import Calibration
 from kbit.evaluation.predicted import NOISE_PASSES
 from kbit.evaluation.spec import EvalSpec
-from kbit.spec import QuantSpec
+from kbit.spec import QuantSpec, spec_of
 from kbit.specs.mixed import MixedSpec
 from sweeps.options import Options
 from sweeps.plan.accuracy import accuracy_of, compared
-from sweeps.plan.cost import CostModel, load_seconds
+from sweeps.plan.cost import CostModel, load_seconds, tokens_of
 from sweeps.plan.learned import LATEST
 from sweeps.plan.packs import Known, Packing, make_plan
+from sweeps.store.rows import cell_row
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.resolve import build_study
 from tests.conftest import Launch
 from tests.sweeps.plan.known_costs import cost_of, row
 from tests.sweeps.plan.test_order import MANIFEST
 from tests.sweeps.study.test_configurations import composed
+from tests.sweeps.worker.test_worker import pack_of
 
 A, B, C = (
     ModelRef(family="neox", name=f"neox-{s}", params=n, path=f"/{s}", weights_hash=s * 64)
@@ -196,3 +198,27 @@ def test_what_methods_need_first_is_predicted_apart_from_their_cells() -> None:
     assert plain < each < plain + 1
     table = cost().cell_seconds(first.cell, [first.eval])
     assert table == pytest.approx(NOISE_PASSES * 2 * 10**6 * 16 * 512 / 8e10, rel=0.01)
+
+
+def test_calibration_is_counted_in_windows_cut_to_the_context() -> None:
+    model = pack_of().model  # of 512 tokens
+    data = Calibration(dataset="sha256:y", samples=16, length=2048)
+    gptq, mixed = (
+        spec_of({"dtype": "int", **m}) for m in ({"method": "gptq", "bits": 4}, {"method": "mixed", "budget": 4.25})
+    )
+    cells = {d.length: Cell(model=model, quant=gptq, calibration=d) for d in (data, replace(data, length=512))}
+    assert cost().cell_seconds(cells[2048], [TEXT]) == cost().cell_seconds(cells[512], [TEXT])
+    first = Cell(model=model, quant=mixed, calibration=data).first
+    assert first is not None
+    assert tokens_of(first) == NOISE_PASSES * 16 * 512
+    unknown = Cell(model=A, quant=gptq, calibration=data)  # nobody knows its context
+    assert cost().cell_seconds(unknown, [TEXT]) > cost().cell_seconds(
+        replace(unknown, calibration=cells[512].calibration), [TEXT]
+    )
+    # What was stored of a cell tells a factor by the same count.
+    row = {**quantized(cells[2048].quant_label, 8.0), **cell_row(cells[2048]), "device": "cpu", "finished": 1}
+    learned = cost({name: row.get(name) for name in row})
+    other = replace(cells[2048], quant=replace(gptq, bits=3))
+    counted = cost()._quantize(other, packed=False, first=False)
+    assert learned._quantize(other, packed=False, first=False) == pytest.approx(8.0)
+    assert counted < 8.0

@@ -254,15 +254,17 @@ def test_cells_that_calibrate_have_the_rows_of_the_whole_model_or_say_why_not(
         Cell(model=plain.model, quant=gptq, calibration=calibration)
         for calibration in (about, replace(about, compute_dtype="storage", seed=1), replace(changed, seed=2))
     ]
+    awq = spec_of({"method": "awq", "bits": 3, "dtype": "int", "blocksize": 32, "clip": False})
+    cells.insert(0, Cell(model=plain.model, quant=awq, calibration=replace(about, seed=3)))
     pack = replace(plain, items=(*plain.items, *((cell, (evaluation(),)) for cell in cells)))
     whole, bench = Bench(tmp_path / "whole"), Bench(tmp_path / "layered")
-    whole.worker.run_pack(replace(pack, items=pack.items[:2]))
+    whole.worker.run_pack(replace(pack, items=pack.items[:3]))
     monkeypatch.setattr(worker, "runs_layered", lambda *_, **__: True)
     bench.worker.run_pack(pack)
     assert results(whole, *SAME, "codes_hash")[3, "jargon"]["codes_hash"] is not None
     rows = {row["calibration_seed"]: row for row in bench.rows()}
-    assert {seed: row["status"] for seed, row in rows.items()} == {None: "done", 0: "done", 1: "failed"}
+    assert {seed: row["status"] for seed, row in rows.items()} == {None: "done", 0: "done", 1: "failed", 3: "done"}
     assert "calibration.compute_dtype='storage' is float16, and a model that runs layer by layer" in rows[1]["error"]
     same = {row["calibration_seed"]: row for row in whole.rows()}
-    for seed in (None, 0):
+    for seed in (None, 0, 3):
         assert {c: rows[seed][c] for c in (*SAME, "codes_hash")} == {c: same[seed][c] for c in (*SAME, "codes_hash")}
