@@ -22,7 +22,8 @@ KEY_DIGITS: Final = 10
 MOST_BYTES: Final = 1_250_000
 """Compressed bytes of all columns; base64 makes 4/3 of them, of the 2 MB of a page."""
 _CORE: Final = ("bits", "dtype", "blocksize", "exponent_bits")
-_NONE: Final = "—"
+NONE: Final = "—"
+"""What a cell has no value of: the data type of a 16-bit model."""
 PLAIN: Final = "plain"
 
 
@@ -68,7 +69,7 @@ def report_cells(df: pd.DataFrame) -> Cells:
 def _about(rows: pd.DataFrame) -> list[Column]:
     """What a cell is: columns that are in every page."""
     bits = numbers(rows, "bits")
-    words = pd.Series([f"{b:g}" if np.isfinite(b) else _NONE for b in bits], index=rows.index, dtype="str")
+    words = pd.Series([f"{b:g}" if np.isfinite(b) else NONE for b in bits], index=rows.index, dtype="str")
     blocks = numbers(rows, "blocksize")
     is_blocked = rows["dtype"].notna() & ~bits.eq(BASELINE_BITS)
     total = numbers(rows, "total_bits_nominal").fillna(numbers(rows, "total_bits"))
@@ -76,9 +77,9 @@ def _about(rows: pd.DataFrame) -> list[Column]:
     label = rows["label"] if "label" in rows else rows["method"]
     state = np.where(some_eval_diverged(rows), "diverged", np.where(rows["status"] == "done", "done", "incomplete"))
     names = [block_name(int(b)) if np.isfinite(b) else block_name(WHOLE_TENSOR) for b in blocks]
-    sizes = pd.Series(names, index=rows.index, dtype="str").where(is_blocked, _NONE)
+    sizes = pd.Series(names, index=rows.index, dtype="str").where(is_blocked, NONE)
     present = sorted({int(b) for b in blocks[is_blocked].dropna()})
-    block_order = [_NONE, *map(block_name, present), block_name(WHOLE_TENSOR)]
+    block_order = [NONE, *map(block_name, present), block_name(WHOLE_TENSOR)]
     return [
         key_column("key", rows["key"].fillna("").astype(str).map(_hexadecimal), KEY_DIGITS),
         name_column("family", rows["family"].map(str).map(family_name)),
@@ -87,7 +88,7 @@ def _about(rows: pd.DataFrame) -> list[Column]:
         name_column("label", label.astype("string")),
         name_column("method", rows["method"].astype("string"), ["baseline", "blockwise"]),
         name_column("bits", words, [f"{b:g}" for b in sorted(bits.dropna().unique())]),
-        name_column("dtype", rows["dtype"].astype("string").fillna(_NONE), [_NONE, *ordered_dtypes(rows)]),
+        name_column("dtype", rows["dtype"].astype("string").fillna(NONE), [NONE, *ordered_dtypes(rows)]),
         name_column("blocksize", sizes, block_order),
         name_column("options", _options(rows), [PLAIN]),
         number_column("bits_per_param", per_param, 1e-3),
@@ -112,8 +113,8 @@ def _options(rows: pd.DataFrame) -> pd.Series[str]:
         column = rows[name].astype(object)
         # Which way a method's blocks lie is its own matter.
         matters = column.notna() & (column != axis.neutral) & ~((rows["method"] != "blockwise") & (name == "scheme"))
-        text = column.map(lambda v, name=name: name if v is True else f"{name} {v}", na_action="ignore")
-        said = said.where(~matters, said + ", " + text.fillna("").astype(str))
+        text = pd.Series([name if v is True else f"{name} {v}" for v in column], index=rows.index, dtype="str")
+        said = said.where(~matters, said + ", " + text)
     seed = rows["calibration_seed"]
     said = said.where(seed.isna(), said + ", seed " + seed.astype("string").fillna(""))
     return said.str.removeprefix(", ").replace("", PLAIN)

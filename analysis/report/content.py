@@ -15,7 +15,7 @@ from analysis.figures.style import BITS_STYLE, DTYPE_STYLE, family_name
 from analysis.inputs import SampleKey
 from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
-from analysis.report.cells import Cells, report_cells
+from analysis.report.cells import NONE, Cells, report_cells
 from analysis.significance import Samples
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def build_report(
         sections=sections,
         styles={
             "bits": {str(bits): look for bits, look in BITS_STYLE.items()},
-            "dtype": dict(DTYPE_STYLE),
+            "dtype": {**DTYPE_STYLE, NONE: BITS_STYLE[16]},  # the 16-bit model has none
         },
         warnings=[*notes, *mixture_warnings(long_df), *direction_warnings(df), *parts.problems],
         df=df,

@@ -76,7 +76,9 @@ def name_column(name: str, values: pd.Series[str], order: Sequence[str] = ()) ->
 
 def key_column(name: str, keys: pd.Series[str], digits: int) -> Column:
     """Encode the first ``digits`` (an even number) of hexadecimal keys [rows]."""
-    raw = np.frombuffer(b"".join(bytes.fromhex(k[:digits]) for k in keys), dtype=np.uint8).reshape(len(keys), -1)
+    raw = np.frombuffer(b"".join(bytes.fromhex(k[:digits]) for k in keys), dtype=np.uint8).reshape(
+        len(keys), digits // 2
+    )
     return Column(head={"name": name, "kind": "key", "width": digits // 2}, planes=raw.T.tobytes())
 
 

@@ -26,6 +26,7 @@ LARGER = (
     "exponent_bits: heuristic, blocksize: 64}, {bits: [3, 4], dtype: [int, quantile], blocksize: [16, 256]}]",
     "executor.cells_per_job=17",
     "executor.max_parallel=2",
+    "report=true",
 )
 LARGER_CELLS = 66
 ONE_CELL = ("sweep.quant=[{bits: 4, dtype: int}]", "executor.preflight=false")
@@ -89,6 +90,17 @@ def test_the_table_is_the_local_executors_to_the_digit(finished: Finished) -> No
         assert set(there["status"]) == {"done"}, finished.study.report()
         for column in here.columns:
             assert there[column].map(repr).tolist() == here[column].map(repr).tolist(), column
+
+
+def test_the_job_that_stores_the_last_measurement_writes_the_report_and_no_other_does(finished: Finished) -> None:
+    out = finished.study.out
+    page = (out / "reports" / "demo.html").read_text()
+    assert f"{LARGER_CELLS} of {LARGER_CELLS} cells measured" in page
+    assert {p.name for p in (out / "figures" / "demo").glob("*.png")} >= {"bit_scaling.png", "data_types_4bit.png"}
+    assert len(list((out / "reports" / "claims").iterdir())) == 1
+    (launch,) = finished.study.launches()
+    said = [p for p in (out / "logs" / launch.id / "000").glob("*.out") if "report: " in p.read_text()]
+    assert len(said) == 1, finished.study.report()
 
 
 def table_of(study: Study, *, long: bool) -> pd.DataFrame:

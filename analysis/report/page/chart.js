@@ -1,7 +1,7 @@
 // One figure on a canvas: axes, curves, error bars, markers; the pointer and the arrow keys ask what a marker is.
 
 const MARGIN = { left: 62, right: 14, top: 10, bottom: 44 };
-const MOST_LINED = 4000, MOST_BARRED = 600, REACH = 24;
+const MOST_LINED = 4000, MOST_BARRED = 600, MANY = 1500, REACH = 24;
 
 class Chart {
   constructor(study, id, tip) {
@@ -58,7 +58,7 @@ class Chart {
     this.canvas.height = this.height * scale;
     this.canvas.style.height = `${this.height}px`;
     this.scale = scale;
-    this.context = this.canvas.getContext("2d");
+    this.context = this.canvas.getContext("2d", { willReadFrequently: true });
     this.context.setTransform(scale, 0, 0, scale, 0, 0);
     return true;
   }
@@ -80,7 +80,9 @@ class Chart {
       lowX = Math.min(lowX, x); highX = Math.max(highX, x);
       points.push({ row, x, y: edge ? NaN : y, open: edge || diverged });
     }
-    this.points = points.sort((a, b) => a.x - b.x || a.y - b.y);
+    this.points = points;
+    this.ordered = points.length <= MOST_LINED;
+    if (this.ordered) this.order();
     if (!(lowY <= highY)) [lowY, highY] = [0, 1];
     const room = (highY - lowY || Math.abs(highY) || 1) * 0.06;
     const wide = spec.log ? 1.08 : (highX - lowX || 1) * 0.04;
@@ -90,6 +92,8 @@ class Chart {
       p.py = Number.isNaN(p.y) ? (spec.worst === "low" ? this.height - MARGIN.bottom : MARGIN.top) : this.toY(p.y);
     }
   }
+
+  order() { this.points.sort((a, b) => a.x - b.x || a.y - b.y); }
 
   toX(x) {
     const { lowX, highX } = this.limits, part = this.spec.log ? Math.log(x / lowX) / Math.log(highX / lowX) : (x - lowX) / (highX - lowX);
@@ -171,13 +175,19 @@ class Chart {
   }
 
   markers() {
-    const many = this.points.length > 1500, radius = many ? 2.6 : 4.6, sprites = new Map();
-    for (const p of this.points) {
-      const code = this.codes[p.row], look = this.looks[code - 1];
-      if (!look) continue;
-      const name = 2 * code + p.open;
-      if (!sprites.has(name)) sprites.set(name, sprite(look, radius, p.open, this.scale));
-      const { canvas, half } = sprites.get(name);
+    const many = this.points.length > MANY, sprites = new Map();
+    const of = (p) => {
+      const code = this.codes[p.row], name = 2 * code + p.open;
+      if (!sprites.has(name)) sprites.set(name, sprite(this.looks[code - 1], many ? 2.6 : 4.6, p.open, this.scale));
+      return sprites.get(name);
+    };
+    const placed = this.points.filter((p) => this.codes[p.row]);
+    if (many) {
+      stamp(this.context, placed, of, this.scale);
+      return;
+    }
+    for (const p of placed) {
+      const { canvas, half } = of(p);
       this.context.drawImage(canvas, p.px - half, p.py - half, 2 * half, 2 * half);
     }
   }
@@ -206,6 +216,7 @@ class Chart {
 
   walk(step) {
     const last = this.points.length - 1;
+    if (!this.ordered) { this.order(); this.ordered = true; }
     const to = this.at < 0 && Number.isFinite(step) ? (step < 0 ? last : 0) : this.at + step;
     this.tell(Math.max(0, Math.min(last, to)));
   }

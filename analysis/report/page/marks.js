@@ -29,12 +29,18 @@ const SHAPES = {
 };
 const DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3]];
 
-// Colour and shape of each value of a column: those of the printed figures where they have some.
+// Colour and shape of each value of a column: those of the printed figures where they have some, else ones left over.
 function looksOf(study, name) {
-  const shapes = Object.keys(SHAPES), known = study.styles[name] ?? {};
-  return study.columns[name].values.map((value, i) => {
-    const [colour, shape] = known[value] ?? [PALETTE[i % PALETTE.length], shapes[i % shapes.length]];
-    return { colour, shape, dash: known[value] ? [] : DASHES[Math.floor(i / PALETTE.length) % DASHES.length] };
+  const { values } = study.columns[name], known = study.styles[name] ?? {};
+  const taken = values.filter((value) => known[value]).map((value) => known[value]);
+  const free = (all, k) => all.filter((one) => !taken.some((look) => look[k] === one));
+  const colours = free(PALETTE, 0), shapes = free(Object.keys(SHAPES), 1);
+  let i = 0;
+  return values.map((value) => {
+    if (known[value]) return { colour: known[value][0], shape: known[value][1], dash: [] };
+    const look = { colour: colours[i % colours.length], shape: shapes[i % shapes.length], dash: DASHES[Math.floor(i / colours.length) % DASHES.length] };
+    i++;
+    return look;
   });
 }
 
@@ -48,12 +54,34 @@ function mark(context, look, radius, open) {
   context.stroke();
 }
 
-// A marker drawn once, to be copied: thousands of them cost no more than their pixels.
+// A marker drawn once, to be copied.
 function sprite(look, radius, open, scale) {
-  const half = Math.ceil(radius + 2), canvas = document.createElement("canvas");
-  canvas.width = canvas.height = 2 * half * scale;
-  const context = canvas.getContext("2d");
+  const half = Math.ceil(radius + 2), canvas = document.createElement("canvas"), size = 2 * half * scale;
+  canvas.width = canvas.height = size;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.setTransform(scale, 0, 0, scale, half * scale, half * scale);
   mark(context, look, radius, open);
-  return { canvas, half };
+  return { canvas, half, size };
+}
+
+// Tens of thousands of markers: their opaque pixels written into the picture, many times faster than drawing images.
+function stamp(context, points, spriteOf, scale) {
+  const { width, height } = context.canvas, image = context.getImageData(0, 0, width, height);
+  const target = new Uint32Array(image.data.buffer), pixels = new Map();
+  const pixelsOf = (one) => {
+    if (!pixels.has(one)) {
+      const source = new Uint32Array(one.canvas.getContext("2d").getImageData(0, 0, one.size, one.size).data.buffer), found = [];
+      source.forEach((colour, i) => { if (colour >>> 24 > 127) found.push(i % one.size, Math.floor(i / one.size), colour | 0xff000000); });
+      pixels.set(one, found);
+    }
+    return pixels.get(one);
+  };
+  for (const p of points) {
+    const one = spriteOf(p), left = Math.round((p.px - one.half) * scale), top = Math.round((p.py - one.half) * scale), dots = pixelsOf(one);
+    for (let i = 0; i < dots.length; i += 3) {
+      const x = left + dots[i], y = top + dots[i + 1];
+      if (x >= 0 && x < width && y >= 0 && y < height) target[y * width + x] = dots[i + 2];
+    }
+  }
+  context.putImageData(image, 0, 0);
 }
