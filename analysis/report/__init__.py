@@ -2,6 +2,8 @@
 
 command   ``python -m analysis report``
 content   what a report says: findings, warnings, tables, what is missing, provenance
+sections  scaling laws, best precisions, the best cells for their bits
+parts     what a report is made of
 cells     the measured cells as columns
 encoding  columns as few bytes
 page      one HTML file of it all; page/ has its style and script
@@ -15,7 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from analysis.report.content import Report, Section, TablePart, build_report
+    from analysis.report.content import Report, build_report
+    from analysis.report.parts import Section, TablePart
     from analysis.report.places import Places
     from analysis.report.writing import report_of, write_report, write_tables
 
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Report", "Section", "TablePart", "build_report"), "content"),
+    **dict.fromkeys(("Report", "build_report"), "content"),
+    **dict.fromkeys(("Section", "TablePart"), "parts"),
     "Places": "places",
     **dict.fromkeys(("report_of", "write_report", "write_tables"), "writing"),
 }

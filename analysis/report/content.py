@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pandas as pd
 
@@ -16,10 +15,9 @@ from analysis.inputs import SampleKey
 from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
 from analysis.report.cells import NONE, Cells, report_cells
+from analysis.report.parts import Parts, Section, TablePart
+from analysis.report.sections import scaling_section
 from analysis.significance import Samples
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _PROVENANCE: Final = {
     "commit": "Commit",
@@ -32,38 +30,6 @@ _PROVENANCE: Final = {
 }
 _OF_AN_EVAL: Final = ("dataset", "eval_version", "num_fewshot", "window", "limit", "compute_dtype")
 _MOST_SHOWN: Final = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class TablePart:
-    """A table of a report.
-
-    Attributes:
-        title: above it.
-        frame: shown without its index.
-        note: what it says and doesn't, below it.
-    """
-
-    title: str
-    frame: pd.DataFrame
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of a report below the cells.
-
-    Attributes:
-        anchor: its address in the page.
-        title: its heading.
-        tables: in order.
-        intro: a sentence or two above them.
-    """
-
-    anchor: str
-    title: str
-    tables: Sequence[TablePart]
-    intro: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +85,7 @@ def build_report(
     samples = samples or {}
     rows = measured(df)
     sections = [
+        *parts.optional("scaling laws", lambda: scaling_section(df, samples)),
         *parts.optional("what is missing", lambda: _missing(df)),
         *parts.optional("where the numbers come from", lambda: _provenance(rows, long_df)),
     ]
@@ -138,26 +105,6 @@ def build_report(
         df=df,
         samples=samples,
     )
-
-
-@dataclass
-class Parts:
-    """Makes the parts of a report, and remembers which could not be made, and why."""
-
-    problems: list[str] = field(default_factory=list)
-
-    def made(self, what: str, make: Callable[[], T], otherwise: T) -> T:
-        try:
-            return make()
-        except Exception as error:  # whatever is wrong with one part, the others are worth having
-            log.warning("no %s", what, exc_info=True)
-            self.problems.append(f"{what}: could not be made ({type(error).__name__}: {error})")
-            return otherwise
-
-    def optional(self, what: str, make: Callable[[], Section | None]) -> list[Section]:
-        """Return a section, if it could be made and has anything to show."""
-        section = self.made(what, make, None)
-        return [section] if section is not None and section.tables else []
 
 
 def _sentences(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[str]:

@@ -17,7 +17,8 @@ from analysis.cells import fullest_dtype, measured, plain
 from analysis.figures.drawing import LOSS_CAP, loss_cap
 from analysis.metrics import headline_metrics
 from analysis.report.cells import PLAIN
-from analysis.report.content import Report, Section, TablePart
+from analysis.report.content import Report
+from analysis.report.parts import Section, TablePart
 
 _SCRIPTS: Final = ("decode.js", "study.js", "marks.js", "chart.js", "table.js", "main.js")
 _MANY: Final = 1500

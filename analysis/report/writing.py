@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.inputs import Inputs
-from analysis.report.content import Parts, Report, build_report
+from analysis.report.content import Report, build_report
 from analysis.report.page import page
+from analysis.report.parts import Parts
 from analysis.report.places import Places
 
 
