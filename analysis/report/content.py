@@ -15,8 +15,8 @@ from analysis.inputs import SampleKey
 from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
 from analysis.report.cells import NONE, Cells, report_cells
-from analysis.report.parts import Parts, Section, TablePart
-from analysis.report.sections import scaling_section
+from analysis.report.parts import Parts, Section, TablePart, where_installed
+from analysis.report.sections import paper_section, scaling_section
 from analysis.significance import Samples
 
 _PROVENANCE: Final = {
@@ -86,6 +86,7 @@ def build_report(
     rows = measured(df)
     sections = [
         *parts.optional("scaling laws", lambda: scaling_section(df, samples)),
+        *parts.optional("the paper's figures", lambda: paper_section(df)),
         *parts.optional("what is missing", lambda: _missing(df)),
         *parts.optional("where the numbers come from", lambda: _provenance(rows, long_df)),
     ]
@@ -93,7 +94,7 @@ def build_report(
         title=title,
         name=name or title,
         summary=_summary(df, rows),
-        verdicts=[],
+        verdicts=parts.made("verdicts", lambda: _verdicts(df, samples), []),
         sentences=parts.made("findings", lambda: _sentences(df, samples), []),
         cells=report_cells(df),
         sections=sections,
@@ -105,6 +106,15 @@ def build_report(
         df=df,
         samples=samples,
     )
+
+
+def _verdicts(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[dict[str, Any]]:
+    """The paper's claims held against the data: headlines first, and what could be decided before what could not."""
+    judge = where_installed("analysis.findings", "judge")
+    if judge is None or measured(df).empty:
+        return []
+    found: list[dict[str, Any]] = [f.as_dict() for f in judge(df, samples)]
+    return sorted(found, key=lambda f: (not f.get("headline"), f["verdict"] not in ("holds", "fails")))
 
 
 def _sentences(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[str]:

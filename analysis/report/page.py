@@ -24,6 +24,8 @@ _SCRIPTS: Final = ("decode.js", "study.js", "marks.js", "chart.js", "table.js", 
 _MANY: Final = 1500
 """Cells of which a page shows the paper's main setting first; the filters show the others."""
 _MOST_ROWS: Final = 200
+_FIRST: Final = 20
+"""Verdicts that are shown open where none is a headline."""
 _VERDICTS: Final = {"holds": "holds", "fails": "fails"}
 
 
@@ -90,16 +92,25 @@ def _warnings(report: Report, problems: Sequence[str]) -> str:
 
 
 def _findings(report: Report) -> str:
-    cards = "\n".join(_finding(f) for f in report.verdicts)
+    """Verdicts as cards, the headlines open; below them the sentences, or those alone."""
+    first = [f for f in report.verdicts if f.get("headline")] or report.verdicts[:_FIRST]
+    others = [f for f in report.verdicts if not any(f is one for one in first)]
     items = "".join(f"<li>{escape(text)}</li>" for text in report.sentences)
-    if not cards and not items:
+    if not first and not items:
         return (
             '<p class="note">The data support no finding: they need a 16-bit cell and two precisions or data types.</p>'
         )
-    if not cards:
+    if not first:
         return f'<ul class="plain">{items}</ul>'
-    more = f'<details><summary>The numbers in sentences</summary><ul class="plain">{items}</ul></details>'
-    return cards + (more if items else "")
+    cards = "\n".join(map(_finding, first))
+    more = _folded(
+        f"{len(others)} more findings, of single families and other metrics", "\n".join(map(_finding, others))
+    )
+    return cards + (more if others else "") + (_folded("The numbers in sentences", f'<ul class="plain">{items}</ul>'))
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def _finding(found: Mapping[str, Any]) -> str:

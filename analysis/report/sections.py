@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.cells import block_name
 from analysis.inputs import SampleKey
 from analysis.metrics import Metric, ranked_metrics
-from analysis.report.parts import Section, TablePart
+from analysis.report.parts import Section, TablePart, where_installed
 from analysis.significance import Samples
 
 _LAW_COLUMNS = ("family", "law", "formula", "parameters", "models", "cells", "rmse", "r2", "held_out_error", "note")
@@ -34,6 +34,18 @@ def scaling_section(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> S
     tables = [*_budgets(df, metric, samples), *_laws(df, metric), fronts]
     shown = [table for table in tables if len(table.frame)]
     return Section(anchor="scaling-laws", title="What a number of bits buys", tables=shown)
+
+
+def paper_section(df: pd.DataFrame) -> Section | None:
+    """The figures of the paper that the data don't allow, and what would measure what they need."""
+    missing_figures = where_installed("analysis.figures", "missing_figures")
+    if missing_figures is None:
+        return None
+    rows = [(f"Figure {m.paper}", m.title, m.reason, m.command) for m in missing_figures(df)]
+    frame = pd.DataFrame(rows, columns=["paper", "shows", "why it is not drawn", "what would measure it"])
+    intro = "Everything else of the paper can be drawn from what is stored."
+    table = TablePart(title="Not drawn", frame=frame)
+    return Section(anchor="paper", title="The paper's figures", intro=intro, tables=[table] if rows else [])
 
 
 def _budgets(df: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]) -> list[TablePart]:

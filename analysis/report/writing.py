@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.inputs import Inputs
 from analysis.report.content import Report, build_report
 from analysis.report.page import page
-from analysis.report.parts import Parts
+from analysis.report.parts import Parts, where_installed
 from analysis.report.places import Places
 
 
@@ -19,7 +19,11 @@ def report_of(inputs: Inputs) -> Report:
     from analysis.findings import wanted_samples
 
     # Only what is compared: the samples of a large study don't fit into memory.
-    samples = inputs.samples(wanted_samples(inputs.df, inputs.long))
+    wanted = wanted_samples(inputs.df, inputs.long)
+    by_claims = where_installed("analysis.findings.judging", "wanted_by_claims")
+    if by_claims is not None:
+        wanted |= by_claims(inputs.df, inputs.long)
+    samples = inputs.samples(wanted)
     return build_report(inputs.df, inputs.long, samples, title=inputs.title, name=inputs.name, notes=inputs.notes)
 
 
