@@ -56,11 +56,8 @@ def measured(df: pd.DataFrame) -> pd.DataFrame:
         named = df["family"].astype("string") + "@" + df["checkpoint"].astype("string")
         df["family"] = df["family"].astype("string").where(~trained, named)
     checkpoint = df[_IDENTITY].astype("string").fillna("")
-    several = (
-        checkpoint.agg("|".join, axis=1).groupby(df["model"]).transform("nunique") > 1
-        if len(df)
-        else pd.Series(dtype=bool)
-    )
+    identity = checkpoint["model_id"] + "|" + checkpoint["revision"] + "|" + checkpoint["weights_hash"]
+    several = identity.groupby(df["model"]).transform("nunique") > 1 if len(df) else pd.Series(dtype=bool)
     if several.any():
         mark = checkpoint["revision"].where(
             checkpoint["revision"] != "", checkpoint["weights_hash"].str.removeprefix("sha256:")

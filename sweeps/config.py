@@ -152,6 +152,9 @@ class Config:
     yes: bool = False
     undo: bool = False
     to: str | None = None
+    a: Raw = None
+    b: Raw = None
+    margins: Raw = None
     format: str | None = None
     long: bool = False
     watch: bool = False

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweeps.errors import UserError
+from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.budget import parse_budget
 from sweeps.plan.order import parse_order
 from sweeps.plan.packs import parse_retry
-from sweeps.study.choice import Choice
+from sweeps.study.choice import Choice, is_key_prefix
 from sweeps.study.evals import as_list
+from sweeps.study.grid import check_axes
 from sweeps.study.resolve import StudyConfig
+from sweeps.text import written
 from sweeps.tracking.config import TrackingConfig
+
+_MARGINS: Final = {"loss": "nats per token", "points": "percentage points"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,8 @@ class Options:
         retry: states of measurements to run again.
         order: in which cells run (sweeps.plan.order).
         budget: device-seconds that the study may spend; None is without end.
+        a, b: what mode=compare compares.
+        margins: what is too small to matter: loss (nats per token), points (of accuracies).
         format: in which mode=export writes a cell (kbit.exporting.base).
         script: whether mode=plan shows the scripts of jobs.
         report: whether a study ends in its report.
@@ -45,6 +51,9 @@ class Options:
     by: tuple[str, ...]
     choice: Choice
     to: Path | None
+    a: Choice | None
+    b: Choice | None
+    margins: Mapping[str, float]
     format: str | None
     long: bool
     watch: bool
@@ -78,8 +87,11 @@ class Options:
             order=parse_order(given["order"]),
             budget=parse_budget(given["budget"]),
             by=tuple(str(b) for b in as_list(given["by"], "by")),
-            choice=Choice.parse(_cell_prefixes(overrides), given["where"], given["status"]),
+            choice=Choice.parse(_prefixes("cell", overrides), given["where"], given["status"]),
             to=Path(given["to"]).expanduser() if given["to"] else None,
+            a=_side("a", given["a"], overrides),
+            b=_side("b", given["b"], overrides),
+            margins=_margins(given["margins"]),
             format=given["format"],
             long=given["long"],
             watch=given["watch"],
@@ -136,11 +148,41 @@ def _tracking(given: Mapping[str, Any], out: Path) -> TrackingConfig:
     return TrackingConfig(**{**given, "dir": directory})
 
 
-def _cell_prefixes(overrides: Sequence[str]) -> tuple[str, ...]:
+def _prefixes(key: str, overrides: Sequence[str]) -> tuple[str, ...]:
     """Return what ``cell=`` says, as it was written: Hydra takes a key such as 0123 or 1e5 for a number."""
-    written = [o.partition("=")[2] for o in overrides if o.startswith("cell=")]
+    written = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
     names = [name.strip(" '\"") for text in written for name in text.strip("[] ").split(",")]
     return tuple(name for name in names if name not in ("", "null"))
+
+
+def _side(name: str, value: Any, overrides: Sequence[str]) -> Choice | None:
+    """Return what ``a=`` or ``b=`` says: axis values, or the first characters of a cell's key."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        check_axes(value, name)
+        return Choice.parse((), value, None)
+    prefixes = _prefixes(name, overrides)
+    if len(prefixes) != 1 or not is_key_prefix(prefixes[0]):
+        raise UserError(
+            f"{name}={written(value)} is not valid: the first characters of one cell's key (0-9, a-f), e.g. "
+            f"{name}=3fa9, or axis values, e.g. '{name}={{dtype: int, bits: 4}}'"
+        )
+    return Choice(cells=prefixes)
+
+
+def _margins(value: Any) -> Mapping[str, float]:
+    given = {} if value is None else value
+    if not isinstance(given, Mapping):
+        raise UserError(f"margins={written(value)} is not valid: e.g. 'margins={{loss: 0.01, points: 0.5}}'")
+    for name, margin in given.items():
+        if name not in _MARGINS:
+            raise UserError(f"margins: {name!r} is none of {', '.join(_MARGINS)}.{did_you_mean(name, _MARGINS)}")
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < float("inf"):
+            raise UserError(
+                f"margins={{{name}: {written(margin)}}} is not valid: a number above 0, in {_MARGINS[name]}"
+            )
+    return {str(name): float(margin) for name, margin in given.items()}
 
 
 def _asked_sweep(sweep: Mapping[str, Any], overrides: Sequence[str]) -> str | None:

@@ -19,11 +19,20 @@ EXPORTED = {
 FUNCTIONS = {
     "analysis.cells": ["baselines", "measured", "one_exponent", "plain", "points", "with_baseline"],
     "analysis.figures": ["bit_scaling", "block_sizes", "data_types", "write_figures"],
-    "analysis.findings": ["findings", "wanted_samples"],
+    "analysis.findings": ["findings", "judge", "wanted_samples"],
+    "analysis.findings.judging": ["judge_inputs", "wanted_by_claims"],
     "analysis.metrics": ["headline_metrics", "metric_columns", "parse_metric", "primary_loss", "ranked_metrics"],
     "analysis.mixtures": ["mixture_warnings"],
     "analysis.scaling": ["best_precision", "budget_grid", "common_range", "interpolate", "scaling_points"],
-    "analysis.significance": ["compare", "compare_loss", "compare_mean_loss", "compare_outcomes"],
+    "analysis.significance": [
+        "bootstrap",
+        "compare",
+        "compare_loss",
+        "compare_mean_loss",
+        "compare_outcomes",
+        "mcnemar",
+    ],
+    "analysis.significance.comparing": ["compare_cells", "pair_cells", "wanted_for"],
     "analysis.tables": ["bits_by_dtype", "other_cells", "render", "to_markdown", "write_table"],
     "kbit.evaluation.lm": ["KbitLM"],
 }

@@ -7,6 +7,7 @@ effects       an effect over models (t, signed ranks, random effects) and how su
 equivalence   margins, and two one-sided tests of no effect
 multiplicity  Holm, and Benjamini and Hochberg
 power         the smallest difference that data could have shown; documents and models that it would take
+comparing     two cells or two sets of cells on every text set and task; showing: in the terminal
 """
 
 from analysis.significance.effects import Effect, by_ranks, of_samples, over_models, random_effects

@@ -60,12 +60,12 @@ class Effect:
             return _NOTHING
         if self.basis == "ranks":
             return signed_ranks(side * (np.asarray(self.values) - bound))
-        from scipy.stats import t
+        from scipy.special import stdtr
 
         distance = side * (self.value - bound)
         if self.stderr == 0:
             return 0.0 if distance > 0 else 1.0
-        return float(t.sf(distance / self.stderr, self.dof))
+        return float(stdtr(self.dof, -distance / self.stderr))
 
 
 def over_models(differences: ArrayLike, correlation: NDArray[np.float64] | None = None) -> Effect:
@@ -183,8 +183,8 @@ def signed_ranks(d: NDArray[np.float64]) -> float:
 
 
 def _student(mean: float, error: float, dof: int, values: tuple[float, ...]) -> Effect:
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    half = float(t.ppf(0.5 + LEVEL / 2, dof)) * error
+    half = float(stdtrit(dof, 0.5 + LEVEL / 2)) * error
     low, high = mean - half, mean + half
     return Effect(value=mean, low=low, high=high, stderr=error, dof=dof, n=len(values), basis="models", values=values)

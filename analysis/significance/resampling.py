@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -116,6 +117,7 @@ def sign_flip(differences: ArrayLike, *, above: float = 0.0, seed: int = 0) -> f
     return float((1 + as_large.sum()) / (1 + len(sums)))
 
 
+@lru_cache(maxsize=4)
 def all_signs(n: int, seed: int = 0) -> NDArray[Any]:
     """Return all ways to sign ``n`` numbers, float64 [2^n, n] of ±1; of more than 16, 2^16 that are drawn."""
     if n > _EXACT:

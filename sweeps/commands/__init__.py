@@ -17,6 +17,8 @@ MODES: Final[Mapping[str, str]] = {
     "status": "sweeps.commands.status:status",
     "table": "sweeps.commands.table:table",
     "report": "sweeps.commands.report:report",
+    "findings": "sweeps.commands.findings:findings",
+    "compare": "sweeps.commands.compare:compare",
     "logs": "sweeps.commands.logs:logs",
     "cancel": "sweeps.commands.cancel:cancel",
     "fetch": "sweeps.commands.fetch:fetch",

@@ -14,8 +14,23 @@ from sweeps.text import written
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EVERY: Final = ("run", "plan", "status", "table", "report", "logs", "cancel", "fetch", "drop", "export", "sync")
-CHOOSING: Final = ("run", "plan", "status", "table", "report", "logs", "cancel", "drop", "export")
+EVERY: Final = (
+    *("run", "plan", "status", "table", "report", "findings", "compare"),
+    *("logs", "cancel", "fetch", "drop", "export", "sync"),
+)
+CHOOSING: Final = (
+    "run",
+    "plan",
+    "status",
+    "table",
+    "report",
+    "findings",
+    "compare",
+    "logs",
+    "cancel",
+    "drop",
+    "export",
+)
 """Modes that work on cells, so that cells can be chosen for them."""
 
 OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -30,7 +45,9 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(("watch", "report"), ("run",)),
     "script": ("plan",),
     "by": ("status",),
-    "to": ("table", "report", "export"),
+    "to": ("table", "report", "findings", "compare", "export"),
+    **dict.fromkeys(("a", "b"), ("compare",)),
+    "margins": ("findings", "compare"),
     "long": ("table",),
     "format": ("export",),
     **dict.fromkeys(("yes", "undo"), ("drop",)),

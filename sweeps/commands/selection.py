@@ -42,7 +42,7 @@ def chosen_by_study(options: Options) -> pd.DataFrame:
 
 def chosen_rows(options: Options, results: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the chosen cells, of a wide table or a long one."""
-    return results[options.choice.of(_candidates(results))] if options.choice else results
+    return results[options.choice.of(candidates(results))] if options.choice else results
 
 
 def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
@@ -72,7 +72,8 @@ def say_what_stays(options: Options, console: Console) -> None:
         )
 
 
-def _candidates(results: pd.DataFrame) -> Iterator[Candidate]:
+def candidates(results: pd.DataFrame) -> Iterator[Candidate]:
+    """Yield the cells of a wide table, for a choice."""
     names = list(axis_names())
     axes = results[names].astype(object).where(results[names].notna(), None)
     for key, state, row in zip(results["key"], results["status"], axes.itertuples(index=False), strict=True):

@@ -17,6 +17,11 @@ _KEY: Final = re.compile(r"[0-9a-f]{1,64}")
 _SHOWN: Final = 12
 
 
+def is_key_prefix(text: str) -> bool:
+    """Tell whether a text can begin a cell's key."""
+    return _KEY.fullmatch(text) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A cell, or a measurement of one, that may be chosen: its cell's key and axes, and its state."""
@@ -53,7 +58,7 @@ class Choice:
             UserError: names the key, its value, and what is allowed.
         """
         for prefix in cells:
-            if not _KEY.fullmatch(prefix):
+            if not is_key_prefix(prefix):
                 raise UserError(
                     f"cell={prefix!r} is not valid: the first characters of a cell's key, which has the digits 0-9 and "
                     "a-f, e.g. cell=3fa9. The column 'key' of mode=table has the keys"

@@ -14,9 +14,6 @@ from sweeps import load_results
 from sweeps.store.parts import Store
 from tests.conftest import ROOT, Launch
 from tests.slurm.test_faults_files import read_only
-from tests.sweeps.commands.test_run import finished, small
-
-__all__ = ["finished", "small"]
 
 FLOATS = "where={dtype: float}"
 

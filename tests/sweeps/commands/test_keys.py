@@ -17,9 +17,7 @@ from sweeps.commands.keys import CHOOSING, EVERY, OBEYED, check_keys
 from sweeps.config import register, schema, unknown_keys
 from sweeps.errors import UserError
 from tests.conftest import ROOT, Launch
-from tests.sweeps.commands.test_run import SMALL, all_row_ids, finished, small
-
-__all__ = ["finished", "small"]
+from tests.sweeps.commands.test_run import SMALL, all_row_ids
 
 VALUES: Mapping[str, str] = {
     "retry": "[failed]",
@@ -32,6 +30,9 @@ VALUES: Mapping[str, str] = {
     "where": "{bits: 3}",
     "status": "failed",
     "to": "x.csv",
+    "a": "3fa9",
+    "b": "3fa9",
+    "margins": "{loss: 0.02}",
     "format": "gguf",
     "long": "true",
     "yes": "true",
@@ -123,7 +124,8 @@ def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(launch
 def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     small: Path, launch: Launch, tmp_path: Path
 ) -> None:
-    assert {"run", "plan", "status", "table", "report", "logs", "cancel", "drop", "export"} == set(CHOOSING)
+    modes = {"run", "plan", "status", "table", "report", "findings", "compare", "logs", "cancel", "drop", "export"}
+    assert modes == set(CHOOSING)
     study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
     before = load_results(small)
     chosen = before[before["bits"].isin([3, 4]) & (before["dtype"] == "int")]

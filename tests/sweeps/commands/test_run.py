@@ -81,22 +81,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
     return out, subprocess.CompletedProcess(process.args, process.returncode, text)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small study, done."""
-    out = tmp_path_factory.mktemp("small") / "results"
-    process = start(out, *SMALL)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    return out
-
-
-@pytest.fixture
-def small(finished: Path, tmp_path: Path) -> Path:
-    """The same in another place, a test's own."""
-    return Path(shutil.copytree(finished, tmp_path / "r"))
-
-
 def loss(results: pd.DataFrame, **axes: object) -> float:
     chosen = results
     for name, value in axes.items():
