@@ -93,7 +93,7 @@ def plan(options: Options, console: Console) -> int:
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
     _say_unresolved(study, console)
     if memory is not None:
-        check_ways(ways, memory)
+        check_ways(ways, memory, study.manifest.evals)
     return 0
 
 

@@ -44,7 +44,7 @@ def run(options: Options, console: Console) -> int:
         executor.check(order)
         memory = executor.memory(order)
         if memory is not None:
-            check_ways(planned_ways(order.manifest, memory)[0], memory)
+            check_ways(planned_ways(order.manifest, memory)[0], memory, order.manifest.evals)
         # What dead jobs held is free only once that is known.
         for other in with_jobs(store.out):
             status.update(f"asking {other.title} about earlier jobs")

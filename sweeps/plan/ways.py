@@ -5,13 +5,15 @@ The sums come from files' headers and configurations, so no weight is read and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 from kbit.errors import CheckpointError
+from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import model_files, weights_among
 from kbit.models.sizes import GUESSED, Sizes, parts_of, sizes_of
 from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Choice, Way, choose_way, needs, possible_ways
@@ -119,12 +121,24 @@ def planned_ways(manifest: Manifest, memory: DeviceMemory) -> tuple[list[Planned
     return ways, list(unknown)
 
 
-def check_ways(ways: Collection[Planned], memory: DeviceMemory) -> None:
-    """Refuse what can't fit any way. A size that is guessed from the number of parameters refuses nothing.
+def check_ways(ways: Collection[Planned], memory: DeviceMemory, evals: Iterable[EvalSpec] = ()) -> None:
+    """Refuse what can't fit any way, and evaluations that look inside of baselines that run layer by layer.
+
+    A size that is guessed from the number of parameters refuses nothing.
 
     Raises:
-        UserError: names models, bits, sum and memory.
+        UserError: names models, bits or evaluation, sum and memory.
     """
+    looking = [spec.name for spec in evals if EVALUATORS[spec.kind].looks_inside]
+    layered = [w for w in ways if w.memory is not None and w.choice is not None and w.choice.way is Way.LAYERED]
+    outside = [w for w in layered if w.specs[0].is_baseline and w.sizes.known_from != GUESSED]
+    if looking and outside:
+        names = ", ".join(dict.fromkeys(w.model.label for w in outside))
+        raise UserError(
+            f"eval {looking[0]!r} watches what enters the layers of a 16-bit model in memory, and {names} runs "
+            f"{Way.LAYERED} on {memory.words}: leave the evaluation or these models (sweep.sizes) out, or run where a "
+            "device has more memory"
+        )
     refused = [w for w in ways if w.choice is None and w.sizes.known_from != GUESSED]
     if not refused:
         return

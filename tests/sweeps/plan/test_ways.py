@@ -92,6 +92,20 @@ def test_what_cannot_fit_is_refused_by_name_with_its_sum() -> None:
     check_ways(planned_ways(study(FAR), memory(10**6))[0], memory(10**6))
 
 
+def test_what_looks_inside_of_a_model_that_runs_layer_by_layer_is_refused() -> None:
+    inside = replace(EVAL, kind="outliers", name="x_outliers")
+    room = memory((WHOLE - 10**6) / SHARE)
+    found, _ = planned_ways(study(HERE, FAR), room)
+    said = r"eval 'x_outliers' watches .*, and neox-m runs layer by layer on a GPU of x: leave the evaluation"
+    with pytest.raises(UserError, match=said):
+        check_ways(found, room, [EVAL, inside])
+    check_ways(found, room, [EVAL])
+    for enough in (memory(10**9), memory(None)):
+        check_ways(planned_ways(study(HERE), enough)[0], enough, [inside])
+    # A guess at a size refuses nothing.
+    check_ways(planned_ways(study(FAR), room)[0], room, [inside])
+
+
 def test_a_recipe_that_quantizes_the_embedding_is_not_planned_layer_by_layer() -> None:
     blocks = [
         {"bits": 3, "dtype": "int"},
