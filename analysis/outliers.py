@@ -24,6 +24,7 @@ from analysis.figures.saving import save
 from analysis.inputs import Inputs
 from analysis.metrics import primary_loss
 from analysis.mixtures import mixture_warnings
+from analysis.report.parts import Section, TablePart
 from analysis.significance import LEVEL, Samples
 from analysis.tables import write_table
 from analysis.tables.text import pipe_table, value_text
@@ -93,29 +94,36 @@ def outliers_of(inputs: Inputs) -> Outliers:
     Raises:
         SpecError: nothing is.
     """
-    long = inputs.long
-    stored = long[(long["eval_kind"] == KIND) & long["status"].isin(MEASURED)]
-    if not len(stored):
+    stored = _stored(inputs.df, inputs.long)
+    if not stored:
         raise SpecError(
             "out", inputs.name, f"results with measurements of kind {KIND}: run 'eval.kinds={{{KIND}: [SET]}}' first"
         )
-    samples = inputs.read_samples(stored["measurement"].tolist())
-    wide = baselines(measured(inputs.df)).drop_duplicates("key").set_index("key")
-    metric = primary_loss(inputs.df)
-    loss = wide[metric.column] if metric is not None else pd.Series(math.nan, index=wide.index)
-    rows = sorted(
-        (r for r in stored.to_dict("records") if r["key"] in wide.index),
-        key=lambda r: (r["eval"], str(wide.at[r["key"], "family"]), _number(wide.at[r["key"], "params"])),
-    )
+    samples = inputs.read_samples([measurement for *_, measurement in stored])
     correlations, emergence = [], []
-    for row in rows:
-        key, own = row["key"], samples[row["measurement"]]
-        about = {name: wide.at[key, name] for name in ("family", "model")}
-        about |= {"params": _number(wide.at[key, "params"]), "loss": float(loss[key]), "eval": row["eval"]}
-        metrics, stderr = dict(row["metrics"]), dict(row["stderr"])
+    for about, metrics, stderr, measurement in stored:
+        own = samples[measurement]
         correlations += [about | _correlation(pair, own) for pair in SPREAD_PAIRS if pair in own]
         emergence.append(about | _emergence(metrics, stderr, own))
     return Outliers(correlations=pd.DataFrame(correlations), emergence=pd.DataFrame(emergence))
+
+
+def outlier_section(df: pd.DataFrame, long_df: pd.DataFrame) -> Section | None:
+    """Return the part of a report about outliers: a row per model, of the metrics alone; None where there are none."""
+    rows = [about | metrics for about, metrics, *_ in _stored(df, long_df)]
+    if not rows:
+        return None
+    found = pd.DataFrame(rows)
+    titles = {m.name: m.title for m in OUTLIERS.metrics}
+    titles |= {f"spearman_{pair}": f"{weights} / {reads}" for pair, (weights, reads) in SPREAD_PAIRS.items()}
+    there = [name for name in titles if name in found and found[name].notna().any()]
+    frame = found[["model", "params", "eval", *there]].round(dict.fromkeys(there, 3)).rename(columns=titles)
+    return Section(
+        anchor="outliers",
+        title="Outliers of 16-bit models",
+        intro="python -m analysis outliers OUT has their intervals and figures; docs/outliers.md says what they are.",
+        tables=[TablePart(title="Outlier features, and correlations of weights with activations", frame=frame)],
+    )
 
 
 def write_outliers(found: Outliers, directory: Path, study: str | None = None) -> list[Path]:
@@ -183,6 +191,29 @@ def emergence_markdown(table: pd.DataFrame) -> str:
         f"Text: {', '.join(of.removesuffix(OUTLIERS.suffix) for of in table['eval'].unique())}.\n"
     )
     return pipe_table(columns, rows, numeric_from=1) + "\n" + note
+
+
+def _stored(
+    df: pd.DataFrame, long_df: pd.DataFrame
+) -> list[tuple[dict[str, Any], dict[str, float], dict[str, float], str]]:
+    """Return (about the model, metrics, standard errors, measurement) of each measurement, by family and size."""
+    if "eval_kind" not in long_df:
+        return []
+    stored = long_df[(long_df["eval_kind"] == KIND) & long_df["status"].isin(MEASURED)]
+    if not len(stored):
+        return []
+    wide = baselines(measured(df)).drop_duplicates("key").set_index("key")
+    metric = primary_loss(df)
+    loss = wide[metric.column] if metric is not None else pd.Series(math.nan, index=wide.index)
+    found = []
+    for row in _records(stored[stored["key"].isin(wide.index)]):
+        key = row["key"]
+        about = {name: wide.at[key, name] for name in ("family", "model")}
+        about |= {"params": _number(wide.at[key, "params"]), "loss": float(loss[key]), "eval": row["eval"]}
+        found.append((about, dict(row["metrics"]), dict(row["stderr"]), str(row["measurement"])))
+    return sorted(
+        found, key=lambda of: (of[0]["eval"], str(of[0]["family"]), np.nan_to_num(of[0]["params"], nan=math.inf))
+    )
 
 
 def _correlation(pair: str, samples: Samples) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def build_report(
     sections = [
         *parts.optional("scaling laws", lambda: scaling_section(df, samples)),
         *parts.optional("the paper's figures", lambda: paper_section(df)),
+        *parts.optional("outliers of 16-bit models", lambda: _outliers(df, long_df)),
         *parts.optional("what is missing", lambda: _missing(df)),
         *parts.optional("where the numbers come from", lambda: _provenance(rows, long_df)),
     ]
@@ -140,6 +141,12 @@ def _summary(df: pd.DataFrame, rows: pd.DataFrame) -> str:
     last = rows["finished"].max() if "finished" in rows else pd.NaT
     when = f" Latest measurement: {last:%Y-%m-%d %H:%M} UTC." if pd.notna(last) else ""
     return f"{text}. Headline: {'; '.join(headline) or 'no metric'}.{when}"
+
+
+def _outliers(df: pd.DataFrame, long_df: pd.DataFrame) -> Section | None:
+    from analysis.outliers import outlier_section
+
+    return outlier_section(df, long_df)
 
 
 def _missing(df: pd.DataFrame) -> Section | None:

@@ -16,9 +16,17 @@ from analysis.__main__ import main
 from analysis.figures.outliers import draw_correlations, draw_emergence, layer_order
 from analysis.inputs import Inputs
 from analysis.metrics import direction_warnings, headline_metrics
-from analysis.outliers import Outliers, correlations_markdown, emergence_markdown, outlier_figures, outliers_of
+from analysis.outliers import (
+    Outliers,
+    correlations_markdown,
+    emergence_markdown,
+    outlier_figures,
+    outlier_section,
+    outliers_of,
+)
 from analysis.significance import Samples
 from kbit.errors import SpecError
+from sweeps.results.table import load_tables
 from sweeps.study.manifest import Manifest
 from tests.sweeps.worker.test_worker import BASELINE, INT4, NEOX_XS, Bench, evaluation, pack_of
 
@@ -67,6 +75,7 @@ def inputs_of(*models: str, status: str = "done") -> Inputs:
     found = {f"measurement {name}": samples_of(name) for name in models}
     return Inputs(
         name="s",
+        title="s",
         df=pd.DataFrame(wide).astype({"params": "Int64", "bits": "Int64"}),
         long=pd.DataFrame(long).astype({"params": "Int64", "bits": "Int64"}),
         read_samples=lambda wanted: {m: found[m] for m in wanted},
@@ -197,6 +206,8 @@ def test_what_is_neither_good_nor_bad_is_ranked_by_nothing_and_no_cause_for_a_wa
 def test_without_a_measurement_it_says_what_to_run() -> None:
     with pytest.raises(SpecError, match=r"results with measurements of kind outliers: run 'eval\.kinds="):
         outliers_of(inputs_of("opt-a", status="failed"))
+    nothing = inputs_of("opt-a", status="failed")
+    assert outlier_section(nothing.df, nothing.long) is None
 
 
 def test_a_study_that_a_worker_ran_becomes_tables_and_figures(
@@ -225,3 +236,11 @@ def test_a_study_that_a_worker_ran_becomes_tables_and_figures(
     assert table["correlation"].between(-1, 1).all()
     assert table["p"].between(0, 1).all()
     assert main(["outliers", str(tmp_path / "none")]) == 2
+    # A report of results has them too, without the samples.
+    section = outlier_section(*load_tables([tmp_path]))
+    assert section is not None
+    (part,) = section.tables
+    row = part.frame.iloc[0]
+    assert row["V / attention output"] == pytest.approx(table["correlation"][1], abs=5e-4)
+    assert row["model"] == NEOX_XS.name
+    assert "attention output / FFN 1" not in part.frame
