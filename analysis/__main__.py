@@ -18,6 +18,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "report": "analysis.report.command",
     "beside": "analysis.beside.command",
     "outliers": "analysis.outliers",
+    "table": "analysis.tables.command",
+    "references": "analysis.references_command",
 }
 """Command to its module."""
 

@@ -55,15 +55,25 @@ def measured(df: pd.DataFrame) -> pd.DataFrame:
         # Checkpoints of one model have one size: a curve over sizes needs them apart.
         named = df["family"].astype("string") + "@" + df["checkpoint"].astype("string")
         df["family"] = df["family"].astype("string").where(~trained, named)
-    checkpoint = df[_IDENTITY].astype("string").fillna("")
+    return tell_models_apart(df)
+
+
+def tell_models_apart(df: pd.DataFrame) -> pd.DataFrame:
+    """Name models that stand for several checkpoints (hub id, revision or weights differ) by those, too.
+
+    Args:
+        df: a result table, wide or long. Columns that it lacks count as missing.
+    """
+    checkpoint = df.reindex(columns=_IDENTITY).astype("string").fillna("")
     identity = checkpoint["model_id"] + "|" + checkpoint["revision"] + "|" + checkpoint["weights_hash"]
     several = identity.groupby(df["model"]).transform("nunique") > 1 if len(df) else pd.Series(dtype=bool)
-    if several.any():
-        mark = checkpoint["revision"].where(
-            checkpoint["revision"] != "", checkpoint["weights_hash"].str.removeprefix("sha256:")
-        )
-        df["model"] = df["model"].astype("string").where(~several, df["model"].astype("string") + "@" + mark.str[:7])
-    return df
+    if not several.any():
+        return df
+    mark = checkpoint["revision"].where(
+        checkpoint["revision"] != "", checkpoint["weights_hash"].str.removeprefix("sha256:")
+    )
+    model = df["model"].astype("string")
+    return df.assign(model=model.where(~several, model + "@" + mark.str[:7]))
 
 
 def baselines(df: pd.DataFrame) -> pd.DataFrame:

@@ -146,6 +146,10 @@ class Config:
     order: Raw = "cheapest"
     budget: Raw = None
     by: Raw = None
+    columns: Raw = None
+    metrics: Raw = None
+    sort: Raw = None
+    top: Raw = None
     cell: Raw = None
     where: Raw = None
     status: Raw = None

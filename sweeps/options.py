@@ -14,6 +14,7 @@ from sweeps.errors import UserError, did_you_mean
 from sweeps.plan.budget import parse_budget
 from sweeps.plan.order import parse_order
 from sweeps.plan.packs import parse_retry
+from sweeps.study.cell import axis_names
 from sweeps.study.choice import Choice, is_key_prefix
 from sweeps.study.evals import as_list
 from sweeps.study.grid import check_axes
@@ -29,6 +30,9 @@ class Options:
     """The keys of conf/config.yaml, checked where that needs no more than the key.
 
     Attributes:
+        by: axes that cells are counted by, or rows of a table.
+        columns, metrics, sort, top: of a table (analysis.tables.pivot); None where they say nothing.
+        measured_with: the part of where= that a table alone knows, of how measurements were made.
         choice: of cells, by cell=, where= and status=; all where they say nothing.
         asked_sweep: the study that the command line names; None where it names none (the default is the demo).
         retry: states of measurements to run again.
@@ -49,6 +53,11 @@ class Options:
     order: str
     budget: float | None
     by: tuple[str, ...]
+    columns: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    sort: tuple[str, ...]
+    top: int | None
+    measured_with: Mapping[str, object]
     choice: Choice
     to: Path | None
     a: Choice | None
@@ -80,14 +89,20 @@ class Options:
         """
         given = plain(cfg)
         out = _out(given["out"])
+        where, measured_with = _parts_of_where(given["where"], str(given["mode"]))
         return cls(
             mode=str(given["mode"]),
             out=out,
             retry=parse_retry(given["retry"]),
             order=parse_order(given["order"]),
             budget=parse_budget(given["budget"]),
-            by=tuple(str(b) for b in as_list(given["by"], "by")),
-            choice=Choice.parse(_prefixes("cell", overrides), given["where"], given["status"]),
+            by=_names(given["by"], "by"),
+            columns=None if given["columns"] is None else _names(given["columns"], "columns"),
+            metrics=_names(given["metrics"], "metrics"),
+            sort=_names(given["sort"], "sort"),
+            top=given["top"],
+            measured_with=measured_with,
+            choice=Choice.parse(_prefixes("cell", overrides), where, given["status"]),
             to=Path(given["to"]).expanduser() if given["to"] else None,
             a=_side("a", given["a"], overrides),
             b=_side("b", given["b"], overrides),
@@ -140,6 +155,22 @@ def _out(value: str) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"out={value!r} is a file: name a directory for the results, e.g. out=results")
     return path
+
+
+def _names(value: Any, key: str) -> tuple[str, ...]:
+    return tuple(str(name) for name in as_list(value, key))
+
+
+def _parts_of_where(where: Any, mode: str) -> tuple[Any, Mapping[str, object]]:
+    """Return what chooses cells, in every mode, and what chooses measurements, in a table alone."""
+    if mode != "table" or not isinstance(where, Mapping):
+        return where, {}
+    from analysis.mixtures import MIXED
+    from analysis.tables.choosing import PROVENANCE
+
+    check_axes(where, "where", (*PROVENANCE, MIXED))
+    axes = axis_names()
+    return {k: v for k, v in where.items() if k in axes}, {k: v for k, v in where.items() if k not in axes}
 
 
 def _tracking(given: Mapping[str, Any], out: Path) -> TrackingConfig:

@@ -22,7 +22,7 @@ FUNCTIONS = {
     "analysis.findings": ["findings", "judge", "wanted_samples"],
     "analysis.findings.judging": ["judge_inputs", "wanted_by_claims"],
     "analysis.metrics": ["headline_metrics", "metric_columns", "parse_metric", "primary_loss", "ranked_metrics"],
-    "analysis.mixtures": ["mixture_warnings"],
+    "analysis.mixtures": ["mixed", "mixture_warnings", "mixtures", "with_mixed"],
     "analysis.scaling": ["best_precision", "budget_grid", "common_range", "interpolate", "scaling_points"],
     "analysis.significance": [
         "bootstrap",
@@ -33,7 +33,10 @@ FUNCTIONS = {
         "mcnemar",
     ],
     "analysis.significance.comparing": ["compare_cells", "pair_cells", "wanted_for"],
-    "analysis.tables": ["bits_by_dtype", "other_cells", "render", "to_markdown", "write_table"],
+    "analysis.tables": [
+        *("bits_by_dtype", "other_cells", "pivot", "pivot_markdown", "plot", "render", "select", "show", "to_markdown"),
+        *("write_pivot", "write_table"),
+    ],
     "kbit.evaluation.lm": ["KbitLM"],
 }
 

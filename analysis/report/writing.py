@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,7 +40,7 @@ def write_report(report: Report, places: Places | Path) -> tuple[list[Path], lis
     parts = Parts()
     none: list[Path] = []
     figures = parts.made("figures", lambda: _write_figures(report, places), none)
-    tables = parts.made("tables", lambda: write_tables(report.df, places.tables, name=report.name), none)
+    tables = parts.made("tables", lambda: _tables(report, places), none)
     beside = [(path.name, os.path.relpath(path, places.page.parent)) for path in (*figures, *tables)]
     places.page.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: somebody may be reading the one of before.
@@ -56,18 +57,36 @@ def _write_figures(report: Report, places: Places) -> list[Path]:
     return write_figures(report.df, places.figures, sweep=report.name, samples=report.samples)
 
 
-def write_tables(df: pd.DataFrame, directory: Path, *, name: str) -> list[Path]:
-    """Write results as parquet and CSV, and what the terminal shows as Markdown; return the files."""
+def _tables(report: Report, places: Places) -> list[Path]:
+    return write_tables(report.df, places.tables, name=report.name, warnings=report.warnings)
+
+
+def write_tables(df: pd.DataFrame, directory: Path, *, name: str, warnings: Sequence[str] = ()) -> list[Path]:
+    """Write results as parquet and CSV; and as Markdown a table of each text and task at each block size, and warnings.
+
+    Args:
+        df: the wide table.
+        directory: where.
+        name: of the files.
+        warnings: to stand below the tables of values, e.g. what they mix.
+    """
     from analysis.metrics import headline_metrics
-    from analysis.tables import bits_by_dtype, other_cells, others_markdown, to_markdown, write_table
+    from analysis.mixtures import with_mixed
+    from analysis.tables import bits_by_dtype, block_sizes_held, other_cells, others_markdown, to_markdown, write_table
+    from analysis.tables.observations import available_metrics
 
     directory.mkdir(parents=True, exist_ok=True)
-    made = [write_table(df, directory / f"{name}.{kind}") for kind in ("parquet", "csv")]
+    made = [write_table(with_mixed(df), directory / f"{name}.{kind}") for kind in ("parquet", "csv")]
     shown = []
-    for metric in headline_metrics(df):
-        shown.append(to_markdown(bits_by_dtype(df, metric=metric), metric=metric))
-        others = other_cells(df, metric=metric)
-        shown += [others_markdown(others, metric=metric)] if len(others) else []
+    headline = headline_metrics(df)
+    single = [m for m in available_metrics(df) if m.metric in ("loss", "acc")]
+    for metric in dict.fromkeys([*headline, *single]):
+        for i, block in enumerate(block_sizes_held(df, metric=metric)):
+            table = bits_by_dtype(df, metric=metric, blocksize=block)
+            shown.append(to_markdown(table, metric=metric, blocksize=block))
+            # Below the first table stand the cells without a place in it, as in the terminal.
+            others = other_cells(df, metric=metric, blocksize=block) if metric in headline and not i else df.head(0)
+            shown += [others_markdown(others, metric=metric, blocksize=block)] if len(others) else []
     text = directory / f"{name}.md"
-    text.write_text("\n".join(shown))
+    text.write_text("\n".join([*shown, *(f"- {warning}\n" for warning in warnings)]))
     return [*made, text]

@@ -58,10 +58,12 @@ def others_text(others: pd.DataFrame, *, blocksize: int | None = 64) -> str:
     return f"{what} not in this table of plain block-wise cells at block size {block}: {counts}."
 
 
-def others_markdown(others: pd.DataFrame, *, metric: Metric | str) -> str:
+def others_markdown(others: pd.DataFrame, *, metric: Metric | str, blocksize: int | None = 64) -> str:
     """``other_cells`` as a Markdown table by label, with stored bits per parameter."""
     metric = parse_metric(metric) if isinstance(metric, str) else metric
-    return f"{others_text(others)}\n\n" + pipe_table(_by_label(metric), _lines(others, metric), numeric_from=2)
+    return f"{others_text(others, blocksize=blocksize)}\n\n" + pipe_table(
+        _by_label(metric), _lines(others, metric), numeric_from=2
+    )
 
 
 def render_others(others: pd.DataFrame, console: Console, *, metric: Metric | str) -> None:

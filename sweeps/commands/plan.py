@@ -19,6 +19,7 @@ from sweeps.launches.spending import read_spending
 from sweeps.options import Options
 from sweeps.plan.accuracy import COLUMNS, accuracy_of
 from sweeps.plan.budget import budget_text, fit
+from sweeps.plan.exponents import exponent_rows
 from sweeps.plan.notices import notices
 from sweeps.plan.order import ORDERS
 from sweeps.plan.packs import ROW_BYTES, Packing, Plan
@@ -69,6 +70,7 @@ def plan(options: Options, console: Console) -> int:
             "measurements",
             f"{sum(1 for _ in manifest.wanted()):,} ({', '.join(e.name for e in manifest.evals)})",
         ),
+        *exponent_rows(cells),
         *((state, f"{n:,}") for state, n in planned.counts.items()),
         ("excluded", f"{len(manifest.excluded):,}"),
         *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),

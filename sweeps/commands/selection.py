@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
-from sweeps.results.table import load_results, measurement_states, results_by_study
+from sweeps.results.table import load_results, load_tables, measurement_states, results_by_study
 from sweeps.status import Runs
 from sweeps.study.cell import axis_names
 from sweeps.study.choice import Candidate, Choice
@@ -29,6 +29,17 @@ def chosen_results(options: Options, *, long: bool = False) -> pd.DataFrame:
     """
     results = load_results(options.out, long=long, sweep=options.asked_sweep)
     return chosen_rows(options, results)
+
+
+def chosen_tables(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the results of the chosen cells as (wide, long) tables: a row per cell, a row per measurement.
+
+    Raises:
+        UserError: nothing is chosen.
+    """
+    wide, long = load_tables([options.out], sweep=options.asked_sweep)
+    wide = chosen_rows(options, wide)
+    return wide, long[long["key"].isin(set(wide["key"]))] if options.choice else long
 
 
 def chosen_by_study(options: Options) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,17 +91,32 @@ def _report(inputs: Inputs, places: Places, console: Console) -> None:
 def _show_table(results: pd.DataFrame, elsewhere: str, console: Console) -> None:
     """Print a table by bits and data type, and below it the cells that have no place there, or where they are."""
     from analysis.metrics import headline_metrics
-    from analysis.tables import bits_by_dtype, other_cells, others_text, render, render_others
+    from analysis.tables import bits_by_dtype, block_sizes_held, other_cells, others_text, render, render_others
 
-    for metric in headline_metrics(results):
-        render(bits_by_dtype(results, metric=metric), console, metric=metric)
-        others = other_cells(results, metric=metric)
+    headline = headline_metrics(results)
+    for metric in headline:
+        block = block_sizes_held(results, metric=metric)[0]
+        render(bits_by_dtype(results, metric=metric, blocksize=block), console, metric=metric, blocksize=block)
+        others = other_cells(results, metric=metric, blocksize=block)
         if len(others):
             many = len(others) > MOST_OTHERS_SHOWN
             where = f"They are in {elsewhere}, by label." if many else "They are:"
-            console.print(f"{others_text(others)} {where}", markup=False, highlight=False, soft_wrap=True)
+            text = others_text(others, blocksize=block)
+            console.print(f"{text} {where}", markup=False, highlight=False, soft_wrap=True)
             if not many:
                 render_others(others, console, metric=metric)
+    _say_more_metrics(results, [m.column for m in headline], console)
+
+
+def _say_more_metrics(results: pd.DataFrame, shown: Sequence[str], console: Console) -> None:
+    """Say which texts and tasks no table shows, and what would."""
+    from analysis.metrics import metric_columns
+
+    more = [m.column for m in metric_columns(results) if m.metric in ("loss", "acc") and m.column not in shown]
+    more = [column for column in more if results[column].notna().any()]
+    if more:
+        asked = f"'metrics=[{','.join(more)}]'"
+        console.print(f"Measured, too: mode=table {asked}", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_tables(store: Store, sweep: str, results: pd.DataFrame) -> list[Path]:
@@ -127,7 +143,7 @@ def _show_places(store: Store, sweep: str, console: Console) -> None:
             console.print(f"  {path.relative_to(store.out)}", highlight=False)
     console.print(
         "  packs/, parts/   every measurement with per-sample outcomes: sweeps.load_results(out)\n"
-        "mode=table to=FILE writes all results as CSV, parquet, Markdown or LaTeX; long=true one row per measurement.",
+        "mode=table shows results by any axes and metrics; to=FILE writes them (.csv, .parquet, .md, .tex, .html).",
         highlight=False,
     )
 

@@ -16,9 +16,11 @@ from rich.console import Console
 from analysis.cells import measured, one_exponent, plain, points
 from analysis.metrics import ZERO_SHOT_TASKS, headline_metrics, metric_columns, parse_metric, primary_loss, stderr
 from analysis.mixtures import mixture_warnings
+from analysis.report.writing import write_tables
 from analysis.tables import (
     TABLE_SUFFIXES,
     bits_by_dtype,
+    block_sizes_held,
     other_cells,
     others_markdown,
     others_text,
@@ -356,3 +358,48 @@ def test_different_limits_of_different_evals_are_no_mixture(study: Study) -> Non
 
 def test_demo_specs_are_distinct() -> None:
     assert len(set(demo_specs())) == 43
+
+
+def test_block_sizes_held_are_those_of_the_most_cells_first(study: Study) -> None:
+    assert block_sizes_held(study.wide, metric=LOSS) == [64, 16, 256, 1024, 4096]
+    whole = make_study(specs=[QuantSpec(bits=b, dtype="int", blocksize=None) for b in (3, 4)]).wide
+    assert block_sizes_held(whole, metric=LOSS) == [None]
+    assert block_sizes_held(study.wide.iloc[:0], metric=LOSS) == [64]
+
+
+def test_a_table_of_whole_rows_has_the_groups_of_a_row(study: Study) -> None:
+    wide = make_study(specs=[QuantSpec(bits=4, dtype="int"), QuantSpec(bits=4, dtype="int", blocksize=256)]).wide
+    of_rows = wide["blocksize"] == 256
+    wide["blocksize"] = wide["blocksize"].mask(of_rows, -1)
+    wide["scheme"] = wide["scheme"].mask(of_rows, "group")
+    table = bits_by_dtype(wide, metric=LOSS, blocksize=-1)
+    assert table["int", "value"].tolist() == wide.loc[of_rows, "jargon_loss"].tolist()
+    assert block_sizes_held(wide, metric=LOSS) == [64, -1]
+    assert "Block size row. Loss on jargon" in to_markdown(table, metric=LOSS, blocksize=-1)
+    assert set(other_cells(wide, metric=LOSS, blocksize=-1)["label"]) == {"int4 b64"}
+
+
+def test_float_carries_its_exponent_bits(study: Study) -> None:
+    text = unpadded(to_markdown(bits_by_dtype(study.wide, metric=LOSS), metric=LOSS))
+    assert "| model | bits | int | float | dynamic | quantile |" in text
+    row = {bits: next(x for x in text.splitlines() if x.startswith(f"| neox-s | {bits} |")) for bits in (16, 7, 4)}
+    assert row[4].split("|")[4].strip(" *").endswith(" e2")
+    assert row[7].split("|")[4].strip(" *").endswith(" e4")
+    assert " e" not in row[16]
+    alike = make_study(specs=[QuantSpec(bits=16), QuantSpec(bits=4, dtype="float", exponent_bits=3)]).wide
+    assert "| float e3 |" in unpadded(to_markdown(bits_by_dtype(alike, metric=LOSS), metric=LOSS))
+
+
+def test_files_of_a_study_have_each_text_and_task_at_each_block_size_and_its_warnings(
+    study: Study, tmp_path: Path
+) -> None:
+    *_, text = write_tables(study.wide, tmp_path, name="demo", warnings=["it mixes limits"])
+    captions = [line for line in text.read_text().splitlines() if line.startswith("Block size")]
+    assert [c.partition(".")[0] for c in captions[:5]] == [f"Block size {b}" for b in (64, 16, 256, 1024, 4096)]
+    for name in ("Loss on jargon", "Accuracy on jargon_lastword", "Accuracy on jargon_choice"):
+        assert sum(name in c for c in captions) == 5
+    assert text.read_text().endswith("- it mixes limits\n")
+    kernels = study.wide.assign(kernel=["triton", *["torch"] * (len(study.wide) - 1)])
+    parquet, csv, _ = write_tables(kernels, tmp_path, name="mixed")
+    assert pd.read_csv(csv)["mixed"].dropna().tolist() == ["kernel=triton"]
+    assert pd.read_parquet(parquet)["mixed"][0] == "kernel=triton"
