@@ -18,8 +18,8 @@ LIGHT = {
     *("kbit.axes", "kbit.calibration", "kbit.compute_dtypes", "kbit.data_types", "kbit.doors", "kbit.errors"),
     *("kbit.evaluation.evaluators", "kbit.sources", "kbit.evaluation.spec", "kbit.evaluation.documents"),
     *("kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),
-    *("kbit.specs.base", "kbit.specs.blockwise"),
-    "kbit.exporting.base",
+    *("kbit.specs.base", "kbit.specs.blockwise", "kbit.specs.checkpoint"),
+    *("kbit.exporting.base", "kbit.prequantized.layouts"),
     *("kbit.models.limits", "kbit.models.sizes", "kbit.models.ways"),
 }
 """Of kbit, what loads no torch."""

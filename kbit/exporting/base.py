@@ -86,6 +86,10 @@ def check_weights_alone(spec: Spec, format_: str) -> None:
 EXPORTS: Final = Door[Exporter](
     "kbit_sweep.exports",
     "format",
-    {"gguf": "kbit.exporting.gguf:EXPORTER", "packed": "kbit.exporting.packed:EXPORTER"},
+    {
+        "gguf": "kbit.exporting.gguf:EXPORTER",
+        "packed": "kbit.exporting.packed:EXPORTER",
+        "compressed-tensors": "kbit.exporting.compressed_tensors:EXPORTER",
+    },
 )
 """The formats: name to what writes them."""

@@ -191,6 +191,9 @@ class BlockPass:
     def head(self) -> Layer | None:
         raise LayeredError("the method quantizes the head, which stays at 16 bits where a model runs in layers")
 
+    def outside(self, name: str) -> Layer:
+        raise LayeredError(f"the method quantizes {name}, which stays at 16 bits where a model runs in layers")
+
 
 class BlockWeights:
     """The weights of one block on the device for all cells: the originals, and what a cell computes with.

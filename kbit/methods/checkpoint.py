@@ -1,4 +1,4 @@
-"""Models that others quantized: their layers stay as they were loaded, and their bits are counted from the file."""
+"""Models that others quantized: their layers stay as they were loaded, and their bits are counted from the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kbit.specs.checkpoint import STORED_BITS, CheckpointSpec
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredElsewhere:
-    """What a file stores of one layer: its bits."""
+    """What files store of one layer: its bits."""
 
     nbits: int
 
@@ -37,7 +37,7 @@ class StoredElsewhere:
 def count_layers(
     model: ModelPass, spec: CheckpointSpec, calibration: Tensor | None = None
 ) -> Iterator[tuple[Layer, StoredElsewhere]]:
-    """Yield each layer that the file quantizes, with its bits.
+    """Yield each layer that the files quantize, with its bits.
 
     Raises:
         SpecError: the model's configuration doesn't say what was stored of it.
@@ -45,13 +45,14 @@ def count_layers(
     config: Any = text_config(model.module)
     bits: Mapping[str, int] = getattr(config, STORED_BITS, {})
     if not bits:
-        allowed = f"one for a directory that python -m kbit.gguf made: this config.json has no {STORED_BITS}"
+        allowed = (
+            "one for a checkpoint that others quantized, or for a directory that python -m kbit.gguf made: this "
+            f"config.json has no {STORED_BITS}"
+        )
         raise SpecError("method", spec.method, allowed)
-    embedding, head = model.embedding, model.head
-    if embedding is not None and embedding.name in bits:
-        yield embedding, StoredElsewhere(nbits=bits[embedding.name])
+    left = dict(bits)
     for block in model.blocks():
         for layer in block.layers:
-            yield layer, StoredElsewhere(nbits=bits[layer.name])
-    if head is not None and head.name in bits:
-        yield head, StoredElsewhere(nbits=bits[head.name])
+            yield layer, StoredElsewhere(nbits=left.pop(layer.name))
+    for name, stored in left.items():  # embedding, head, and whatever else the file quantizes
+        yield model.outside(name), StoredElsewhere(nbits=stored)

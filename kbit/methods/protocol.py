@@ -167,6 +167,9 @@ class ModelPass(Protocol):
     def head(self) -> Layer | None:
         """The output head as a layer that a method may take; None where it is tied to the embedding."""
 
+    def outside(self, name: str) -> Layer:
+        """Return a matrix that is no layer of a block, by its module's name, as one that a method may take."""
+
 
 class Method(Protocol):
     """Quantizes a model."""

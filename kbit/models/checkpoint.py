@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from kbit.errors import CheckpointError
 from kbit.models.obeyed import check_refused, obeyed_files
+from kbit.prequantized.layouts import as_16_bit
 
 FORMATS: Final = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -116,17 +117,22 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     return config
 
 
-def count_parameters(files: Collection[Path]) -> int:
+def count_parameters(files: Collection[Path], config: Mapping[str, Any] | None = None) -> int:
     """Parameters in safetensors files, each shared one once.
 
     Left out are what older checkpoints store besides parameters: causal masks, rotary frequencies, anything that is not
     floating point; and layers that predict tokens further on, which are not loaded. An output head with the same bytes
     as the input embedding is tied and not counted again.
 
+    Args:
+        files: the files.
+        config: config.json, by which the tensors of quantized weights are told.
+
     Raises:
         CheckpointError: a file is damaged or no safetensors file.
     """
-    tensors = [t for t in own_tensors([t for file in files for t in safetensors_header(file)]) if _is_parameter(t)]
+    stored = as_16_bit(config, [t for file in files for t in safetensors_header(file)])
+    tensors = [t for t in own_tensors(stored) if _is_parameter(t)]
     total = sum(prod(t.shape) for t in tensors)
     for head in tensors:
         if head.name.endswith(_HEADS) and any(_same(head, t) for t in tensors if _EMBEDDING.search(t.name)):

@@ -13,7 +13,7 @@ from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
 from kbit.models.architectures import block_layers
-from kbit.models.checkpoint import model_files, weights_among
+from kbit.models.checkpoint import model_files, read_config, safetensors_header, weights_among
 from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
@@ -21,6 +21,7 @@ from kbit.models.refusals import check_checkpoint
 from kbit.models.stored import Stored, stored_dtype, stored_tensors
 from kbit.models.tokenizers import tokenizer_hash
 from kbit.models.verification import check_causal, check_complete, check_range
+from kbit.prequantized.layouts import QuantizedWeight, quantized_weights
 from kbit.quantizer.storage import STORAGE_DTYPES
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ def load_model(
     """Load a causal language model in its 16-bit storage dtype, then cast it up to the compute dtype if that is wider.
 
     The storage dtype is that of most of the checkpoint's weights if it is float16 or bfloat16, else float16. Weights
-    come from safetensors, or from torch files read with weights_only: nothing in a checkpoint is run.
+    come from safetensors, or from torch files read with weights_only: nothing in a checkpoint is run. Weights that
+    others quantized (``kbit.prequantized``) are dequantized, and the bits that the files store of each layer are under
+    ``stored_bits`` of the model's configuration.
 
     Args:
         path_or_id: a Hugging Face directory, or a hub id (from the local cache alone where HF_HUB_OFFLINE is set).
@@ -89,7 +92,7 @@ def load_model(
     found = find_checkpoint(
         path_or_id, revision=revision, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
     )
-    loaded, info = found.read(_from_pretrained)
+    loaded, info = found.read(_from_quantized if found.quantized else _from_pretrained)
     model = loaded.model
     check_complete(model, info, found.stored, name=path_or_id)
     check_range(model, found.stored, found.storage_dtype, name=path_or_id)
@@ -116,7 +119,8 @@ class Checkpoint:
         name: what the user calls it.
         directory: where it lies.
         files: names of its files (``model_files``).
-        stored: its tensors, by name.
+        stored: its tensors, by name; quantized weights as the 16-bit tensors that they stand for.
+        quantized: the weights that others quantized, by name.
         storage_dtype: the 16-bit dtype that its weights are cast to.
         compute_dtype: that of activations and arithmetic.
         remote_code: its own code may be run.
@@ -126,6 +130,7 @@ class Checkpoint:
     directory: Path
     files: Sequence[str]
     stored: Mapping[str, Stored]
+    quantized: Mapping[str, QuantizedWeight]
     storage_dtype: torch.dtype
     compute_dtype: torch.dtype
     remote_code: bool
@@ -179,7 +184,13 @@ def find_checkpoint(
     directory = _directory(path_or_id, revision)
     names = _model_files(directory, path_or_id, trust_remote_code)
     stored = stored_tensors(weights_among(directory, names))
+    quantized = _quantized(directory, names, path_or_id)
+    parts = {part.name for weight in quantized.values() for part in weight.parts.values()}
+    stored = {name: tensor for name, tensor in stored.items() if name not in parts}
     storage = stored_dtype(stored)
+    stored |= {
+        w.name: Stored(name=w.name, dtype=storage, shape=w.shape, file=w.as_16_bit().file) for w in quantized.values()
+    }
     compute: torch.dtype = storage if compute_dtype == "storage" else getattr(torch, compute_dtype)
     if compute not in (storage, torch.float32):
         allowed = f"{STORAGE_DTYPES[storage]}, as {path_or_id} is stored, or float32, which is wider"
@@ -189,6 +200,7 @@ def find_checkpoint(
         directory=directory,
         files=names,
         stored=stored,
+        quantized=quantized,
         storage_dtype=storage,
         compute_dtype=compute,
         remote_code=trust_remote_code,
@@ -229,6 +241,21 @@ def _model_files(directory: Path, name: str, remote_code: bool) -> Sequence[str]
     except (CheckpointError, OSError) as error:
         raise SpecError("path", name, f"a directory with a model that can be used: {error}") from error
     return names
+
+
+def _quantized(directory: Path, names: Sequence[str], name: str) -> Mapping[str, QuantizedWeight]:
+    config = read_config(directory)
+    files = [file for file in weights_among(directory, names) if file.suffix == ".safetensors"]
+    try:
+        return quantized_weights(config, [tensor for file in files for tensor in safetensors_header(file)])
+    except CheckpointError as error:
+        raise SpecError("path", name, f"a directory with a model that can be used: {error}") from error
+
+
+def _from_quantized(auto_class: Any, directory: Path, found: Checkpoint) -> tuple[PreTrainedModel, Any]:
+    from kbit.prequantized.loading import from_quantized
+
+    return from_quantized(auto_class, directory, found)
 
 
 def _from_pretrained(auto_class: Any, directory: Path, found: Checkpoint) -> tuple[PreTrainedModel, Any]:

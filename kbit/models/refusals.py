@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import StoredTensor, layer_of, own_tensors, read_config, safetensors_header, weights_among
+from kbit.prequantized.layouts import KEY, as_16_bit, stored_as
 
 ENCODER_DECODERS: Final = frozenset(
     {
@@ -63,8 +64,12 @@ def check_checkpoint(directory: Path, names: Iterable[str]) -> None:
     """
     config = read_config(directory)
     check_config(config)
-    files = [file for file in weights_among(directory, names) if file.suffix == ".safetensors"]
-    tensors = [tensor for file in files for tensor in safetensors_header(file)]
+    weights = weights_among(directory, names)
+    others = [file.name for file in weights if file.suffix != ".safetensors"]
+    if others and config.get(KEY):
+        raise CheckpointError(f"quantized weights are read from safetensors alone, and {others[0]} is none")
+    tensors = [tensor for file in weights if file.name not in others for tensor in safetensors_header(file)]
+    tensors = as_16_bit(config, tensors)
     _check_not_quantized(tensors)
     _check_layers(config, tensors)
 
@@ -78,14 +83,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     text = config.get("text_config")
     for part, prefix in ((config, ""), (text if isinstance(text, Mapping) else {}, "text_config.")):
-        for key in ("quantization_config", "compression_config"):
+        for key in (KEY, "compression_config"):
             if part.get(key):
-                found = part[key]
-                method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
-                raise CheckpointError(
-                    f"config.json has {prefix}{key} (quant_method={method!r}): its weights are quantized already. "
-                    + _NEEDS_16_BITS
-                )
+                _check_layout(config, key, prefix, part[key])
     kind = config["model_type"]
     both = config.get("is_encoder_decoder", kind in ENCODER_DECODERS and not _has_own_code(config))
     if both:
@@ -103,6 +103,23 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"model_type={kind!r} in config.json is no causal language model: its predictions "
             f"depend on later tokens, so that a text has no perplexity. {_NEEDS_DECODER}"
         )
+
+
+def _check_layout(config: Mapping[str, Any], key: str, prefix: str, found: Any) -> None:
+    """Refuse quantized weights that are not read: no file of ``kbit.prequantized`` knows how they lie."""
+    method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
+    why = ""
+    if key == KEY and not prefix:
+        try:
+            stored_as(config)
+        except CheckpointError as error:
+            why = f", and {error}"
+        else:
+            return
+    raise CheckpointError(
+        f"config.json has {prefix}{key} (quant_method={method!r}): its weights are quantized already{why}. "
+        + _NEEDS_16_BITS
+    )
 
 
 _NEEDS_16_BITS: Final = (

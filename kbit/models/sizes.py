@@ -17,6 +17,7 @@ from kbit.models.checkpoint import StoredTensor, is_buffer, layer_of, own_tensor
 from kbit.models.limits import as_namespace, named_context
 from kbit.models.readings import has_experts
 from kbit.models.ways import Parts
+from kbit.prequantized.layouts import as_16_bit
 from kbit.spec import Spec
 
 LOGITS_AT_ONCE: Final = {"cpu": 2**24, "cuda": 2**27}
@@ -81,7 +82,8 @@ def sizes_of(files: Collection[Path], config: Mapping[str, Any] | None, paramete
     text = _text_config(config or {})
     hidden = _first(text, _WIDTHS)
     if files and hidden and all(file.suffix == ".safetensors" for file in files):
-        return _of_tensors([t for file in files for t in safetensors_header(file)], text)
+        tensors = as_16_bit(config, [t for file in files for t in safetensors_header(file)])
+        return _of_tensors(tensors, text)
     if hidden and _first(text, _DEPTHS):
         return _of_config(text, parameters)
     return None if parameters is None else _of_parameters(parameters)

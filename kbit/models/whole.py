@@ -154,12 +154,15 @@ class WholeModel:
             return None
         return head
 
+    def outside(self, name: str) -> Layer:
+        layer = Layer(name=name, block=OUTSIDE, module=self.module.get_submodule(name))
+        return layer if self.originals is None else self.originals.outside(layer)
+
     def _outside(self, module: nn.Module | None) -> Layer | None:
         name = next((n for n, m in self.module.named_modules() if m is module), None)
         if module is None or name is None:
             return None
-        layer = Layer(name=name, block=OUTSIDE, module=module)
-        return layer if self.originals is None else self.originals.outside(layer)
+        return self.outside(name)
 
 
 def parked(hidden: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Spec(ABC):
             run before the method is and then known to it; None for most methods.
         replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
             more than its weights is quantized.
-        needs_config: a key that a model's config.json must have; None where any model will do.
+        measures_stored: it takes a model as its files have it: one that others quantized, and no other.
         refuses: inherited axes whose every value but the neutral one the method refuses: no list for people has them.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
     """
@@ -51,7 +51,7 @@ class Spec(ABC):
     replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
     refuses: ClassVar[frozenset[str]] = frozenset()
-    needs_config: ClassVar[str | None] = None
+    measures_stored: ClassVar[bool] = False
     passes: ClassVar[float] = 4.0
     measures: ClassVar[str | None] = None
 

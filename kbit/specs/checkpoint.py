@@ -11,15 +11,15 @@ from kbit.errors import SpecError
 from kbit.specs.base import Spec
 
 STORED_BITS: Final = "stored_bits"
-"""The key of config.json under which a directory has the bits of each quantized layer."""
+"""The key of config.json under which python -m kbit.gguf leaves the bits of each quantized layer, and loading does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSpec(Spec):
-    """A model as its file has it.
+    """A model as its files have it: GGUF unpacked by ``python -m kbit.gguf``, or a layout of ``kbit.prequantized``.
 
     Attributes:
-        bits: of most codes, 2 to 8: what figures and tables name the cell by. Bits are counted from the file.
+        bits: of most codes, 2 to 8: what figures and tables name the cell by. Bits are counted from the files.
 
     Raises:
         SpecError: bits that are not allowed.
@@ -28,13 +28,13 @@ class CheckpointSpec(Spec):
     method_name: ClassVar[str] = "checkpoint"
     runs: ClassVar[str] = "kbit.methods.checkpoint:count_layers"
     effort: ClassVar[float] = 0.1
-    needs_config: ClassVar[str | None] = STORED_BITS
+    measures_stored: ClassVar[bool] = True
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            allowed = f"{MIN_BITS} to {MAX_BITS}, the bits of most of the file's codes (4 for Q4_K_M)"
+            allowed = f"{MIN_BITS} to {MAX_BITS}, the bits of most of the file's codes (4 for Q4_K_M, or for nf4)"
             raise SpecError("bits", self.bits, allowed)
 
     @property

@@ -203,7 +203,7 @@ def local_model(path: str | Path, *, key: str = "path", progress: Progress | Non
         files = model_files(directory)
         check_checkpoint(directory, files)
         weights = [file for file in weights_among(directory, files) if file.suffix == ".safetensors"]
-        params = count_parameters(weights) if weights else None
+        params = count_parameters(weights, read_config(directory)) if weights else None
         digest = _content_hash(directory, files, progress)
     except (CheckpointError, OSError) as error:
         raise HubError(f"{key}={str(path)!r} is not a usable model: {error}") from error

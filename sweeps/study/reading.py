@@ -13,7 +13,9 @@ from kbit.models.checkpoint import read_config
 from kbit.models.limits import as_namespace, named_context
 from kbit.models.orders import why_unordered
 from kbit.models.readings import has_experts, reading_of
+from kbit.prequantized.layouts import KEY, LAYOUTS, stored_as
 from kbit.spec import METHODS, Spec
+from kbit.specs.checkpoint import STORED_BITS
 from sweeps.errors import UserError
 from sweeps.study.cell import ModelRef, canonical_json
 from sweeps.study.hub import ModelConfig, model_config
@@ -45,15 +47,43 @@ def unfit(config: ModelConfig | None, spec: Spec) -> SpecError | None:
     """Return the error that a model would end a quantization with, as far as config.json tells; None for the others."""
     if config is None or spec.is_baseline:
         return None
+    misfit = _unfit_to_stored(config, spec)
+    if misfit is not None:
+        return misfit
     fraction, why = spec.axis_values().get("outlier_fraction"), why_unordered(config)
     if fraction and why is not None:
         return SpecError("outlier_fraction", fraction, f"0, since {why}")
-    if spec.needs_config is not None and not config.get(spec.needs_config):
-        made = "one of others for this model: its config.json has no"
-        return SpecError("method", spec.method, f"{made} {spec.needs_config!r}, which python -m kbit.gguf writes")
     if spec.calibrates and has_experts(config):
         why = "an expert sees only the tokens that are sent to it"
         return SpecError(*spec.calibrating, f"one that does not calibrate, for {config.get('model_type')}: {why}")
+    return None
+
+
+def _unfit_to_stored(config: ModelConfig, spec: Spec) -> SpecError | None:
+    """Return the error of a quantization of weights that others quantized, or of none where they did not."""
+    try:
+        stored = stored_as(config)
+    except CheckpointError as error:
+        return SpecError("method", spec.method, f"none for this model: {error}")
+    if stored is None:
+        if not spec.measures_stored or config.get(STORED_BITS):
+            return None
+        made = "one of others for this model: its config.json has no"
+        return SpecError(
+            "method",
+            spec.method,
+            f"{made} {STORED_BITS!r}, which python -m kbit.gguf writes, and no {KEY!r}, which checkpoints have that "
+            f"others quantized ({', '.join(LAYOUTS)})",
+        )
+    layout, bits = stored
+    if not spec.measures_stored:
+        allowed = (
+            f"checkpoint for this model, whose weights are quantized already (quant_method={layout.quant_method!r}): "
+            "name the checkpoint that was quantized for other methods"
+        )
+        return SpecError("method", spec.method, allowed)
+    if spec.bits not in bits:
+        return SpecError("bits", spec.bits, f"{', '.join(map(str, sorted(bits)))} for this model, by its {KEY}")
     return None
 
 

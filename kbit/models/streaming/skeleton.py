@@ -106,7 +106,7 @@ def build(
         None, config=like.config, state_dict=absent, dtype=storage, output_loading_info=True
     )
     model, info = loaded
-    _read_generation_config(model, directory, remote_code=remote_code)
+    read_generation_config(model, directory, remote_code=remote_code)
     parts = tuple(parts_of(model, extents))
     made = {name for part in parts for name in part.targets}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -119,7 +119,8 @@ def build(
     return Skeleton(model=model, info=info, parts=parts)
 
 
-def _read_generation_config(model: Any, directory: Path, *, remote_code: bool) -> None:
+def read_generation_config(model: Any, directory: Path, *, remote_code: bool) -> None:
+    """Give a model that was made from tensors its directory's generation_config.json, as from_pretrained does."""
     if model.can_generate() and hasattr(model, "adjust_generation_fn"):
         nowhere = {"cache_dir": None, "force_download": False, "proxies": None, "token": None, "revision": None}
         model.adjust_generation_fn(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kbit.errors import CheckpointError
+from kbit.errors import CheckpointError, NotStreamableError
 from kbit.models.architectures import block_layers
 from kbit.models.checkpoint import weights_among
 from kbit.models.loading import Checkpoint, LoadedModel, find_checkpoint
@@ -187,6 +187,8 @@ def open_streamed(
     found = find_checkpoint(
         path_or_id, revision=revision, compute_dtype=compute_dtype, trust_remote_code=trust_remote_code
     )
+    if found.quantized:
+        raise NotStreamableError(f"{path_or_id} holds weights that others quantized")
     extents = extents_of(weights_among(found.directory, found.files))
     loaded, skeleton = found.read(partial(_build, extents))
     tie_equal(loaded.model, partial(_are_equal, skeleton))

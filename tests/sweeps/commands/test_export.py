@@ -25,7 +25,8 @@ STUDY = (
         "executor.workers=1",
         "out=r",
     ),
-    "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}, {method: ggml, recipe: Q4_K_M}]",
+    "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}, {method: ggml, recipe: Q4_K_M}, "
+    "{bits: 3, dtype: int, scheme: group, blocksize: row}]",
 )
 
 
@@ -64,6 +65,11 @@ def test_cells_are_written_loaded_again_and_compared(keys: dict[str, str], tmp_p
     load_packed(tmp_path / "dir")
     assert (tmp_path / "dir" / "tokenizer.json").is_file()
 
+    rows = f"cell={keys['int3 row']}"
+    done = ask("mode=export", "out=r", rows, "format=compressed-tensors", "to=ct")
+    assert losses(done) == pytest.approx([stored["int3 row"]] * 2, abs=TOLERANCE)
+    assert "Wrote neox-xs int3 row, pack-quantized: ct, " in done.out
+
     cells = {"one": recipe, "all": "where={bits: [4, 16]}"}
     for asked, said in (
         ([cells["all"], "format=gguf", "to=x.gguf"], "chooses 3 cells, and one is written"),
@@ -71,8 +77,15 @@ def test_cells_are_written_loaded_again_and_compared(keys: dict[str, str], tmp_p
         ([cells["one"], "format=packed", "to=x"], "format='packed' is not valid: gguf for 'ggml Q4_K_M': llama.cpp's"),
         ([cells["one"], "format=gguf", "to=x"], "is not valid: a file for format=gguf: NAME.gguf"),
         ([cells["one"], "format=onnx", "to=x"], "format='onnx' is not valid: one of gguf, packed"),
-        ([cells["one"], "to=x.gguf"], "mode=export needs format=: cell=KEY_PREFIX format=(gguf, packed) to=PATH"),
+        (
+            [cells["one"], "to=x.gguf"],
+            "mode=export needs format=: cell=KEY_PREFIX format=(gguf, packed, compressed-tensors) to=",
+        ),
         (["format=gguf", "to=x.gguf"], "mode=export needs cell=KEY_PREFIX"),
+        (
+            [integers, "format=compressed-tensors", "to=x"],
+            "for 'int4 b64': its blocks are groups of a row; it holds a cell",
+        ),
     ):
         refused = ask("mode=export", "out=r", *asked)
         assert refused.code == 2, refused.out

@@ -1,0 +1,80 @@
+"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and transformers write them (checkpoint_format gptq and gptq_v2).
+
+A layer [out, in] is qweight int32 [in·k/32, out], codes of k bits along in_features from the lowest bit of a word on;
+qzeros int32 [groups, out·k/32], zero points alike along out_features; scales float16 [groups, out]; g_idx int32 [in],
+the group of each column (left out by some tools where the columns are in order). Codes run on from word to word, also
+at 3 bits. A weight is (code - zero) · scale of its column's group. Version 1 stores zero - 1, modulo 2^k.
+
+Source: AutoGPTQ 0.7, nn_modules/qlinear/qlinear_cuda.py; GPTQModel's documentation of the two formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from kbit.errors import CheckpointError
+from kbit.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kbit.models.checkpoint import StoredTensor
+
+_FORMATS: Final = ("gptq", "gptq_v2")
+_ROLES: Final = ("qweight", "qzeros", "scales", "g_idx")
+_BITS: Final = (2, 3, 4, 8)
+_WORD: Final = 32
+
+
+class Gptq(Layout):
+    """qweight, qzeros, scales, g_idx."""
+
+    quant_method: ClassVar[str] = "gptq"
+
+    def bits(self, settings: Mapping[str, Any]) -> frozenset[int]:
+        found = settings.get("checkpoint_format", "gptq")
+        if found not in _FORMATS or settings.get("is_marlin_format"):
+            allowed = " and ".join(_FORMATS)
+            raise CheckpointError(
+                f"{KEY}.checkpoint_format={found!r} is a kernel's own order, which the package gptqmodel reads; "
+                f"{allowed} are read here"
+            )
+        return frozenset({number(settings, "bits", _BITS)})
+
+    def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:
+        own = {"v2": settings.get("checkpoint_format") == "gptq_v2"}
+        for name in tensors:
+            layer, _, role = name.rpartition(".")
+            if role != "qweight":
+                continue
+            parts = {role: tensors[t] for role in _ROLES if (t := f"{layer}.{role}") in tensors}
+            if not {"qzeros", "scales"} <= parts.keys():
+                raise unfitting(layer, parts)
+            packed, out = parts["qweight"].shape
+            inputs = parts["g_idx"].shape[0] if "g_idx" in parts else packed * _WORD // int(settings["bits"])
+            bits = packed * _WORD // inputs  # of this layer: tools may vary them
+            groups = parts["scales"].shape[0]
+            fits = packed * _WORD == bits * inputs and parts["qzeros"].shape == (groups, out * bits // _WORD)
+            if bits not in _BITS or not fits or parts["scales"].shape[1] != out:
+                raise unfitting(layer, parts)
+            yield QuantizedWeight(
+                name=layer + WEIGHT, shape=(out, inputs), parts=parts, settings={"bits": bits, **own}, layout=self
+            )
+
+    def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        from kbit.prequantized.words import affine, groups_of, unpack_words
+
+        bits, (out, inputs) = weight.settings["bits"], weight.shape
+        codes = unpack_words(parts["qweight"].t(), bits, inputs)
+        zero = unpack_words(parts["qzeros"], bits, out)
+        if not weight.settings["v2"]:
+            zero = (zero + 1) & ((1 << bits) - 1)
+        scale = parts["scales"]
+        size = -(-inputs // scale.shape[0])
+        group = parts["g_idx"].long() if "g_idx" in parts else groups_of(inputs, size, scale.device)
+        return affine(codes, scale.t(), zero.t(), group, dtype)
+
+
+LAYOUT: Final = Gptq()
