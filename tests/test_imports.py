@@ -19,7 +19,7 @@ LIGHT = {
     *("kbit.evaluation.evaluators", "kbit.sources", "kbit.evaluation.spec", "kbit.evaluation.documents"),
     *("kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),
     *("kbit.specs.base", "kbit.specs.blockwise", "kbit.specs.checkpoint"),
-    *("kbit.exporting.base", "kbit.prequantized.layouts"),
+    *("kbit.exporting.base", "kbit.models.prequantized.layouts"),
     *("kbit.models.limits", "kbit.models.sizes", "kbit.models.ways"),
 }
 """Of kbit, what loads no torch."""

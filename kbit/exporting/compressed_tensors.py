@@ -17,10 +17,10 @@ from kbit.methods.blockwise import StoredCodes
 from kbit.methods.protocol import method_of
 from kbit.models.architectures import key_of
 from kbit.models.loading import load_model
+from kbit.models.prequantized.layouts import KEY
+from kbit.models.prequantized.words import pack_words
 from kbit.models.readings import has_experts
 from kbit.models.whole import WholeModel
-from kbit.prequantized.layouts import KEY
-from kbit.prequantized.words import pack_words
 from kbit.quantizer.packing import unpack
 from kbit.spec import Spec
 from kbit.specs.base import ROW

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from kbit.errors import CheckpointError
 from kbit.models.obeyed import check_refused, obeyed_files
-from kbit.prequantized.layouts import as_16_bit
 
 FORMATS: Final = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -46,6 +45,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+ReadAs: TypeAlias = Callable[[Sequence[StoredTensor]], Collection[StoredTensor]]
 
 
 def weight_files(names: Collection[str], read_json: Callable[[str], Any]) -> tuple[str, ...]:
@@ -117,7 +119,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     return config
 
 
-def count_parameters(files: Collection[Path], config: Mapping[str, Any] | None = None) -> int:
+def count_parameters(files: Collection[Path], read_as: ReadAs = tuple) -> int:
     """Parameters in safetensors files, each shared one once.
 
     Left out are what older checkpoints store besides parameters: causal masks, rotary frequencies, anything that is not
@@ -126,12 +128,12 @@ def count_parameters(files: Collection[Path], config: Mapping[str, Any] | None =
 
     Args:
         files: the files.
-        config: config.json, by which the tensors of quantized weights are told.
+        read_as: gives the tensors that those of the files stand for (``kbit.models.prequantized.layouts.as_16_bit``).
 
     Raises:
         CheckpointError: a file is damaged or no safetensors file.
     """
-    stored = as_16_bit(config, [t for file in files for t in safetensors_header(file)])
+    stored = read_as([t for file in files for t in safetensors_header(file)])
     tensors = [t for t in own_tensors(stored) if _is_parameter(t)]
     total = sum(prod(t.shape) for t in tensors)
     for head in tensors:

@@ -17,11 +17,11 @@ from kbit.models.checkpoint import model_files, read_config, safetensors_header,
 from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
+from kbit.models.prequantized.layouts import QuantizedWeight, quantized_weights
 from kbit.models.refusals import check_checkpoint
 from kbit.models.stored import Stored, stored_dtype, stored_tensors
 from kbit.models.tokenizers import tokenizer_hash
 from kbit.models.verification import check_causal, check_complete, check_range
-from kbit.prequantized.layouts import QuantizedWeight, quantized_weights
 from kbit.quantizer.storage import STORAGE_DTYPES
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def load_model(
 
     The storage dtype is that of most of the checkpoint's weights if it is float16 or bfloat16, else float16. Weights
     come from safetensors, or from torch files read with weights_only: nothing in a checkpoint is run. Weights that
-    others quantized (``kbit.prequantized``) are dequantized, and the bits that the files store of each layer are under
-    ``stored_bits`` of the model's configuration.
+    others quantized (``kbit.models.prequantized``) are dequantized, and the bits that the files store of each layer are
+    under ``stored_bits`` of the model's configuration.
 
     Args:
         path_or_id: a Hugging Face directory, or a hub id (from the local cache alone where HF_HUB_OFFLINE is set).
@@ -253,7 +253,7 @@ def _quantized(directory: Path, names: Sequence[str], name: str) -> Mapping[str,
 
 
 def _from_quantized(auto_class: Any, directory: Path, found: Checkpoint) -> tuple[PreTrainedModel, Any]:
-    from kbit.prequantized.loading import from_quantized
+    from kbit.models.prequantized.loading import from_quantized
 
     return from_quantized(auto_class, directory, found)
 

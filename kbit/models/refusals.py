@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import StoredTensor, layer_of, own_tensors, read_config, safetensors_header, weights_among
-from kbit.prequantized.layouts import KEY, as_16_bit, stored_as
+from kbit.models.prequantized.layouts import KEY, as_16_bit, stored_as
 
 ENCODER_DECODERS: Final = frozenset(
     {
@@ -106,7 +106,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _check_layout(config: Mapping[str, Any], key: str, prefix: str, found: Any) -> None:
-    """Refuse quantized weights that are not read: no file of ``kbit.prequantized`` knows how they lie."""
+    """Refuse quantized weights that are not read: no file of ``kbit.models.prequantized`` knows how they lie."""
     method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
     why = ""
     if key == KEY and not prefix:

@@ -15,9 +15,9 @@ from typing import Any, Final
 from kbit.calibration import WINDOWS_PER_BATCH, Calibration
 from kbit.models.checkpoint import StoredTensor, is_buffer, layer_of, own_tensors, safetensors_header
 from kbit.models.limits import as_namespace, named_context
+from kbit.models.prequantized.layouts import as_16_bit
 from kbit.models.readings import has_experts
 from kbit.models.ways import Parts
-from kbit.prequantized.layouts import as_16_bit
 from kbit.spec import Spec
 
 LOGITS_AT_ONCE: Final = {"cpu": 2**24, "cuda": 2**27}

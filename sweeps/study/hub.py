@@ -19,6 +19,7 @@ from kbit.errors import CheckpointError
 from kbit.evaluation.documents import file_documents, read_jsonl
 from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files, weights_among
 from kbit.models.obeyed import FIRST_OBEYED, check_refused, obeyed_files
+from kbit.models.prequantized.layouts import as_16_bit
 from kbit.models.refusals import check_checkpoint, check_config
 from kbit.sources import HubData
 from sweeps.errors import HubError, UnreachableError, UserError
@@ -203,7 +204,7 @@ def local_model(path: str | Path, *, key: str = "path", progress: Progress | Non
         files = model_files(directory)
         check_checkpoint(directory, files)
         weights = [file for file in weights_among(directory, files) if file.suffix == ".safetensors"]
-        params = count_parameters(weights, read_config(directory)) if weights else None
+        params = count_parameters(weights, partial(as_16_bit, read_config(directory))) if weights else None
         digest = _content_hash(directory, files, progress)
     except (CheckpointError, OSError) as error:
         raise HubError(f"{key}={str(path)!r} is not a usable model: {error}") from error

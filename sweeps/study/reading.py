@@ -12,8 +12,8 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import read_config
 from kbit.models.limits import as_namespace, named_context
 from kbit.models.orders import why_unordered
+from kbit.models.prequantized.layouts import KEY, LAYOUTS, stored_as
 from kbit.models.readings import has_experts, reading_of
-from kbit.prequantized.layouts import KEY, LAYOUTS, stored_as
 from kbit.spec import METHODS, Spec
 from kbit.specs.checkpoint import STORED_BITS
 from sweeps.errors import UserError

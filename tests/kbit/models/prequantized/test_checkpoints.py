@@ -17,8 +17,8 @@ from kbit import QuantSpec, SpecError, quantize_model
 from kbit.errors import NotStreamableError
 from kbit.models.loading import load_model
 from kbit.models.originals import Originals
+from kbit.models.prequantized.words import pack_words
 from kbit.models.streaming.streamed import open_streamed
-from kbit.prequantized.words import pack_words
 from kbit.specs.checkpoint import CheckpointSpec
 from sweeps import load_results
 from sweeps.config import DEMO_DIR

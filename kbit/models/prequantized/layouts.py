@@ -113,11 +113,11 @@ LAYOUTS: Final = Door[Layout](
     "kbit_sweep.layouts",
     "quant_method",
     {
-        "gptq": "kbit.prequantized.gptq:LAYOUT",
-        "awq": "kbit.prequantized.awq:LAYOUT",
-        "bitsandbytes": "kbit.prequantized.bitsandbytes:LAYOUT",
-        "hqq": "kbit.prequantized.hqq:LAYOUT",
-        "compressed-tensors": "kbit.prequantized.compressed_tensors:LAYOUT",
+        "gptq": "kbit.models.prequantized.gptq:LAYOUT",
+        "awq": "kbit.models.prequantized.awq:LAYOUT",
+        "bitsandbytes": "kbit.models.prequantized.bitsandbytes:LAYOUT",
+        "hqq": "kbit.models.prequantized.hqq:LAYOUT",
+        "compressed-tensors": "kbit.models.prequantized.compressed_tensors:LAYOUT",
     },
 )
 """The layouts: config.json's quant_method to what reads it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
+from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Awq(Layout):
             yield QuantizedWeight(name=layer + WEIGHT, shape=(out, inputs), parts=parts, settings={}, layout=self)
 
     def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        from kbit.prequantized.words import affine, groups_of, unpack_words
+        from kbit.models.prequantized.words import affine, groups_of, unpack_words
 
         out, inputs = weight.shape
 

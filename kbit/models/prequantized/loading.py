@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from kbit.errors import SpecError
 from kbit.models.architectures import block_layers, text_config
 from kbit.models.checkpoint import StoredTensor, safetensors_header, weights_among
+from kbit.models.prequantized.layouts import KEY, WEIGHT, QuantizedWeight
 from kbit.models.stored import SAFETENSORS_DTYPES
 from kbit.models.streaming.extents import Extent
 from kbit.models.streaming.skeleton import parts_of, read_generation_config
-from kbit.prequantized.layouts import KEY, WEIGHT, QuantizedWeight
 from kbit.specs.checkpoint import STORED_BITS
 
 if TYPE_CHECKING:

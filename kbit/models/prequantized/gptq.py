@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
+from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Gptq(Layout):
             )
 
     def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        from kbit.prequantized.words import affine, groups_of, unpack_words
+        from kbit.models.prequantized.words import affine, groups_of, unpack_words
 
         bits, (out, inputs) = weight.settings["bits"], weight.shape
         codes = unpack_words(parts["qweight"].t(), bits, inputs)

@@ -19,7 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, raw_bytes, unfitting
+from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, raw_bytes, unfitting
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import safetensors_header
+from kbit.models.prequantized.layouts import LAYOUTS, QuantizedWeight, as_16_bit, quantized_weights, stored_as
+from kbit.models.prequantized.words import affine, groups_of, pack_words, unpack_words
 from kbit.models.refusals import check_config
-from kbit.prequantized.layouts import LAYOUTS, QuantizedWeight, as_16_bit, quantized_weights, stored_as
-from kbit.prequantized.words import affine, groups_of, pack_words, unpack_words
 from tests import ROOT
 
 WRITTEN = sorted((ROOT / "tests" / "data" / "prequantized").glob("*.safetensors"))
@@ -140,7 +140,7 @@ def test_pieces_of_rows_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scale, zero = torch.randint(0, 9, (7, 12)), torch.rand(7, 3), torch.rand(7, 3)
     group = groups_of(12, 4, codes.device)
     whole = affine(codes, scale, zero, group, torch.bfloat16)
-    monkeypatch.setattr("kbit.prequantized.words._AT_ONCE", 25)
+    monkeypatch.setattr("kbit.models.prequantized.words._AT_ONCE", 25)
     assert torch.equal(affine(codes, scale, zero, group, torch.bfloat16), whole)
 
 

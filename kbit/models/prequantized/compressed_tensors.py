@@ -18,7 +18,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, raw_bytes, unfitting
+from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, raw_bytes, unfitting
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class CompressedTensors(Layout):
             )
 
     def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        from kbit.prequantized.words import affine, groups_of, unpack_words
+        from kbit.models.prequantized.words import affine, groups_of, unpack_words
 
         (out, inputs), bits = weight.shape, int(weight.settings["bits"])
         scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
