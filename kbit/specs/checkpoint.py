@@ -16,7 +16,7 @@ STORED_BITS: Final = "stored_bits"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSpec(Spec):
-    """A model as its files have it: unpacked by ``python -m kbit.gguf``, or of a layout of ``kbit.models.prequantized``.
+    """A model as its files have it: by ``python -m kbit.gguf``, or of a layout of ``kbit.models.prequantized``.
 
     Attributes:
         bits: of most codes, 2 to 8: what figures and tables name the cell by. Bits are counted from the files.
