@@ -14,7 +14,7 @@ from sweeps.options import Options
 from sweeps.results.table import load_results, load_tables, measurement_states, results_by_study
 from sweeps.status import Runs
 from sweeps.study.cell import axis_names
-from sweeps.study.choice import Candidate, Choice
+from sweeps.study.choice import MORE, Candidate, Choice
 from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
         return manifest
     measurements = list(manifest.measurements())
     states = measurement_states(out, manifest, read_flight(out))
-    axes = {cell: cell.axes() for cell in dict.fromkeys(m.cell for m in measurements)}
+    axes = {cell: cell.chosen_by() for cell in dict.fromkeys(m.cell for m in measurements)}
     chosen = choice.of(Candidate(key=m.cell.key, axes=axes[m.cell], state=states[m.key]) for m in measurements)
     taken = [m for m, is_chosen in zip(measurements, chosen, strict=True) if is_chosen]
     first = [m.cell.first for m in taken if m.cell.first is not None]
@@ -85,7 +85,10 @@ def say_what_stays(options: Options, console: Console) -> None:
 
 def candidates(results: pd.DataFrame) -> Iterator[Candidate]:
     """Yield the cells of a wide table, for a choice."""
-    names = list(axis_names())
+    names = [*axis_names(), *MORE]
     axes = results[names].astype(object).where(results[names].notna(), None)
+    # A label ends with its calibration in words; the column has the data's identity.
+    words = axes["label"].astype("string").str.partition(", ")[2]
+    axes["calibration"] = words.astype(object).where(axes["calibration"].notna(), None)
     for key, state, row in zip(results["key"], results["status"], axes.itertuples(index=False), strict=True):
         yield Candidate(key=key, axes=dict(zip(names, row, strict=True)), state=state)

@@ -139,6 +139,14 @@ class Cell:
     def label(self) -> str:
         return f"{self.model.label} {self.quant_label}"
 
+    def chosen_by(self) -> dict[str, object]:
+        """Return what ``where=`` compares: every axis, the label, and the calibration in words (None without one).
+
+        As columns have them, but that a column ``calibration`` has the data's identity.
+        """
+        words = None if self.calibration is None else self.calibration.label
+        return {**self.axes(), "label": self.quant_label, "calibration": words}
+
     def axes(self) -> dict[str, object]:
         """Return every axis by name, for tables and filters (None where it does not apply)."""
         model = self.model

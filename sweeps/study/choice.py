@@ -15,6 +15,8 @@ from sweeps.text import written
 
 _KEY: Final = re.compile(r"[0-9a-f]{1,64}")
 _SHOWN: Final = 12
+MORE: Final = ("label", "calibration")
+"""What ``where=`` takes beside the axes (``Cell.chosen_by``)."""
 
 
 def is_key_prefix(text: str) -> bool:
@@ -65,7 +67,7 @@ class Choice:
                 )
         if where is not None and not isinstance(where, Mapping):
             raise UserError(f"where={where!r} is not valid: axis values, e.g. 'where={{bits: 3, dtype: int}}'")
-        check_axes(where or {}, "where")
+        check_axes(where or {}, "where", MORE)
         states = [str(s) for s in as_list(status, "status")]
         for state in states:
             if state not in list(State):
@@ -102,7 +104,7 @@ class Choice:
     def _takes(self, c: Candidate) -> bool:
         return (
             (not self.cells or c.key.startswith(self.cells))
-            and (not self.where or matches(c.axes, self.where))
+            and (not self.where or _fits(c.axes, self.where))
             and (not self.states or c.state in self.states)
         )
 
@@ -115,7 +117,7 @@ class Choice:
                     "the column 'key' of mode=table has them all"
                 )
         for axis, value in self.where.items():
-            if not any(matches(c.axes, {axis: value}) for c in known):
+            if not any(_fits(c.axes, {axis: value}) for c in known):
                 values = list(dict.fromkeys(written(c.axes.get(axis)) for c in known))
                 more = f", and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
                 return (
@@ -127,3 +129,15 @@ class Choice:
         several = sum(map(bool, (self.cells, self.where, self.states))) > 1
         rest = ": each key matches some, but none matches all of them" if several else ""
         return f"{self} matches no cell{rest}. States there: {states}"
+
+
+def _fits(axes: Mapping[str, object], where: Mapping[str, object]) -> bool:
+    """Tell whether a cell has all values; a calibration also goes by its first words: 'jargon', 'jargon 128x512'."""
+    plain = {name: value for name, value in where.items() if name != "calibration"}
+    if not matches(axes, plain):
+        return False
+    if "calibration" not in where:
+        return True
+    wanted, words = where["calibration"], axes.get("calibration")
+    listed = wanted if isinstance(wanted, list | tuple) else [wanted]
+    return any(value is words is None or f"{words} ".startswith(f"{value} ") for value in listed)

@@ -121,6 +121,13 @@ def test_who_chooses_cells_gets_what_they_need_first(tmp_path: Path) -> None:
     assert [m.key for m in study.measurements()][2:] == [first_of(cells[0]).key]
     chosen = chosen_part(Choice.parse([], {"budget": 4.0}, None), tmp_path, study)
     assert {m.key for m in chosen.wanted()} == {Measurement(cell=cells[1], eval=TEXT).key, first_of(cells[0]).key}
+    for where in ({"label": cells[1].quant_label}, {"calibration": "jargon", "budget": 4.0}):
+        again = chosen_part(Choice.parse([], where, None), tmp_path, study)
+        assert again.chosen == chosen.chosen
+    with pytest.raises(
+        UserError, match=r"where=\{calibration: jarg\} matches no cell: calibration is one of jargon 2x64"
+    ):
+        chosen_part(Choice.parse([], {"calibration": "jarg"}, None), tmp_path, study)
     chosen = chosen_part(Choice.parse([], {"method": "baseline"}, None), tmp_path, study)
     assert [m.key for m in chosen.wanted()] == [first_of(cells[0]).key]
 
