@@ -15,7 +15,7 @@ from sweeps.plan.budget import parse_budget
 from sweeps.plan.order import parse_order
 from sweeps.plan.packs import parse_retry
 from sweeps.study.cell import axis_names
-from sweeps.study.choice import Choice, is_key_prefix
+from sweeps.study.choice import MORE, Choice, is_key_prefix
 from sweeps.study.evals import as_list
 from sweeps.study.grid import check_axes
 from sweeps.study.resolve import StudyConfig
@@ -168,8 +168,8 @@ def _parts_of_where(where: Any, mode: str) -> tuple[Any, Mapping[str, object]]:
     from analysis.mixtures import MIXED
     from analysis.tables.choosing import PROVENANCE
 
-    check_axes(where, "where", (*PROVENANCE, MIXED))
-    axes = axis_names()
+    check_axes(where, "where", (*MORE, *PROVENANCE, MIXED))
+    axes = (*axis_names(), *MORE)
     return {k: v for k, v in where.items() if k in axes}, {k: v for k, v in where.items() if k not in axes}
 
 
@@ -191,7 +191,7 @@ def _side(name: str, value: Any, overrides: Sequence[str]) -> Choice | None:
     if value is None:
         return None
     if isinstance(value, Mapping):
-        check_axes(value, name)
+        check_axes(value, name, MORE)
         return Choice.parse((), value, None)
     prefixes = _prefixes(name, overrides)
     if len(prefixes) != 1 or not is_key_prefix(prefixes[0]):
