@@ -16,7 +16,7 @@ from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
 from analysis.report.cells import NONE, Cells, report_cells
 from analysis.report.parts import Parts, Section, TablePart, where_installed
-from analysis.report.sections import paper_section, scaling_section
+from analysis.report.sections import paper_section, references_section, scaling_section
 from analysis.significance import Samples
 
 _PROVENANCE: Final = {
@@ -88,6 +88,7 @@ def build_report(
         *parts.optional("scaling laws", lambda: scaling_section(df, samples)),
         *parts.optional("the paper's figures", lambda: paper_section(df)),
         *parts.optional("outliers of 16-bit models", lambda: _outliers(df, long_df)),
+        *parts.optional("published scores", lambda: references_section(long_df)),
         *parts.optional("what is missing", lambda: _missing(df)),
         *parts.optional("where the numbers come from", lambda: _provenance(rows, long_df)),
     ]

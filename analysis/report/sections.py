@@ -16,6 +16,10 @@ _LAW_COLUMNS = ("family", "law", "formula", "parameters", "models", "cells", "rm
 _BUDGET_COLUMNS = ("family", "budget", "bits", "value", "runner_up", "margin", "low", "high", "confidence")
 _PARALLEL_COLUMNS = ("family", "parallel_p", "drift", "drift_low", "drift_high", "drift_bits")
 _FRONT_COLUMNS = ("family", "model", "label", "bits_per_param", "total_bits", "value")
+_REFERENCE_COLUMNS = (
+    *("model", "label", "eval", "metric", "value", "reference", "tolerance", "verdict", "reason"),
+    *("paper", "table", "address"),
+)
 
 
 def scaling_section(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> Section | None:
@@ -46,6 +50,23 @@ def paper_section(df: pd.DataFrame) -> Section | None:
     intro = "Everything else of the paper can be drawn from what is stored."
     table = TablePart(title="Not drawn", frame=frame)
     return Section(anchor="paper", title="The paper's figures", intro=intro, tables=[table] if rows else [])
+
+
+def references_section(long_df: pd.DataFrame) -> Section | None:
+    """Which 16-bit models and methods agree with published scores, where any was published of what is measured."""
+    from analysis.references import check_references
+
+    checked = check_references(long_df, known_only=True)
+    if checked.empty:
+        return None
+    counts = checked["verdict"].value_counts()
+    said = ", ".join(f"{n} {'agree' if verdict == 'agrees' else verdict}" for verdict, n in counts.items())
+    return Section(
+        anchor="references",
+        title="Published scores",
+        intro=f"{said}. Only the same model, quantization and protocol are compared; other scores are unknown.",
+        tables=[TablePart(title="Scores beside published ones", frame=checked[[*_REFERENCE_COLUMNS]])],
+    )
 
 
 def _budgets(df: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Samples]) -> list[TablePart]:

@@ -11,6 +11,7 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.references import Agreement, check_references, references, references_text
+from analysis.report.sections import references_section
 from kbit.spec import axes, spec_of
 from tests import ROOT
 from tests.analysis.studies import Study
@@ -116,3 +117,12 @@ def test_the_command_says_what_is_known_and_tables_are_shown(capsys: pytest.Capt
     assert "The first 2 of" in capsys.readouterr().out
     assert main(["table", out, "--where", "{bits"]) == 2
     assert "where='{bits' is not valid" in capsys.readouterr().err
+
+
+def test_a_report_has_a_section_of_what_was_published_and_none_without(study: Study) -> None:
+    found = references_section(pd.concat([measurement({"bits": 16}, 27.66), measurement(RTN4, 31.1)]))
+    assert found is not None
+    assert found.intro.startswith("2 agree, 2 off.")
+    assert set(found.tables[0].frame["verdict"]) == {Agreement.AGREES, Agreement.OFF}
+    assert found.tables[0].frame["address"].str.startswith("https://").all()
+    assert references_section(study.long) is None
