@@ -19,7 +19,7 @@ from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
 from kbit.models.prequantized.layouts import QuantizedWeight, quantized_weights
 from kbit.models.refusals import check_checkpoint
-from kbit.models.stored import Stored, stored_dtype, stored_tensors
+from kbit.models.stored import Stored, stored_dtype, stored_tensors, values_of
 from kbit.models.tokenizers import tokenizer_hash
 from kbit.models.verification import check_causal, check_complete, check_range
 from kbit.quantizer.storage import STORAGE_DTYPES
@@ -94,7 +94,7 @@ def load_model(
     )
     loaded, info = found.read(_from_quantized if found.quantized else _from_pretrained)
     model = loaded.model
-    check_complete(model, info, found.stored, name=path_or_id)
+    check_complete(model, info, _without_idle(found, info), name=path_or_id)
     check_range(model, found.stored, found.storage_dtype, name=path_or_id)
     place(model, device, found.compute_dtype, gpus=gpus)
     check_causal(model, name=path_or_id)
@@ -256,6 +256,14 @@ def _from_quantized(auto_class: Any, directory: Path, found: Checkpoint) -> tupl
     from kbit.models.prequantized.loading import from_quantized
 
     return from_quantized(auto_class, directory, found)
+
+
+def _without_idle(found: Checkpoint, info: Any) -> Mapping[str, Stored]:
+    """Return what the files hold without biases of zeros, which tools add to quantized layers that have none."""
+    beside = {f"{name.removesuffix('.weight')}.bias" for name in found.quantized} & set(info["unexpected_keys"])
+    idle = {bias.name for bias, values in values_of([found.stored[name] for name in beside]) if not values.any()}
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if key not in idle]
+    return {name: tensor for name, tensor in found.stored.items() if name not in idle}
 
 
 def _from_pretrained(auto_class: Any, directory: Path, found: Checkpoint) -> tuple[PreTrainedModel, Any]:

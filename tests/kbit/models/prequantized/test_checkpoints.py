@@ -148,6 +148,22 @@ def test_weights_that_are_stored_turned_and_experts(name: str, tmp_path: Path) -
         assert sum(rows * columns for rows, columns in handle.layers.values()) == quantize
 
 
+def test_biases_of_zeros_that_tools_add_are_left_out_and_no_others(tmp_path: Path) -> None:
+    architectures.write("llama", tmp_path / "dense")
+
+    def biased(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, values = int8(weight)
+        return tensors | {"bias": torch.zeros(len(weight)).half()}, values
+
+    as_others(tmp_path / "dense", tmp_path / "m", INT8, biased, lambda name: name.endswith("_proj.weight"))
+    load_model(str(tmp_path / "m"), device="cpu", compute_dtype="storage")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.bias"][3] = 1e-3
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(SpecError, match=r"LlamaForCausalLM has none for model\.layers\.1\.mlp\.up_proj\.bias\. "):
+        load_model(str(tmp_path / "m"), device="cpu", compute_dtype="storage")
+
+
 def test_a_study_measures_it_as_a_cell(quantized: Path, tmp_path: Path, ask: Ask) -> None:
     study = ["eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu", "executor.workers=1", "out=r", "sweep.name=s"]
     checkpoint = "{method: checkpoint, bits: 4}"
