@@ -17,6 +17,7 @@ from typing import Final
 COMMANDS: Final[Mapping[str, str]] = {
     "report": "analysis.report.command",
     "beside": "analysis.beside.command",
+    "laws": "analysis.scaling.command",
     "outliers": "analysis.outliers",
     "table": "analysis.tables.command",
     "references": "analysis.references_command",

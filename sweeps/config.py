@@ -146,6 +146,9 @@ class Config:
     order: Raw = "cheapest"
     budget: Raw = None
     by: Raw = None
+    memory: Raw = None
+    context: Raw = None
+    batch: Raw = None
     columns: Raw = None
     metrics: Raw = None
     sort: Raw = None

@@ -35,6 +35,7 @@ class Options:
         measured_with: the part of where= that a table alone knows, of how measurements were made.
         choice: of cells, by cell=, where= and status=; all where they say nothing.
         asked_sweep: the study that the command line names; None where it names none (the default is the demo).
+        best: memory, context and batch of mode=best, which checks them.
         retry: states of measurements to run again.
         order: in which cells run (sweeps.plan.order).
         budget: device-seconds that the study may spend; None is without end.
@@ -59,6 +60,7 @@ class Options:
     top: int | None
     measured_with: Mapping[str, object]
     choice: Choice
+    best: Mapping[str, object]
     to: Path | None
     a: Choice | None
     b: Choice | None
@@ -102,6 +104,7 @@ class Options:
             sort=_names(given["sort"], "sort"),
             top=given["top"],
             measured_with=measured_with,
+            best={name: given[name] for name in ("memory", "context", "batch")},
             choice=Choice.parse(_prefixes("cell", overrides), where, given["status"]),
             to=Path(given["to"]).expanduser() if given["to"] else None,
             a=_side("a", given["a"], overrides),

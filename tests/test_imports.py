@@ -20,7 +20,7 @@ LIGHT = {
     *("kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),
     *("kbit.specs.base", "kbit.specs.blockwise", "kbit.specs.checkpoint"),
     *("kbit.exporting.base", "kbit.models.prequantized.layouts"),
-    *("kbit.models.limits", "kbit.models.sizes", "kbit.models.ways"),
+    *("kbit.models.kv_cache", "kbit.models.limits", "kbit.models.sizes", "kbit.models.ways"),
 }
 """Of kbit, what loads no torch."""
 

@@ -8,6 +8,7 @@ Kumar et al. (arXiv 2411.04330, section 4) give N_eff = N (1 - exp(-P / gamma)) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from kbit.specs.base import BASELINE_BITS
 
 Floats = NDArray[np.float64]
 
-_COLUMNS = ["family", "curve", "model", "params", "bits", "bits_per_param", "effective", "ratio", "known"]
+_COLUMNS: Final = ["family", "curve", "model", "params", "bits", "bits_per_param", "effective", "ratio", "known"]
 
 
 def effective_parameters(cells: pd.DataFrame, metric: Metric | None = None) -> pd.DataFrame:
@@ -81,13 +82,18 @@ def invert(size: Floats, loss: Floats, value: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Effective:
-    """N_eff as a law: a share 1 - exp(-P / gamma) of the parameters counts; the loss is the 16-bit curve's there."""
+    """N_eff as a law: a share 1 - exp(-P / gamma) of the parameters counts; the loss is the 16-bit curve's there.
 
+    Attributes:
+        delta: Huber's threshold, of the logarithm of the share.
+    """
+
+    delta: float = 0.1
     name: str = "effective parameters"
     formula: str = "L = L16(N (1 - exp(-P / gamma))), L16 interpolated"
 
     def fit(self, cells: pd.DataFrame, near: Fitted | None = None) -> Fitted:
-        """Fit gamma by least absolute deviations of the logarithm of the share, over cells within the 16-bit curve.
+        """Fit gamma by Huber's loss of the logarithm of the share, over cells within the 16-bit curve.
 
         Args:
             cells: of any curves of one family.
@@ -110,7 +116,8 @@ class Effective:
 
         def off(log_gamma: float) -> float:
             predicted = -np.expm1(-p / np.exp(log_gamma))
-            return float(np.abs(np.log(predicted) - np.log(ratio)).sum())
+            off = np.abs(np.log(predicted) - np.log(ratio))
+            return float(np.where(off <= self.delta, off**2 / 2, self.delta * (off - self.delta / 2)).sum())
 
         starts = np.linspace(np.log(0.05), np.log(20.0), 60)
         best = float(starts[int(np.argmin([off(s) for s in starts]))])

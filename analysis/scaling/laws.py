@@ -78,7 +78,7 @@ def fit_laws(
             "diverged": int((own["diverged"] & (own["bits"] < BASELINE_BITS)).sum()),
         }
         rows += [about | _row(law, own, metric, draws) for law in laws]
-    return pd.DataFrame(rows, columns=list(LAW_COLUMNS))
+    return pd.DataFrame(rows, columns=list(LAW_COLUMNS)).astype({"drift_bits": "Int64", "held_out_cells": "Int64"})
 
 
 def law_parameters(laws: pd.DataFrame) -> pd.DataFrame:

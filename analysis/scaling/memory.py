@@ -54,10 +54,12 @@ class Cache:
     Attributes:
         values: keys and values of a token (``kbit.models.kv_cache``); None where unknown.
         context: the longest sequence that the model takes; None without a limit, or where unknown.
+        why: why a model without values can't be considered.
     """
 
     values: int | None
     context: int | None = None
+    why: str = "the size of its key-value cache is not known"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +182,18 @@ def _cells(rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return first.reset_index(drop=True)
 
 
+def _cache(caches: Mapping[str, Cache], model: str) -> Cache:
+    """A model's cache; of a name that the table gave a revision, its plain name's: the architecture is the same."""
+    return caches.get(model) or caches.get(model.rpartition("@")[0]) or Cache(values=None)
+
+
 def _unknown(cells: pd.DataFrame, caches: Mapping[str, Cache]) -> dict[str, str]:
-    found = {}
-    for model in dict.fromkeys(map(str, cells["model"])):
-        if caches.get(model, Cache(values=None)).values is None:
-            found[model] = "the size of its key-value cache is not known"
-    return found
+    models = {model: _cache(caches, model) for model in dict.fromkeys(map(str, cells["model"]))}
+    return {model: cache.why for model, cache in models.items() if cache.values is None}
 
 
 def _needs(cells: pd.DataFrame, caches: Mapping[str, Cache], use: Use) -> pd.DataFrame:
-    of_model = [caches[str(m)] for m in cells["model"]]
+    of_model = [_cache(caches, str(m)) for m in cells["model"]]
     context = np.array([min(use.context, c.context or use.context) for c in of_model], dtype=np.int64)
     values = np.array([c.values or 0 for c in of_model], dtype=np.int64)
     # Bits are counted exactly, but a byte is what memory has.

@@ -16,6 +16,7 @@ MODES: Final[Mapping[str, str]] = {
     "plan": "sweeps.commands.plan:plan",
     "status": "sweeps.commands.status:status",
     "table": "sweeps.commands.table:table",
+    "best": "sweeps.commands.best:best",
     "report": "sweeps.commands.report:report",
     "findings": "sweeps.commands.findings:findings",
     "compare": "sweeps.commands.compare:compare",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 EVERY: Final = (
-    *("run", "plan", "status", "table", "report", "findings", "compare"),
+    *("run", "plan", "status", "table", "best", "report", "findings", "compare"),
     *("logs", "cancel", "fetch", "drop", "export", "sync"),
 )
 CHOOSING: Final = (
@@ -23,6 +23,7 @@ CHOOSING: Final = (
     "plan",
     "status",
     "table",
+    "best",
     "report",
     "findings",
     "compare",
@@ -45,7 +46,9 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(("watch", "report"), ("run",)),
     "script": ("plan",),
     "by": ("status", "table"),
-    **dict.fromkeys(("columns", "metrics", "sort", "top"), ("table",)),
+    **dict.fromkeys(("columns", "sort", "top"), ("table",)),
+    "metrics": ("table", "best"),
+    **dict.fromkeys(("memory", "context", "batch"), ("best",)),
     "to": ("table", "report", "findings", "compare", "export"),
     **dict.fromkeys(("a", "b"), ("compare",)),
     "margins": ("findings", "compare"),

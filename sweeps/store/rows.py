@@ -6,12 +6,16 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from kbit.evaluation.spec import EvalResult
+from kbit.models.kv_cache import kv_values_per_token
+from kbit.models.limits import as_namespace, named_context
 from sweeps.status import State
 from sweeps.store.schema import Row, Scalar
-from sweeps.study.cell import Cell, Measurement, canonical_json, eval_columns
+from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json, eval_columns
+from sweeps.study.reading import config_of
 
 if TYPE_CHECKING:
     from kbit.models.quantize import QuantHandle
@@ -72,6 +76,7 @@ def run_row(measurement: Measurement, origin: Origin, started: datetime) -> Row:
     """Return what every row says of a run that ends now, whatever came of it."""
     return {
         **measurement_row(measurement),
+        **_cache_columns(measurement.cell.model),
         **origin.provenance,
         "sweep": origin.sweep,
         "pack": origin.pack,
@@ -79,6 +84,15 @@ def run_row(measurement: Measurement, origin: Origin, started: datetime) -> Row:
         "started": started,
         "finished": datetime.now(UTC),
     }
+
+
+@cache
+def _cache_columns(model: ModelRef) -> Row:
+    """Return what config.json, which is there where a model runs, says of the key-value cache."""
+    config = config_of(model, ask=False)
+    if config is None:
+        return {}
+    return {"kv_values": kv_values_per_token(config), "context": named_context(as_namespace(config))}
 
 
 def failed_row(

@@ -21,7 +21,7 @@ Scalar = str | int | float | bool | None
 Row = Mapping[str, Any]
 """A row of the store, or some of its columns: values by column name, each of the type that ``columns()`` gives it."""
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -138,6 +138,13 @@ def columns() -> tuple[Column, ...]:
             "nats",
         ),
         *(_c(column, a.type, a.doc, a.unit) for column, a in eval_columns().items() if a.since > 5),
+        _cell(
+            "kv_values",
+            "int64",
+            "keys and values of one token in the cache, in all layers; null where unknown",
+            "values",
+        ),
+        _cell("context", "int64", "longest sequence that the model's configuration names; null for none", "tokens"),
     )
 
 

@@ -30,6 +30,9 @@ VALUES: Mapping[str, str] = {
     "metrics": "[loss]",
     "sort": "[bits]",
     "top": "5",
+    "memory": "48GB",
+    "context": "512",
+    "batch": "2",
     "cell": "3fa9",
     "where": "{bits: 3}",
     "status": "failed",
@@ -128,7 +131,20 @@ def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(launch
 def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     small: Path, launch: Launch, tmp_path: Path
 ) -> None:
-    modes = {"run", "plan", "status", "table", "report", "findings", "compare", "logs", "cancel", "drop", "export"}
+    modes = {
+        "run",
+        "plan",
+        "status",
+        "table",
+        "best",
+        "report",
+        "findings",
+        "compare",
+        "logs",
+        "cancel",
+        "drop",
+        "export",
+    }
     assert modes == set(CHOOSING)
     study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
     before = load_results(small)
@@ -136,6 +152,9 @@ def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     assert launch(*study, "mode=table", where, "to=t.csv").returncode == 0
     assert set(pd.read_csv(tmp_path / "t.csv")["key"]) == set(chosen["key"])
     assert "2 of 2 cells measured" in launch(*study, "mode=report", where, "to=report").stdout
+    best = launch(*study, "mode=best", where, "memory=2GB").stdout
+    assert "Best for 2.00 GB: neox-xs int" in best
+    assert "float" not in best
     assert "chooses 2 cells, and one" in launch(*study, "mode=export", where, "format=gguf", "to=x.gguf").stderr
     assert "No failed measurement among those chosen (2 done)" in launch(*study, "mode=logs", where).stdout
     assert re.search(r"demo +2 +2\n", launch(*study, "mode=status", where).stdout)
