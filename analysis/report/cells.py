@@ -116,7 +116,8 @@ def _options(rows: pd.DataFrame) -> pd.Series[str]:
         text = pd.Series([name if v is True else f"{name} {v}" for v in column], index=rows.index, dtype="str")
         said = said.where(~matters, said + ", " + text)
     seed = rows["calibration_seed"]
-    said = said.where(seed.isna(), said + ", seed " + seed.astype("string").fillna(""))
+    if seed.nunique() > 1:  # replicates
+        said = said.where(seed.isna(), said + ", seed " + seed.astype("string").fillna(""))
     return said.str.removeprefix(", ").replace("", PLAIN)
 
 

@@ -15,7 +15,7 @@ from analysis.inputs import SampleKey
 from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
 from analysis.report.cells import NONE, Cells, report_cells
-from analysis.report.parts import Parts, Section, TablePart, where_installed
+from analysis.report.parts import Parts, Section, TablePart
 from analysis.report.sections import paper_section, references_section, scaling_section
 from analysis.significance import Samples
 
@@ -112,11 +112,12 @@ def build_report(
 
 def _verdicts(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[dict[str, Any]]:
     """The paper's claims held against the data: headlines first, and what could be decided before what could not."""
-    judge = where_installed("analysis.findings", "judge")
-    if judge is None or measured(df).empty:
+    from analysis.findings import judge
+
+    if measured(df).empty:
         return []
-    found: list[dict[str, Any]] = [f.as_dict() for f in judge(df, samples)]
-    return sorted(found, key=lambda f: (not f.get("headline"), f["verdict"] not in ("holds", "fails")))
+    found = [f.as_dict() for f in judge(df, samples)]
+    return sorted(found, key=lambda f: (not f["headline"], f["verdict"] not in ("holds", "fails")))
 
 
 def _sentences(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[str]:

@@ -11,19 +11,17 @@ import pandas as pd
 from analysis.inputs import Inputs
 from analysis.report.content import Report, build_report
 from analysis.report.page import page
-from analysis.report.parts import Parts, where_installed
+from analysis.report.parts import Parts
 from analysis.report.places import Places
 
 
 def report_of(inputs: Inputs) -> Report:
     """Build the report of what a command works on, reading the samples that its comparisons need."""
     from analysis.findings import wanted_samples
+    from analysis.findings.judging import wanted_by_claims
 
     # Only what is compared: the samples of a large study don't fit into memory.
-    wanted = wanted_samples(inputs.df, inputs.long)
-    by_claims = where_installed("analysis.findings.judging", "wanted_by_claims")
-    if by_claims is not None:
-        wanted |= by_claims(inputs.df, inputs.long)
+    wanted = {**wanted_samples(inputs.df, inputs.long), **wanted_by_claims(inputs.df, inputs.long)}
     samples = inputs.samples(wanted)
     return build_report(inputs.df, inputs.long, samples, title=inputs.title, name=inputs.name, notes=inputs.notes)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sweeps.errors import UserError
 from sweeps.results.table import left_out, load_samples, load_tables
-from sweeps.store.parts import Samples
+from sweeps.store.parts import Samples, damaged_files
 from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -41,5 +41,10 @@ def read_inputs(outs: Sequence[Path], *, sweep: str | None = None, manifest: Man
 
     name = manifest.sweep if manifest is not None else sweep or "all"
     notes = [note for out in outs for note in left_out(out, name if name != "all" else None)]
+    notes += [
+        f"{path} is damaged and left out: what it held counts as missing, and the study's command measures it again"
+        for out in outs
+        for path in damaged_files(out)
+    ]
     title = name if name != "all" else f"All studies of {', '.join(out.absolute().name for out in outs)}"
     return Inputs(name=name, title=title, df=df, long=long, read_samples=read_samples, notes=notes)

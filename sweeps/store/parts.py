@@ -279,6 +279,11 @@ class Store:
         write_atomically(path, sink.getvalue().to_pybytes())
 
 
+def damaged_files(out: Path) -> list[Path]:
+    """Return the files of a directory that were found damaged since this process began to read it."""
+    return sorted(path for path in _REPORTED if out.absolute() in path.absolute().parents and path.exists())
+
+
 def encode_samples(samples: Mapping[str, Outcomes]) -> list[EncodedSample]:
     """Arrays by name as the ``samples`` column: bool as packed bits, the rest as little-endian float32 or int32."""
     encoded: list[EncodedSample] = []
