@@ -12,6 +12,8 @@ from analysis.metrics import Metric, ranked_metrics
 from analysis.report.parts import Section, TablePart, where_installed
 from analysis.significance import Samples
 
+DRAWS = 100
+"""Bootstrap samples of models for the intervals of laws: a run that ends shall not wait long for them."""
 _LAW_COLUMNS = ("family", "law", "formula", "parameters", "models", "cells", "rmse", "r2", "held_out_error", "note")
 _BUDGET_COLUMNS = ("family", "budget", "bits", "value", "runner_up", "margin", "low", "high", "confidence")
 _PARALLEL_COLUMNS = ("family", "parallel_p", "drift", "drift_low", "drift_high", "drift_bits")
@@ -88,7 +90,7 @@ def _budgets(df: pd.DataFrame, metric: Metric, samples: Mapping[SampleKey, Sampl
 def _laws(df: pd.DataFrame, metric: Metric) -> list[TablePart]:
     from analysis.scaling import fit_laws, flat_laws
 
-    laws = fit_laws(df, metric)
+    laws = fit_laws(df, metric, draws=DRAWS)
     fitted = flat_laws(laws[laws["rmse"].notna()])
     curves = fitted.dropna(subset=["parallel_p"])
     return [
