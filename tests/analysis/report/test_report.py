@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.inputs import Inputs
+from analysis.references import references
 from analysis.report import Places, build_report, report_of, write_report
 from analysis.report.encoding import key_column, log_column, name_column, number_column
 from analysis.report.page import page
@@ -74,6 +75,20 @@ def test_unusual_results_have_a_page_without_failed_parts(study: Study, which: s
     assert not [w for w in report.warnings if "could not be made" in w]
     assert files[0] == tmp_path / "index.html"
     assert head_of(files[0].read_text())["count"] == len(wide)
+
+
+def test_published_scores_stand_beside_those_that_were_measured(study: Study) -> None:
+    known = references()[lambda d: (d["metric"] == "perplexity") & d["cell"].map(lambda c: c is not None)].iloc[0]
+    long = study.long[study.long["key"] == "neox-s 16-bit"].head(1)
+    assert known["cell"]["bits"] == 16
+    about = {"eval": known["eval"], "model_id": known["model"], "params": known["params"], "method": "baseline"}
+    long = long.assign(**about, metrics=[{"perplexity": 2 * known["reference"]}])
+    report = build_report(study.wide, long, title="demo")
+    assert not [w for w in report.warnings if "could not be made" in w]
+    (table,) = next(s for s in report.sections if s.anchor == "references").tables
+    assert set(table.frame["verdict"]) <= {"off", "unknown"}
+    assert known["reference"] in set(table.frame["reference"])
+    assert str(known["paper"]) in page(report)
 
 
 def test_mixed_results_are_warned_of_first(study: Study) -> None:
