@@ -101,6 +101,8 @@ class PostTraining:
     def _center(self, own: pd.DataFrame) -> tuple[float, float, float]:
         """Middle of ln N, ln D and of the bits' term: far from 0 a fit can't tell the constant from exponents."""
         n, d, p = self._terms(own)
+        if not len(n):
+            return 0.0, 0.0, 0.0
         return float(n.mean()), float(np.nanmean(d)) if np.isfinite(d).any() else 0.0, float(p.mean())
 
     def _terms(self, own: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
