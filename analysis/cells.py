@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
+from analysis.families import told_apart
 from analysis.metrics import STATUS_SUFFIX, ZERO_SHOT_TASKS, Metric, metric_columns, stderr
 from kbit.axes import VARIED
 from kbit.data_types import DTYPES, EXPONENT_RULES
@@ -43,13 +44,14 @@ def measured(df: pd.DataFrame) -> pd.DataFrame:
     evaluations failed or is not there yet. Columns a table lacks are added as missing.
 
     A model name that stands for several checkpoints (hub id, revision or weights differ) is told apart by its revision
-    or its weights' hash.
+    or its weights' hash, and a family of several architectures by their names (``families.told_apart``).
     """
     df = df.reindex(columns=[*df.columns, *(c for c in _NEEDED if c not in df.columns)])
     some_value = df[[m.column for m in metric_columns(df)]].notna().any(axis=1)
     some_outcome = df[_status_columns(df)].isin(MEASURED).any(axis=1)
     df = df[df["status"].isin(MEASURED) | some_value | some_outcome]
     df = df[df["key"].isna() | ~df["key"].duplicated()].reset_index(drop=True)
+    df["family"] = told_apart(df["family"], df["model"])
     trained = df["checkpoint"].notna()
     if trained.any():
         # Checkpoints of one model have one size: a curve over sizes needs them apart.
@@ -81,16 +83,19 @@ def baselines(df: pd.DataFrame) -> pd.DataFrame:
     return df[numbers(df, "bits") == BASELINE_BITS]
 
 
-def plain(df: pd.DataFrame, *, outlier_fraction: float = 0.0, every_method: bool = False) -> pd.DataFrame:
+def plain(
+    df: pd.DataFrame, *, outlier_fraction: float = 0.0, every_method: bool = False, free: Sequence[str] = ()
+) -> pd.DataFrame:
     """Block-wise cells of ``measured`` that are as the paper's main results but for bits, data type and block size.
 
     Left out: groups, centering, other absmax types, outlier dimensions (unless ``outlier_fraction`` asks for them),
-    methods that are more than a codebook (unless ``every_method``, which takes them all, with their replicates). Block
+    methods that are more than a codebook (unless ``every_method``, which takes them all, with their replicates). Of the
+    axes that are ``free`` every value is taken. Block
     sizes become numbers (``WHOLE_TENSOR`` where there is one). Float cells come with every number of exponent bits:
     ``one_exponent`` takes one for a comparison.
     """
-    fixed = {name: a.neutral for name, a in axes().items() if a.neutral is not VARIED}
-    wanted = {**fixed, "outlier_fraction": outlier_fraction}
+    fixed = {name: a.neutral for name, a in axes().items() if a.neutral is not VARIED and name not in free}
+    wanted = {name: outlier_fraction if name == "outlier_fraction" else value for name, value in fixed.items()}
     of_method = df["method"] != "baseline" if every_method else df["method"] == "blockwise"
     keep = of_method & numbers(df, "bits").notna()
     for column, value in wanted.items():

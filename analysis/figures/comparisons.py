@@ -1,9 +1,8 @@
-"""Comparisons at one precision: data types, block sizes and methods over model sizes (Figures 3, 14 and 15)."""
+"""Comparisons at one precision: data types, block sizes and methods over model sizes (Figures 3, 8 to 11, 14, 15)."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -11,81 +10,77 @@ import pandas as pd
 
 from analysis.cells import (
     WHOLE_TENSOR,
-    baselines,
     block_name,
     fullest_dtype,
-    measured,
     numbers,
     one_exponent,
     ordered_dtypes,
-    plain,
     points,
     with_baseline,
 )
 from analysis.figures import style
-from analysis.figures.drawing import (
-    X_LABEL,
-    Drawing,
-    Look,
-    SamplesByCell,
-    canvas,
-    cap_line,
-    change_edge,
-    legend,
-    loss_cap,
-)
+from analysis.figures.chart import Chart
+from analysis.figures.results import NoFigureError, Results, SamplesByCell, block_text, held
+from analysis.figures.showing import shown
 from analysis.metrics import Metric
 from analysis.replicates import pool, replicate_groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
-
-Styles = Mapping[Hashable, tuple[str, Look]]
-"""Value of an axis -> (label, look), in the legend's order."""
-
+FROM_16_BIT: Final = "Change from 16-bit"
 _MOST_PANELS: Final = 4
-_AXES: Final = {"dtype": "Data type", "blocksize": "Block size", "method": "Method"}
 
 
-@style.styled
 def data_types(
     df: pd.DataFrame,
     metric: Metric,
     *,
     bits: int = 4,
+    blocksize: int | None = None,
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> Figure | None:
     """Draw data types at one precision over model sizes, and their change from 16-bit, per family (Figures 3, 14).
 
-    None, with the reason logged, where there are fewer than two data types at block size 64.
+    None, with the reason logged, where there are fewer than two data types at one block size. ``blocksize`` (0: the
+    whole tensor) None takes the one at which most can be compared.
     """
-    rows = measured(df)
-    cells = plain(rows)
-    cells = points(cells[(cells["blocksize"] == 64) & (cells["bits"] == bits)], metric)
+    results = Results(df=df, metrics=[metric], sweep=sweep, samples=samples, bits=bits, blocksize=blocksize)
+    return shown(data_types_chart, results)
+
+
+def data_types_chart(results: Results) -> Chart:
+    """Return the chart of data types at the bits and block size given, or at those with the most to compare.
+
+    Raises:
+        NoFigureError: fewer than two data types there.
+    """
+    cells = _at(results, results.plain(), ["bits", "blocksize"], over="dtype")
     cells = one_exponent(cells, ["family", "dtype", "bits"])
     dtypes = ordered_dtypes(cells)
     if len(dtypes) < 2:
         found = " and ".join(dtypes) or "no data type"
-        log.warning("no figure of data types: at %d bits and block size 64, %s has %s", bits, found, metric.column)
-        return None
-    panels = {style.family_name(str(f)): own for f, own in cells.groupby("family")}
-    styles: Styles = {d: (d, style.dtype_style(d)) for d in dtypes}
-    drawing = Drawing(metric=metric, cap=None, samples=samples or {})
-    fig = _comparison(drawing, points(baselines(rows), metric), panels, "dtype", styles)
-    title = f"Data types at {bits} bits: {metric.phrase} (block size 64)"
-    style.finish(fig, title, drawing.notes(cells, sweep))
-    return fig
+        raise NoFigureError(f"no figure of data types: {_where(results, cells)}, {found} has {results.metric.column}")
+    bits, blocksize = int(cells["bits"].iloc[0]), int(cells["blocksize"].iloc[0])
+    cells = with_baseline(cells, results.base)
+    return Chart(
+        results=results,
+        cells=cells.assign(panel=cells["family"].map(style.family_name), curve=cells["dtype"]),
+        looks={d: style.dtype_style(d) for d in dtypes},
+        title=f"Data types at {bits} bits: {results.metric.phrase} ({block_text(blocksize)})",
+        legend="Data type",
+        changes=FROM_16_BIT,
+        side="Data type",
+    )
 
 
-@style.styled
 def block_sizes(
     df: pd.DataFrame,
     metric: Metric,
     *,
     bits: int = 4,
+    dtype: str | None = None,
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> Figure | None:
@@ -94,103 +89,117 @@ def block_sizes(
     A column a family and data type; with more than four, those of the data type with the most block sizes. None, with
     the reason logged, where no data type has two block sizes.
     """
-    rows = measured(df)
-    cells = plain(rows)
-    cells = one_exponent(points(cells[cells["bits"] == bits], metric), ["family", "dtype", "bits"], axis="blocksize")
+    results = Results(df=df, metrics=[metric], sweep=sweep, samples=samples, bits=bits, dtype=dtype)
+    return shown(block_sizes_chart, results)
+
+
+def block_sizes_chart(results: Results) -> Chart:
+    """Return the chart of block sizes at the bits given, or at those with the most to compare.
+
+    Raises:
+        NoFigureError: no data type has two block sizes there.
+    """
+    cells = results.plain()
+    cells = cells if results.dtype is None else cells[cells["dtype"] == results.dtype]
+    cells = _at(results, cells, ["bits"], over="blocksize")
+    cells = one_exponent(cells, ["family", "dtype", "bits"], axis="blocksize")
     cells = cells[cells.groupby(["family", "dtype"])["blocksize"].transform("nunique") > 1]
     if cells.empty:
-        log.warning("no figure of block sizes: no data type at %d bits has %s at two of them", bits, metric.column)
-        return None
+        where = "" if results.bits is None else f" at {results.bits} bits"
+        raise NoFigureError(f"no figure of block sizes: no data type{where} has {results.metric.column} at two of them")
     if len(cells.drop_duplicates(["family", "dtype"])) > _MOST_PANELS:
         cells = cells[cells["dtype"] == fullest_dtype(cells, "blocksize")]
-    sizes = sorted(cells["blocksize"].unique(), key=lambda b: b if b != WHOLE_TENSOR else np.inf)
-    looks = style.ordinal_styles(len(sizes))
-    styles: Styles = {b: (block_name(b), look) for b, look in zip(sizes, looks, strict=True)}
     groups = [(f, d) for f in dict.fromkeys(cells["family"]) for d in ordered_dtypes(cells[cells["family"] == f])]
-    panels = {f"{style.family_name(f)}, {d}": cells[(cells["family"] == f) & (cells["dtype"] == d)] for f, d in groups}
-    drawing = Drawing(metric=metric, cap=None, samples=samples or {})
-    fig = _comparison(drawing, points(baselines(rows), metric), panels, "blocksize", styles)
-    style.finish(fig, f"Block sizes at {bits} bits: {metric.phrase}", drawing.notes(cells, sweep))
-    return fig
+    cells = pd.concat(
+        [
+            cells[(cells["family"] == f) & (cells["dtype"] == d)].assign(panel=f"{style.family_name(f)}, {d}")
+            for f, d in groups
+        ]
+    )
+    looks = block_looks(cells["blocksize"])
+    return Chart(
+        results=results,
+        cells=with_baseline(cells.assign(curve=cells["blocksize"].map(block_name)), results.base),
+        looks=looks,
+        title=f"Block sizes at {int(cells['bits'].iloc[0])} bits: {results.metric.phrase}",
+        legend="Block size",
+        changes=FROM_16_BIT,
+        side="Block size",
+    )
 
 
-@style.styled
+def block_looks(blocksizes: pd.Series[int]) -> Mapping[str, style.Look]:
+    """Looks by name of block sizes, from small to the whole tensor."""
+    sizes = sorted(blocksizes.unique(), key=lambda b: b if b != WHOLE_TENSOR else np.inf)
+    return dict(zip(map(block_name, sizes), style.ordinal_styles(len(sizes)), strict=True))
+
+
 def methods(
     df: pd.DataFrame,
     metric: Metric,
     *,
     bits: int = 4,
+    blocksize: int | None = None,
     sweep: str | None = None,
     samples: SamplesByCell | None = None,
 ) -> Figure | None:
     """Draw methods at one precision over model sizes, and their change from 16-bit, per family.
 
-    All with block size 64 and one data type: the one with the most methods. Methods without such a cell (formats with
-    scales of their own have no data type) are named below it. Replicates, which differ in the seed of their calibration
-    data, are one point with their spread. None, with the reason logged, for fewer than two methods.
+    All with one block size and one data type: those with the most methods. Methods without such a cell (formats with
+    scales of their own have no data type) are named below it; ``formats`` draws them all. Replicates, which differ in
+    the seed of their calibration data, are one point with their spread. None, with the reason logged, for fewer than
+    two methods.
     """
-    rows = measured(df)
-    cells = plain(rows, every_method=True)
-    cells = points(cells[(cells["blocksize"] == 64) & (cells["bits"] == bits)], metric)
-    cells = cells[cells["dtype"] == fullest_dtype(cells, "method")]
-    others = sorted({*points(rows[numbers(rows, "bits") == bits], metric)["method"]} - {*cells["method"]})
+    results = Results(df=df, metrics=[metric], sweep=sweep, samples=samples, bits=bits, blocksize=blocksize)
+    return shown(methods_chart, results)
+
+
+def methods_chart(results: Results) -> Chart:
+    """Return the chart of methods at the bits and block size given, or at those with the most to compare.
+
+    Raises:
+        NoFigureError: fewer than two methods there.
+    """
+    metric, rows = results.metric, results.rows
+    all_cells = results.plain(every_method=True)
+    cells = _at(results, all_cells.dropna(subset=["dtype"]), ["bits", "blocksize", "dtype"], over="method")
+    bits = int(cells["bits"].iloc[0]) if len(cells) else results.bits
+    at_bits = rows[numbers(rows, "bits") == bits] if bits else rows[numbers(rows, "bits").notna()]
+    others = sorted({*points(at_bits, metric)["method"]} - {*cells["method"], "baseline"})
     apart = f"Not drawn, without such a cell: {', '.join(others)}." if others else ""
     cells = one_exponent(cells, ["family", "dtype", "bits"], axis="method")
     found = list(dict.fromkeys(sorted(cells["method"], key=lambda m: (m != "blockwise", m))))
     if len(found) < 2:
         named = " and ".join(found) or "no method"
-        text = "no figure of methods: at %d bits and block size 64, %s has %s"
-        log.warning(text + (f". {apart}" if apart else ""), bits, named, metric.column)
-        return None
+        text = f"no figure of methods: {_where(results, cells)}, {named} has {metric.column}"
+        raise NoFigureError(text + (f". {apart}" if apart else ""))
     cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
-    panels = {style.family_name(str(f)): own for f, own in cells.groupby("family")}
-    styles: Styles = {m: (m, look) for m, look in zip(found, style.ordinal_styles(len(found)), strict=True)}
-    drawing = Drawing(metric=metric, cap=None, samples=samples or {})
-    fig = _comparison(drawing, points(baselines(rows), metric), panels, "method", styles)
-    title = f"Methods at {bits} bits: {metric.phrase} ({cells['dtype'].iloc[0]}, block size 64)"
-    style.finish(fig, title, " ".join(filter(None, (apart, drawing.notes(cells, sweep)))))
-    return fig
+    cells = with_baseline(cells, results.base)
+    block = block_text(int(cells["blocksize"].iloc[0]))
+    return Chart(
+        results=results,
+        cells=cells.assign(panel=cells["family"].map(style.family_name), curve=cells["method"]),
+        looks=dict(zip(found, style.ordinal_styles(len(found)), strict=True)),
+        title=f"Methods at {bits} bits: {metric.phrase} ({cells['dtype'].iloc[0]}, {block})",
+        legend="Method",
+        changes=FROM_16_BIT,
+        side="Method",
+        notes=apart,
+    )
 
 
-def _comparison(
-    drawing: Drawing, base: pd.DataFrame, panels: Mapping[str, pd.DataFrame], axis: str, styles: Styles
-) -> Figure:
-    """Draw the metric over total bits, one line per value of ``axis``; below, the change from 16-bit if known."""
-    panels = {name: with_baseline(own, base) for name, own in panels.items()}
-    everything = pd.concat(panels.values())
-    deltas = bool(everything["baseline"].notna().any())
-    drawing.cap = loss_cap(pd.concat([c for c in (base, everything) if len(c)]), drawing.metric)
-    if deltas:
-        drawing.edge = change_edge(everything, drawing)
-    width = {1: 4.3, 2: 2.9, 3: 2.5}.get(len(panels), 2.1) * len(panels) + 1.5
-    height = (4.8 if deltas else 2.8) + (0.4 if len(panels) == 1 else 0)
-    fig, axes = canvas(2 if deltas else 1, len(panels), (width, height))
-    for column, (name, own) in enumerate(panels.items()):
-        single = own["model"].nunique() == 1
-        # Cells of a single model have (nearly) the same size: they stand side by side instead.
-        shown = own.assign(total_bits=own[axis].map(list(styles).index)) if single else own
-        for value, (label, look) in styles.items():
-            line = shown[shown[axis] == value]
-            if len(line):
-                drawing.line(axes[0, column], line, look, label)
-            if deltas and line["baseline"].notna().any():
-                drawing.change_line(axes[1, column], line[line["baseline"].notna()], look)
-        axes[0, column].set_title(name)
-        for ax in axes[:, column]:
-            if single:
-                ax.set_xticks(range(len(styles)), [label for label, _ in styles.values()])
-                ax.set_xlim(-0.6, len(styles) - 0.4)
-            else:
-                style.bits_axis(ax, own["total_bits"].tolist())
-            ax.tick_params(labelbottom=ax is axes[-1, column])
-        axes[-1, column].set_xlabel(f"{_AXES[axis]} ({own['model'].iloc[0]})" if single else X_LABEL)
-    axes[0, 0].set_ylabel(drawing.metric.label)
-    if deltas:
-        unit = drawing.metric.unit
-        axes[1, 0].set_ylabel("Change from 16-bit" + (f"\n({unit})" if unit else ""))
-        for ax in axes[1]:
-            ax.axhline(0, color=style.INK, linewidth=0.9, zorder=1)
-    cap_line(axes[:1], drawing)
-    legend(fig, axes[:1], [label for label, _ in styles.values()], _AXES[axis])
-    fig.align_ylabels(list(axes[:, 0]))
-    return fig
+def _at(results: Results, cells: pd.DataFrame, names: list[str], *, over: str) -> pd.DataFrame:
+    """Hold bits, block size and data type at what was asked for, else at what most cells can be compared at."""
+    for name in names:
+        wanted = getattr(results, name)
+        cells = cells if wanted is None else cells[cells[name] == wanted]
+    return held(cells, names, over=over)
+
+
+def _where(results: Results, cells: pd.DataFrame) -> str:
+    """'at 4 bits and block size 64': of the cells there are, else what was asked for."""
+    bits, blocksize = results.bits, results.blocksize
+    if len(cells):
+        bits, blocksize = int(cells["bits"].iloc[0]), int(cells["blocksize"].iloc[0])
+    parts = [f"{bits} bits"] * (bits is not None) + ([block_text(blocksize)] if blocksize is not None else [])
+    return "at " + " and ".join(parts) if parts else "anywhere"

@@ -1,16 +1,17 @@
-"""The figure of one-shot methods beside zero-shot types: a metric against total model bits (Figure 5)."""
+"""One-shot methods beside zero-shot types: a metric against total model bits (Figure 5)."""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
 
-from analysis.cells import baselines, measured, numbers, points
+from analysis.cells import numbers, points
 from analysis.figures import style
-from analysis.figures.drawing import X_LABEL, Drawing, canvas, cap_line, legend, loss_cap
+from analysis.figures.chart import Chart
+from analysis.figures.results import NoFigureError, NotAskedError, Results, SamplesByCell
+from analysis.figures.showing import shown
 from analysis.metrics import Metric
 from analysis.replicates import pool, replicate_groups
 from kbit.specs.base import BASELINE_BITS
@@ -18,59 +19,86 @@ from kbit.specs.base import BASELINE_BITS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
-
 MOST_FORMATS: Final = 8
 """Curves that can be told apart."""
-_COLUMNS: Final = 3
+_PAPER_BITS: Final = (3, 4)
 
 
-@style.styled
-def one_shot_scaling(df: pd.DataFrame, metric: Metric, *, sweep: str | None = None) -> Figure | None:
+def one_shot_scaling(
+    df: pd.DataFrame, metric: Metric, *, sweep: str | None = None, samples: SamplesByCell | None = None
+) -> Figure | None:
     """Draw each quantization of a study in which some calibrate, over model sizes, one panel per family (Figure 5).
 
     A curve per quantization, whatever its method, data type, bits and blocks; replicates are one point with their
     spread. None, with the reason logged, where nothing calibrates, or there are more than eight of them.
     """
-    rows = measured(df)
+    return shown(one_shot_chart, Results(df=df, metrics=[metric], sweep=sweep, samples=samples))
+
+
+def one_shot_chart(results: Results, *, gptq: bool = False) -> Chart:
+    """Return the chart of all quantizations of a study in which some calibrate.
+
+    Args:
+        results: what it is drawn from.
+        gptq: as Figure 5: only families in which GPTQ was measured, its cells of 3 and 4 bits (or the bits given) and
+            the plain block-wise float cells of as many bits with blocks of 64 (or the block size given).
+
+    Raises:
+        NoFigureError: nothing calibrates, or there are more than eight curves.
+    """
+    rows = results.rows
     quantized = rows[numbers(rows, "bits") < BASELINE_BITS]
-    if not quantized["calibration"].notna().any():
-        log.info("no figure of one-shot methods: none of the cells calibrates")
-        return None
-    cells = points(quantized, metric)
+    calibrates = quantized["calibration"].notna()
+    if gptq:
+        quantized = _figure_5(results, quantized)
+    elif not calibrates.any():
+        raise NotAskedError("no figure of one-shot methods: none of the cells calibrates")
+    cells = points(quantized, results.metric)
     cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
     # A label says first how, then on which data.
     labels = quantized.set_index("key")["label"].astype("string").str.split(", ").str[0]
     cells["format"] = cells["key"].map(labels)
     formats = _ordered(cells)
     if not 0 < len(formats) <= MOST_FORMATS:
-        log.warning("no figure of one-shot methods: %d quantizations have %s", len(formats), metric.column)
-        return None
-    base = points(baselines(rows), metric).assign(format=f"{BASELINE_BITS}-bit", replicates=1)
+        raise NoFigureError(
+            f"no figure of one-shot methods: {len(formats)} quantizations have {results.metric.column}; "
+            f"at most {MOST_FORMATS} curves can be told apart"
+        )
+    baseline = f"{BASELINE_BITS}-bit"
+    base = results.base[results.base["family"].isin(cells["family"])].assign(format=baseline, replicates=1)
     curves = pd.concat([c for c in (base, cells) if len(c)], ignore_index=True).dropna(subset=["total_bits"])
-    looks = {f"{BASELINE_BITS}-bit": style.BITS_STYLE[BASELINE_BITS]}
-    looks |= dict(zip(formats, style.ordinal_styles(len(formats)), strict=True))
-    drawing = Drawing(metric=metric, cap=loss_cap(curves, metric), samples={})
-    families = list(dict.fromkeys(curves["family"]))
-    columns = min(len(families), _COLUMNS)
-    lines = -(-len(families) // columns)
-    fig, axes = canvas(lines, columns, (7.2, 3.8) if len(families) == 1 else (3.0 * columns + 1.7, 2.7 * lines + 0.2))
-    for i, ax in enumerate(axes.flat):
-        if i >= len(families):
-            ax.remove()
-            continue
-        own = curves[curves["family"] == families[i]]
-        for name, look in looks.items():
-            if (own["format"] == name).any():
-                drawing.line(ax, own[own["format"] == name], look, name)
-        style.bits_axis(ax, own["total_bits"].tolist())
-        ax.set_title(style.family_name(families[i]))
-        ax.set_xlabel(X_LABEL if i + columns >= len(families) else "")
-        ax.set_ylabel(metric.label if i % columns == 0 else "")
-    cap_line(axes, drawing)
-    legend(fig, axes, list(looks), "Quantization")
-    style.finish(fig, f"{metric.name} against total model bits, one-shot and zero-shot", drawing.notes(curves, sweep))
-    return fig
+    return Chart(
+        results=results,
+        cells=curves.assign(panel=curves["family"].map(style.family_name), curve=curves["format"]),
+        looks={
+            baseline: style.bits_style(BASELINE_BITS),
+            **dict(zip(formats, style.ordinal_styles(len(formats)), strict=True)),
+        },
+        title=f"{results.metric.name} against total model bits, one-shot and zero-shot",
+        legend="Quantization",
+    )
+
+
+def _figure_5(results: Results, quantized: pd.DataFrame) -> pd.DataFrame:
+    """Return GPTQ's cells and the plain float ones beside them.
+
+    Raises:
+        NoFigureError: a side is missing.
+    """
+    bits = numbers(quantized, "bits")
+    wanted = bits.isin(_PAPER_BITS if results.bits is None else (results.bits,))
+    gptq = quantized[wanted & (quantized["method"] == "gptq")]
+    cells = results.plain()
+    blocksize, dtype = results.blocksize or 64, results.dtype or "float"
+    plain = cells[(cells["blocksize"] == blocksize) & (cells["dtype"] == dtype)]
+    beside = quantized[wanted & quantized["key"].isin(plain["key"]) & quantized["family"].isin(gptq["family"])]
+    if gptq.empty or beside.empty:
+        missing = "GPTQ" if gptq.empty else f"{dtype} at block size {blocksize}"
+        raise NoFigureError(f"no figure of GPTQ beside {dtype}: no cell of {missing} at 3 or 4 bits")
+    rank = beside["exponent_bits"].ne(beside["bits"].map({3: 2}).fillna(3))
+    first = beside.assign(_rank=rank).sort_values("_rank", kind="stable")
+    beside = first.drop_duplicates(["family", "model", "bits"]).drop(columns="_rank")
+    return pd.concat([gptq, beside])
 
 
 def _ordered(cells: pd.DataFrame) -> list[str]:

@@ -1,61 +1,80 @@
-"""Bit-level scaling: a metric against total model bits, a curve per precision (Figures 2 and 13)."""
+"""Bit-level scaling: a metric against total model bits, a curve per precision (Figures 1, 2, 7 and 13)."""
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from analysis.cells import one_exponent
 from analysis.figures import style
-from analysis.figures.drawing import X_LABEL, Drawing, canvas, cap_line, legend, loss_cap
+from analysis.figures.chart import Chart
+from analysis.figures.results import NoFigureError, Results, SamplesByCell, block_text, held
+from analysis.figures.showing import shown
 from analysis.metrics import Metric
-from analysis.scaling.interpolation import scaling_points
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
 
-_COLUMNS: Final = 3
-
-
-@style.styled
 def bit_scaling(
-    df: pd.DataFrame, metric: Metric, *, dtype: str | None = None, sweep: str | None = None
+    df: pd.DataFrame,
+    metric: Metric,
+    *,
+    dtype: str | None = None,
+    blocksize: int | None = None,
+    sweep: str | None = None,
+    samples: SamplesByCell | None = None,
 ) -> Figure | None:
-    """Draw a metric against total model bits by precision at block size 64, one panel per family (Figures 2 and 13).
+    """Draw a metric against total model bits by precision, one panel per family (Figures 2 and 13).
 
-    None, with the reason logged, where there are no quantized cells. ``dtype`` None takes the one most cells have.
+    None, with the reason logged, where there are no quantized cells. ``dtype`` and ``blocksize`` (0: the whole tensor)
+    None take those that most cells have.
     """
-    curves, dtype = scaling_points(df, metric, dtype=dtype)
-    if dtype is None or (curves["bits"] == BASELINE_BITS).all():
-        log.warning(
-            "no figure of scaling: no plain %s cell at block size 64 has %s", dtype or "block-wise", metric.column
-        )
-        return None
-    families = list(dict.fromkeys(curves["family"]))
-    drawing = Drawing(metric=metric, cap=loss_cap(curves, metric), samples={})
-    columns = min(len(families), _COLUMNS)
-    rows = -(-len(families) // columns)
-    size = (6.4, 3.8) if len(families) == 1 else (3.0 * columns + 0.9, 2.7 * rows + 0.2)
-    fig, axes = canvas(rows, columns, size)
-    for i, ax in enumerate(axes.flat):
-        if i >= len(families):
-            ax.remove()
-            continue
-        own = curves[curves["family"] == families[i]]
-        for bits, look in style.BITS_STYLE.items():
-            if (own["bits"] == bits).any():
-                drawing.line(ax, own[own["bits"] == bits], look, f"{bits}-bit")
-        style.bits_axis(ax, own["total_bits"].tolist())
-        ax.set_title(style.family_name(families[i]))
-        # The last panel of each column, whichever row it is in.
-        ax.set_xlabel(X_LABEL if i + columns >= len(families) else "")
-        ax.set_ylabel(metric.label if i % columns == 0 else "")
-    cap_line(axes, drawing)
-    legend(fig, axes, [f"{b}-bit" for b in sorted(style.BITS_STYLE, reverse=True)], "Precision")
-    title = f"{metric.name} against total model bits, by precision ({dtype}, block size 64)"
-    style.finish(fig, title, drawing.notes(curves, sweep))
-    return fig
+    results = Results(df=df, metrics=[metric], sweep=sweep, samples=samples, dtype=dtype, blocksize=blocksize)
+    return shown(bit_scaling_chart, results)
+
+
+def bit_scaling_chart(results: Results, *, one_family: bool = False) -> Chart:
+    """Return the chart of a data type's precisions at one block size, and the 16-bit baseline.
+
+    Args:
+        results: what it is drawn from.
+        one_family: only OPT (Figure 1), or without it the family with the most models.
+
+    Raises:
+        NoFigureError: no quantized cell of a known size.
+    """
+    cells = results.plain()
+    for name in ("dtype", "blocksize"):
+        wanted = getattr(results, name)
+        cells = cells if wanted is None else cells[cells[name] == wanted]
+    if len(cells) and cells["total_bits"].isna().all():
+        raise NoFigureError("no figure of scaling: the number of bits of no quantized cell is known")
+    cells = held(cells.dropna(subset=["total_bits"]), ["dtype", "blocksize"], over="bits", at_least=1)
+    if cells.empty:
+        block = "" if results.blocksize is None else f" at {block_text(results.blocksize)}"
+        kind = results.dtype or "block-wise"
+        raise NoFigureError(f"no figure of scaling: no plain {kind} cell{block} has {results.metric.column}")
+    dtype, blocksize = str(cells["dtype"].iloc[0]), int(cells["blocksize"].iloc[0])
+    cells = one_exponent(cells, ["family", "dtype", "bits"])
+    both = [c for c in (results.base.dropna(subset=["total_bits"]), cells) if len(c)]
+    curves = pd.concat(both, ignore_index=True)
+    if one_family:
+        curves = curves[curves["family"] == _first_family(curves)]
+    named = {bits: f"{bits}-bit" for bits in curves["bits"].unique()}
+    order = [BASELINE_BITS, *sorted((b for b in named if b != BASELINE_BITS), reverse=True)]
+    return Chart(
+        results=results,
+        cells=curves.assign(panel=curves["family"].map(style.family_name), curve=curves["bits"].map(named)),
+        looks={named[b]: style.bits_style(b) for b in order if b in named},
+        title=f"{results.metric.name} against total model bits, by precision ({dtype}, {block_text(blocksize)})",
+        legend="Precision",
+    )
+
+
+def _first_family(curves: pd.DataFrame) -> str:
+    """OPT, which the paper's Figure 1 shows; without it the family with the most models."""
+    models = curves.drop_duplicates(["family", "model"])["family"].value_counts(sort=False)
+    return "opt" if "opt" in models.index else str(models.idxmax())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -33,28 +33,57 @@ RC: Final[Any] = {
     "svg.hashsalt": "kbit",  # the same data give the same SVG
 }
 INK: Final = "#444444"
+PAGE_WIDTH: Final = {1: 3.25, 2: 6.75}
+"""Inches of one and of two columns of a page of the paper's kind."""
+PAGE_RC: Final[Any] = {
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "legend.title_fontsize": 6.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.6,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # text that can be searched and edited
+    "grid.linewidth": 0.5,
+}
+"""What differs in print."""
+
+
+class Look(NamedTuple):
+    """How a curve is drawn: colour and marker, and the line's style."""
+
+    colour: str
+    marker: str
+    line: Any = "-"
+
+
+DASHED: Final = (0, (3.5, 1.6))
+DOTTED: Final = (0, (1, 1.5))
+REFERENCE: Final = Look("#8c8c8c", "x", DASHED)
+"""Of a curve that is drawn for comparison."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Okabe and Ito's palette, made to be told apart with any colour vision; markers differ too, for print in grey.
 BITS_STYLE: Final = {
-    2: ("#8a7d00", "P"),
-    3: ("#d55e00", "v"),
-    4: ("#0072b2", "o"),
-    5: ("#009e73", "s"),
-    6: ("#e69f00", "^"),
-    7: ("#cc79a7", "D"),
-    8: ("#56b4e9", "p"),
-    16: ("#000000", "X"),
+    2: Look("#8a7d00", "P"),
+    3: Look("#d55e00", "v"),
+    4: Look("#0072b2", "o"),
+    5: Look("#009e73", "s"),
+    6: Look("#e69f00", "^"),
+    7: Look("#cc79a7", "D"),
+    8: Look("#56b4e9", "p"),
+    16: Look("#000000", "X"),
 }
 DTYPE_STYLE: Final = {
-    "int": ("#d55e00", "s"),
-    "float": ("#0072b2", "o"),
-    "dynamic": ("#cc79a7", "D"),
-    "quantile": ("#009e73", "^"),
-    "normal": ("#e69f00", "v"),
-    "lloyd": ("#56b4e9", "p"),
+    "int": Look("#d55e00", "s"),
+    "float": Look("#0072b2", "o"),
+    "dynamic": Look("#cc79a7", "D"),
+    "quantile": Look("#009e73", "^"),
+    "normal": Look("#e69f00", "v"),
+    "lloyd": Look("#56b4e9", "p"),
 }
 _MARKERS: Final = "os^Dvp<>hP"
 _FAMILIES: Final = {
@@ -66,6 +95,11 @@ _FAMILIES: Final = {
     "pythia": "Pythia",
     "pythia-deduped": "Pythia (deduped)",
 }
+
+
+def rc(columns: int | None) -> Any:  # noqa: ANN401 - matplotlib types each of its keys
+    """Return matplotlib's settings for a figure of so many columns (None: for the screen)."""
+    return RC if columns is None else {**RC, **PAGE_RC}
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -82,20 +116,26 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def family_name(family: str) -> str:
-    return _FAMILIES.get(family, family)
+    """'OPT' of 'opt', and of a part of a family, or of a checkpoint, likewise."""
+    parts = family.split(": ")
+    return ": ".join(_FAMILIES.get(part, part) for part in parts)
 
 
-def dtype_style(dtype: str) -> tuple[str, str]:
-    return DTYPE_STYLE.get(dtype, (INK, "P"))
+def bits_style(bits: int) -> Look:
+    return BITS_STYLE.get(bits, Look(INK, "P"))
 
 
-def ordinal_styles(n: int) -> list[tuple[str, str]]:
+def dtype_style(dtype: str) -> Look:
+    return DTYPE_STYLE.get(dtype, Look(INK, "P"))
+
+
+def ordinal_styles(n: int) -> list[Look]:
     """Colours from dark to light along viridis (safe for colour vision, readable in grey) with markers [n]."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     # The light end is left out: yellow lines vanish on white.
-    return [(to_hex(colormaps["viridis"](0.82 * i / max(1, n - 1))), _MARKERS[i % len(_MARKERS)]) for i in range(n)]
+    return [Look(to_hex(colormaps["viridis"](0.82 * i / max(1, n - 1))), _MARKERS[i % len(_MARKERS)]) for i in range(n)]
 
 
 def bits_axis(ax: Axes, values: Sequence[float]) -> None:
@@ -123,14 +163,16 @@ def bits_axis(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between low and high: the finest of the series below with at most ``most``."""
+    """Round numbers between low and high: the finest of the series below with at most ``most``, but two at least."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks: list[float] = []
+    fewest: list[float] = []
     for steps, every in (((1, 1.5, 2, 3, 5, 7), 1), ((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 3)):
         ticks = [s * 10.0**d for d in decades if d % every == 0 for s in steps if low <= s * 10.0**d <= high]
         if len(ticks) <= most:
             break
-    return ticks
+        fewest = ticks
+    return ticks if len(ticks) > 1 else fewest
 
 
 def _si(x: float) -> str:

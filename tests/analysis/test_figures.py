@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analysis.figures import Results, bit_scaling, block_sizes, data_types, registry, style, write_figures
+from analysis.figures import Entry, Results, bit_scaling, block_sizes, data_types, registry, style, write_figures
 from analysis.figures.drawing import LOSS_CAP
 from analysis.findings import findings
 from analysis.metrics import parse_metric
@@ -24,6 +25,7 @@ from tests.analysis.studies import MODELS, Study, diverge, make_study
 
 LOSS = parse_metric("jargon_loss")
 NAMES = ["bit_scaling.png", "data_types_4bit.png", "block_sizes_4bit.png"]
+MORE = ["data_types_by_bits.png", "block_sizes_by_bits.png", "outlier_dimensions.png", "perplexity_and_accuracy.png"]
 
 
 def curves(ax: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -45,12 +47,12 @@ def legend_labels(fig: Figure) -> list[str]:
     return [t.get_text() for t in fig.legends[0].get_texts()]
 
 
-def test_the_demo_gives_three_pngs_with_svgs_the_same_each_time(study: Study, tmp_path: Path) -> None:
+def test_the_demo_gives_its_pngs_with_svgs_the_same_each_time(study: Study, tmp_path: Path) -> None:
     settings = dict(mpl.rcParams)
     first, second = (
         write_figures(study.wide, tmp_path / name, sweep="demo", samples=study.samples) for name in ("a", "b")
     )
-    assert [p.name for p in first] == NAMES
+    assert [p.name for p in first] == [*NAMES, *MORE]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in a.with_suffix(".svg").read_bytes()[:2000]
@@ -194,7 +196,8 @@ def test_five_families_have_a_panel_each() -> None:
 def test_the_zero_shot_mean_has_its_own_figure_beside_a_loss(study: Study, tmp_path: Path) -> None:
     wide = study.wide.assign(zero_shot_mean=0.9 - study.wide["jargon_loss"] / 10)
     scaling_only = wide[(wide["bits"] != 4) & (wide["dtype"].isna() | (wide["dtype"] == "float"))]
-    assert [p.name for p in write_figures(scaling_only, tmp_path)] == [NAMES[0], "bit_scaling_zero_shot.png"]
+    names = [p.name for p in write_figures(scaling_only, tmp_path)]
+    assert names == [NAMES[0], "bit_scaling_zero_shot.png", *MORE[2:]]
 
 
 def test_a_new_figure_is_a_function_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +207,9 @@ def test_a_new_figure_is_a_function_and_an_entry(tmp_path: Path, monkeypatch: py
         fig.add_subplot().bar(results.df["label"], results.df[results.metrics[0].column])
         return fig
 
-    nothing = {name: lambda _: None for name in registry.FIGURES}
-    monkeypatch.setattr(registry, "FIGURES", {**nothing, "losses": losses})
+    entry = Entry(title="Losses", chart=losses, own=True)
+    nothing = {name: replace(e, chart=lambda _: None) for name, e in registry.FIGURES.items()}
+    monkeypatch.setattr(registry, "FIGURES", {**nothing, "losses": entry})
     small = make_study({"neox-xs": MODELS["neox-xs"]}, [QuantSpec(bits=16), QuantSpec(bits=4, dtype="int")]).wide
     assert [p.name for p in write_figures(small, tmp_path)] == ["losses.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["losses.png", "losses.svg"]
@@ -270,7 +274,9 @@ def test_any_measured_study_is_drawn_and_described(study: Study, tmp_path: Path,
     else:
         wide = study.wide.assign(total_bits=np.nan, total_bits_nominal=np.nan)
     figures = [p.name for p in write_figures(wide, tmp_path, samples=samples)]
-    assert figures == (NAMES if shape != "no sizes" else NAMES[1:])
+    scattered = MORE if shape not in ("all", "quantized") else MORE[:3]  # which takes three losses, one quantized
+    by_bits = scattered if shape not in ("all", "baselines") else scattered[2:]  # which takes a change from 16 bits
+    assert figures == [*(NAMES if shape != "no sizes" else NAMES[1:]), *by_bits]
     said = "\n".join(findings(wide, samples))
     assert "nan" not in said
     assert "inf" not in said

@@ -1,0 +1,63 @@
+"""What the registry of figures holds: an entry names a figure, says what it needs, and draws it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from analysis.figures.results import NoFigureError, NotAskedError, Results
+from analysis.figures.showing import Drawable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A figure.
+
+    Attributes:
+        title: what it shows, one phrase.
+        chart: from the results to what can be drawn, or straight to a matplotlib figure; None, or ``NoFigureError``,
+            where the data don't allow it.
+        paper: the paper's number of it; None for a figure that the paper does not have.
+        needs: the measurements that it is drawn from, one phrase.
+        metrics: what it can be of: 'loss' (and perplexity), 'accuracy', 'any', or 'latency', which it finds itself.
+        sweep: the study of conf/sweep that measures what it needs, with overrides; '' for none.
+        own: a study draws it at its end where the data allow it. Those under the paper's numbers are drawn when asked.
+    """
+
+    title: str
+    chart: Callable[[Results], Drawable | Figure | None]
+    paper: int | None = None
+    needs: str = ""
+    metrics: str = "any"
+    sweep: str = ""
+    own: bool = False
+
+    def __call__(self, results: Results) -> Figure | None:
+        """Draw it; None, with the reason logged, where the data don't allow it."""
+        return self.draw(results)
+
+    def draw(self, results: Results) -> Figure | None:
+        """Draw it; None, with the reason logged, where the data don't allow it."""
+        from matplotlib.figure import Figure as Drawn
+
+        try:
+            found = self.chart(results)
+            return found.draw() if found is not None and not isinstance(found, Drawn) else found
+        except NoFigureError as reason:
+            # Most studies ask few of the questions that there are figures of.
+            log.log(logging.INFO if isinstance(reason, NotAskedError) else logging.WARNING, "%s", reason)
+            return None
+
+    def reason(self, results: Results) -> str:
+        """Return why it can't be drawn; '' where it can. No chart is drawn to find out."""
+        try:
+            return "" if self.chart(results) is not None else "the data don't allow it"
+        except NoFigureError as reason:
+            return str(reason)
