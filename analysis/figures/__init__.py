@@ -11,6 +11,7 @@ one_shot     one-shot methods beside zero-shot types
 questions    outlier dimensions, exponent bits, options on against off
 over_bits    costs against bits per parameter, of every format
 correlation  perplexity against accuracy
+outliers     correlations of weights and activations; outlier features (python -m analysis outliers)
 latency      decoding speed by bits
 chart        curves in panels, with changes from a baseline below
 drawing      what a panel is made of: curves, bars, compressed axes, notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOSS_CAP: Final = float(np.log(CUT))
 """Where an axis of losses (nats per token) is cut unless told otherwise: perplexity 100, as in the paper (Appendix
@@ -234,6 +236,21 @@ def compress(panels: list[Axes], at: float, top: float, share: float = 0.16) -> 
         ax.set_ylim(low - 0.05 * (at - low), back(at + (forward(top) - at) * 1.15))
         ax.yaxis.set_major_locator(FixedLocator([*ticks, at, float(f"{top:.3g}")]))
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:.3g}")
+
+
+def canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure (inches) and its panels [rows, columns], sharing the vertical axis along a row."""
+    from matplotlib.figure import Figure as NewFigure
+
+    fig = NewFigure(figsize=size, layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False, sharey="row")
+
+
+def legend(fig: Figure, axes: Any, order: Sequence[str], title: str) -> None:
+    """One legend right of the panels, where it covers nothing."""
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = [name for name in order if name in handles]
+    fig.legend([handles[n] for n in labels], labels, title=title, loc="outside right center", alignment="left")
 
 
 def curve(ax: Axes, at: tuple[Any, Any], special: NDArray[np.bool_], look: Look, label: str) -> None:

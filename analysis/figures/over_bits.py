@@ -145,9 +145,9 @@ def _several(cells: pd.DataFrame, axis: str) -> pd.DataFrame:
 
 def _checked(chart: OverBits) -> OverBits:
     known = chart.cells["baseline"].notna() & chart.cells["bits_per_param"].notna()
-    if not known.any():
+    if not np.isfinite(chart.cells["change"][known]).any():
         title = chart.title.split(":")[0].lower()
-        raise NotAskedError(f"no figure of {title}: no model has a 16-bit cell with {chart.results.metric.column}")
+        raise NotAskedError(f"no figure of {title}: no {chart.results.metric.column} can be compared with 16 bits")
     return OverBits(**{**vars(chart), "cells": chart.cells[known]})
 
 
@@ -246,6 +246,7 @@ def _vertical(sheet: Sheet, finite: pd.Series[float], drawing: Drawing) -> list[
         return []
     for ax in sheet.values:
         ax.set_yscale("symlog", linthresh=linear, linscale=0.5)
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")  # a power of ten would take a font of mathematics
         lowest, highest = min(0.0, float(finite.min())), ax.dataLim.y1
         ax.set_ylim(1.5 * lowest - 0.3 * linear, highest * 1.4)
     return [f"The vertical axis is linear up to {linear:g} and logarithmic beyond."]

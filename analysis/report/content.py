@@ -101,8 +101,9 @@ def build_report(
         cells=report_cells(df),
         sections=sections,
         styles={
-            "bits": {str(bits): look for bits, look in BITS_STYLE.items()},
-            "dtype": {**DTYPE_STYLE, NONE: BITS_STYLE[16]},  # the 16-bit model has none
+            "bits": {str(bits): (look.colour, look.marker) for bits, look in BITS_STYLE.items()},
+            # The 16-bit model has no data type.
+            "dtype": {d: (k.colour, k.marker) for d, k in {**DTYPE_STYLE, NONE: BITS_STYLE[16]}.items()},
         },
         warnings=[*notes, *mixture_warnings(long_df), *direction_warnings(df), *parts.problems],
         df=df,

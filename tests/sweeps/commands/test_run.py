@@ -117,7 +117,8 @@ def test_the_demo_ends_in_a_table_figures_and_places(demo: tuple[Path, subproces
     assert others_text(others) in by_label
     assert all(label in process.stdout and label in by_label for label in others["label"])
     figures = {p.name: p.read_bytes() for p in out.glob("figures/demo/*.png")}
-    assert set(figures) >= {"bit_scaling.png", "data_types_4bit.png", "block_sizes_4bit.png"}
+    drawn = ("bit_scaling", "data_types_4bit", "block_sizes_4bit", "perplexity_and_accuracy")
+    assert set(figures) == {f"{name}.png" for name in drawn}
     assert all(data.startswith(b"\x89PNG") for data in figures.values())
     table = pd.read_csv(out / "tables" / "demo.csv")
     assert len(table) == 13
