@@ -41,6 +41,9 @@ def save(fig: Figure, stem: Path, *, formats: Sequence[str] = ("png", "svg"), co
     with rc_context(style.rc(columns)):
         fig.draw_without_rendering()
         fig.set_layout_engine("none")  # laid out already, and laying out costs most of saving
+        for ax in fig.axes:
+            # The solver of the layout goes over sets, and its last digit with them.
+            ax.set_position([round(edge, 5) for edge in ax.get_position().bounds])
         for suffix in formats:
             _WRITERS[suffix](fig, stem.with_name(f"{stem.name}.{suffix}"), title, notes)
     return stem.with_name(f"{stem.name}.{formats[0]}")

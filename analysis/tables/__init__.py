@@ -6,6 +6,7 @@ plotting a pivot as lines
 by_bits  a metric by model, bits and data type
 others   the cells without a place there, a line each
 files    results as CSV, parquet, Markdown, LaTeX or HTML
+paper    the paper's Tables 1 and 2 by their numbers
 text     values with their errors; Markdown; the terminal
 """
 

@@ -55,7 +55,7 @@ def plot(table: pd.DataFrame, *, metric: str | None = None, x: str | None = None
     with rc_context(RC):
         ax = ax if ax is not None else plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1]
         for (name, line), style in zip(lines.items(), ordinal_styles(len(lines)), strict=True):
-            colour, marker = dtype_style(name.split(" ")[0]) if by_dtype else style
+            colour, marker, _ = dtype_style(name.split(" ")[0]) if by_dtype else style
             shown, lost = line[np.isfinite(line["value"])], int(np.isinf(line["value"]).sum())
             ax.errorbar(
                 [places[p] for p in shown["x"]],
