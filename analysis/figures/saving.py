@@ -43,7 +43,8 @@ def save(fig: Figure, stem: Path, *, formats: Sequence[str] = ("png", "svg"), co
         fig.set_layout_engine("none")  # laid out already, and laying out costs most of saving
         for ax in fig.axes:
             # The solver of the layout goes over sets, and its last digit with them.
-            ax.set_position([round(edge, 5) for edge in ax.get_position().bounds])
+            left, bottom, width, height = (round(edge, 5) for edge in ax.get_position().bounds)
+            ax.set_position((left, bottom, width, height))
         for suffix in formats:
             _WRITERS[suffix](fig, stem.with_name(f"{stem.name}.{suffix}"), title, notes)
     return stem.with_name(f"{stem.name}.{formats[0]}")
