@@ -120,11 +120,11 @@ def _axes(chart: Chart, drawing: Drawing, sheet: Sheet, worst: float) -> None:
     if drawing.capped and drawing.cap is not None:
         if drawing.beyond:
             compress(sheet.values, drawing.cap, drawing.infinity)
-            if sheet.changes and drawing.edge > worst:
+            if sheet.changes and drawing.edge > 1.2 * max(worst, 0.1):
                 compress(sheet.changes, worst * 1.1 if worst > 0 else 0.1, drawing.edge)
         for ax in sheet.values:
             _dashed(ax, drawing.cap)
-        if drawing.beyond and sheet.changes:
+        if drawing.beyond and sheet.changes and drawing.edge > 1.2 * max(worst, 0.1):
             for ax in sheet.changes:
                 _dashed(ax, worst * 1.1 if worst > 0 else 0.1)
     sheet.fig.align_ylabels([ax for i, ax in enumerate(sheet.values) if sheet.is_left(i)])

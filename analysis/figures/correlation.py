@@ -140,6 +140,8 @@ def scatter(results: Results) -> Scatter:
 
 
 def _draw(chart: Scatter) -> Figure:
+    from textwrap import fill
+
     families = list(dict.fromkeys(chart.cells["family"]))
     sheet = Sheet(len(families), parts=1, columns=chart.results.columns)
     cut = chart.results.cut
@@ -162,7 +164,7 @@ def _draw(chart: Scatter) -> Figure:
             ax.plot(at[beyond & np.isfinite(at)], line["accuracy"][beyond & np.isfinite(at)], **{**plot, **edge})
         ax.set_title(f"{style.family_name(str(family))}: r = {_r(own, cut)}")
         ax.set_xlabel(chart.loss.label if sheet.is_last(i) else "")
-        ax.set_ylabel(chart.accuracy if sheet.is_left(i) else "", wrap=True)
+        ax.set_ylabel(fill(chart.accuracy, 24) if sheet.is_left(i) else "")
         level = chance_level(chart.metric) if chart.metric else None
         if level is not None:
             ax.axhline(level, color=style.INK, linewidth=0.9, linestyle=style.DOTTED, zorder=1)

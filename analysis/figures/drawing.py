@@ -107,7 +107,10 @@ class Drawing:
         _, special = self.heights(line)
         x, change = line["x"].to_numpy(dtype=float), line["change"].to_numpy(dtype=float)
         curve(ax, (x, np.where(special, np.nan, change)), special, look, "")
-        off = np.where(np.isfinite(change), change, self.edge)
+        # Of two diverged cells one may be much better than the other: that is no effect to be seen here.
+        better = special & np.isfinite(change) & (self.metric.sign * change < 0)
+        off = np.where(np.isfinite(change) & ~better, change, self.edge)
+        off[better] = np.nan
         open_markers(ax, x[special], off[special] if self.beyond else np.full(special.sum(), self.edge), look)
         count = _replicates(line)
         spread = line["stderr"].to_numpy(dtype=float)
@@ -193,7 +196,8 @@ def loss_cap(cells: pd.DataFrame, metric: Metric, cut: float | None = CUT) -> fl
 def change_edge(cells: pd.DataFrame, drawing: Drawing) -> tuple[float, float]:
     """Return the worst change of cells that neither diverged nor are cut, and a value a little beyond all changes.
 
-    The second is where diverged cells without a finite change stand.
+    The second is where diverged cells without a finite change stand. It is no more than 1.15 times the
+    first unless some diverged or cut cell has a finite change beyond it.
     """
     special = drawing.heights(cells)[1]
     sign = drawing.metric.sign

@@ -104,7 +104,7 @@ def _draw(chart: Speeds) -> Figure:
         ax.axhline(1, color=style.INK, linewidth=0.9, zorder=1)
         ax.set_title(name)
         ax.set_xlabel("Bits per parameter" if sheet.is_last(i) else "")
-        ax.set_ylabel("Times as fast as 16-bit" if sheet.is_left(i) else "")
+        ax.set_ylabel("Times as fast\nas 16-bit" if sheet.is_left(i) else "")
     sheet.legend([*looks, "limit"], "Model")
     notes = chart.notes + (f" Study: {chart.results.sweep}." if chart.results.sweep else "")
     return sheet.finish("Decoding by bits: tokens a second beside the 16-bit model", notes)

@@ -166,7 +166,7 @@ def _draw(chart: OverBits) -> Figure:
         ax.set_title(style.family_name(str(family)))
         ax.axhline(0, color=style.INK, linewidth=0.9, zorder=1)
         ax.set_xlabel(X_LABEL if sheet.is_last(i) else "")
-        unit = f" ({metric.unit})" if metric.unit else ""
+        unit = f"\n({metric.unit})" if metric.unit else ""
         ax.set_ylabel(f"Change from 16-bit{unit}" if sheet.is_left(i) else "")
     notes = [chart.notes, _said_of_models(models), *_vertical(sheet, finite, drawing)]
     sheet.legend([*chart.looks, _FRONT], chart.legend)
