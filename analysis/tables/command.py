@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from rich.console import Console
 
 from analysis.inputs import Inputs
 from analysis.mixtures import mixture_warnings
@@ -33,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
     """Show the table, or write it."""
+    from rich.console import Console
+
     where = _where(arguments.where)
     long = select(inputs.long, where) if where else inputs.long
     columns = _names(arguments.columns) if arguments.columns is not None else None
