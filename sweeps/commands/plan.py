@@ -13,16 +13,16 @@ from sweeps.commands.request import accepted
 from sweeps.commands.selection import chosen_part, say_what_stays
 from sweeps.errors import UnaskedError
 from sweeps.executors.base import Executor, Order
-from sweeps.launches.claimer import plan_study
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.options import Options
-from sweeps.plan.accuracy import COLUMNS, accuracy_of
+from sweeps.plan.accuracy import accuracy_of
 from sweeps.plan.budget import budget_text, fit
+from sweeps.plan.cost import CostModel
 from sweeps.plan.exponents import exponent_rows
 from sweeps.plan.notices import notices
 from sweeps.plan.order import ORDERS
-from sweeps.plan.packs import ROW_BYTES, Packing, Plan
+from sweeps.plan.packs import ROW_BYTES, Plan
 from sweeps.plan.ways import ABOUT, DeviceMemory, Planned, check_ways, planned_ways, ways_rows
 from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef
@@ -57,7 +57,6 @@ def plan(options: Options, console: Console) -> int:
         return 0
     memory = executor.memory(order)
     ways, unsized = planned_ways(manifest, memory) if memory is not None else ([], [])
-    gpu = plan_study(store, manifest, options.retry, Packing(workers=1), "cuda", flight)
     planned, where = executor.describe(order, flight)
     cells = manifest.wanted_cells()
     models = {c.model for c in cells}
@@ -76,10 +75,10 @@ def plan(options: Options, console: Console) -> int:
         *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
         ("merged", f"{study.duplicates:,} named more than once"),
         *where,
-        *_accuracy_rows(store),
+        *_accuracy_rows(order),
         ("order", ORDERS[options.order]),
         *_budget_rows(executor, order, planned),
-        ("GPU-hours", f"{gpu.seconds / 3600:,.1f} predicted on an H100-class GPU, in {len(gpu.packs):,} packs"),
+        ("GPU-hours", f"{_gpu_seconds(order, planned) / 3600:,.1f} predicted on an H100-class GPU"),
         ("disk", f"{size(planned.todo * ROW_BYTES)} of results, {size(hub_bytes)} of models from the hub"),
     ]
     table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
@@ -133,9 +132,16 @@ def _budget_rows(executor: Executor[Any], order: Order, planned: Plan) -> list[t
     ]
 
 
-def _accuracy_rows(store: Store) -> list[tuple[str, str]]:
+def _gpu_seconds(order: Order, planned: Plan) -> float:
+    """Predict what is left on one GPU, each model loaded once."""
+    cost = CostModel.from_rows(order.stored, "cuda")
+    loads = sum(cost.load(model) for model in dict.fromkeys(pack.model for pack in planned.packs))
+    return loads + sum(cost.cell_seconds(cell, evals) for pack in planned.packs for cell, evals in pack.items)
+
+
+def _accuracy_rows(order: Order) -> list[tuple[str, str]]:
     """Return how good the predictions of the packs that are stored have been."""
-    found = accuracy_of(store.read(COLUMNS).to_pylist())
+    found = accuracy_of(order.stored)
     return [] if found is None else [("predictions", found.text)]
 
 

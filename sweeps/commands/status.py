@@ -12,10 +12,10 @@ from sweeps.commands.ask import observed_flight
 from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_results
 from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
-from sweeps.launches.claimer import plan_study
+from sweeps.launches.claimer import Seen, stored_rows
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
-from sweeps.plan.packs import Packing
+from sweeps.plan.packs import what_is_left
 from sweeps.results.state_table import StateCounts
 from sweeps.results.superseded import newest_launches, what_superseded
 from sweeps.status import FAILURES, State
@@ -59,14 +59,14 @@ def status(options: Options, console: Console) -> int:
 
 def _say_left(options: Options, flight: InFlight, console: Console) -> None:
     """Say of each study what is to do, as mode=plan has it, and what was superseded, by what."""
-    store = Store(out=options.out)
+    known = Seen(flight=flight, rows=stored_rows(Store(out=options.out))).known
     manifests = load_manifests(options.out, options.asked_sweep)
     for name, newest in newest_launches(manifests).items():
         try:
             part = chosen_part(options.choice, options.out, newest)
         except UserError:
             continue  # what was chosen is of other studies, or of earlier launches
-        todo = plan_study(store, part, options.retry, Packing(workers=1), "cpu", flight).todo
+        todo = what_is_left(part, known, retry=options.retry)[0]["to do"]
         what = f"{counted(todo, 'measurement')} to do: the same command runs them" if todo else "nothing to do"
         console.print(f"{name}: {what}.", highlight=False, soft_wrap=True)
         for line in what_superseded([m for m in manifests if m.sweep == name]):

@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.options import Options
-    from sweeps.plan.packs import Pack, Plan
+    from sweeps.plan.packs import Pack, Packing, Plan
     from sweeps.plan.ways import DeviceMemory
     from sweeps.store.parts import Store
+    from sweeps.store.schema import Row
     from sweeps.study.manifest import Manifest
 
 S = TypeVar("S", bound=ExecutorSettings)
@@ -52,6 +54,20 @@ class Order:
     manifest: Manifest
     console: Console
     progress: Callable[[str], None] = lambda _: None
+
+    @cached_property
+    def stored(self) -> list[Row]:
+        """Return what the store had of each measurement when it was first asked: a description looks several times."""
+        from sweeps.launches.claimer import stored_rows
+
+        return stored_rows(self.store)
+
+    def plan(self, packing: Packing, flight: InFlight) -> Plan:
+        """Return what is left, for a description."""
+        from sweeps.launches.claimer import Seen, plan_study
+
+        seen = Seen(flight=flight, rows=self.stored)
+        return plan_study(self.manifest, seen, retry=self.options.retry, packing=packing, device=self.device)
 
     def mirror_tables(self) -> None:
         """Give the study's tables, as they were written at its end, to W&B; say where that did not work."""

@@ -63,13 +63,12 @@ class Local(Executor[LocalSettings]):
 
     def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:
         from sweeps.executors.local_run import workers_for
-        from sweeps.launches.claimer import plan_study
         from sweeps.plan.packs import Packing
         from sweeps.text import hours
 
         count = workers_for(order, self.settings).count
         packing = Packing(workers=count, order=order.options.order)
-        plan = plan_study(order.store, order.manifest, order.options.retry, packing, order.device, flight)
+        plan = order.plan(packing, flight)
         wall = f"{hours(plan.seconds / count)} predicted with {count} {order.device} worker(s) here"
         longest = hours(max((p.seconds for p in plan.packs), default=0.0))
         return plan, [("packs", f"{len(plan.packs):,}, longest {longest}"), ("wall time", wall)]

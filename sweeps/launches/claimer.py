@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import InFlight, read_flight
-from sweeps.plan.cost import COLUMNS, CostModel
+from sweeps.plan import accuracy, cost
+from sweeps.plan.cost import CostModel
 from sweeps.plan.packs import Known, Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
 from sweeps.status import State
 from sweeps.store.parts import Store
 from sweeps.store.rows import recorded_state
-from sweeps.store.schema import Scalar
+from sweeps.store.schema import Row, Scalar
 from sweeps.study.manifest import Manifest
 
-_PLAN_COLUMNS = tuple(dict.fromkeys(("measurement", "status", "error_type", "oom_rung", *COLUMNS)))
+_STATE = ("measurement", "status", "error_type", "oom_rung")
+_PLAN_COLUMNS = tuple(dict.fromkeys((*_STATE, *cost.COLUMNS, *accuracy.COLUMNS)))
 
 
 def new_launch() -> str:
@@ -30,27 +34,46 @@ def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
     return {**code_provenance(), "launch": f"{launch} ({manifest})"}
 
 
-def plan_study(
-    store: Store,
-    manifest: Manifest,
-    retry: frozenset[str],
-    packing: Packing,
-    device: str,
-    flight: InFlight | None = None,
-) -> Plan:
-    """Return what is left of a study, given the store and the claims on it."""
-    # Claims first: a launch that ends in between has then already stored what it did.
-    flight = flight or read_flight(store.out)
-    rows = store.read(_PLAN_COLUMNS).to_pylist()
-    states = {r["measurement"]: recorded_state(r) for r in rows}
-    rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
-    known = Known(
-        statuses=states,
-        in_flight=flight.held,
-        ended=flight.ended,
-        rungs={m: max(rungs.get(m, 0), flight.rungs.get(m, 0)) for m in {*rungs, *flight.rungs}},
-    )
-    return make_plan(manifest, known, retry=retry, cost=CostModel.from_rows(rows, device), packing=packing)
+def stored_rows(store: Store) -> list[Row]:
+    """Return of each stored measurement what plans and predictions are made from."""
+    rows: list[Row] = store.read(_PLAN_COLUMNS).to_pylist()
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a plan is made from: the claims on a results directory, and then its rows (``stored_rows``).
+
+    In that order: a launch that ends in between has then already stored what it did.
+    """
+
+    flight: InFlight
+    rows: Sequence[Row]
+
+    @classmethod
+    def of(cls, store: Store) -> Self:
+        """Look at a results directory."""
+        flight = read_flight(store.out)
+        return cls(flight=flight, rows=stored_rows(store))
+
+    @cached_property
+    def known(self) -> Known:
+        """The state of each measurement that is stored, held or ended without a record."""
+        flight, rows = self.flight, self.rows
+        states = {r["measurement"]: recorded_state(r) for r in rows}
+        rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
+        return Known(
+            statuses=states,
+            in_flight=flight.held,
+            ended=flight.ended,
+            rungs={m: max(rungs.get(m, 0), flight.rungs.get(m, 0)) for m in {*rungs, *flight.rungs}},
+        )
+
+
+def plan_study(manifest: Manifest, seen: Seen, *, retry: frozenset[str], packing: Packing, device: str) -> Plan:
+    """Return what is left of a study, in packs."""
+    cost = CostModel.from_rows(seen.rows, device)
+    return make_plan(manifest, seen.known, retry=retry, cost=cost, packing=packing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +97,9 @@ class Claimer:
         claims = Claims(out=self.store.out)
         while True:
             number = claims.last_number() + 1
-            plan = plan_study(self.store, self.manifest, self.retry, self.packing, self.device)
+            plan = plan_study(
+                self.manifest, Seen.of(self.store), retry=self.retry, packing=self.packing, device=self.device
+            )
             if plan.todo == 0:
                 return plan, None
             plan = prepare(plan)

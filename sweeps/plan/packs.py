@@ -205,6 +205,16 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
         cost: predicts a measurement's seconds.
         packing: how measurements are put together.
     """
+    counts, todo = what_is_left(manifest, known, retry=retry)
+    packs = _pack(manifest.sweep, todo, cost, packing)
+    loads = sum(cost.load(p.model) for p in packs)
+    return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
+
+
+def what_is_left(
+    manifest: Manifest, known: Known, *, retry: Collection[str]
+) -> tuple[Counter[str], dict[int, list[Measurement]]]:
+    """Return how many measurements are in which state, and those to do by their step of the out-of-memory ladder."""
     counts: Counter[str] = Counter({"to do": 0})
     todo: dict[int, list[Measurement]] = {}
     for measurement in manifest.wanted():
@@ -217,9 +227,7 @@ def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost:
             todo.setdefault(known.rungs.get(key, 0), []).append(measurement)
         else:
             counts[state] += 1
-    packs = _pack(manifest.sweep, todo, cost, packing)
-    loads = sum(cost.load(p.model) for p in packs)
-    return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
+    return counts, todo
 
 
 def _pack(sweep: str, todo: Mapping[int, Sequence[Measurement]], cost: CostModel, packing: Packing) -> tuple[Pack, ...]:
@@ -286,13 +294,15 @@ def _cut(
 ) -> Iterator[list[Item]]:
     """Yield items in order, in chunks of ``most``, or of about ``target`` seconds; a unit is never cut."""
     chunk: list[Item] = []
+    length = 0.0
     for unit in units:
         added = sum(seconds[i] for i in unit)
-        full = len(chunk) >= most if most else sum(seconds[i] for i in chunk) + added > target
+        full = len(chunk) >= most if most else length + added > target
         if chunk and full:
             yield chunk
-            chunk = []
+            chunk, length = [], 0.0
         chunk += unit
+        length += added
     yield chunk
 
 

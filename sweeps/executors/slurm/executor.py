@@ -115,10 +115,9 @@ class Slurm(Executor[SlurmSettings]):
     def describe(self, order: Order, flight: InFlight) -> tuple[Plan, list[tuple[str, str]]]:
         """Say what would be submitted, without asking the cluster."""
         from sweeps.executors.slurm.context import launch_context
-        from sweeps.launches.claimer import plan_study
 
         context = launch_context(order, self.settings)
-        plan = plan_study(order.store, order.manifest, order.options.retry, context.packing, order.device, flight)
+        plan = order.plan(context.packing, flight)
         shapes = Counter(context.shape(p.model, p.rung) for p in plan.packs)
         rows = [("jobs", f"{len(plan.packs):,} of {self.settings.minutes} min, each with cells of one model")]
         rows += [
@@ -131,10 +130,9 @@ class Slurm(Executor[SlurmSettings]):
         """Return what sbatch would be given for the first job array of each shape, without asking the cluster."""
         from sweeps.executors.slurm.context import launch_context
         from sweeps.executors.slurm.sbatch import planned_scripts
-        from sweeps.launches.claimer import plan_study
 
         context = launch_context(order, self.settings)
-        plan = plan_study(order.store, order.manifest, order.options.retry, context.packing, order.device, flight)
+        plan = order.plan(context.packing, flight)
         return planned_scripts(context, plan)
 
     def run(self, order: Order) -> int:

@@ -21,7 +21,7 @@ from sweeps.executors.slurm.settings import SlurmSettings, shape_text
 from sweeps.executors.slurm.show.logs import why_never_run
 from sweeps.executors.slurm.show.watch import WatchView
 from sweeps.executors.slurm.submit import Submitted, Submitter
-from sweeps.launches.claimer import counts_text, new_launch, plan_study
+from sweeps.launches.claimer import Seen, counts_text, new_launch, plan_study, stored_rows
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.plan.budget import HOUR, budget_text, spent_text
@@ -164,7 +164,9 @@ def _follow(submitter: Submitter, view: WatchView) -> bool:
             view.note(text)
         flight = read_flight(store.out)
         view.show(flight, snapshot)
-        plan = plan_study(store, manifest, submitter.retry, submitter.context.packing, submitter.context.device, flight)
+        seen = Seen(flight=flight, rows=stored_rows(store))
+        context = submitter.context
+        plan = plan_study(manifest, seen, retry=submitter.retry, packing=context.packing, device=context.device)
         worn_out = plan.todo and all(tries[m] >= MOST_TRIES for m in plan.measurement_keys())
         if worn_out and not plan.counts["in flight"]:
             view.note(f"{plan.todo} measurements ended {MOST_TRIES} times without a record: not submitted again")

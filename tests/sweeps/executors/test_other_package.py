@@ -38,10 +38,9 @@ class OneByOne(Executor[OneByOneSettings]):
         return "cpu"
 
     def describe(self, order, flight):
-        from sweeps.launches.claimer import plan_study
         from sweeps.plan.packs import Packing
 
-        plan = plan_study(order.store, order.manifest, order.options.retry, Packing(cells=5), order.device, flight)
+        plan = order.plan(Packing(cells=5), flight)
         return plan, [("one by one", f"{len(plan.packs)} packs")]
 
     def run(self, order):
