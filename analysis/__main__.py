@@ -16,6 +16,8 @@ from typing import Final
 
 COMMANDS: Final[Mapping[str, str]] = {
     "report": "analysis.report.command",
+    "findings": "analysis.findings.command",
+    "compare": "analysis.significance.command",
     "beside": "analysis.beside.command",
     "laws": "analysis.scaling.command",
     "outliers": "analysis.outliers",

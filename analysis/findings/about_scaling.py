@@ -113,10 +113,16 @@ def three_bits_unstable(evidence: Evidence) -> list[Finding]:
         scope = _scope(families(asked) if asked else "no OPT or Pythia", dtype, size, own)
         said = finding(metric, UNSTABLE_3, parts, scope=scope, headline=i == 0)
         if parts:
-            bound = f"{UNSTABLE:g} nats a token" if metric.metric == "loss" else f"chance ({CHANCE:.0%})"
+            bound = f"{UNSTABLE:g} nat per token" if metric.metric == "loss" else f"chance ({CHANCE:.0%})"
             listed = "; ".join(f"{p.name} {interval(p.effect, metric)}" for p in parts)
             text = f"Worse at 3 bits than the bound, {bound}, by (95 % CI): {listed}."
-            said = replace(said, evidence=text, unit=f"{scale(metric)[1]} beyond {bound}", needs=_more_documents(said))
+            said = replace(
+                said,
+                models=len(parts),
+                evidence=text,
+                unit=f"{scale(metric)[1]} beyond {bound}",
+                needs=_more_documents(said),
+            )
         found.append(said)
     return found
 

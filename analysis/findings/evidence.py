@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.cells import baselines, measured, numbers, points
 from analysis.findings.sentences import SampleKey
-from analysis.metrics import ZERO_SHOT_TASKS, Metric, ranked_metrics
+from analysis.metrics import ZERO_SHOT_MEAN, ZERO_SHOT_TASKS, Metric, metric_columns, ranked_metrics
 from analysis.significance import Margins, Samples
 from kbit.axes import VARIED
 from kbit.spec import axes
@@ -80,10 +80,17 @@ class Evidence:
 
     @cached_property
     def metrics(self) -> list[Metric]:
-        """What is concluded from: the fullest loss, and the zero-shot mean or, without it, the fullest accuracy."""
+        """What is concluded from: the headline metrics, then the losses of other text sets.
+
+        Without a zero-shot mean the accuracies of single tasks stand for it.
+        """
         if not len(self.rows):
             return []
-        return [m for m in ranked_metrics(self.df) if self.margins.of(m) is not None]
+        found = ranked_metrics(self.df)
+        single = "loss" if any(m.column == ZERO_SHOT_MEAN for m in found) else "acc"
+        known = {m.column for m in found}
+        found += [m for m in metric_columns(self.df) if m.metric in ("loss", single) and m.column not in known]
+        return [m for m in found if self.margins.of(m) is not None and self.rows[m.column].notna().any()]
 
     def margin(self, metric: Metric) -> float:
         found = self.margins.of(metric)

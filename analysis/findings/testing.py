@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from analysis.findings.contrasts import Contrast
 from analysis.findings.finding import Finding
 from analysis.metrics import Metric
-from analysis.significance import Effect, models_needed, samples_needed, smallest_detectable, tost
+from analysis.significance import LEVEL, Effect, models_needed, samples_needed, smallest_detectable, tost
 
 Kind = Literal["better", "not better", "not worse", "alike"]
+HEADLINES: Final = 16
+"""Claims whose main findings are adjusted for each other: what it would take to decide one allows for that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ def finding(metric: Metric, claim: Claim, parts: Sequence[Part], *, scope: str, 
         p_fails=p_fails,
         headline=headline,
         evidence=_evidence(parts, metric),
-        needs=needs(decides, metric, claim),
+        needs=needs(decides, metric, claim, hypotheses=len(tested) * (HEADLINES if headline else 1)),
     )
 
 
@@ -139,18 +141,26 @@ def interval(effect: Effect, metric: Metric) -> str:
     return f"{amount(effect.value, metric)} ({amount(effect.low, metric)} to {amount(effect.high, metric)})"
 
 
-def needs(part: Part, metric: Metric, claim: Claim) -> str:
-    """Say what would decide a comparison: more documents, more models, or neither."""
+def needs(part: Part, metric: Metric, claim: Claim, *, hypotheses: int = 1) -> str:
+    """Say what would decide a comparison: more documents, more models, or neither.
+
+    Args:
+        part: what the verdict hangs on.
+        metric: what is compared.
+        claim: the study to run.
+        hypotheses: for how many the p-value is adjusted at worst (Bonferroni).
+    """
     effect, found = part.effect, part.found
+    level = 1 - (1 - LEVEL) / hypotheses
     if effect.basis == "ranks":
         return f"more models: with {effect.n}, of which some diverged, ranks can't decide; {claim.run}"
     if effect.basis == "samples":
-        documents = samples_needed(effect.stderr, effect.n, part.gap)
+        documents = samples_needed(effect.stderr, effect.n, part.gap, level=level)
         return f"{part.name}: {_documents(documents, found, metric, effect.n)}; other models say more: {claim.run}"
-    models = models_needed(effect.stderr * math.sqrt(effect.n), part.gap)
-    by_documents = _documents_instead(part)
-    least = amount(smallest_detectable(effect.stderr, effect.dof), metric).lstrip("+")
-    said = f"{part.name}: {effect.n} models show a difference of {least} or more"
+    models = models_needed(effect.stderr * math.sqrt(effect.n), part.gap, level=level)
+    by_documents = _documents_instead(part, level)
+    least = amount(smallest_detectable(effect.stderr, effect.dof, level=level), metric).lstrip("+")
+    said = f"{part.name}: beside the other claims, {effect.n} models show a difference of {least} or more"
     if by_documents is not None:
         return f"{said}; {_documents(by_documents, found, metric, found.documents)}"
     if math.isinf(models):
@@ -159,15 +169,16 @@ def needs(part: Part, metric: Metric, claim: Claim) -> str:
     return f"{said}; about {enough:.0f} models like these would do (more documents alone would not): {claim.run}"
 
 
-def _documents_instead(part: Part) -> float | None:
+def _documents_instead(part: Part, level: float) -> float | None:
     """How many documents would decide with as many models, where it is their noise that stands in the way."""
     effect, found = part.effect, part.found
     if not found.documents or not math.isfinite(found.document_error) or part.gap <= 0:
         return None
-    unit = smallest_detectable(1.0, effect.dof)
+    unit = smallest_detectable(1.0, effect.dof, level=level)
     wanted = effect.n * (part.gap / unit) ** 2
     between = max(0.0, effect.n * effect.stderr**2 - found.document_error**2)
-    return math.ceil(found.documents * found.document_error**2 / (wanted - between)) if wanted > between else None
+    count = math.ceil(found.documents * found.document_error**2 / (wanted - between)) if wanted > between else 0
+    return count if count > found.documents else None
 
 
 def _documents(count: float, found: Contrast, metric: Metric, now: int) -> str:

@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.significance.pairs import LEVEL, Comparison, Samples, can_pair, compare
 
 ROUNDS: Final = 4000
+_LEAST_ROUNDS: Final = 1000
+_DRAWS: Final = 2_000_000
+"""Of more than 500 samples fewer rounds are drawn, at least 1,000: so many are all but normal, and take long."""
 _AT_ONCE: Final = 4_000_000
 """Counts that are drawn at once: 32 MB."""
 _EXACT: Final = 16
@@ -25,7 +28,7 @@ def bootstrap(
     metric: str,
     *,
     clusters: Sequence[Hashable] | None = None,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Compare two measurements by a bootstrap over what was drawn: windows, documents, or clusters of them.
@@ -41,7 +44,7 @@ def bootstrap(
         metric: 'loss', 'kl', 'acc', ...
         clusters: [n] what each sample belongs to, e.g. its document, where samples of one are alike; None takes each
             for itself.
-        rounds: resamples.
+        rounds: resamples; by default 4,000, of more than 500 samples fewer, at least 1,000.
         seed: of the draws.
 
     Returns:
@@ -65,6 +68,7 @@ def bootstrap(
     found = compare({"nats": d, "tokens": weights}, {"nats": np.zeros(n), "tokens": weights}, "loss")
     if n < 2 or not np.isfinite(found.stderr):
         return found
+    rounds = rounds or max(_LEAST_ROUNDS, min(ROUNDS, _DRAWS // n))
     if found.stderr <= np.abs(found.difference) * 1e-12:
         # All samples say the same.
         p = 1.0 if found.difference == 0 else 1 / (rounds + 1)

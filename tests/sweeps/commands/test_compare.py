@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
+from analysis.__main__ import main
 from analysis.significance import bootstrap, compare_loss, compare_mean_loss
 from analysis.significance.comparing import compare_cells, pair_cells, wanted_for
 from sweeps import load_results, load_samples
@@ -129,7 +130,7 @@ def test_a_against_a_finds_nothing_in_real_samples(finished: Path) -> None:
 
 
 def test_findings_say_each_claims_verdict_and_are_written_as_json(
-    finished: Path, command: Command, tmp_path: Path
+    finished: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = command(f"out={finished}", "mode=findings", "margins={loss: 0.02}")
     assert result.code == 0, result.err
@@ -141,6 +142,15 @@ def test_findings_say_each_claims_verdict_and_are_written_as_json(
     given = json.loads((tmp_path / "f" / "findings.json").read_text())
     assert {f["verdict"] for f in given["findings"]} <= {"holds", "fails", "can't tell"}
     assert given["margins"] == {"loss": 0.01, "points": 0.5}
+    assert main(["findings", str(finished), "--loss", "0.02"]) == 0
+    assert "less than 0.02 nats" in " ".join(capsys.readouterr().out.split())
+    assert main(["findings", str(finished), "--to", "g/findings.json"]) == 0
+    assert json.loads((tmp_path / "g" / "findings.json").read_text())["level"] == 0.95
+    sides = ["--a", "dtype=int", "bits=3,4", "--b", "dtype=float", "bits=3,4"]
+    assert main(["compare", str(finished), *sides, "--to", "d.csv"]) == 0
+    assert pd.read_csv(tmp_path / "d.csv")["verdict"].iloc[0] in ("a is better", "b is better", "alike", "can't tell")
+    assert main(["compare", str(finished), "--a", "bits=33", "--b", "bits=3"]) == 2
+    assert "--a chooses 0 cells" in capsys.readouterr().out
     refused = command(f"out={finished}", "mode=findings", "to=f.html")
     assert refused.code == 2
     assert "ends in .json" in refused.err
