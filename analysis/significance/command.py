@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "the beginning of a cell's key, or AXIS=VALUE …"
     parser.add_argument("--a", nargs="+", required=True, metavar="A", help=what)
     parser.add_argument("--b", nargs="+", required=True, metavar="B", help=what)
-    parser.add_argument("--to", type=Path, metavar="FILE", help="write a table (.csv, .parquet, .md, .tex) instead")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="write a table instead: .csv, .parquet, .md, .tex or .html"
+    )
 
 
 def run(arguments: argparse.Namespace, inputs: Inputs) -> int:

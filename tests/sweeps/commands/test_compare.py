@@ -97,7 +97,7 @@ def test_two_sets_are_paired_in_all_that_they_do_not_name(finished: Path, comman
         (["a={dtype: int}", "b={scheme: group}"], ["b: where={scheme: group} matches no cell"]),
         (["a={bits: 3}", "b={bits: 4}", "margins={los: 1}"], ["margins: 'los'", "Did you mean loss"]),
         (["a={bits: 3}", "b={bits: 4}", "margins={loss: 0}"], ["margins={loss: 0} is not valid", "nats per token"]),
-        (["a={bits: 3}", "b={bits: 4}", "to=x.html"], ["to='x.html' is not valid", ".csv"]),
+        (["a={bits: 3}", "b={bits: 4}", "to=x.docx"], ["to='x.docx' is not valid", ".csv"]),
     ],
 )
 def test_what_can_not_be_compared_is_refused_by_name(
