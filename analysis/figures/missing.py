@@ -69,8 +69,13 @@ def _reason(entry: Entry, results: Results) -> str:
         if entry.metrics == "accuracy":
             return f"no accuracy is measured; it needs {entry.needs}, and the tasks {', '.join(ZERO_SHOT_TASKS)}"
         return f"nothing is measured that it could be of; it needs {entry.needs}"
-    reasons = [entry.reason(results.with_metric(m)) for m in metrics]
-    return "" if "" in reasons else f"{reasons[0]}; it needs {entry.needs}"
+    first = ""
+    for metric in metrics:
+        reason = entry.reason(results.with_metric(metric))
+        if not reason:
+            return ""
+        first = first or reason
+    return f"{first}; it needs {entry.needs}"
 
 
 def _of_kind(entry: Entry, df: pd.DataFrame) -> list[Metric]:
