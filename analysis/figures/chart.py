@@ -112,7 +112,7 @@ def _axes(chart: Chart, drawing: Drawing, sheet: Sheet, worst: float) -> None:
     unit = drawing.metric.unit
     for i, ax in enumerate(sheet.values):
         if sheet.is_left(i):
-            ax.set_ylabel(drawing.metric.label if sheet.columns is None else _wrapped(drawing.metric.label))
+            ax.set_ylabel(_wrapped(drawing.metric.label, 28 if sheet.columns is None else 18))
             if sheet.changes:
                 sheet.changes[i].set_ylabel(chart.changes + (f"\n({unit})" if unit else ""))
     for ax in sheet.changes:
@@ -144,7 +144,7 @@ def _chance(drawing: Drawing, sheet: Sheet) -> str:
     return f"Dotted: chance ({level:.4g})."
 
 
-def _wrapped(label: str) -> str:
+def _wrapped(label: str, letters: int) -> str:
     from textwrap import fill
 
-    return fill(label, 18)
+    return fill(label, letters)
