@@ -229,7 +229,7 @@ def _listed(
     models = len(cells.drop_duplicates(["family", "model"]))
     said = []
     for value in values:
-        name = value if isinstance(value, str) else block_name(value)
+        name = _named(value)
         on = f" on {diverged.get(value)} of {models} models" if models > 1 else ""
         said.append(f"{name} {_signed(means[value], metric)}" if value in means else f"{name} diverged{on}")
     return ", ".join(said)
@@ -255,7 +255,8 @@ def _interval_text(
     if interval is None:
         return ""
     verdict = "" if interval.significant else ", not significant"
-    return f" {first} against {second}: {_signed(interval.difference, metric)}{_ci(interval, metric)}{verdict}."
+    sides = f"{_named(first)} against {_named(second)}"
+    return f" {sides}: {_signed(interval.difference, metric)}{_ci(interval, metric)}{verdict}."
 
 
 def _mean_interval(
@@ -278,6 +279,10 @@ def _mean_interval(
     # The models of a family share a tokenizer, and with it their windows.
     interval = compare_mean_loss(pairs, models["family"].tolist())
     return interval if np.isfinite(interval.low) else None
+
+
+def _named(value: str | int) -> str:
+    return value if isinstance(value, str) else block_name(value)
 
 
 def _dtype_name(dtype: str, exponent_bits: float) -> str:

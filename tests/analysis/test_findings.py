@@ -123,6 +123,12 @@ def test_a_block_size_that_diverged_is_said_in_its_place(study: Study) -> None:
     assert ", 4096 diverged on 1 of 3 models. 16 against 1024: -0." in said
 
 
+def test_the_whole_tensor_is_compared_by_its_name() -> None:
+    own = make_study(specs=[QuantSpec(bits=16), *(QuantSpec(bits=4, dtype="int", blocksize=b) for b in (64, None))])
+    said = next(s for s in findings(own.wide, own.samples) if s.startswith("Block sizes at 4 bits, int"))
+    assert ". 64 against whole tensor: -" in said
+
+
 def test_outliers_on_a_model_that_diverged_without_them_are_said_so(study: Study) -> None:
     gone = diverge(study, study.wide["key"] == "neox-m float3 e2 b64")
     said = next(s for s in findings(gone.wide) if s.startswith("2 % outlier") and "at 3 bits" in s)
