@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.cells import block_name
 from analysis.figures import style
+from analysis.figures.results import NoFigureError
 from analysis.metrics import Metric
 from analysis.scaling.effective import Effective, effective_parameters
 from analysis.scaling.interpolation import budget_grid
@@ -26,15 +27,16 @@ _DASHED: Final = (0, (3.5, 1.6))
 
 
 @style.styled
-def scaling_laws(df: pd.DataFrame, metric: Metric, *, sweep: str | None = None) -> Figure | None:
+def scaling_laws(df: pd.DataFrame, metric: Metric, *, sweep: str | None = None) -> Figure:
     """Draw a row per family: the metric against total bits with parallel curves, and effective parameters by bits.
-
-    None, with the reason logged, where no family has two precisions with two models each.
 
     Args:
         df: a wide result table.
         metric: its direction must be known.
         sweep: the study's name, for the note under the figure.
+
+    Raises:
+        NoFigureError: no family has two precisions with two models each.
     """
     points = law_points(df, metric)
     rows = []
@@ -44,8 +46,7 @@ def scaling_laws(df: pd.DataFrame, metric: Metric, *, sweep: str | None = None) 
         except ValueError as reason:
             log.info("no scaling laws of %s: %s", family, reason)
     if not rows or points.dtype is None:
-        log.warning("no figure of scaling laws: no family has two precisions with two models each")
-        return None
+        raise NoFigureError("no figure of scaling laws: no family has two precisions with two models each")
     from matplotlib.figure import Figure as NewFigure
 
     fig = NewFigure(figsize=(7.6, 2.8 * len(rows) + 0.2), layout="constrained")

@@ -17,6 +17,7 @@ from analysis.figures.comparisons import block_sizes_chart, data_types_chart, me
 from analysis.figures.correlation import scatter
 from analysis.figures.entries import Entry
 from analysis.figures.latency import speeds
+from analysis.figures.laws import scaling_laws
 from analysis.figures.one_shot import one_shot_chart
 from analysis.figures.over_bits import block_sizes_by_bits, data_types_by_bits, formats
 from analysis.figures.paper import PAPER
@@ -196,6 +197,11 @@ FIGURES: Final[dict[str, Entry]] = {
     },
     "perplexity_and_accuracy": Entry(title="Perplexity against zero-shot accuracy", chart=scatter, own=True),
     "latency": Entry(title="Decoding speed by bits", chart=speeds, own=True),
+    "scaling_laws": Entry(
+        title="Parallel curves and effective parameters",
+        chart=lambda r: scaling_laws(r.df, r.metric, sweep=r.sweep),
+        needs="two precisions of one data type and block size, with two models each",
+    ),
     **PAPER,
 }
 """All figures by name. A file of a figure is named after it (``file_stem``)."""

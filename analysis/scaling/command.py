@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocksize", type=int, help="values per block, 0 for the whole tensor; else the most frequent"
     )
     parser.add_argument("--draws", type=int, default=200, help="bootstrap samples of models (default: 200)")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="write all tables as CSV, too")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="write all tables as CSV, and the figure, too")
 
 
 def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
@@ -65,7 +65,18 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
             path = arguments.to / f"{name}.csv"
             table.to_csv(path, index=False)
             print(path)
+        for path in _figure(inputs, metric, arguments.to):
+            print(path)
     return 0
+
+
+def _figure(inputs: Inputs, metric: Metric, directory: Path) -> list[Path]:
+    """Draw the entry of ``FIGURES``, where the data allow it."""
+    from analysis.figures import save_figures
+    from analysis.figures.results import Results
+
+    results = Results.of(inputs.df, sweep=inputs.name)
+    return save_figures(results, directory, names=["scaling_laws"], metrics=[metric])
 
 
 def _metric(df: pd.DataFrame, asked: str | None) -> Metric | None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis.figures.laws import scaling_laws
+from analysis.figures.results import NoFigureError
 from analysis.inputs import Inputs
 from analysis.metrics import parse_metric
 from analysis.scaling.command import add_arguments, run
@@ -46,6 +47,7 @@ def test_laws_are_printed_and_all_tables_written(
     written = {path.stem: pd.read_csv(path) for path in (tmp_path / "new").glob("*.csv")}
     assert set(written) == {"laws", "law_parameters", "effective_parameters", "best_by_budget", "pareto"}
     assert len(written["laws"]) == 5
+    assert [path.name for path in (tmp_path / "new").glob("*.png")] == ["scaling_laws.png"]
     # Samples were found, so that the best precision has its confidence over texts.
     assert written["best_by_budget"]["confidence"].notna().any()
     assert set(written["best_by_budget"]["windows"]) == {24}
@@ -80,7 +82,6 @@ def test_a_directory_without_results_has_no_law(study: Study, capsys: pytest.Cap
 def test_the_figure_has_a_row_per_family_and_says_what_is_not_drawn(study: Study) -> None:
     three = study.wide["key"][(study.wide["bits"] == 3) & (study.wide["model"] == "neox-xs")]
     found = scaling_laws(diverge(study, study.wide["key"].isin(three)).wide, parse_metric("jargon_loss"))
-    assert found is not None
     left, right = found.axes
     assert left.get_title(loc="left") == "NeoX"
     assert [t.get_text() for t in right.get_legend().get_texts()] == ["neox-xs", "neox-s", "neox-m"]
@@ -88,4 +89,5 @@ def test_the_figure_has_a_row_per_family_and_says_what_is_not_drawn(study: Study
     assert len(left.lines) == 14
     notes = " ".join(text.get_text() for text in found.texts)
     assert "1 diverged cells are not drawn" in " ".join(notes.split())
-    assert scaling_laws(study.wide[study.wide["bits"] == 16], parse_metric("jargon_loss")) is None
+    with pytest.raises(NoFigureError, match="two precisions with two models each"):
+        scaling_laws(study.wide[study.wide["bits"] == 16], parse_metric("jargon_loss"))
