@@ -16,6 +16,7 @@ from typing import Final
 
 COMMANDS: Final[Mapping[str, str]] = {
     "report": "analysis.report.command",
+    "figures": "analysis.figures.command",
     "findings": "analysis.findings.command",
     "compare": "analysis.significance.command",
     "beside": "analysis.beside.command",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis.cells import measured
 from analysis.families import told_apart
-from analysis.figures import FIGURES, NoFigureError, Results, bit_scaling, figure_metrics, missing_figures, save_figures
+from analysis.figures import (
+    FIGURES,
+    NoFigureError,
+    Results,
+    bit_scaling,
+    command,
+    figure_metrics,
+    missing_figures,
+    save_figures,
+)
 from analysis.figures.chance import chance_level
 from analysis.figures.correlation import correlation
 from analysis.figures.drawing import LOSS_CAP
@@ -20,6 +30,7 @@ from analysis.figures.over_bits import formats
 from analysis.figures.paper import PAPER
 from analysis.figures.questions import exponents_chart, option_chart, outliers_chart
 from analysis.figures.results import held
+from analysis.inputs import Inputs
 from analysis.metrics import parse_metric
 from analysis.tables.paper import TABLES, correlations_by_layer, methods_by_block, write_paper_tables
 from kbit.errors import SpecError
@@ -235,3 +246,17 @@ def test_table_2_has_layers_down_and_models_across() -> None:
     assert list(table.columns) == ["family", "text", "layers", "opt-125m", "opt-1b"]
     assert table["opt-1b"].tolist() == [0.6, 0.1]
     assert correlations_by_layer(pd.DataFrame(), None).empty
+
+
+def test_the_command_writes_figures_and_says_what_is_missing(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = ["--to", str(tmp_path), "--names", "fig13_bit_scaling", "--formats", "svg", "--blocksize", "64"]
+    inputs = Inputs(name="s", title="s", df=study.wide, long=study.long, read_samples=lambda _: {})
+    assert command.run(parser.parse_args(given), inputs) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == str(tmp_path / "fig13_bit_scaling-jargon_loss-b64.svg")
+    assert "missing: fig16_latency: " in printed
+    assert "python launch.py sweep=survey" in printed
