@@ -103,8 +103,9 @@ def _panel(chart: Chart, drawing: Drawing, sheet: Sheet, i: int, own: pd.DataFra
 
 def _slant(names: list[str], sheet: Sheet) -> dict[str, Any]:
     """Long names of ticks are written askew, or they run into each other."""
-    letters = sum(map(len, names)) * (1.0 if sheet.across == 1 else 0.7 * sheet.across)
-    return {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if letters > (45 if sheet.columns else 60) else {}
+    letter, gap = (0.07 if sheet.columns is None else 0.06), 0.12  # inches
+    wanted = sum(map(len, names)) * letter + len(names) * gap
+    return {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if wanted > sheet.panel_width else {}
 
 
 def _axes(chart: Chart, drawing: Drawing, sheet: Sheet, worst: float) -> None:
@@ -112,9 +113,10 @@ def _axes(chart: Chart, drawing: Drawing, sheet: Sheet, worst: float) -> None:
     unit = drawing.metric.unit
     for i, ax in enumerate(sheet.values):
         if sheet.is_left(i):
-            ax.set_ylabel(_wrapped(drawing.metric.label, 28 if sheet.columns is None else 18))
+            ax.set_ylabel(_wrapped(drawing.metric.label, sheet.label_letters))
             if sheet.changes:
-                sheet.changes[i].set_ylabel(chart.changes + (f"\n({unit})" if unit else ""))
+                label = _wrapped(chart.changes, sheet.label_letters)
+                sheet.changes[i].set_ylabel(label + (f"\n({unit})" if unit else ""))
     for ax in sheet.changes:
         ax.axhline(0, color=style.INK, linewidth=0.9, zorder=1)
     if drawing.capped and drawing.cap is not None:
@@ -145,6 +147,7 @@ def _chance(drawing: Drawing, sheet: Sheet) -> str:
 
 
 def _wrapped(label: str, letters: int) -> str:
+    """Break lines at blanks, and after underscores: names of text sets have no others."""
     from textwrap import fill
 
-    return fill(label, letters)
+    return fill(label.replace("_", "_ "), letters).replace("_ ", "_")

@@ -53,6 +53,19 @@ class Sheet:
         width = {1: 4.3, 2: 2.9, 3: 2.5}.get(self.across, 2.1) * self.across + 1.5
         return width, (4.8 + (0.4 if n == 1 else 0)) * self.down
 
+    @property
+    def panel_width(self) -> float:
+        """Inches that a panel has for its ticks, about: the vertical axis' labels and a legend beside take the rest."""
+        width = float(self.fig.get_size_inches()[0])
+        return width * (0.72 if self.columns is None else 0.85) / self.across
+
+    @property
+    def label_letters(self) -> int:
+        """Letters that fit beside a vertical axis, about."""
+        if self.columns is None:
+            return 28
+        return 13 if self.columns == 1 and self.changes else 18
+
     def is_left(self, i: int) -> bool:
         return i % self.across == 0
 

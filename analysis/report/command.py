@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
     print(report.summary)
     for sentence in report.sentences:
         print(f"• {sentence}")
-    files, problems = write_report(report, places)
+    files, problems = write_report(report, places, paper=inputs)
     for problem in (*report.warnings, *problems):
         print(f"warning: {problem}")
     for path in files:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pandas as pd
 
@@ -65,11 +63,3 @@ class Parts:
         """Return a section, if it could be made and has anything to show."""
         section = self.made(what, make, None)
         return [section] if section is not None and section.tables else []
-
-
-def where_installed(module: str, name: str) -> Callable[..., Any] | None:
-    """Return a function of another room of ``analysis``, or None where this version has none of that name."""
-    if find_spec(module) is None:
-        return None
-    found: Callable[..., Any] | None = getattr(import_module(module), name, None)
-    return found

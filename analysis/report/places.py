@@ -14,11 +14,16 @@ class Places:
         page: the HTML file.
         figures: directory of figures.
         tables: directory of tables, named after the study.
+        paper: directory of the paper's figures and tables, for a publication.
     """
 
     page: Path
     figures: Path
     tables: Path
+
+    @property
+    def paper(self) -> Path:
+        return self.figures / "paper"
 
     @classmethod
     def of_study(cls, out: Path, name: str) -> Places:

@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.cells import block_name
 from analysis.inputs import SampleKey
 from analysis.metrics import Metric, ranked_metrics
-from analysis.report.parts import Section, TablePart, where_installed
+from analysis.report.parts import Section, TablePart
 from analysis.significance import Samples
 
 DRAWS = 100
@@ -44,9 +44,8 @@ def scaling_section(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> S
 
 def paper_section(df: pd.DataFrame) -> Section | None:
     """The figures of the paper that the data don't allow, and what would measure what they need."""
-    missing_figures = where_installed("analysis.figures", "missing_figures")
-    if missing_figures is None:
-        return None
+    from analysis.figures import missing_figures
+
     rows = [(f"Figure {m.paper}", m.title, m.reason, m.command) for m in missing_figures(df)]
     frame = pd.DataFrame(rows, columns=["paper", "shows", "why it is not drawn", "what would measure it"])
     intro = "Everything else of the paper can be drawn from what is stored."

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import pandas as pd
 
-from analysis.inputs import Inputs
+from analysis.inputs import Inputs, SampleKey
 from analysis.report.content import Report, build_report
 from analysis.report.page import page
 from analysis.report.parts import Parts
 from analysis.report.places import Places
+from analysis.significance import Samples
+
+WIDTHS: Final = {1: "one_column", 2: "two_columns"}
+"""Directories of the paper's figures by the columns of a page that they are as wide as."""
 
 
 def report_of(inputs: Inputs) -> Report:
@@ -26,12 +32,14 @@ def report_of(inputs: Inputs) -> Report:
     return build_report(inputs.df, inputs.long, samples, title=inputs.title, name=inputs.name, notes=inputs.notes)
 
 
-def write_report(report: Report, places: Places | Path) -> tuple[list[Path], list[str]]:
+def write_report(report: Report, places: Places | Path, *, paper: Inputs | None = None) -> tuple[list[Path], list[str]]:
     """Write figures, tables and the page that links them; return the files, the page first, and what went wrong.
 
     Args:
         report: what to write.
         places: where; a directory for all of it, or ``Places``.
+        paper: what is reported, to write the paper's figures and tables too (``write_paper``), which takes a while;
+            None leaves them out.
     """
     if isinstance(places, Path):
         places = Places.within(places)
@@ -39,13 +47,50 @@ def write_report(report: Report, places: Places | Path) -> tuple[list[Path], lis
     none: list[Path] = []
     figures = parts.made("figures", lambda: _write_figures(report, places), none)
     tables = parts.made("tables", lambda: _tables(report, places), none)
-    beside = [(path.name, os.path.relpath(path, places.page.parent)) for path in (*figures, *tables)]
+    if paper is not None:
+        write = partial(write_paper, paper, places.paper, samples=report.samples)
+        tables += parts.made("the paper's figures and tables", write, none)
+    beside = [(_name(path, places), os.path.relpath(path, places.page.parent)) for path in (*figures, *tables)]
     places.page.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: somebody may be reading the one of before.
     temporary = places.page.with_name(f".{places.page.name}.{os.getpid()}.tmp")
     temporary.write_text(page(report, figures=beside, problems=parts.problems))
     temporary.replace(places.page)
     return [places.page, *figures, *tables], parts.problems
+
+
+def write_paper(inputs: Inputs, directory: Path, *, samples: Mapping[SampleKey, Samples] | None = None) -> list[Path]:
+    """Write the paper's figures that the data allow, as wide as one and two columns, and its tables, for a publication.
+
+    Figures are PDF, SVG and PNG files at 300 dpi, of the headline metrics; tables are CSV, Markdown and LaTeX.
+
+    Args:
+        inputs: what is reported.
+        directory: made if missing.
+        samples: per-sample outcomes, for paired intervals.
+
+    Returns:
+        The PDF files, and the tables.
+    """
+    from analysis.figures.paper import PAPER
+    from analysis.figures.registry import save_figures
+    from analysis.figures.results import Results
+    from analysis.outliers import KIND, outliers_of
+    from analysis.tables.paper import write_paper_tables
+
+    made: list[Path] = []
+    for columns, name in WIDTHS.items():
+        results = Results.of(inputs.df, sweep=inputs.name, samples=samples, columns=columns)
+        if results.metrics:
+            made += save_figures(results, directory / name, names=list(PAPER), formats=("pdf", "svg", "png"))
+    has_outliers = bool((inputs.long["eval_kind"] == KIND).any())
+    correlations = outliers_of(inputs).correlations if has_outliers else None
+    return [*made, *write_paper_tables(inputs.df, directory, correlations=correlations)]
+
+
+def _name(path: Path, places: Places) -> str:
+    """Name a file for a link: the paper's figures have one name at both widths."""
+    return str(path.relative_to(places.paper)) if path.is_relative_to(places.paper) else path.name
 
 
 def _write_figures(report: Report, places: Places) -> list[Path]:

@@ -29,7 +29,7 @@ def report(options: Options, console: Console) -> int:
     places = Places.within(options.to) if options.to else Places.of_study(options.out, inputs.name)
     try:
         with console.status("comparing cells, drawing figures, writing the report"):
-            made, files, problems = make_report(inputs, places)
+            made, files, problems = make_report(inputs, places, paper=True)
     except OSError as error:
         raise UserError(f"{places.page.parent} can't be written: {error.strerror or error}. Name to=DIR") from error
     console.print(made.summary, highlight=False, markup=False)
@@ -39,7 +39,8 @@ def report(options: Options, console: Console) -> int:
         console.print(f"• {escape(sentence)}", highlight=False)
     console.print(f"\n{escape(str(places.page))}", highlight=False, soft_wrap=True)
     console.print(
-        f"and {len(files) - 1} figures and tables in {escape(str(places.figures))} and {escape(str(places.tables))}",
+        f"and {len(files) - 1} figures and tables in {escape(str(places.figures))} and {escape(str(places.tables))}; "
+        f"the paper's, for a publication, in {escape(str(places.paper))}",
         highlight=False,
         soft_wrap=True,
     )

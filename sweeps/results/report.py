@@ -58,8 +58,10 @@ def has_report(store: Store, manifest: Manifest) -> bool:
     return page.exists() and page.stat().st_mtime >= last
 
 
-def make_report(inputs: Inputs, places: Places) -> tuple[Report, list[Path], list[str]]:
+def make_report(inputs: Inputs, places: Places, *, paper: bool = False) -> tuple[Report, list[Path], list[str]]:
     """Build a report and write its files; return it, the files and what went wrong.
+
+    With ``paper`` the paper's figures and tables too, for a publication.
 
     Raises:
         OSError: nothing can be written there.
@@ -69,7 +71,7 @@ def make_report(inputs: Inputs, places: Places) -> tuple[Report, list[Path], lis
     for directory in (places.page.parent, places.figures, places.tables):
         make_directory(directory)
     report = report_of(inputs)
-    files, problems = write_report(report, places)
+    files, problems = write_report(report, places, paper=inputs if paper else None)
     share_with_group(*files, *(path.with_suffix(".svg") for path in files if path.suffix == ".png"))
     return report, files, problems
 

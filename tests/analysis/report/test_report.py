@@ -129,6 +129,21 @@ def test_a_report_lies_in_its_study_and_links_what_lies_beside_it(study: Study, 
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_the_papers_figures_and_tables_are_written_when_asked_for(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("analysis.figures.paper.PAPER", ["fig03_data_types"])  # the others take seconds each
+    wide = study.wide[study.wide["bits"].isin([4, 16]) & (study.wide["blocksize"].fillna(64) == 64)]
+    inputs = Inputs(name="demo", title="demo", df=wide, long=study.long, read_samples=lambda _: {})
+    files, problems = write_report(report_of(inputs), Places.of_study(tmp_path, "demo"), paper=inputs)
+    assert not problems
+    paper = tmp_path / "figures" / "demo" / "paper"
+    for width in ("one_column", "two_columns"):
+        made = {p.name for p in (paper / width).iterdir()}
+        assert {f"fig03_data_types-jargon_loss.{kind}" for kind in ("pdf", "svg", "png")} <= made
+        assert f'href="../figures/demo/paper/{width}/fig03_data_types-jargon_loss.pdf"' in files[0].read_text()
+
+
 def test_columns_take_the_width_that_they_need() -> None:
     constant = number_column("x", [1.5] * 100, 0.1)
     assert constant.head["width"] == 1
