@@ -34,8 +34,6 @@ def main(given: Sequence[str] | None = None) -> int:
     from sweeps.errors import EXIT_BAD_INPUT, UserError
     from sweeps.results.inputs import read_inputs
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
     arguments = _parser().parse_args(given)
     try:
         inputs = read_inputs(arguments.out, sweep=arguments.study)
@@ -59,4 +57,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
     sys.exit(main())

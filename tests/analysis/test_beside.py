@@ -58,7 +58,7 @@ def inputs() -> Inputs:
     def read(wanted: Sequence[str]) -> Mapping[str, Samples]:
         return {m: outcome(m.removeprefix("m-")) for m in wanted}
 
-    return Inputs(name="s", df=df, long=long, read_samples=read)
+    return Inputs(name="s", title="s", df=df, long=long, read_samples=read)
 
 
 def test_each_cell_is_compared_with_the_best_rounding_of_its_type_that_takes_no_more_bits() -> None:

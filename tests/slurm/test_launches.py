@@ -135,7 +135,8 @@ def test_a_job_leaves_two_logs_and_arrays_their_own_directory(finished: Finished
     assert {re.sub(r"^\d+_\d+_", "", p.name) for p in logs} == {"0_log.out", "worker.log"}
     assert len(logs) == 8
     made = {p.name for p in finished.study.out.iterdir()}
-    assert made <= {"claims", "code", "launches", "logs", "manifests", "packs", "parts", "table.csv"}
+    of_results = {"packs", "parts", "table.csv", "figures", "reports", "tables"}
+    assert made <= {"claims", "code", "launches", "logs", "manifests", *of_results}
     assert {p.name for p in finished.study.home.iterdir()} == {"results"}
 
 

@@ -399,7 +399,7 @@ def test_labels_keep_their_order_and_distance(values: list[float], gap: float) -
 
 
 def test_the_look_is_that_of_the_studys_figures() -> None:
-    assert figure.BITS_STYLE == style.BITS_STYLE
+    assert {bits: (look.colour, look.marker) for bits, look in style.BITS_STYLE.items()} == figure.BITS_STYLE
     assert figure.INK == style.INK
     assert figure.RC.items() <= style.RC.items()
 
