@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STYLES: Final = {Verdict.HOLDS: "green", Verdict.FAILS: "red", Verdict.UNKNOWN: "yellow"}
+_LEAST_P: Final = 1e-4
 NOTHING: Final = (
     "nothing to judge: no cell has a loss or an accuracy yet, or all of them diverged. mode=status says what is missing"
 )
@@ -69,8 +70,14 @@ def effect_text(finding: Finding) -> str:
     said = f"{finding.effect:+.{digits}f} {finding.unit}".rstrip()
     if not math.isnan(finding.low):
         said += f" (95 % CI {finding.low:+.{digits}f} to {finding.high:+.{digits}f})"
-    p = f", p = {finding.p_adjusted:.2g}" if not math.isnan(finding.p_adjusted) else ""
-    return f"{said}, {models}{p}"
+    return f"{said}, {models}{_p_text(finding.p_adjusted)}"
+
+
+def _p_text(p: float) -> str:
+    """', p = 0.043', or ', p < 0.0001': no difference is impossible by chance; empty where it is unknown."""
+    if math.isnan(p):
+        return ""
+    return ", p < 0.0001" if p < _LEAST_P else f", p = {p:.2g}"
 
 
 def to_json(findings: Sequence[Finding], *, name: str, margins: Margins) -> str:

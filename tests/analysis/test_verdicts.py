@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from analysis.findings.finding import Finding, Verdict, settled
+from analysis.findings.text import effect_text
 
 
 def finding(holds: float, fails: float, *, headline: bool = True) -> Finding:
@@ -48,3 +50,9 @@ def test_a_verdict_is_that_of_the_small_p_value_and_says_what_it_needs_only_wher
 def test_a_finding_is_json() -> None:
     given = json.loads(json.dumps(finding(0.001, np.inf).as_dict(), allow_nan=False))
     assert (given["verdict"], given["effect"], given["p_fails"]) == ("can't tell", None, "inf")
+
+
+def test_no_p_value_is_said_to_be_zero() -> None:
+    (found,) = settled([replace(finding(0.0, 1), effect=0.5, models=3, unit="nats/token better")])
+    assert effect_text(found) == "+0.5000 nats/token better, 3 models, p < 0.0001"
+    assert effect_text(replace(found, p_adjusted=0.0431)).endswith(", p = 0.043")
