@@ -83,7 +83,7 @@ def write_paper(inputs: Inputs, directory: Path, *, samples: Mapping[SampleKey, 
         results = Results.of(inputs.df, sweep=inputs.name, samples=samples, columns=columns)
         if results.metrics:
             made += save_figures(results, directory / name, names=list(PAPER), formats=("pdf", "svg", "png"))
-    has_outliers = bool((inputs.long["eval_kind"] == KIND).any())
+    has_outliers = bool(inputs.long.get("eval_kind", pd.Series(dtype="string")).eq(KIND).any())
     correlations = outliers_of(inputs).correlations if has_outliers else None
     return [*made, *write_paper_tables(inputs.df, directory, correlations=correlations)]
 
