@@ -65,10 +65,15 @@ def _main() -> int:
 
     def dispatch(cfg: DictConfig) -> None:
         # Late, so that --help and mistakes in the command line are answered at once.
+        import logging
+
         from hydra.core.hydra_config import HydraConfig
 
         from sweeps.commands import run_mode
 
+        # Hydra's own logging is off; warnings (a damaged file) go to the user.
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+        logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
         composed.append(cfg)
         codes.append(run_mode(cfg, HydraConfig.get().overrides.task))
 

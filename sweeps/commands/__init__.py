@@ -37,7 +37,6 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
         cfg: as Hydra composed it.
         overrides: the command line's arguments, without those about Hydra itself.
     """
-    import logging
     from importlib import import_module
 
     from rich.console import Console
@@ -48,9 +47,6 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
     from sweeps.hydra_errors import explain_unknown
     from sweeps.options import Options
 
-    # Hydra's own logging is off; warnings (a damaged file) go to the user.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
     try:
         if cfg.mode not in MODES:
             hint = did_you_mean(str(cfg.mode), MODES)
