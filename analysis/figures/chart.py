@@ -113,9 +113,9 @@ def _axes(chart: Chart, drawing: Drawing, sheet: Sheet, worst: float) -> None:
     unit = drawing.metric.unit
     for i, ax in enumerate(sheet.values):
         if sheet.is_left(i):
-            ax.set_ylabel(_wrapped(drawing.metric.label, sheet.label_letters))
+            ax.set_ylabel(sheet.wrapped(drawing.metric.label))
             if sheet.changes:
-                label = _wrapped(chart.changes, sheet.label_letters)
+                label = sheet.wrapped(chart.changes)
                 sheet.changes[i].set_ylabel(label + (f"\n({unit})" if unit else ""))
     for ax in sheet.changes:
         ax.axhline(0, color=style.INK, linewidth=0.9, zorder=1)
@@ -144,10 +144,3 @@ def _chance(drawing: Drawing, sheet: Sheet) -> str:
     for ax in sheet.values:
         ax.axhline(level, color=style.INK, linewidth=0.9, linestyle=style.DOTTED, zorder=1)
     return f"Dotted: chance ({level:.4g})."
-
-
-def _wrapped(label: str, letters: int) -> str:
-    """Break lines at blanks, and after underscores: names of text sets have no others."""
-    from textwrap import fill
-
-    return fill(label.replace("_", "_ "), letters).replace("_ ", "_")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from analysis.figures.missing import missing_figures
-from analysis.figures.paper import PAPER
-from analysis.figures.registry import FIGURES, figure_metrics, save_figures
+from analysis.figures.registry import FIGURES, figure_metrics
 from analysis.figures.results import CUT, Results
 from analysis.figures.saving import FORMATS
+from analysis.findings.judging import compared_samples
 from analysis.inputs import Inputs
+from analysis.paper import write_paper
 
 HELP: Final = "write the paper's figures and tables, by its numbers, as wide as one or two columns of a page"
 
@@ -30,18 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
     """Write figures and tables, and print where they are and what is missing."""
-    from dataclasses import replace
-
-    from analysis.tables.paper import write_paper_tables
-
-    results = Results.of(inputs.df, sweep=inputs.name, columns=arguments.columns, cut=arguments.cut or None)
+    samples = compared_samples(inputs)
+    results = Results.of(inputs.df, sweep=inputs.name, samples=samples, cut=arguments.cut or None)
     results = replace(results, bits=arguments.bits, blocksize=arguments.blocksize, dtype=arguments.dtype)
-    made = []
-    if results.metrics:
-        metrics = figure_metrics(inputs.df) if arguments.all_metrics else None
-        names = arguments.names or list(PAPER)
-        made = save_figures(results, arguments.to, names=names, metrics=metrics, formats=arguments.formats)
-    made += write_paper_tables(inputs.df, arguments.to) if not arguments.names else []
+    if arguments.all_metrics:
+        results = replace(results, metrics=figure_metrics(inputs.df))
+    chosen = {"columns": (arguments.columns,), "names": arguments.names, "formats": arguments.formats}
+    made = write_paper(inputs, arguments.to, results=results, **chosen)
     for path in made:
         print(path)
     for missing in missing_figures(inputs.df, results=results):

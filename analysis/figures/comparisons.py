@@ -20,7 +20,7 @@ from analysis.cells import (
 )
 from analysis.figures import style
 from analysis.figures.chart import Chart
-from analysis.figures.results import NoFigureError, Results, SamplesByCell, block_text, held
+from analysis.figures.results import HELD, NoFigureError, Results, SamplesByCell, block_text, held
 from analysis.figures.showing import shown
 from analysis.metrics import Metric
 from analysis.replicates import pool, replicate_groups
@@ -56,7 +56,8 @@ def data_types_chart(results: Results) -> Chart:
     Raises:
         NoFigureError: fewer than two data types there.
     """
-    cells = _at(results, results.plain(), ["bits", "blocksize"], over="dtype")
+    names = ["bits", "blocksize"]
+    cells = held(results.at(results.plain(), *names), names, over="dtype")
     cells = one_exponent(cells, ["family", "dtype", "bits"])
     dtypes = ordered_dtypes(cells)
     if len(dtypes) < 2:
@@ -99,9 +100,7 @@ def block_sizes_chart(results: Results) -> Chart:
     Raises:
         NoFigureError: no data type has two block sizes there.
     """
-    cells = results.plain()
-    cells = cells if results.dtype is None else cells[cells["dtype"] == results.dtype]
-    cells = _at(results, cells, ["bits"], over="blocksize")
+    cells = held(results.at(results.plain(), "bits", "dtype"), ["bits"], over="blocksize")
     cells = one_exponent(cells, ["family", "dtype", "bits"], axis="blocksize")
     cells = cells[cells.groupby(["family", "dtype"])["blocksize"].transform("nunique") > 1]
     if cells.empty:
@@ -161,8 +160,8 @@ def methods_chart(results: Results) -> Chart:
         NoFigureError: fewer than two methods there.
     """
     metric, rows = results.metric, results.rows
-    all_cells = results.plain(every_method=True)
-    cells = _at(results, all_cells.dropna(subset=["dtype"]), ["bits", "blocksize", "dtype"], over="method")
+    all_cells = results.plain(every_method=True).dropna(subset=["dtype"])
+    cells = held(results.at(all_cells, *HELD), HELD, over="method")
     bits = int(cells["bits"].iloc[0]) if len(cells) else results.bits
     at_bits = rows[numbers(rows, "bits") == bits] if bits else rows[numbers(rows, "bits").notna()]
     others = sorted({*points(at_bits, metric)["method"]} - {*cells["method"], "baseline"})
@@ -186,14 +185,6 @@ def methods_chart(results: Results) -> Chart:
         side="Method",
         notes=apart,
     )
-
-
-def _at(results: Results, cells: pd.DataFrame, names: list[str], *, over: str) -> pd.DataFrame:
-    """Hold bits, block size and data type at what was asked for, else at what most cells can be compared at."""
-    for name in names:
-        wanted = getattr(results, name)
-        cells = cells if wanted is None else cells[cells[name] == wanted]
-    return held(cells, names, over=over)
 
 
 def _where(results: Results, cells: pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from analysis.figures.results import NoFigureError, NotAskedError, Results
 from analysis.figures.showing import Drawable
+from analysis.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,8 @@ class Entry:
         needs: the measurements that it is drawn from, one phrase.
         metrics: what it can be of: 'loss' (and perplexity), 'accuracy', 'any', or 'latency', which it finds itself.
         sweep: the study of conf/sweep that measures what it needs, with overrides; '' for none.
+        obeys: which of ``results.HELD`` it holds where they are asked for; the others are kept from it, and out of the
+            names of its files.
         own: a study draws it at its end where the data allow it. Those under the paper's numbers are drawn when asked.
     """
 
@@ -37,18 +40,20 @@ class Entry:
     needs: str = ""
     metrics: str = "any"
     sweep: str = ""
+    obeys: tuple[str, ...] = ()
     own: bool = False
 
-    def __call__(self, results: Results) -> Figure | None:
-        """Draw it; None, with the reason logged, where the data don't allow it."""
-        return self.draw(results)
+    def takes(self, metric: Metric) -> bool:
+        """Tell whether it can be of a metric; one that finds its own takes none."""
+        kinds = {"loss": ("loss", "perplexity"), "accuracy": ("acc", "acc_norm"), "latency": ()}
+        return metric.higher_is_better is not None if self.metrics == "any" else metric.metric in kinds[self.metrics]
 
     def draw(self, results: Results) -> Figure | None:
         """Draw it; None, with the reason logged, where the data don't allow it."""
         from matplotlib.figure import Figure as Drawn
 
         try:
-            found = self.chart(results)
+            found = self.chart(results.obeying(self.obeys))
             return found.draw() if found is not None and not isinstance(found, Drawn) else found
         except NoFigureError as reason:
             # Most studies ask few of the questions that there are figures of.
@@ -58,6 +63,6 @@ class Entry:
     def reason(self, results: Results) -> str:
         """Return why it can't be drawn; '' where it can. No chart is drawn to find out."""
         try:
-            return "" if self.chart(results) is not None else "the data don't allow it"
+            return "" if self.chart(results.obeying(self.obeys)) is not None else "the data don't allow it"
         except NoFigureError as reason:
             return str(reason)

@@ -52,9 +52,7 @@ def speeds(results: Results) -> Speeds:
     rows = results.rows
     rates = [m for m in metric_columns(results.df) if m.metric in {f"{_RATE}{b}" for b in BATCHES}]
     rates = [m for m in rates if results.df[m.column].notna().any()]
-    quantized = rows[numbers(rows, "bits") < BASELINE_BITS]
-    if results.dtype is not None:
-        quantized = quantized[quantized["dtype"] == results.dtype]
+    quantized = results.at(rows[numbers(rows, "bits") < BASELINE_BITS], "dtype")
     panels = {}
     for rate in rates:
         cells = with_baseline(points(quantized, rate), points(baselines(rows), rate))

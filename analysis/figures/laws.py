@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.cells import block_name
 from analysis.figures import style
-from analysis.figures.results import NoFigureError
+from analysis.figures.results import NoFigureError, Results, block_text
+from analysis.figures.sheet import Sheet
 from analysis.metrics import Metric
 from analysis.scaling.effective import Effective, effective_parameters
 from analysis.scaling.interpolation import budget_grid
@@ -23,49 +24,59 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DASHED: Final = (0, (3.5, 1.6))
+
+@dataclass(frozen=True, kw_only=True)
+class Laws:
+    """Parallel curves and effective parameters by family: ``families`` has each one's name, cells and curves."""
+
+    results: Results
+    families: list[tuple[str, pd.DataFrame, Parallel]]
+    title: str
+
+    def draw(self) -> Figure:
+        """Draw it under the settings of the screen or the page."""
+        from matplotlib import rc_context
+
+        with rc_context(style.rc(self.results.columns)):
+            return _draw(self)
 
 
-@style.styled
-def scaling_laws(df: pd.DataFrame, metric: Metric, *, sweep: str | None = None) -> Figure:
-    """Draw a row per family: the metric against total bits with parallel curves, and effective parameters by bits.
-
-    Args:
-        df: a wide result table.
-        metric: its direction must be known.
-        sweep: the study's name, for the note under the figure.
+def scaling_laws(results: Results) -> Laws:
+    """Return the chart of a panel per family: above the metric against total bits, below effective parameters by bits.
 
     Raises:
         NoFigureError: no family has two precisions with two models each.
     """
-    points = law_points(df, metric)
-    rows = []
+    metric = results.metric
+    points = law_points(results.df, metric, dtype=results.dtype, blocksize=results.blocksize)
+    families = []
     for family, own in last_curves(points.cells).groupby("family", sort=False):
         try:
-            rows.append((str(family), own, parallel_curves(own)))
+            families.append((str(family), own, parallel_curves(own)))
         except ValueError as reason:
             log.info("no scaling laws of %s: %s", family, reason)
-    if not rows or points.dtype is None:
+    if not families or points.dtype is None:
         raise NoFigureError("no figure of scaling laws: no family has two precisions with two models each")
-    from matplotlib.figure import Figure as NewFigure
+    title = f"Scaling laws of {metric.phrase} ({points.dtype}, {block_text(points.blocksize)})"
+    return Laws(results=results, families=families, title=title)
 
-    fig = NewFigure(figsize=(7.6, 2.8 * len(rows) + 0.2), layout="constrained")
-    axes = fig.subplots(len(rows), 2, squeeze=False)
+
+def _draw(chart: Laws) -> Figure:
+    metric = chart.results.metric
+    sheet = Sheet(len(chart.families), parts=2, columns=chart.results.columns, alone=True)
     shown: dict[int, Any] = {}
-    for (left, right), (family, own, law) in zip(axes, rows, strict=True):
-        shown |= _curves(left, own, law)
-        left.set_title(style.family_name(family))
-        left.set_ylabel(metric.label)
-        _effective(right, own, metric)
-    axes[-1][0].set_xlabel("Total model bits")
-    axes[-1][1].set_xlabel("Bits per weight")
-    labels = sorted(shown, reverse=True)
-    handles = [shown[b] for b in labels]
-    fig.legend(handles, [f"{b}-bit" for b in labels], title="Precision", loc="outside right center", alignment="left")
-    size = "whole tensor" if points.blocksize == 0 else f"block size {block_name(points.blocksize)}"
-    title = f"Scaling laws of {metric.phrase} ({points.dtype}, {size})"
-    style.finish(fig, title, _notes(rows, metric, sweep))
-    return fig
+    for i, (family, own, law) in enumerate(chart.families):
+        above, below = sheet.values[i], sheet.changes[i]
+        shown |= _curves(above, own, law)
+        _effective(below, own, metric)
+        above.set_title(style.family_name(family))
+        above.set_xlabel("Total model bits")
+        below.set_xlabel("Bits per weight" if sheet.is_last(i) else "")
+        if sheet.is_left(i):
+            above.set_ylabel(sheet.wrapped(metric.label))
+            below.set_ylabel(sheet.wrapped("Effective share of parameters"))
+    sheet.legend_of({f"{bits}-bit": shown[bits] for bits in sorted(shown, reverse=True)}, "Precision")
+    return sheet.finish(chart.title, _notes(chart.families, metric, chart.results.sweep))
 
 
 def _curves(ax: Axes, own: pd.DataFrame, law: Parallel) -> dict[int, Any]:
@@ -73,14 +84,12 @@ def _curves(ax: Axes, own: pd.DataFrame, law: Parallel) -> dict[int, Any]:
     handles: dict[int, Any] = {}
     for bits in law.offsets.index:
         cells = own[(own["bits"] == bits) & ~own["diverged"] & np.isfinite(own["value"])]
-        look = style.BITS_STYLE.get(int(bits), (style.INK, "P"))
+        look = style.bits_style(int(bits))
         at = budget_grid(float(cells["total_bits"].min()), float(cells["total_bits"].max()), 101)
         line = hats(np.log2(at), law.knots) @ law.base + float(law.offsets.loc[bits, "offset"])
-        ax.plot(at, line, color=look[0], linewidth=1.1)
-        (marks,) = ax.plot(
-            cells["total_bits"], cells["value"], color=look[0], marker=look[1], linestyle="none", markeredgewidth=0
-        )
-        handles[int(bits)] = marks
+        ax.plot(at, line, color=look.colour, linewidth=1.1)
+        plot: dict[str, Any] = {"color": look.colour, "marker": look.marker, "linestyle": "none", "markeredgewidth": 0}
+        (handles[int(bits)],) = ax.plot(cells["total_bits"], cells["value"], **plot)
     style.bits_axis(ax, own["total_bits"].dropna().tolist())
     return handles
 
@@ -104,15 +113,14 @@ def _effective(ax: Axes, own: pd.DataFrame, metric: Metric) -> None:
             log.info("no law of effective parameters: %s", reason)
         else:
             at = np.linspace(2, 9, 101)
-            ax.plot(at, -np.expm1(-at / gamma), color=style.INK, linestyle=_DASHED, linewidth=0.9)
+            ax.plot(at, -np.expm1(-at / gamma), color=style.INK, linestyle=style.DASHED, linewidth=0.9)
     ax.set_ylim(0, 1.08)
-    ax.set_ylabel("Effective share of parameters")
     if len(found):
-        ax.legend(loc="lower right", fontsize=7)
+        ax.legend(loc="lower right", fontsize="small", handlelength=1.3, labelspacing=0.2, borderpad=0)
 
 
 def _notes(rows: list[tuple[str, pd.DataFrame, Parallel]], metric: Metric, sweep: str | None) -> str:
-    said = ["Lines, left: one piecewise linear function of total bits with an offset for each precision."]
+    said = ["Lines, above: one piecewise linear function of total bits with an offset for each precision."]
     for family, _, law in rows:
         largest = law.largest_drift
         if not largest.empty and np.isfinite(law.p):
@@ -123,7 +131,7 @@ def _notes(rows: list[tuple[str, pd.DataFrame, Parallel]], metric: Metric, sweep
         if law.censored:
             said.append(f"{style.family_name(family)}: {law.censored} diverged cells are not drawn.")
     said.append(
-        "Right: the 16-bit model that is as good, read off the 16-bit curve, as a share of the model's parameters; "
+        "Below: the 16-bit model that is as good, read off the 16-bit curve, as a share of the model's parameters; "
         "open markers are bounds (worse than the smallest 16-bit model, or better than the largest)."
     )
     if metric.metric == "loss":

@@ -80,9 +80,8 @@ def _reason(entry: Entry, results: Results) -> str:
 
 def _of_kind(entry: Entry, df: pd.DataFrame) -> list[Metric]:
     """Return the metrics of an entry's kind that have a value, the zero-shot mean first."""
-    kinds = {"loss": ("loss",), "accuracy": ("acc",), "any": ("acc", "loss")}[entry.metrics]
-    found = [m for m in metric_columns(df) if m.metric in kinds and df[m.column].notna().any()]
-    return sorted(found, key=lambda m: m.column != ZERO_SHOT_MEAN)
+    found = [m for m in metric_columns(df) if entry.takes(m) and df[m.column].notna().any()]
+    return sorted(found, key=lambda m: (m.column != ZERO_SHOT_MEAN, m.metric not in ("loss", "acc")))
 
 
 def _for_families(sweep: str, results: Results) -> str:

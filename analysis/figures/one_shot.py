@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.cells import numbers, points
 from analysis.figures import style
 from analysis.figures.chart import Chart
-from analysis.figures.results import NoFigureError, NotAskedError, Results, SamplesByCell
+from analysis.figures.results import NoFigureError, NotAskedError, Results, SamplesByCell, block_text
 from analysis.figures.showing import shown
 from analysis.metrics import Metric
 from analysis.replicates import pool, replicate_groups
@@ -86,15 +86,17 @@ def _figure_5(results: Results, quantized: pd.DataFrame) -> pd.DataFrame:
         NoFigureError: a side is missing.
     """
     bits = numbers(quantized, "bits")
-    wanted = bits.isin(_PAPER_BITS if results.bits is None else (results.bits,))
+    precisions = _PAPER_BITS if results.bits is None else (results.bits,)
+    wanted = bits.isin(precisions)
     gptq = quantized[wanted & (quantized["method"] == "gptq")]
     cells = results.plain()
-    blocksize, dtype = results.blocksize or 64, results.dtype or "float"
+    blocksize, dtype = 64 if results.blocksize is None else results.blocksize, results.dtype or "float"
     plain = cells[(cells["blocksize"] == blocksize) & (cells["dtype"] == dtype)]
     beside = quantized[wanted & quantized["key"].isin(plain["key"]) & quantized["family"].isin(gptq["family"])]
     if gptq.empty or beside.empty:
-        missing = "GPTQ" if gptq.empty else f"{dtype} at block size {blocksize}"
-        raise NoFigureError(f"no figure of GPTQ beside {dtype}: no cell of {missing} at 3 or 4 bits")
+        missing = "GPTQ" if gptq.empty else f"{dtype} with {block_text(blocksize)}"
+        where = " or ".join(map(str, precisions))
+        raise NoFigureError(f"no figure of GPTQ beside {dtype}: no cell of {missing} at {where} bits")
     rank = beside["exponent_bits"].ne(beside["bits"].map({3: 2}).fillna(3))
     first = beside.assign(_rank=rank).sort_values("_rank", kind="stable")
     beside = first.drop_duplicates(["family", "model", "bits"]).drop(columns="_rank")

@@ -94,8 +94,7 @@ def data_types_by_bits(results: Results) -> OverBits:
     Raises:
         NotAskedError: there are not two data types at two precisions.
     """
-    cells = results.plain()
-    cells = cells if results.blocksize is None else cells[cells["blocksize"] == results.blocksize]
+    cells = results.at(results.plain(), "blocksize")
     cells = _several(held(cells, ["blocksize"], over="dtype"), "dtype")
     if cells["bits"].nunique() < 2 or cells["dtype"].nunique() < 2:
         raise NotAskedError(
@@ -120,8 +119,7 @@ def block_sizes_by_bits(results: Results) -> OverBits:
     Raises:
         NotAskedError: there are not two block sizes at two precisions.
     """
-    cells = results.plain()
-    cells = cells if results.dtype is None else cells[cells["dtype"] == results.dtype]
+    cells = results.at(results.plain(), "dtype")
     cells = _several(held(cells, ["dtype"], over="blocksize"), "blocksize")
     if cells["bits"].nunique() < 2 or cells["blocksize"].nunique() < 2:
         raise NotAskedError(f"no figure of block sizes by bits: {results.metric.column} has no two at two precisions")
@@ -244,9 +242,10 @@ def _vertical(sheet: Sheet, finite: pd.Series[float], drawing: Drawing) -> list[
     size = finite.abs()
     if linear is None or finite.empty or not size.max() > _LEAST_SPREAD * max(linear, float(size.median())):
         return []
+    # Panels share the axis: the limits are those of all of them.
+    lowest, highest = min(0.0, float(finite.min())), max(float(ax.dataLim.y1) for ax in sheet.values)
     for ax in sheet.values:
         ax.set_yscale("symlog", linthresh=linear, linscale=0.5)
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")  # a power of ten would take a font of mathematics
-        lowest, highest = min(0.0, float(finite.min())), ax.dataLim.y1
         ax.set_ylim(1.5 * lowest - 0.3 * linear, highest * 1.4)
     return [f"The vertical axis is linear up to {linear:g} and logarithmic beyond."]

@@ -15,9 +15,11 @@ from analysis.figures.entries import Entry
 from analysis.figures.latency import speeds
 from analysis.figures.one_shot import one_shot_chart
 from analysis.figures.questions import exponents_chart, outliers_chart
-from analysis.figures.results import NoFigureError, Results
+from analysis.figures.results import HELD, NoFigureError, Results
 from analysis.figures.scaling import bit_scaling_chart
 
+SCALING: Final = ("blocksize", "dtype")
+"""What a figure of several precisions obeys."""
 _FIGURE_2: Final = ("opt", "bloom", "pythia", "gpt2")
 
 
@@ -55,7 +57,7 @@ def _used(cells: pd.DataFrame) -> pd.DataFrame:
     return cells
 
 
-_SCALING: Final = "several precisions of one data type at one block size, beside 16 bits"
+_NEEDS_SCALING: Final = "several precisions of one data type at one block size, beside 16 bits"
 _DATA_TYPES: Final = "two data types at one precision and block size"
 _BLOCKS: Final = "two block sizes at one precision, of one data type"
 _FAMILIES: Final = "'model=[opt,bloom,bloomz,gpt2]'"
@@ -65,7 +67,8 @@ PAPER: Final[dict[str, Entry]] = {
         paper=1,
         title="Bit-level scaling of one family",
         chart=partial(bit_scaling_chart, one_family=True),
-        needs=_SCALING,
+        obeys=SCALING,
+        needs=_NEEDS_SCALING,
         metrics="accuracy",
         sweep="fig2_bit_scaling model=opt",
     ),
@@ -73,7 +76,8 @@ PAPER: Final[dict[str, Entry]] = {
         paper=2,
         title="Bit-level scaling of four families",
         chart=_four_families,
-        needs=_SCALING,
+        obeys=SCALING,
+        needs=_NEEDS_SCALING,
         metrics="accuracy",
         sweep="fig2_bit_scaling",
     ),
@@ -81,6 +85,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=3,
         title="Data types at 4 bits, one family",
         chart=_one_family(_of_bits(data_types_chart, 4), "pythia"),
+        obeys=("bits", "blocksize"),
         needs=_DATA_TYPES,
         sweep="fig3_data_types",
     ),
@@ -88,6 +93,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=3,
         title="Block sizes at 4 bits, one family",
         chart=_one_family(_of_bits(block_sizes_chart, 4), "pythia"),
+        obeys=("bits", "dtype"),
         needs=_BLOCKS,
         sweep="fig3_block_size",
     ),
@@ -95,6 +101,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=4,
         title="Outlier dimensions in 16 bits (proxy quantization)",
         chart=outliers_chart,
+        obeys=HELD,
         needs="cells that keep outlier dimensions in 16 bits",
         sweep="fig4_proxy",
     ),
@@ -102,6 +109,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=5,
         title="GPTQ beside float in small blocks",
         chart=partial(one_shot_chart, gptq=True),
+        obeys=HELD,
         needs="GPTQ and float at block size 64, at 3 and 4 bits",
         sweep="fig5_gptq",
     ),
@@ -109,7 +117,8 @@ PAPER: Final[dict[str, Entry]] = {
         paper=7,
         title="Bit-level scaling of all families",
         chart=bit_scaling_chart,
-        needs=_SCALING,
+        obeys=SCALING,
+        needs=_NEEDS_SCALING,
         metrics="accuracy",
         sweep="fig2_bit_scaling 'model=[opt,bloom,bloomz,pythia,gpt2]'",
     ),
@@ -117,6 +126,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=8,
         title="Block sizes at 4 bits, all families",
         chart=_of_bits(block_sizes_chart, 4),
+        obeys=("bits", "dtype"),
         needs=_BLOCKS,
         metrics="accuracy",
         sweep=f"fig3_block_size {_FAMILIES}",
@@ -125,6 +135,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=9,
         title="Data types at 4 bits, all families",
         chart=_of_bits(data_types_chart, 4),
+        obeys=("bits", "blocksize"),
         needs=_DATA_TYPES,
         metrics="accuracy",
         sweep=f"fig3_data_types {_FAMILIES}",
@@ -133,6 +144,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=10,
         title="Data types at 6 bits",
         chart=_of_bits(data_types_chart, 6),
+        obeys=("bits", "blocksize"),
         needs=_DATA_TYPES,
         sweep="fig3_data_types sweep.quant.1.bits=6",
     ),
@@ -140,6 +152,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=11,
         title="Block sizes at 6 bits",
         chart=_of_bits(block_sizes_chart, 6),
+        obeys=("bits", "dtype"),
         needs=_BLOCKS,
         sweep="fig3_block_size sweep.quant.1.bits=6",
     ),
@@ -147,6 +160,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=12,
         title="Exponent bits of floats at each precision",
         chart=exponents_chart,
+        obeys=("bits", "blocksize"),
         needs="floats of one precision with different exponent bits",
         sweep="fig12_exponent_bits",
     ),
@@ -154,7 +168,8 @@ PAPER: Final[dict[str, Entry]] = {
         paper=13,
         title="Bit-level scaling, perplexity",
         chart=bit_scaling_chart,
-        needs=_SCALING,
+        obeys=SCALING,
+        needs=_NEEDS_SCALING,
         metrics="loss",
         sweep="fig2_bit_scaling 'model=[opt,bloom,bloomz,gpt2]' eval=perplexity",
     ),
@@ -162,6 +177,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=14,
         title="Data types at 4 bits, perplexity",
         chart=_of_bits(data_types_chart, 4),
+        obeys=("bits", "blocksize"),
         needs=_DATA_TYPES,
         metrics="loss",
         sweep=f"fig3_data_types {_FAMILIES} eval=perplexity",
@@ -170,6 +186,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=15,
         title="Block sizes at 4 bits, perplexity",
         chart=_of_bits(block_sizes_chart, 4),
+        obeys=("bits", "dtype"),
         needs=_BLOCKS,
         metrics="loss",
         sweep=f"fig3_block_size {_FAMILIES} eval=perplexity",
@@ -178,6 +195,7 @@ PAPER: Final[dict[str, Entry]] = {
         paper=16,
         title="Speedups over 16 bits, measured decoding beside the limit",
         chart=speeds,
+        obeys=("dtype",),
         needs="latency of models held in k bits and of the 16-bit one, on a GPU",
         metrics="latency",
         sweep="survey",

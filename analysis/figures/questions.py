@@ -11,7 +11,7 @@ from analysis.cells import numbers, one_exponent, ordered_dtypes, with_baseline
 from analysis.figures import style
 from analysis.figures.chart import Chart
 from analysis.figures.comparisons import FROM_16_BIT
-from analysis.figures.results import NotAskedError, Results, block_text, held
+from analysis.figures.results import HELD, NotAskedError, Results, block_text, held
 from kbit.spec import axes
 
 OPTIONS: Final[Mapping[str, tuple[str, str]]] = {
@@ -43,12 +43,13 @@ def outliers_chart(results: Results) -> Chart:
     """
     cells = results.plain(free=("outlier_fraction", "outlier_criterion"))
     cells = cells.assign(outlier_fraction=numbers(cells, "outlier_fraction").fillna(0.0))
-    kept = cells[cells["outlier_fraction"] > 0]
+    kept = results.at(cells[cells["outlier_fraction"] > 0], *HELD)
     kept = held(kept, ["dtype", "blocksize"], over="outlier_fraction", at_least=1)
     if kept.empty:
         raise NotAskedError(f"no figure of outlier dimensions: no cell that keeps some has {results.metric.column}")
     dtype, blocksize = kept["dtype"].iloc[0], int(kept["blocksize"].iloc[0])
     same = cells[(cells["dtype"] == dtype) & (cells["blocksize"] == blocksize)]
+    same = same[(same["outlier_fraction"] == 0) | same["bits"].isin(kept["bits"])]
     same = same[same["exponent_bits"].isna() | _same_exponent(same, kept)]
     criterion = same["outlier_criterion"].astype("object").fillna("std").where(same["outlier_fraction"] > 0, "std")
     same = same.assign(_by=criterion)
@@ -85,10 +86,7 @@ def exponents_chart(results: Results) -> Chart:
         NotAskedError: no precision has two numbers of them.
     """
     cells = results.plain()
-    cells = cells[cells["dtype"] == "float"]
-    for name in ("bits", "blocksize"):
-        wanted = getattr(results, name)
-        cells = cells if wanted is None else cells[cells[name] == wanted]
+    cells = results.at(cells[cells["dtype"] == "float"], "bits", "blocksize")
     cells = held(cells, ["blocksize"], over="exponent_bits")
     cells = cells[cells.groupby(["family", "bits"])["exponent_bits"].transform("nunique") > 1]
     if cells.empty:

@@ -20,9 +20,9 @@ from analysis.figures.latency import speeds
 from analysis.figures.laws import scaling_laws
 from analysis.figures.one_shot import one_shot_chart
 from analysis.figures.over_bits import block_sizes_by_bits, data_types_by_bits, formats
-from analysis.figures.paper import PAPER
+from analysis.figures.paper import PAPER, SCALING
 from analysis.figures.questions import OPTIONS, exponents_chart, option_chart, outliers_chart
-from analysis.figures.results import NotAskedError, Results, SamplesByCell, held
+from analysis.figures.results import HELD, NotAskedError, Results, SamplesByCell, held
 from analysis.figures.saving import save
 from analysis.figures.scaling import bit_scaling_chart
 from analysis.metrics import ZERO_SHOT_MEAN, Metric, metric_columns
@@ -117,6 +117,7 @@ def file_stem(name: str, entry: Entry, results: Results) -> str:
     """
     if entry.paper is None:
         return name
+    results = results.obeying(entry.obeys)
     papers = {"loss": PAPER_LOSS, "latency": results.metric.column}.get(entry.metrics, ZERO_SHOT_MEAN)
     parts = [
         name,
@@ -139,8 +140,7 @@ def _versions(entry: Entry, results: Results, metrics: Sequence[Metric] | None) 
     if entry.metrics == "latency" or (entry.paper is None and metrics is None):
         return [results]
     chosen = results.metrics if metrics is None else list(metrics)
-    kinds = {"loss": ("loss", "perplexity"), "accuracy": ("acc", "acc_norm")}
-    allowed = [m for m in chosen if entry.metrics == "any" or m.metric in kinds[entry.metrics]]
+    allowed = [m for m in chosen if entry.takes(m)]
     if not allowed:
         log.info("no %s: none of its metrics is measured (%s)", entry.title, entry.needs)
     return [results.with_metric(m) for m in allowed]
@@ -148,9 +148,10 @@ def _versions(entry: Entry, results: Results, metrics: Sequence[Metric] | None) 
 
 def _zero_shot_scaling(results: Results) -> Chart:
     """``bit_scaling`` of the zero-shot mean, where the table has it besides a loss."""
-    if len(results.metrics) < 2:
+    mean = [m for m in results.metrics[1:] if m.column == ZERO_SHOT_MEAN]
+    if not mean:
         raise NotAskedError("no figure of zero-shot scaling: the table has no zero-shot mean besides a loss")
-    return bit_scaling_chart(results.with_metric(results.metrics[1]))
+    return bit_scaling_chart(results.with_metric(mean[0]))
 
 
 def _at_bits(results: Results, *, axis: str, bits: int) -> Chart:
@@ -174,32 +175,42 @@ def _at_bits(results: Results, *, axis: str, bits: int) -> Chart:
 _OVER: Final = {"dtype": "data_types", "blocksize": "block_sizes", "method": "methods"}
 
 FIGURES: Final[dict[str, Entry]] = {
-    "bit_scaling": Entry(title="Bit-level scaling", chart=bit_scaling_chart, own=True),
-    "bit_scaling_zero_shot": Entry(title="Bit-level scaling, zero-shot", chart=_zero_shot_scaling, own=True),
+    "bit_scaling": Entry(title="Bit-level scaling", chart=bit_scaling_chart, obeys=SCALING, own=True),
+    "bit_scaling_zero_shot": Entry(
+        title="Bit-level scaling, zero-shot", chart=_zero_shot_scaling, obeys=SCALING, own=True
+    ),
     **{
         f"{name}_{bits}bit": Entry(
             title=f"{name.replace('_', ' ').capitalize()} at {bits} bits",
             chart=partial(_at_bits, axis=axis, bits=bits),
+            obeys=tuple(n for n in HELD if n != axis),
             own=True,
         )
         for axis, name in _OVER.items()
         for bits in _BITS
     },
-    "data_types_by_bits": Entry(title="Data types at each precision", chart=data_types_by_bits, own=True),
-    "block_sizes_by_bits": Entry(title="Block sizes at each precision", chart=block_sizes_by_bits, own=True),
+    "data_types_by_bits": Entry(
+        title="Data types at each precision", chart=data_types_by_bits, obeys=("blocksize",), own=True
+    ),
+    "block_sizes_by_bits": Entry(
+        title="Block sizes at each precision", chart=block_sizes_by_bits, obeys=("dtype",), own=True
+    ),
     "formats": Entry(title="Every format by bits per parameter", chart=formats, own=True),
     "one_shot": Entry(title="One-shot methods", chart=one_shot_chart, own=True),
-    "outlier_dimensions": Entry(title="Outlier dimensions in 16 bits", chart=outliers_chart, own=True),
-    "exponent_bits": Entry(title="Exponent bits of floats", chart=exponents_chart, own=True),
+    "outlier_dimensions": Entry(title="Outlier dimensions in 16 bits", chart=outliers_chart, obeys=HELD, own=True),
+    "exponent_bits": Entry(
+        title="Exponent bits of floats", chart=exponents_chart, obeys=("bits", "blocksize"), own=True
+    ),
     **{
         name: Entry(title=f"{words}: on against off", chart=partial(option_chart, axis=axis), own=True)
         for axis, (name, words) in OPTIONS.items()
     },
     "perplexity_and_accuracy": Entry(title="Perplexity against zero-shot accuracy", chart=scatter, own=True),
-    "latency": Entry(title="Decoding speed by bits", chart=speeds, own=True),
+    "latency": Entry(title="Decoding speed by bits", chart=speeds, obeys=("dtype",), own=True),
     "scaling_laws": Entry(
         title="Parallel curves and effective parameters",
-        chart=lambda r: scaling_laws(r.df, r.metric, sweep=r.sweep),
+        chart=scaling_laws,
+        obeys=SCALING,
         needs="two precisions of one data type and block size, with two models each",
     ),
     **PAPER,

@@ -19,6 +19,8 @@ CUT: Final = 100.0
 """Perplexity beyond which a figure's axis is compressed, as the paper cuts it (Appendix C.5)."""
 _FIRST: Final = {"bits": 4, "blocksize": 64, "dtype": "float"}
 """Of settings with as many cells, the paper's is taken."""
+HELD: Final = ("bits", "blocksize", "dtype")
+"""What ``Results`` can hold fixed."""
 
 T = TypeVar("T")
 
@@ -78,6 +80,18 @@ class Results:
 
     def with_metric(self, metric: Metric) -> Results:
         return replace(self, metrics=[metric])
+
+    def obeying(self, names: Sequence[str]) -> Results:
+        """Return the same without what is asked for of ``HELD`` beyond these names."""
+        dropped: dict[str, Any] = dict.fromkeys(name for name in HELD if name not in names)
+        return replace(self, **dropped)
+
+    def at(self, cells: pd.DataFrame, *names: str) -> pd.DataFrame:
+        """Return the cells that have what is asked for of these names of ``HELD``; all where nothing is."""
+        for name in names:
+            wanted = getattr(self, name)
+            cells = cells if wanted is None else cells[cells[name] == wanted]
+        return cells
 
     def kept(self, name: object, make: Callable[[], T]) -> T:
         """Return what ``make`` makes of the table, made once for all figures."""

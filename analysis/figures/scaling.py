@@ -46,10 +46,7 @@ def bit_scaling_chart(results: Results, *, one_family: bool = False) -> Chart:
     Raises:
         NoFigureError: no quantized cell of a known size.
     """
-    cells = results.plain()
-    for name in ("dtype", "blocksize"):
-        wanted = getattr(results, name)
-        cells = cells if wanted is None else cells[cells[name] == wanted]
+    cells = results.at(results.plain(), "dtype", "blocksize")
     if len(cells) and cells["total_bits"].isna().all():
         raise NoFigureError("no figure of scaling: the number of bits of no quantized cell is known")
     cells = held(cells.dropna(subset=["total_bits"]), ["dtype", "blocksize"], over="bits", at_least=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 from analysis.figures import style
@@ -19,12 +20,18 @@ _MOST_PLAIN: Final = 3
 class Sheet:
     """A figure with ``n`` panels, each of one or two parts (above: values; below: changes) that share an axis a kind.
 
+    Args:
+        n: panels.
+        parts: 1, or 2 with changes.
+        columns: of a page; None for the screen.
+        alone: values have an axis of each panel's own.
+
     Attributes:
         fig: the figure.
         values, changes: the panels' parts, in order; ``changes`` may be empty.
     """
 
-    def __init__(self, n: int, *, parts: int, columns: int | None) -> None:
+    def __init__(self, n: int, *, parts: int, columns: int | None, alone: bool = False) -> None:
         from matplotlib.figure import Figure as NewFigure
 
         self.columns = columns
@@ -36,10 +43,11 @@ class Sheet:
         kinds: tuple[list[Axes], list[Axes]] = ([], [])
         for line in range(self.down):
             for part in range(parts):
+                own = alone and part == 0
                 for i in range(line * self.across, min(n, (line + 1) * self.across)):
-                    shared = kinds[part][0] if kinds[part] else None
+                    shared = kinds[part][0] if kinds[part] and not own else None
                     ax = self.fig.add_subplot(grid[line * parts + part, i % self.across], sharey=shared)
-                    ax.tick_params(labelleft=i % self.across == 0)
+                    ax.tick_params(labelleft=own or i % self.across == 0)
                     kinds[part].append(ax)
         self.values, self.changes = kinds
 
@@ -65,6 +73,10 @@ class Sheet:
         if self.columns is None:
             return 28
         return 13 if self.columns == 1 and self.changes else 18
+
+    def wrapped(self, label: str) -> str:
+        """Break a vertical axis' label at blanks, and after underscores: names of text sets have no others."""
+        return fill(label.replace("_", "_ "), self.label_letters).replace("_ ", "_")
 
     def is_left(self, i: int) -> bool:
         return i % self.across == 0

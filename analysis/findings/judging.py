@@ -8,6 +8,7 @@ import pandas as pd
 
 from analysis.findings.claims import judge
 from analysis.findings.finding import Finding
+from analysis.findings.sentences import wanted_samples
 from analysis.inputs import Inputs, SampleKey
 from analysis.significance import Margins, Samples
 
@@ -43,6 +44,11 @@ def wanted_by_claims(df: pd.DataFrame, long_df: pd.DataFrame) -> dict[str, Sampl
     found = long_df[long_df["eval"].isin({e for _, e in asked.keys_asked})]
     every = zip(found["measurement"], found["key"], found["eval"], strict=True)
     return {str(m): (str(k), str(e)) for m, k, e in every if (k, e) in asked.keys_asked}
+
+
+def compared_samples(inputs: Inputs) -> dict[SampleKey, Samples]:
+    """Read the outcomes that findings, claims and figures compare: all of a large study don't fit into memory."""
+    return inputs.samples({**wanted_samples(inputs.df, inputs.long), **wanted_by_claims(inputs.df, inputs.long)})
 
 
 def judge_inputs(inputs: Inputs, *, margins: Margins | None = None) -> list[Finding]:

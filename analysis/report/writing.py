@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import pandas as pd
 
-from analysis.inputs import Inputs, SampleKey
+from analysis.inputs import Inputs
 from analysis.report.content import Report, build_report
 from analysis.report.page import page
 from analysis.report.parts import Parts
 from analysis.report.places import Places
-from analysis.significance import Samples
-
-WIDTHS: Final = {1: "one_column", 2: "two_columns"}
-"""Directories of the paper's figures by the columns of a page that they are as wide as."""
 
 
 def report_of(inputs: Inputs) -> Report:
     """Build the report of what a command works on, reading the samples that its comparisons need."""
-    from analysis.findings import wanted_samples
-    from analysis.findings.judging import wanted_by_claims
+    from analysis.findings.judging import compared_samples
 
-    # Only what is compared: the samples of a large study don't fit into memory.
-    wanted = {**wanted_samples(inputs.df, inputs.long), **wanted_by_claims(inputs.df, inputs.long)}
-    samples = inputs.samples(wanted)
+    samples = compared_samples(inputs)
     return build_report(inputs.df, inputs.long, samples, title=inputs.title, name=inputs.name, notes=inputs.notes)
 
 
@@ -38,7 +30,7 @@ def write_report(report: Report, places: Places | Path, *, paper: Inputs | None 
     Args:
         report: what to write.
         places: where; a directory for all of it, or ``Places``.
-        paper: what is reported, to write the paper's figures and tables too (``write_paper``), which takes a while;
+        paper: what is reported, to write the paper's figures and tables too (``analysis.paper``), which takes a while;
             None leaves them out.
     """
     if isinstance(places, Path):
@@ -48,7 +40,7 @@ def write_report(report: Report, places: Places | Path, *, paper: Inputs | None 
     figures = parts.made("figures", lambda: _write_figures(report, places), none)
     tables = parts.made("tables", lambda: _tables(report, places), none)
     if paper is not None:
-        write = partial(write_paper, paper, places.paper, samples=report.samples)
+        write = partial(_write_paper, paper, report, places)
         tables += parts.made("the paper's figures and tables", write, none)
     beside = [(_name(path, places), os.path.relpath(path, places.page.parent)) for path in (*figures, *tables)]
     places.page.parent.mkdir(parents=True, exist_ok=True)
@@ -59,38 +51,17 @@ def write_report(report: Report, places: Places | Path, *, paper: Inputs | None 
     return [places.page, *figures, *tables], parts.problems
 
 
-def write_paper(inputs: Inputs, directory: Path, *, samples: Mapping[SampleKey, Samples] | None = None) -> list[Path]:
-    """Write the paper's figures that the data allow, as wide as one and two columns, and its tables, for a publication.
-
-    Figures are PDF, SVG and PNG files at 300 dpi, of the headline metrics; tables are CSV, Markdown and LaTeX.
-
-    Args:
-        inputs: what is reported.
-        directory: made if missing.
-        samples: per-sample outcomes, for paired intervals.
-
-    Returns:
-        The PDF files, and the tables.
-    """
-    from analysis.figures.paper import PAPER
-    from analysis.figures.registry import save_figures
-    from analysis.figures.results import Results
-    from analysis.outliers import KIND, outliers_of
-    from analysis.tables.paper import write_paper_tables
-
-    made: list[Path] = []
-    for columns, name in WIDTHS.items():
-        results = Results.of(inputs.df, sweep=inputs.name, samples=samples, columns=columns)
-        if results.metrics:
-            made += save_figures(results, directory / name, names=list(PAPER), formats=("pdf", "svg", "png"))
-    has_outliers = bool(inputs.long.get("eval_kind", pd.Series(dtype="string")).eq(KIND).any())
-    correlations = outliers_of(inputs).correlations if has_outliers else None
-    return [*made, *write_paper_tables(inputs.df, directory, correlations=correlations)]
-
-
 def _name(path: Path, places: Places) -> str:
     """Name a file for a link: the paper's figures have one name at both widths."""
     return str(path.relative_to(places.paper)) if path.is_relative_to(places.paper) else path.name
+
+
+def _write_paper(inputs: Inputs, report: Report, places: Places) -> list[Path]:
+    from analysis.figures.results import Results
+    from analysis.paper import write_paper
+
+    results = Results.of(inputs.df, sweep=inputs.name, samples=report.samples)
+    return write_paper(inputs, places.paper, results=results)
 
 
 def _write_figures(report: Report, places: Places) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -65,18 +66,19 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
             path = arguments.to / f"{name}.csv"
             table.to_csv(path, index=False)
             print(path)
-        for path in _figure(inputs, metric, arguments.to):
+        for path in _figure(inputs, metric, arguments):
             print(path)
     return 0
 
 
-def _figure(inputs: Inputs, metric: Metric, directory: Path) -> list[Path]:
+def _figure(inputs: Inputs, metric: Metric, arguments: argparse.Namespace) -> list[Path]:
     """Draw the entry of ``FIGURES``, where the data allow it."""
     from analysis.figures import save_figures
     from analysis.figures.results import Results
 
     results = Results.of(inputs.df, sweep=inputs.name)
-    return save_figures(results, directory, names=["scaling_laws"], metrics=[metric])
+    results = replace(results, dtype=arguments.dtype, blocksize=arguments.blocksize)
+    return save_figures(results, arguments.to, names=["scaling_laws"], metrics=[metric])
 
 
 def _metric(df: pd.DataFrame, asked: str | None) -> Metric | None:

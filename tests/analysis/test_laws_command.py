@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis.figures.laws import scaling_laws
-from analysis.figures.results import NoFigureError
+from analysis.figures.results import NoFigureError, Results
+from analysis.figures.sheet import caption
 from analysis.inputs import Inputs
 from analysis.metrics import parse_metric
 from analysis.scaling.command import add_arguments, run
@@ -26,6 +28,10 @@ def inputs(study: Study, df: pd.DataFrame | None = None) -> Inputs:
 
     wide = study.wide if df is None else df
     return Inputs(name="demo", title="demo", df=wide, long=study.long, read_samples=read)
+
+
+def results(df: pd.DataFrame, columns: int | None = None) -> Results:
+    return Results(df=df, metrics=[parse_metric("jargon_loss")], sweep=None, samples=None, columns=columns)
 
 
 def ask(given: Inputs, *arguments: str) -> int:
@@ -81,7 +87,7 @@ def test_a_directory_without_results_has_no_law(study: Study, capsys: pytest.Cap
 
 def test_the_figure_has_a_row_per_family_and_says_what_is_not_drawn(study: Study) -> None:
     three = study.wide["key"][(study.wide["bits"] == 3) & (study.wide["model"] == "neox-xs")]
-    found = scaling_laws(diverge(study, study.wide["key"].isin(three)).wide, parse_metric("jargon_loss"))
+    found = scaling_laws(results(diverge(study, study.wide["key"].isin(three)).wide)).draw()
     left, right = found.axes
     assert left.get_title(loc="left") == "NeoX"
     assert [t.get_text() for t in right.get_legend().get_texts()] == ["neox-xs", "neox-s", "neox-m"]
@@ -90,4 +96,29 @@ def test_the_figure_has_a_row_per_family_and_says_what_is_not_drawn(study: Study
     notes = " ".join(text.get_text() for text in found.texts)
     assert "1 diverged cells are not drawn" in " ".join(notes.split())
     with pytest.raises(NoFigureError, match="two precisions with two models each"):
-        scaling_laws(study.wide[study.wide["bits"] == 16], parse_metric("jargon_loss"))
+        scaling_laws(results(study.wide[study.wide["bits"] == 16]))
+
+
+@pytest.mark.parametrize(("columns", "inches"), [(1, 3.25), (2, 6.75)])
+def test_the_figure_is_as_wide_as_columns_of_a_page_with_a_caption(study: Study, columns: int, inches: float) -> None:
+    found = scaling_laws(results(study.wide, columns=columns)).draw()
+    assert found.get_size_inches()[0] == inches
+    assert found.texts == []
+    title, notes = caption(found)
+    assert title == "Scaling laws of loss on jargon (float, block size 64)"
+    assert notes.startswith("Lines, above: ")
+    found.draw_without_rendering()
+    renderer = FigureCanvasAgg(found).get_renderer()
+    for box in [found.legends[0].get_window_extent(renderer), *(ax.get_tightbbox(renderer) for ax in found.axes)]:
+        assert box.x0 >= found.bbox.x0 - 1
+        assert box.x1 <= found.bbox.x1 + 1
+        assert box.y0 >= found.bbox.y0 - 1
+        assert box.y1 <= found.bbox.y1 + 1
+
+
+def test_the_figure_is_of_the_data_type_and_blocks_that_were_asked_for(study: Study, tmp_path: Path) -> None:
+    from PIL import Image
+
+    assert ask(inputs(study), "--dtype", "int", "--blocksize", "16", "--to", str(tmp_path)) == 0
+    with Image.open(tmp_path / "scaling_laws.png") as image:
+        assert image.info["Title"] == "Scaling laws of loss on jargon (int, block size 16)"

@@ -34,7 +34,7 @@ def test_each_quantization_is_a_curve_whatever_its_method_and_blocks() -> None:
 
 def test_it_is_drawn_where_something_calibrates_and_curves_can_be_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     def draw(wide: pd.DataFrame) -> object:
-        return FIGURES["one_shot"](Results(df=wide, metrics=[LOSS], sweep=None, samples=None))
+        return FIGURES["one_shot"].draw(Results(df=wide, metrics=[LOSS], sweep=None, samples=None))
 
     with caplog.at_level(logging.INFO):
         assert draw(study({})) is None

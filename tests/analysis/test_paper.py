@@ -26,12 +26,13 @@ from analysis.figures import (
 from analysis.figures.chance import chance_level
 from analysis.figures.correlation import correlation
 from analysis.figures.drawing import LOSS_CAP
-from analysis.figures.over_bits import formats
+from analysis.figures.over_bits import data_types_by_bits, formats
 from analysis.figures.paper import PAPER
 from analysis.figures.questions import exponents_chart, option_chart, outliers_chart
 from analysis.figures.results import held
 from analysis.inputs import Inputs
 from analysis.metrics import parse_metric
+from analysis.outliers import Outliers
 from analysis.tables.paper import TABLES, correlations_by_layer, methods_by_block, write_paper_tables
 from kbit.errors import SpecError
 from kbit.spec import QuantSpec
@@ -96,7 +97,7 @@ def test_beyond_the_cut_the_axis_is_compressed_and_order_is_kept(study: Study) -
     assert len(set(on_paper)) == 5
     assert (on_paper[-1] - on_paper[1]) < 0.3 * (on_paper[1] - on_paper[0])
     assert "beyond it the axis is compressed, and order is kept" in written(fig)
-    uncut = FIGURES["bit_scaling"](replace(results(wide), cut=None))
+    uncut = FIGURES["bit_scaling"].draw(replace(results(wide), cut=None))
     assert uncut is not None
     assert "compressed" not in written(uncut)
 
@@ -260,3 +261,40 @@ def test_the_command_writes_figures_and_says_what_is_missing(
     assert printed.splitlines()[0] == str(tmp_path / "fig13_bit_scaling-jargon_loss-b64.svg")
     assert "missing: fig16_latency: " in printed
     assert "python launch.py sweep=survey" in printed
+
+
+def test_the_command_writes_paired_intervals_and_table_2_as_a_report_does(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [{"family": "opt", "model": "opt-1b", "params": 1, "eval": "a", "layers": "b", "correlation": 0.6}]
+    monkeypatch.setattr(
+        "analysis.paper.outliers_of", lambda _: Outliers(correlations=pd.DataFrame(found), emergence=pd.DataFrame())
+    )
+    monkeypatch.setattr("analysis.paper.PAPER", ["fig14_data_types"])  # the others take seconds each
+    keys = {f"{key}|{name}": (key, name) for key, name in study.samples}
+    kept = study.wide["bits"].isin([4, 16]) & study.wide["blocksize"].fillna(64).eq(64)
+    inputs = Inputs(
+        name="s",
+        title="s",
+        df=study.wide[kept],
+        long=pd.concat([study.long, study.long.tail(1).assign(eval_kind="outliers")]),
+        read_samples=lambda wanted: {m: study.samples[keys[m]] for m in wanted if m in keys},
+    )
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(["--to", str(tmp_path), "--formats", "svg"]), inputs) == 0
+    assert {"table2_correlations.csv", "table2_correlations.tex"} <= {p.name for p in tmp_path.iterdir()}
+    assert "95 % confidence interval, paired" in (tmp_path / "fig14_data_types-jargon_loss.svg").read_text()
+    assert str(tmp_path / "table2_correlations.md") in capsys.readouterr().out
+
+
+def test_panels_that_share_an_axis_show_the_highest_of_each_family(study: Study) -> None:
+    high = study.wide.assign(family="a", key="a " + study.wide["key"], model="a" + study.wide["model"])
+    base = high.groupby("model")["jargon_loss"].transform("min")
+    high = high.assign(jargon_loss=base + 20 * (high["jargon_loss"] - base))
+    chart = data_types_by_bits(replace(results(pd.concat([high, study.wide], ignore_index=True)), cut=None))
+    axes = chart.draw().axes
+    assert axes[0].get_yscale() == "symlog"
+    highest = max(float(np.nanmax(y)) for ax in axes for _, y in curves(ax).values())
+    assert highest == max(float(np.nanmax(y)) for _, y in curves(axes[0]).values())
+    assert all(ax.get_ylim()[1] > highest for ax in axes)

@@ -132,7 +132,7 @@ def test_a_report_lies_in_its_study_and_links_what_lies_beside_it(study: Study, 
 def test_the_papers_figures_and_tables_are_written_when_asked_for(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.figures.paper.PAPER", ["fig03_data_types"])  # the others take seconds each
+    monkeypatch.setattr("analysis.paper.PAPER", ["fig03_data_types"])  # the others take seconds each
     wide = study.wide[study.wide["bits"].isin([4, 16]) & (study.wide["blocksize"].fillna(64) == 64)]
     inputs = Inputs(name="demo", title="demo", df=wide, long=study.long, read_samples=lambda _: {})
     files, problems = write_report(report_of(inputs), Places.of_study(tmp_path, "demo"), paper=inputs)
