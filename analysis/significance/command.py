@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
     from analysis.significance.showing import render_comparison
     from analysis.tables import write_table
 
-    sides = [_where(given) for given in (arguments.a, arguments.b)]
+    sides = [_where(name, given) for name, given in (("--a", arguments.a), ("--b", arguments.b))]
     between = {name for side in sides for name in side if sides[0].get(name) != sides[1].get(name)}
     a, b = (_keys(inputs.df, side) for side in sides)
     pairing = pair_cells(inputs.df, a, b, between - {"key"})
@@ -46,10 +46,24 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
     return 0
 
 
-def _where(given: list[str]) -> dict[str, tuple[str, ...]]:
-    """Read AXIS=VALUE,VALUE … ; a word without '=' is the beginning of a key."""
+def _where(side: str, given: list[str]) -> dict[str, tuple[str, ...]]:
+    """Read AXIS=VALUE,VALUE … ; a word without '=' is the beginning of a key, and stands alone.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    from sweeps.errors import UserError
+
+    words = [text for text in given if "=" not in text]
+    if words and len(given) > 1:
+        raise UserError(
+            f"{side} {' '.join(given)} is not valid: {', '.join(words)} can't stand beside other words. Give the "
+            "beginning of one cell's key, or AXIS=VALUE words alone, e.g. dtype=int bits=3,4"
+        )
+    if words:
+        return {"key": (words[0],)}
     pairs = [text.partition("=") for text in given]
-    return {name: tuple(values.split(",")) for name, is_pair, values in pairs if is_pair} or {"key": (given[0],)}
+    return {name: tuple(values.split(",")) for name, _, values in pairs}
 
 
 def _keys(df: pd.DataFrame, where: dict[str, tuple[str, ...]]) -> list[str]:
