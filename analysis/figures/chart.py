@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from analysis.chance import chance_level
 from analysis.figures import style
-from analysis.figures.chance import chance_level
 from analysis.figures.drawing import X_LABEL, Drawing, Look, change_edge, compress
 from analysis.figures.results import NoFigureError, Results
 from analysis.figures.sheet import Sheet

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.cells import measured, numbers
+from analysis.chance import chance_level
 from analysis.figures import style
-from analysis.figures.chance import chance_level
 from analysis.figures.results import CUT, NotAskedError, Results
 from analysis.figures.sheet import Sheet
 from analysis.metrics import Metric, metric_columns, primary_loss, zero_shot

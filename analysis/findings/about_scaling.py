@@ -10,17 +10,18 @@ from typing import Final
 
 import numpy as np
 
+from analysis.chance import chance_level
 from analysis.findings.contrasts import Contrast, contrast, differences, slope
 from analysis.findings.evidence import Cell, Evidence
 from analysis.findings.finding import Finding
 from analysis.findings.selections import EVERY_AXIS, families, main_stratum, named
 from analysis.findings.testing import Claim, Part, finding, interval, scale
-from analysis.metrics import Metric, primary_loss
-from analysis.significance import Effect, over_models
+from analysis.metrics import ZERO_SHOT_MEAN, Metric, primary_loss
+from analysis.significance import Effect, normal, over_models
 
 UNSTABLE: Final = 1.0
 """Nats per token that a stable model doesn't lose: its perplexity is multiplied by e."""
-CHANCE: Final = 0.35
+CHANCE_MEAN: Final = 0.35
 """Of the mean of the paper's four tasks, as it says (section 5.1)."""
 STRONG: Final = -0.8
 """A correlation that is at least as strong predicts."""
@@ -109,11 +110,13 @@ def three_bits_unstable(evidence: Evidence) -> list[Finding]:
         threes = [c for c in own if c.bits == 3 and np.isfinite(c.params)]
         largest = {c.family: c for c in sorted(threes, key=lambda c: c.params)}
         asked = [c for family, c in sorted(largest.items()) if _NAMED.search(family)]
-        parts = [p for c in asked if (p := _instability(c, evidence, metric)) is not None]
+        beyond = UNSTABLE if metric.metric == "loss" else _chance(metric)
+        # Nothing is worse than no document right: a chance of 0 is no bound.
+        parts = [p for c in asked if beyond and (p := _instability(c, evidence, metric, beyond)) is not None]
         scope = _scope(families(asked) if asked else "no OPT or Pythia", dtype, size, own)
         said = finding(metric, UNSTABLE_3, parts, scope=scope, headline=i == 0)
         if parts:
-            bound = f"{UNSTABLE:g} nat per token" if metric.metric == "loss" else f"chance ({CHANCE:.0%})"
+            bound = f"{beyond:g} nat per token" if metric.metric == "loss" else f"chance ({beyond:.0%})"
             listed = "; ".join(f"{p.name} {interval(p.effect, metric)}" for p in parts)
             text = f"Worse at 3 bits than the bound, {bound}, by (95 % CI): {listed}."
             said = replace(
@@ -161,7 +164,7 @@ def perplexity_predicts_zero_shot(evidence: Evidence) -> list[Finding]:
     ]
 
 
-def _instability(cell: Cell, evidence: Evidence, metric: Metric) -> Part | None:
+def _instability(cell: Cell, evidence: Evidence, metric: Metric, bound: float) -> Part | None:
     """How far beyond the bound of stability one model lies at 3 bits, by its documents; diverged is beyond any."""
     base = evidence.baselines(metric).get((cell.family, cell.model))
     name = f"{cell.family}/{cell.model}"
@@ -172,24 +175,29 @@ def _instability(cell: Cell, evidence: Evidence, metric: Metric) -> Part | None:
         if base is None:
             return None
         found = contrast(evidence, metric, [base], [cell], ignoring=EVERY_AXIS, at_equal_bits=False)
-        value, error = cell.value - base.value - UNSTABLE, found.document_error
+        value, error = cell.value - base.value - bound, found.document_error
     else:
-        value, error = CHANCE - cell.value, cell.stderr
+        value, error = bound - cell.value, cell.stderr
     if not np.isfinite(error):
         return None
-    half = 1.959963984540054 * error
-    beyond = Effect(value=value, low=value - half, high=value + half, stderr=error, dof=1e9, n=1, basis="samples")
+    of = normal(value, error, 1)
+    beyond = Effect(value=value, low=of.low, high=of.high, stderr=error, dof=1e9, n=1, basis="samples")
     return Part(name=name, found=Contrast(effect=beyond), kind="better", margin=0)
 
 
+def _chance(metric: Metric) -> float | None:
+    """Accuracy of guessing; None where it isn't known."""
+    return CHANCE_MEAN if metric.column == ZERO_SHOT_MEAN else chance_level(metric)
+
+
 def _correlation(pairs: Sequence[tuple[Cell, Cell]]) -> tuple[float, Effect]:
-    """Pearson's r, and Fisher's z with a jackknife over models."""
+    """Pearson's r, and Fisher's z with a jackknife over models: without an error where a model is needed for r."""
     units = sorted({b.unit for _, b in pairs})
     r = _pearson(pairs)
     n = len(units)
-    if n < 3 or math.isnan(r):
-        return r, over_models([math.nan] * n)
     without = [_pearson([p for p in pairs if p[1].unit != unit]) for unit in units]
+    if n < 3 or np.isnan([r, *without]).any():
+        return r, replace(over_models([]), n=n)
     z, left = _fisher(r), np.asarray([_fisher(x) for x in without])
     pseudo = n * z - (n - 1) * left
     found = over_models(pseudo)
@@ -217,7 +225,7 @@ def _pearson(pairs: Sequence[tuple[Cell, Cell]]) -> float:
 
 
 def _fisher(r: float) -> float:
-    return math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r)))
+    return math.atanh(float(np.clip(r, -1 + 1e-12, 1 - 1e-12)))  # NaN stays
 
 
 def _scope(of: str, dtype: str | None, size: int | None, cells: Sequence[Cell]) -> str:

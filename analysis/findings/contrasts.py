@@ -20,12 +20,7 @@ from numpy.typing import NDArray
 from analysis.findings.evidence import Cell, Evidence, Spec
 from analysis.findings.on_samples import Weights, documents, on_samples
 from analysis.metrics import Metric
-from analysis.significance import (
-    LEVEL,
-    Effect,
-    of_samples,
-    over_models,
-)
+from analysis.significance import Effect, of_samples, over_models, student
 
 REACH: Final = 0.5
 """Doublings of the bits by which a curve is carried over its ends."""
@@ -203,11 +198,7 @@ def slope(found: Differences) -> Effect:
     residual = np.eye(len(d)) - design @ solve
     variance = float(((residual @ d) ** 2).sum() / np.trace(residual @ r @ residual.T))
     value, error = float(solve[0] @ d), float(np.sqrt(variance * solve[0] @ r @ solve[0]))
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(dof, 0.5 + LEVEL / 2)) * error
-    low, high = value - half, value + half
-    return Effect(value=value, low=low, high=high, stderr=error, dof=dof, n=len(d), basis="models")
+    return student(value, error, dof, n=len(d), size=float(np.abs(d).max()))
 
 
 def _one_or_more(evidence: Evidence, metric: Metric, found: Differences, combinations: Sequence[Weights]) -> Effect:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from analysis.findings.evidence import Cell, Evidence
 from analysis.metrics import Metric
-from analysis.significance import Comparison, can_pair, compare_loss, compare_outcomes
+from analysis.significance import Comparison, can_pair, compare_loss, compare_outcomes, mean_of_tasks
 
 Weights = dict[str, float]
 """A linear combination of cells: weight by key. Times the metric's sign it is an improvement."""
@@ -40,12 +40,7 @@ def on_samples(evidence: Evidence, metric: Metric, weights: Weights) -> Comparis
         if found is None:
             return None
         parts.append(found)
-    if len(parts) == 1:
-        return parts[0]
-    error = float(np.sqrt(sum(p.stderr**2 for p in parts)) / len(parts))
-    mean = float(np.mean([p.difference for p in parts]))
-    half = 1.959963984540054 * error
-    return Comparison(difference=mean, low=mean - half, high=mean + half, stderr=error, n=min(p.n for p in parts))
+    return mean_of_tasks(parts)
 
 
 def outcomes(

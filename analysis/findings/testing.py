@@ -206,7 +206,9 @@ def _evidence(parts: Sequence[Part], metric: Metric) -> str:
 
 def _nothing(metric: Metric, claim: Claim, parts: Sequence[Part], scope: str, headline: bool) -> Finding:
     alone = max((p.found.alone for p in parts), default=0)
-    if any(p.effect.n for p in parts):
+    if any(p.effect.n > 1 for p in parts):
+        why = "the models all say the same number, which tells nothing of its error: others would"
+    elif any(p.effect.n for p in parts):
         why = "a single model: others, or the samples of this one, would give it an interval"
     elif alone:
         why = f"at equal bits a family needs two sizes or more, and {alone} of the models have no other of theirs"

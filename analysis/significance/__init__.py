@@ -3,14 +3,14 @@
 pairs         the difference of two cells, and its mean over models, with a confidence interval
 proportions   McNemar's exact test, Wilson's interval
 resampling    a bootstrap over windows, documents or clusters; flipped signs
-effects       an effect over models (t, signed ranks, random effects) and how surely it lies above or below a bound
+effects       an effect over models (t, signed ranks) and how surely it lies above or below a bound
 equivalence   margins, and two one-sided tests of no effect
 multiplicity  Holm, and Benjamini and Hochberg
 power         the smallest difference that data could have shown; documents and models that it would take
 comparing     two cells or two sets of cells on every text set and task; showing: in the terminal
 """
 
-from analysis.significance.effects import Effect, by_ranks, of_samples, over_models, random_effects
+from analysis.significance.effects import Effect, by_ranks, of_samples, over_models, student
 from analysis.significance.equivalence import Margins, tost
 from analysis.significance.multiplicity import benjamini_hochberg, holm
 from analysis.significance.pairs import (
@@ -22,6 +22,8 @@ from analysis.significance.pairs import (
     compare_loss,
     compare_mean_loss,
     compare_outcomes,
+    mean_of_tasks,
+    normal,
 )
 from analysis.significance.power import models_needed, samples_needed, smallest_detectable
 from analysis.significance.proportions import McNemar, mcnemar, wilson
@@ -44,13 +46,15 @@ __all__ = [
     "compare_outcomes",
     "holm",
     "mcnemar",
+    "mean_of_tasks",
     "models_needed",
+    "normal",
     "of_samples",
     "over_models",
-    "random_effects",
     "samples_needed",
     "sign_flip",
     "smallest_detectable",
+    "student",
     "tost",
     "wilson",
 ]

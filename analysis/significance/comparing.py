@@ -22,7 +22,7 @@ from analysis.metrics import Metric, metric_columns
 from analysis.significance.effects import Effect, of_samples, over_models
 from analysis.significance.equivalence import Margins, tost
 from analysis.significance.multiplicity import benjamini_hochberg
-from analysis.significance.pairs import LEVEL, Comparison, Samples, compare_outcomes
+from analysis.significance.pairs import LEVEL, Comparison, Samples, compare_outcomes, mean_of_tasks
 from analysis.significance.power import smallest_detectable
 from analysis.significance.proportions import mcnemar, wilson
 from analysis.significance.resampling import bootstrap
@@ -111,21 +111,24 @@ def compare_cells(
     Returns:
         A row a metric: a and b, their means (of a single pair's accuracy with Wilson's interval); difference (a - b)
         with its 95 % interval; p, two-sided, and p_adjusted (Benjamini and Hochberg over the rows); n and what it
-        counts ('over'); test; detectable, the smallest true difference that would be found four times in five;
-        p_equivalent, of the two one-sided tests with ``margin``; verdict, adjusted: 'a is better', 'b is better',
-        'alike' (within the margin) or "can't tell".
+        counts ('over'; of a mean of tasks the fewest of one); test; detectable, the smallest true difference that
+        would be found four times in five; p_equivalent, of the two one-sided tests with ``margin``; verdict,
+        adjusted: 'a is better', 'b is better', 'alike' (within the margin) or "can't tell".
     """
     evidence = Evidence(df=df, samples={} if samples is None else samples, margins=margins or Margins())
-    rows = []
+    rows: list[dict[str, Any]] = []
+    signs: list[float] = []
     for metric in _metrics(evidence):
         known = {c.key: c for c in (*evidence.cells(metric), *evidence.baselines(metric).values())}
         sides = [[known[key] for key in keys if key in known] for keys in (pairing.a, pairing.b)]
         if all(sides):
             rows.append(_row(evidence, metric, sides, pairing, seed))
+            signs.append(metric.sign)
     found = pd.DataFrame(rows, columns=list(COLUMNS))
     alike = benjamini_hochberg(found["p_equivalent"].to_numpy(dtype=np.float64))
     found["p_adjusted"] = benjamini_hochberg(found["p"].to_numpy(dtype=np.float64))
-    found["verdict"] = [_verdict(row, p) for row, p in zip(found.to_dict("records"), alike, strict=True)]
+    settled = zip(found.to_dict("records"), alike, signs, strict=True)
+    found["verdict"] = [_verdict(row, p, sign) for row, p, sign in settled]
     return found
 
 
@@ -159,7 +162,6 @@ def _row(evidence: Evidence, metric: Metric, sides: list[list[Cell]], pairing: P
         **{"over": over, "test": test, "detectable": smallest_detectable(effect.stderr, effect.dof)},
         **{"margin": np.nan if margin is None else margin, "p_adjusted": np.nan},
         "p_equivalent": np.nan if margin is None or not effect.tested else tost(effect, margin),
-        "verdict": metric.sign,
     }
 
 
@@ -200,17 +202,8 @@ def _one_model(evidence: Evidence, metric: Metric, combination: Weights, seed: i
     if any(found is None for found, _ in parts):
         return None, float("nan"), "none: samples are missing, or not of the same data"
     known = [found for found, _ in parts if found is not None]
-    if len(known) == 1:
-        return of_samples(known[0]), known[0].p, parts[0][1]
-    from scipy.special import ndtr, ndtri
-
-    error = float(np.sqrt(sum(f.stderr**2 for f in known))) / len(known)
-    mean = float(np.mean([f.difference for f in known]))
-    half = float(ndtri(0.5 + LEVEL / 2)) * error
-    n = sum(f.n for f in known)
-    p = 2 * float(ndtr(-abs(mean) / error)) if error else float(mean == 0)
-    joined = Comparison(difference=mean, low=mean - half, high=mean + half, stderr=error, n=n, p=p)
-    return of_samples(joined), p, "z, tasks independent"
+    joined = mean_of_tasks(known)
+    return of_samples(joined), joined.p, parts[0][1] if len(known) == 1 else "z, tasks independent"
 
 
 def _part(evidence: Evidence, part: tuple[str, str], combination: Weights, seed: int) -> tuple[Comparison | None, str]:
@@ -253,8 +246,7 @@ def _wilson(evidence: Evidence, metric: Metric, side: Iterable[Cell]) -> tuple[f
     return float("nan"), float("nan")
 
 
-def _verdict(row: Mapping[Any, Any], p_alike: float) -> str:
-    sign = row["verdict"]  # the metric's, until here
+def _verdict(row: Mapping[Any, Any], p_alike: float, sign: float) -> str:
     if p_alike < 1 - LEVEL:
         return "alike"
     if not row["p_adjusted"] < 1 - LEVEL:

@@ -16,6 +16,8 @@ from analysis.significance.pairs import LEVEL, Comparison
 
 Basis = Literal["models", "ranks", "samples"]
 _NOTHING: Final = float("nan")
+_ROUNDING: Final = 1e-12
+"""An error that is smaller, as a share of what it is of, is rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Effect:
     Attributes:
         value: the effect; with ``ranks`` the median, infinite where most models diverged.
         low, high: the interval; NaN where there is too little to have one.
-        stderr: standard error of ``value``; NaN with ``ranks``.
+        stderr: standard error of ``value``; NaN with ``ranks``, and over models that all give one number other than 0.
         dof: degrees of freedom of Student's t.
         n: models; with ``samples`` windows or documents.
         basis: 'models' (t over models), 'ranks' (signed ranks over models, where some differences are infinite) or
@@ -95,7 +97,8 @@ def over_models(differences: ArrayLike, correlation: NDArray[np.float64] | None 
         )
     r = np.eye(n) if correlation is None else correlation[np.ix_(known, known)]
     variance = float(((d - mean) ** 2).sum()) / float(np.trace(r) - r.sum() / n)
-    return _student(mean, float(np.sqrt(variance * r.sum())) / n, n - 1, values)
+    error = float(np.sqrt(variance * r.sum())) / n
+    return student(mean, error, n - 1, n=n, size=float(np.abs(d).max()), values=values)
 
 
 def by_ranks(differences: ArrayLike) -> Effect:
@@ -137,35 +140,6 @@ def of_samples(found: Comparison, *, sign: float = 1.0) -> Effect:
     )
 
 
-def random_effects(differences: ArrayLike, errors: ArrayLike) -> Effect:
-    """Return the mean over models of unequal errors, where true effects differ between models too.
-
-    Weights 1 / (s_i² + τ²) with τ² of DerSimonian and Laird (1986), interval of Hartung and Knapp (2001): t of
-    n - 1 degrees of freedom, by the scatter of the effects themselves.
-
-    Args:
-        differences: [n] one of each model, finite.
-        errors: [n] their standard errors, positive.
-
-    Raises:
-        ValueError: an error is not positive and finite, or there are not as many as differences.
-    """
-    d, s = np.asarray(differences, dtype=np.float64), np.asarray(errors, dtype=np.float64)
-    if d.shape != s.shape or not (np.isfinite(s) & (s > 0)).all():
-        raise ValueError(f"{len(d)} differences need as many standard errors, positive and finite, not {s.tolist()}")
-    n = len(d)
-    if n < 2:
-        return over_models(d)
-    w = 1 / s**2
-    fixed = float((w * d).sum() / w.sum())
-    q = float((w * (d - fixed) ** 2).sum())
-    tau2 = max(0.0, (q - (n - 1)) / float(w.sum() - (w**2).sum() / w.sum()))
-    w = 1 / (s**2 + tau2)
-    mean = float((w * d).sum() / w.sum())
-    error = float(np.sqrt((w * (d - mean) ** 2).sum() / ((n - 1) * w.sum())))
-    return _student(mean, error, n - 1, tuple(map(float, d)))
-
-
 def signed_ranks(d: NDArray[np.float64]) -> float:
     """One-sided p-value of Wilcoxon's signed-rank test that values are centred at 0 or below.
 
@@ -182,9 +156,25 @@ def signed_ranks(d: NDArray[np.float64]) -> float:
     return sign_flip(np.sign(d) * rankdata(np.abs(d)))
 
 
-def _student(mean: float, error: float, dof: int, values: tuple[float, ...]) -> Effect:
+def student(value: float, error: float, dof: int, *, n: int, size: float, values: tuple[float, ...] = ()) -> Effect:
+    """Return an effect over models with Student's t, from its standard error.
+
+    Differences that leave no spread tell nothing of their error, unless all are exactly 0: then both cells are the same
+    on every model, e.g. of the same codes.
+
+    Args:
+        value: the effect.
+        error: its standard error.
+        dof: degrees of freedom, at least 1.
+        n: models.
+        size: the largest of their differences: an error that is nothing beside it is rounding.
+        values: each model's.
+    """
     from scipy.special import stdtrit
 
+    if size > 0 and error <= _ROUNDING * size:
+        error = _NOTHING
     half = float(stdtrit(dof, 0.5 + LEVEL / 2)) * error
-    low, high = mean - half, mean + half
-    return Effect(value=mean, low=low, high=high, stderr=error, dof=dof, n=len(values), basis="models", values=values)
+    return Effect(
+        value=value, low=value - half, high=value + half, stderr=error, dof=dof, n=n, basis="models", values=values
+    )

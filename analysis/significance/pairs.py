@@ -149,6 +149,34 @@ def compare_mean_loss(pairs: Sequence[tuple[Samples, Samples]], tokenizers: Sequ
     return _student(difference, error, min(c.n for c in each))
 
 
+def mean_of_tasks(each: Sequence[Comparison]) -> Comparison:
+    """Mean of several tasks' differences, whose documents are independent; of one task its own.
+
+    Its p-value is normal's, and ``n`` that of the task with the fewest documents: a limit counts those of each task.
+    """
+    if len(each) == 1:
+        return each[0]
+    error = float(np.sqrt(sum(c.stderr**2 for c in each))) / len(each)
+    return normal(float(np.mean([c.difference for c in each])), error, min(c.n for c in each))
+
+
+def normal(difference: float, error: float, n: int) -> Comparison:
+    """Return a difference with the normal interval and p-value (NaN where no error but a difference is left).
+
+    Args:
+        difference: first minus second.
+        error: its standard error.
+        n: samples.
+    """
+    from scipy.special import ndtr, ndtri
+
+    half = float(ndtri(0.5 + LEVEL / 2)) * error
+    p = 1.0 if difference == 0 else float("nan")
+    if error != 0:
+        p = 2 * float(ndtr(-abs(difference) / error))
+    return Comparison(difference=difference, low=difference - half, high=difference + half, stderr=error, n=n, p=p)
+
+
 def _window_by_window(pairs: Sequence[tuple[Samples, Samples]]) -> Comparison:
     """``compare_loss`` of the mean over models of each window's nats; all of the same windows."""
     if len(pairs) == 1:

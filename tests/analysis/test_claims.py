@@ -249,6 +249,57 @@ def test_zero_shot_is_judged_in_points_and_predicted_by_perplexity() -> None:
     assert headlines(judge(noise))["perplexity_predicts_zero_shot"].verdict is Verdict.FAILS
 
 
+def with_accuracies(models: int, cells: int) -> pd.DataFrame:
+    """Some models of a family with as many cells each, whose accuracy falls with the loss but for a little noise."""
+    rng = np.random.default_rng(13)
+    df = planted(rng, noise=0.02)
+    df = df[(df["family"] == "opt") & (df["bits"] < 16)].groupby("model", sort=False).head(cells)
+    df = df[df["model"].isin(df["model"].unique()[:models])]
+    return df.assign(zero_shot_mean=0.9 - 0.1 * df["text_loss"] + rng.normal(0, 0.002, len(df)))
+
+
+@pytest.mark.parametrize(("models", "cells"), [(3, 1), (2, 5)])
+def test_a_correlation_that_no_model_can_be_left_out_of_has_no_verdict(models: int, cells: int) -> None:
+    found = headlines(judge(with_accuracies(models, cells)))["perplexity_predicts_zero_shot"]
+    assert found.verdict is Verdict.UNKNOWN
+    assert found.models == models
+    assert np.isnan([found.p_holds, found.p_fails, found.low, found.high]).all()
+    assert found.effect < -0.8
+    assert f"now {models}" in found.needs
+
+
+def test_a_correlation_of_four_models_of_a_cell_each_has_an_interval() -> None:
+    found = headlines(judge(with_accuracies(4, 1)))["perplexity_predicts_zero_shot"]
+    assert found.low < found.effect < found.high
+
+
+def test_instability_is_held_against_what_guessing_gives_on_each_task() -> None:
+    """Of 3 bits: winogrande (chance 1/2) lies below chance, lambada has none, and of 'mine' it isn't known."""
+    df = planted(np.random.default_rng(14), few=True)
+    bad = df["bits"] == 3
+    df = df.assign(winogrande_acc=np.where(bad, 0.42, 0.7), piqa_acc=np.where(bad, 0.42, 0.7))
+    df = df.assign(mine_acc=np.where(bad, 0.1, 0.7), lambada_openai_acc=np.where(bad, 0.01, 0.7))
+    df = df.assign(arc_easy_acc=np.where(bad, 0.30, 0.7))
+    tasks = ("winogrande", "piqa", "mine", "lambada_openai", "arc_easy")
+    df = df.assign(**{f"{task}_acc_stderr": 0.01 for task in tasks})
+    found = {f.metric.removesuffix("_acc"): f for f in CLAIMS["three_bits_unstable"](evidence(df))}
+    assert found["winogrande"].p_holds < 1e-6
+    assert found["winogrande"].effect == pytest.approx(8)
+    assert "chance (50%)" in found["winogrande"].evidence
+    assert found["arc_easy"].p_fails < 1e-4  # 30 % is above a chance of 25 %
+    assert "chance (25%)" in found["arc_easy"].evidence
+    for task in ("mine", "lambada_openai"):
+        assert math.isnan(found[task].p_holds)
+        assert not found[task].evidence
+    diverged = df.assign(mine_acc=df["mine_acc"].mask(bad), text_status="done")
+    diverged["mine_status"] = np.where(bad, "diverged", "done")
+    said = [f.evidence for f in CLAIMS["three_bits_unstable"](evidence(diverged)) if f.metric == "mine_acc"]
+    assert said == [""]
+    mean = df.assign(zero_shot_mean=np.where(bad, 0.33, 0.7), zero_shot_mean_stderr=0.001)
+    of_mean = [f for f in CLAIMS["three_bits_unstable"](evidence(mean)) if f.metric == "zero_shot_mean"]
+    assert of_mean[0].effect == pytest.approx(2)  # the paper's 35 %
+
+
 def test_each_text_set_is_judged_and_the_fullest_is_the_headline() -> None:
     df = planted(np.random.default_rng(11), few=True)
     other = df["text_loss"].where(df["bits"] != 3) + 0.3

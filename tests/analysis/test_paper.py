@@ -12,6 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis.cells import measured
+from analysis.chance import chance_level
 from analysis.families import told_apart
 from analysis.figures import (
     FIGURES,
@@ -23,7 +24,6 @@ from analysis.figures import (
     missing_figures,
     save_figures,
 )
-from analysis.figures.chance import chance_level
 from analysis.figures.correlation import correlation
 from analysis.figures.drawing import LOSS_CAP
 from analysis.figures.over_bits import data_types_by_bits, formats

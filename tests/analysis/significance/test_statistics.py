@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from analysis.findings.contrasts import Differences, slope
 from analysis.metrics import parse_metric
 from analysis.significance import (
     Effect,
@@ -19,10 +20,10 @@ from analysis.significance import (
     compare_outcomes,
     holm,
     mcnemar,
+    mean_of_tasks,
     models_needed,
     of_samples,
     over_models,
-    random_effects,
     samples_needed,
     sign_flip,
     smallest_detectable,
@@ -95,6 +96,61 @@ def test_one_model_or_none_has_no_interval() -> None:
         assert np.isnan([effect.low, effect.high, effect.p_above(0), tost(effect, 1)]).all()
 
 
+@pytest.mark.parametrize("same", [0.1, -0.3, 1e-5])
+def test_models_that_all_say_the_same_number_tell_nothing_of_its_error(same: float) -> None:
+    """In float64 the mean of three times 0.1 is not 0.1, so that the spread is not exactly 0 either."""
+    for n in (2, 3, 7):
+        effect = over_models([same] * n)
+        assert effect.value == pytest.approx(same)
+        assert effect.n == n
+        assert not effect.tested
+        assert np.isnan([effect.low, effect.high, effect.p_above(0), effect.p_below(0), tost(effect, 1)]).all()
+        assert math.isnan(smallest_detectable(effect.stderr, effect.dof))
+
+
+def test_models_on_which_two_cells_are_the_same_are_surely_alike() -> None:
+    effect = over_models([0.0] * 4)
+    assert (effect.low, effect.high, tost(effect, 0.01)) == (0, 0, 0)
+    assert effect.p_above(0) == effect.p_below(0) == 1
+
+
+def test_a_slope_of_differences_that_are_all_the_same_has_no_error() -> None:
+    def slope_of(d: list[float]) -> Effect:
+        n = len(d)
+        return slope(
+            Differences(
+                units=tuple("abcde"[:n]),
+                families=("f",) * n,
+                x=np.asarray([1.0, 2.1, 3.3, 4.2, 5.9])[:n],
+                d=np.asarray(d),
+                combinations=tuple({f"a{i}": -1.0, f"b{i}": 1.0} for i in range(n)),
+                alone=0,
+                cells={},
+            )
+        )
+
+    assert not slope_of([0.02] * 5).tested
+    assert tost(slope_of([0.0] * 5), 0.01) == 0
+    spread = slope_of([0.02, 0.03, 0.02, 0.05, 0.04])
+    oracle = stats.linregress([1.0, 2.1, 3.3, 4.2, 5.9], [0.02, 0.03, 0.02, 0.05, 0.04])
+    assert (spread.value, spread.stderr) == pytest.approx((oracle.slope, oracle.stderr))
+
+
+def test_a_mean_of_tasks_has_the_error_of_independent_ones() -> None:
+    rng = np.random.default_rng(2)
+    each = [compare_outcomes(rng.normal(0.1, 1, n), np.zeros(n)) for n in (200, 50, 1000)]
+    found = mean_of_tasks(each)
+    mean = np.mean([c.difference for c in each])
+    error = math.sqrt(sum(c.stderr**2 for c in each)) / 3
+    low, high = stats.norm.interval(0.95, mean, error)
+    assert (found.difference, found.low, found.high) == pytest.approx((mean, low, high))
+    assert found.p == pytest.approx(2 * stats.norm.sf(abs(mean) / error))
+    assert found.n == 50
+    assert mean_of_tasks(each[:1]) is each[0]
+    same = compare_outcomes(np.ones(5), np.zeros(5))
+    assert math.isnan(mean_of_tasks([same, same]).p)
+
+
 def test_correlated_differences_have_the_error_of_their_mean() -> None:
     """d_i = e_i - (e_i + e_i+1) / 2: an interpolation between neighbours; the closed form is a simulation's."""
     n, rng = 6, np.random.default_rng(0)
@@ -106,14 +162,6 @@ def test_correlated_differences_have_the_error_of_their_mean() -> None:
     squares = np.mean([over_models(row, correlation).stderr ** 2 for row in d[:1500]])
     assert squares == pytest.approx(d.mean(1).var(), rel=0.08)
     assert over_models(d[0], np.eye(n)) == over_models(d[0])
-
-
-def test_random_effects_are_statsmodels() -> None:
-    found = random_effects([0.10, 0.30, 0.35, 0.65, 0.45, 0.15], np.sqrt([0.03, 0.03, 0.05, 0.01, 0.05, 0.02]))
-    expected = (0.34424967841900606, 0.0895296109736133, 0.11410649, 0.57439287)  # combine_effects, DL, HKSJ
-    assert (found.value, found.stderr, found.low, found.high) == pytest.approx(expected, abs=1e-7)
-    with pytest.raises(ValueError, match="positive and finite"):
-        random_effects([1, 2], [0.1, 0])
 
 
 def test_flipped_signs_are_scipys_permutations() -> None:
