@@ -48,9 +48,10 @@ def pool(cells: pd.DataFrame, groups: pd.Series[str]) -> pd.DataFrame:
     position = of_cell[~of_cell.duplicated()]
     count = position.map(several.size())
     finite = cells["value"].replace([np.inf, -np.inf], np.nan)
-    spread = position.map(finite.groupby(of_cell).agg(lambda values: values.std(ddof=1, skipna=False)))
+    of_group = finite.groupby(of_cell).agg(lambda values: values.std(ddof=1, skipna=False))
+    spread = position.map(of_group).astype("float64")
     pooled["replicates"] = count.astype("int64")
-    pooled["value"] = position.map(several["value"].mean())
+    pooled["value"] = position.map(several["value"].mean()).astype("float64")
     pooled["stderr"] = spread.where(count > 1, pooled["stderr"])
     pooled["diverged"] = position.map(several["diverged"].any()).astype(bool)
     return pooled

@@ -14,9 +14,9 @@ import pandas as pd
 
 from analysis.cells import MEASURED, measured, numbers
 from analysis.metrics import ZERO_SHOT_TASKS, Metric, metric_columns, parse_metric, primary_loss, stderr, zero_shot
-from analysis.replicates import replicate_groups
+from analysis.replicates import pool, replicate_groups
 from analysis.scaling.pareto import PER_TOKEN
-from analysis.significance import LEVEL, Comparison, Samples, can_pair, compare
+from analysis.significance import Comparison, Samples, can_pair, compare, mean_of_tasks, normal
 
 GB: Final = 2**30
 """Bytes of a gigabyte, as GPUs are sold: 48 GB are 48 x 2^30 bytes."""
@@ -70,8 +70,9 @@ class Best:
         metric: what is compared.
         use: what had to fit.
         ranked: the cells that fit, best first: key, family, model, label, bits, bits_per_param, total_bits, value,
-            context (tokens of a sequence: at most the model's), weights, cache, reserve, needed (bytes, the sum of the
-            three), and of the first ``top`` and each model's best: behind (how much worse than the best, metric's
+            stderr (with the replicates' spread), replicates (how many; key is the first's), context (tokens of a
+            sequence: at most the model's), weights, cache, reserve, needed (bytes, the sum of the three), and of the
+            first ``top`` and each model's best: behind (how much worse than the best, metric's
             unit), low, high (95 % interval), paired (on the same samples), significant.
         larger: cells that don't fit and are better than the best that does (all, where nothing fits), the one that
             needs least first; the same columns without the comparison.
@@ -86,7 +87,7 @@ class Best:
 
 
 _CELL: Final = ["key", "family", "model", "label", "bits", "bits_per_param", "total_bits", "value", "stderr", "context"]
-_COLUMNS: Final = [*_CELL, "weights", "cache", "reserve", "needed"]
+_COLUMNS: Final = [*_CELL, "replicates", "weights", "cache", "reserve", "needed"]
 
 
 def comparable_metric(df: pd.DataFrame) -> Metric | None:
@@ -176,10 +177,14 @@ def _cells(rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     usable = np.isfinite(found["value"]) & (status != "diverged") & found["total_bits"].notna()
     if metric.eval:
         usable &= status.isin(MEASURED)
-    groups = replicate_groups(rows)
-    mean = found["value"].where(usable).groupby(groups).transform("mean")
-    first: pd.DataFrame = found.assign(value=mean)[usable & ~groups.where(usable).duplicated()]
-    return first.reset_index(drop=True)
+    groups = replicate_groups(rows)[usable]
+    own = found[usable].assign(diverged=False)
+    pooled = pool(own, groups.set_axis(own["key"]))
+    # Another draw would change a mean of several, and so would other texts.
+    of_texts = own["stderr"].groupby(groups).transform("mean")[pooled.index]
+    both = pd.Series(np.hypot(pooled["stderr"], of_texts), index=pooled.index)
+    pooled["stderr"] = pooled["stderr"].where(pooled["replicates"] == 1, both)
+    return pooled.reset_index(drop=True)
 
 
 def _cache(caches: Mapping[str, Cache], model: str) -> Cache:
@@ -210,12 +215,16 @@ def _compared(
 ) -> pd.DataFrame:
     """Add how far the first ``top`` cells, and the best of each model, are behind the best."""
     wanted = ranked.index[(ranked.index < top) | ~ranked["model"].duplicated()]
-    samples = {} if load is None or len(wanted) < 2 else load(ranked.loc[wanted, "key"].tolist())
+    single = ranked.loc[wanted, "replicates"] == 1
+    # A mean of replicates has no samples of its own, so that nothing is paired with it.
+    pairs = load is not None and single.sum() > 1 and single.iloc[0]
+    samples = load(ranked.loc[wanted[single], "key"].tolist()) if load is not None and pairs else {}
     table = rows.drop_duplicates("key").set_index("key")
     found: dict[int, tuple[float, float, float, bool, bool]] = {}
     for i in wanted[1:]:
         best, own = ranked.loc[wanted[0]], ranked.loc[i]
-        interval = _paired(best, own, metric, samples, table)
+        both_single = best["replicates"] == own["replicates"] == 1
+        interval = _paired(best, own, metric, samples, table) if both_single else None
         paired = interval is not None
         if interval is None:
             interval = _apart(float(best["value"]), float(own["value"]), float(best["stderr"]), float(own["stderr"]))
@@ -248,29 +257,15 @@ def _paired(
     if metric.metric == "bits_per_byte":
         unit = float(table.loc[best["key"], metric.column] / table.loc[best["key"], f"{metric.eval}_loss"])
         return _scaled(each[0], unit)
-    return each[0] if len(each) == 1 else _mean(each)
+    return mean_of_tasks(each)
 
 
 def _scaled(c: Comparison, unit: float) -> Comparison:
     return replace(c, difference=c.difference * unit, low=c.low * unit, high=c.high * unit, stderr=c.stderr * unit)
 
 
-def _mean(each: Sequence[Comparison]) -> Comparison:
-    """The mean of several tasks' differences; their documents are independent."""
-    difference = float(np.mean([c.difference for c in each]))
-    error = float(np.sqrt(sum(c.stderr**2 for c in each))) / len(each)
-    return _normal(difference, error, min(c.n for c in each))
-
-
 def _apart(a: float, b: float, error_a: float, error_b: float) -> Comparison:
-    return _normal(a - b, float(np.hypot(error_a, error_b)), 0)
-
-
-def _normal(difference: float, error: float, n: int) -> Comparison:
-    from scipy.stats import norm
-
-    half = float(norm.ppf(0.5 + LEVEL / 2)) * error
-    return Comparison(difference=difference, low=difference - half, high=difference + half, stderr=error, n=n)
+    return normal(a - b, float(np.hypot(error_a, error_b)), 0)
 
 
 __all__ = ["CACHE_BYTES", "GB", "RESERVE", "Best", "Cache", "Use", "best_for_memory", "comparable_metric"]

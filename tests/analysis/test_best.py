@@ -91,6 +91,13 @@ def test_nothing_fits_and_what_needs_least_is_named() -> None:
     assert found.larger.iloc[0]["bits"] == 3
 
 
+@pytest.mark.parametrize("lacks", [{"zero_shot_mean": np.nan}, {"status": "diverged"}])
+def test_without_a_value_nothing_is_chosen(lacks: dict[str, Any]) -> None:
+    found = best_for_memory(opt().assign(**lacks), MEAN, Use(memory=48 * GB), CACHES)
+    assert found.ranked.empty
+    assert found.larger.empty
+
+
 def test_a_model_whose_cache_is_unknown_is_named_and_not_chosen() -> None:
     found = best_for_memory(opt(), MEAN, Use(memory=48 * GB), {**CACHES, "opt-66b": Cache(values=None)})
     assert found.ranked.iloc[0]["model"] == "opt-30b"
@@ -161,6 +168,40 @@ def test_replicates_are_one_choice_with_their_mean(study: Study) -> None:
     found = best_for_memory(twice, LOSS, Use(memory=2 * GB), {"neox-s": Cache(values=10)}).ranked
     assert len(found) == 1
     assert found["value"].iloc[0] == pytest.approx(wide["jargon_loss"].iloc[0] + 0.1)
+
+
+def test_replicates_are_behind_by_the_difference_of_what_is_shown(study: Study) -> None:
+    """They have no samples of their mean: their interval is of their spread and of the texts."""
+    wide = study.wide[study.wide["model"] == "neox-s"]
+    ordered = wide.sort_values("jargon_loss", kind="stable")
+    best, own = ordered.iloc[:1], ordered.iloc[1:2]
+    again = own.assign(key="again", jargon_loss=own["jargon_loss"] + 0.2)
+    asked: list[str] = []
+
+    def load(keys: Any) -> Any:
+        asked.extend(keys)
+        return study.samples
+
+    use, caches = Use(memory=2 * GB), {"neox-s": Cache(values=10)}
+    several = pd.concat([best, own, again], ignore_index=True)
+    found = best_for_memory(several, LOSS, use, caches, load=load).ranked
+    assert found["replicates"].tolist() == [1, 2]
+    row = found.iloc[1]
+    assert row["behind"] == pytest.approx(row["value"] - found["value"].iloc[0])
+    assert not row["paired"]
+    spread = 0.2 / np.sqrt(2)
+    texts = [float(c["jargon_loss_stderr"].iloc[0]) for c in (own, best)]
+    half = 1.959964 * np.sqrt(spread**2 + texts[0] ** 2 + texts[1] ** 2)
+    assert row["high"] - row["behind"] == pytest.approx(half, rel=1e-5)
+    assert "again" not in asked
+    # Where the best is a mean nothing is paired with it.
+    asked.clear()
+    better = best.assign(key="better", jargon_loss=best["jargon_loss"] - 0.2)
+    found = best_for_memory(pd.concat([best, better, own], ignore_index=True), LOSS, use, caches, load=load).ranked
+    assert found["replicates"].tolist() == [2, 1]
+    assert not found["paired"].iloc[1]
+    assert found["behind"].iloc[1] == pytest.approx(found["value"].iloc[1] - found["value"].iloc[0])
+    assert not asked
 
 
 def test_a_front_is_what_no_cell_beats_in_size_and_loss(study: Study) -> None:
