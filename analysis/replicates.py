@@ -57,6 +57,11 @@ def pool(cells: pd.DataFrame, groups: pd.Series[str]) -> pd.DataFrame:
     return pooled
 
 
+def pooled(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """``pool`` cells by the replicates of the table that they are from, a wide one with a row per key."""
+    return pool(cells, replicate_groups(rows).set_axis(rows["key"]))
+
+
 def _without_seed(calibration: object) -> str:
     if not isinstance(calibration, str):
         return ""

@@ -10,9 +10,10 @@ import pandas as pd
 
 from analysis.chance import chance_level
 from analysis.figures import style
-from analysis.figures.drawing import X_LABEL, Drawing, Look, change_edge, compress
+from analysis.figures.drawing import X_LABEL, Drawing, change_edge, compress
 from analysis.figures.results import NoFigureError, Results
 from analysis.figures.sheet import Sheet
+from analysis.figures.showing import Drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chart:
+class Chart(Drawable):
     """What is drawn.
 
     Attributes:
@@ -39,7 +40,7 @@ class Chart:
 
     results: Results
     cells: pd.DataFrame
-    looks: Mapping[str, Look]
+    looks: Mapping[str, style.Look]
     title: str
     legend: str
     changes: str = ""
@@ -48,12 +49,8 @@ class Chart:
     x_label: str = X_LABEL
     notes: str = ""
 
-    def draw(self) -> Figure:
-        """Draw it under the settings of the screen or the page."""
-        from matplotlib import rc_context
-
-        with rc_context(style.rc(self.results.columns)):
-            return _draw(self)
+    def _drawn(self) -> Figure:
+        return _draw(self)
 
 
 def _draw(chart: Chart) -> Figure:

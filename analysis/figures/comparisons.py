@@ -23,7 +23,7 @@ from analysis.figures.chart import Chart
 from analysis.figures.results import HELD, NoFigureError, Results, SamplesByCell, block_text, held
 from analysis.figures.showing import shown
 from analysis.metrics import Metric
-from analysis.replicates import pool, replicate_groups
+from analysis.replicates import pooled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ def methods_chart(results: Results) -> Chart:
         named = " and ".join(found) or "no method"
         text = f"no figure of methods: {_where(results, cells)}, {named} has {metric.column}"
         raise NoFigureError(text + (f". {apart}" if apart else ""))
-    cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
+    cells = pooled(cells, rows)
     cells = with_baseline(cells, results.base)
     block = block_text(int(cells["blocksize"].iloc[0]))
     return Chart(

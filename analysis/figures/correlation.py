@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from analysis.cells import measured, numbers
+from analysis.cells import numbers, points
 from analysis.chance import chance_level
 from analysis.figures import style
 from analysis.figures.results import CUT, NotAskedError, Results
 from analysis.figures.sheet import Sheet
+from analysis.figures.showing import Drawable
 from analysis.metrics import Metric, metric_columns, primary_loss, zero_shot
 from kbit.specs.base import BASELINE_BITS
 
@@ -89,7 +90,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scatter:
+class Scatter(Drawable):
     """Cells with both measures: columns family, bits, loss, accuracy."""
 
     results: Results
@@ -98,12 +99,8 @@ class Scatter:
     accuracy: str
     metric: Metric | None
 
-    def draw(self) -> Figure:
-        """Draw it under the settings of the screen or the page."""
-        from matplotlib import rc_context
-
-        with rc_context(style.rc(self.results.columns)):
-            return _draw(self)
+    def _drawn(self) -> Figure:
+        return _draw(self)
 
 
 def scatter(results: Results) -> Scatter:
@@ -115,27 +112,16 @@ def scatter(results: Results) -> Scatter:
     loss = primary_loss(results.df)
     if loss is None:
         raise NotAskedError("no figure of perplexity and accuracy: no text set has a loss")
-    rows = results.kept("rows", lambda: measured(results.df))
+    rows = results.rows[numbers(results.rows, "bits").notna()]
     name, values, metric = accuracy_of(rows)
-    diverged = (
-        rows[loss.status_column].isin(["diverged"]) if loss.status_column in rows else rows["status"] == "diverged"
-    )
-    losses = numbers(rows, loss.column)
-    cells = pd.DataFrame(
-        {
-            "family": rows["family"],
-            "bits": numbers(rows, "bits"),
-            "loss": losses.where(~(diverged & losses.isna()), np.inf),
-            "accuracy": values,
-        }
-    ).dropna(subset=["bits", "loss", "accuracy"])
+    cells = points(rows, loss).rename(columns={"value": "loss"})
+    cells = cells.assign(accuracy=cells["key"].map(values.set_axis(rows["key"]))).dropna(subset=["accuracy"])
     finite = cells[np.isfinite(cells["loss"])]
     if len(finite) < _FEWEST or not (finite["bits"] < BASELINE_BITS).any():
         raise NotAskedError(
             f"no figure of perplexity and accuracy: {len(finite)} cells, some quantized, have {loss.column} and "
             f"{name[0].lower()}{name[1:]}"
         )
-    cells = cells.sort_values("family", kind="stable")
     return Scatter(results=results, cells=cells, loss=loss, accuracy=name, metric=metric)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from analysis.cells import exponents_text
 from analysis.figures.results import CUT, Results, SamplesByCell
+from analysis.figures.style import Look
 from analysis.metrics import Metric
 from analysis.significance.pairs import Comparison, can_pair, compare
 from kbit.specs.base import BASELINE_BITS
@@ -26,9 +27,6 @@ C.5). The data aren't cut."""
 _MOST_NAMED: Final = 8
 
 X_LABEL: Final = "Total model bits"
-
-Look = tuple[Any, ...]
-"""(colour, marker) or (colour, marker, line style): ``style.Look``."""
 
 
 @dataclass(kw_only=True)
@@ -261,7 +259,7 @@ def curve(ax: Axes, at: tuple[Any, Any], special: NDArray[np.bool_], look: Look,
     """Draw a curve through (x, y) whose special points have open markers."""
     x, y = at
     filled = np.flatnonzero(~special).tolist()
-    colour, marker, line = (*look, "-")[:3]
+    colour, marker, line = look
     own: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "label": label or None}
     if marker != "x":  # which is nothing but edge
         own["markeredgewidth"] = 0
@@ -272,14 +270,14 @@ def curve(ax: Axes, at: tuple[Any, Any], special: NDArray[np.bool_], look: Look,
 def open_markers(ax: Axes, x: Any, y: Any, look: Look) -> None:
     from matplotlib import rcParams
 
-    edge: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": look[0], "markeredgewidth": 1.3}
-    ax.plot(x, y, linestyle="none", marker=look[1], markersize=1.2 * rcParams["lines.markersize"], zorder=4, **edge)
+    edge: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": look.colour, "markeredgewidth": 1.3}
+    ax.plot(x, y, linestyle="none", marker=look.marker, markersize=1.2 * rcParams["lines.markersize"], zorder=4, **edge)
 
 
 def bars(ax: Axes, x: Any, y: Any, lengths: tuple[Any, Any], look: Look) -> None:
     """Draw error bars of lengths (below, above)."""
     if len(x):
-        ax.errorbar(x, y, yerr=list(lengths), fmt="none", ecolor=look[0], elinewidth=0.8, capsize=1.8, alpha=0.6)
+        ax.errorbar(x, y, yerr=list(lengths), fmt="none", ecolor=look.colour, elinewidth=0.8, capsize=1.8, alpha=0.6)
 
 
 def _replicates(line: pd.DataFrame) -> NDArray[np.int64]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from analysis.figures.results import NoFigureError, NotAskedError, Results
-from analysis.figures.showing import Drawable
+from analysis.figures.results import NoFigureError, Results
+from analysis.figures.showing import Drawable, shown
 from analysis.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +47,7 @@ class Entry:
 
     def draw(self, results: Results) -> Figure | None:
         """Draw it; None, with the reason logged, where the data don't allow it."""
-        from matplotlib.figure import Figure as Drawn
-
-        try:
-            found = self.chart(results.obeying(self.obeys))
-            return found.draw() if found is not None and not isinstance(found, Drawn) else found
-        except NoFigureError as reason:
-            # Most studies ask few of the questions that there are figures of.
-            log.log(logging.INFO if isinstance(reason, NotAskedError) else logging.WARNING, "%s", reason)
-            return None
+        return shown(self.chart, results.obeying(self.obeys))
 
     def reason(self, results: Results) -> str:
         """Return why it can't be drawn; '' where it can. No chart is drawn to find out."""

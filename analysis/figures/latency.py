@@ -13,6 +13,7 @@ from analysis.figures import style
 from analysis.figures.drawing import curve
 from analysis.figures.results import NotAskedError, Results
 from analysis.figures.sheet import Sheet
+from analysis.figures.showing import Drawable
 from analysis.metrics import Metric, metric_columns
 from kbit.evaluation.evaluators import BATCHES
 from kbit.specs.base import BASELINE_BITS
@@ -25,7 +26,7 @@ _MOST_CURVES: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speeds:
+class Speeds(Drawable):
     """Times as fast as 16-bit, by batch: ``panels`` has the cells of each rate with columns curve and times."""
 
     results: Results
@@ -33,12 +34,8 @@ class Speeds:
     curves: list[str]
     notes: str
 
-    def draw(self) -> Figure:
-        """Draw it under the settings of the screen or the page."""
-        from matplotlib import rc_context
-
-        with rc_context(style.rc(self.results.columns)):
-            return _draw(self)
+    def _drawn(self) -> Figure:
+        return _draw(self)
 
 
 def speeds(results: Results) -> Speeds:

@@ -12,6 +12,7 @@ import pandas as pd
 from analysis.figures import style
 from analysis.figures.results import NoFigureError, Results, block_text
 from analysis.figures.sheet import Sheet
+from analysis.figures.showing import Drawable
 from analysis.metrics import Metric
 from analysis.scaling.effective import Effective, effective_parameters
 from analysis.scaling.interpolation import budget_grid
@@ -26,19 +27,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Laws:
+class Laws(Drawable):
     """Parallel curves and effective parameters by family: ``families`` has each one's name, cells and curves."""
 
     results: Results
     families: list[tuple[str, pd.DataFrame, Parallel]]
     title: str
 
-    def draw(self) -> Figure:
-        """Draw it under the settings of the screen or the page."""
-        from matplotlib import rc_context
-
-        with rc_context(style.rc(self.results.columns)):
-            return _draw(self)
+    def _drawn(self) -> Figure:
+        return _draw(self)
 
 
 def scaling_laws(results: Results) -> Laws:

@@ -13,7 +13,7 @@ from analysis.figures.chart import Chart
 from analysis.figures.results import NoFigureError, NotAskedError, Results, SamplesByCell, block_text
 from analysis.figures.showing import shown
 from analysis.metrics import Metric
-from analysis.replicates import pool, replicate_groups
+from analysis.replicates import pooled
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def one_shot_chart(results: Results, *, gptq: bool = False) -> Chart:
     elif not calibrates.any():
         raise NotAskedError("no figure of one-shot methods: none of the cells calibrates")
     cells = points(quantized, results.metric)
-    cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
+    cells = pooled(cells, rows)
     # A label says first how, then on which data.
     labels = quantized.set_index("key")["label"].astype("string").str.split(", ").str[0]
     cells["format"] = cells["key"].map(labels)

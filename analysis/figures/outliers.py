@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures import style
-from analysis.figures.drawing import Look, canvas, legend
+from analysis.figures.drawing import canvas, legend
+from analysis.figures.style import Look
 from kbit.evaluation.evaluators import OUTLIER_LAYERS, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, SPREAD_PAIRS
 
 if TYPE_CHECKING:
@@ -118,11 +119,11 @@ def _correlation_line(ax: Axes, own: pd.DataFrame, look: Look, family: str) -> N
         return
     x, y = own["params"].to_numpy(float), own["correlation"].to_numpy(float)
     for at, of_blocks in zip(x, own["of_blocks"], strict=True):
-        ax.plot([at] * len(of_blocks), of_blocks, ".", color=look[0], markersize=3.5, alpha=0.45, zorder=2)
-    ax.plot(x, y, color=look[0], marker=look[1], label=style.family_name(family), zorder=3)
+        ax.plot([at] * len(of_blocks), of_blocks, ".", color=look.colour, markersize=3.5, alpha=0.45, zorder=2)
+    ax.plot(x, y, color=look.colour, marker=look.marker, label=style.family_name(family), zorder=3)
     known = own["low"].notna().to_numpy()
     below, above = (y - own["low"].to_numpy(float))[known], (own["high"].to_numpy(float) - y)[known]
-    ax.errorbar(x[known], y[known], yerr=[below, above], ecolor=look[0], **_BARS)
+    ax.errorbar(x[known], y[known], yerr=[below, above], ecolor=look.colour, **_BARS)
 
 
 def _share_line(ax: Axes, own: pd.DataFrame, against: str, share: str, look: Look) -> None:
@@ -130,17 +131,17 @@ def _share_line(ax: Axes, own: pd.DataFrame, against: str, share: str, look: Loo
         return
     x, y = own[against].to_numpy(float), 100 * own[share].to_numpy(float)
     widest = 100 * own[f"widest_{share}"].to_numpy(float)
-    edge: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": look[0], "linestyle": (0, (2, 2))}
-    ax.plot(x, widest, color=look[0], marker=look[1], linewidth=0.9, **edge)
-    ax.plot(x, y, color=look[0], marker=look[1], label=style.family_name(str(own["family"].iloc[0])), zorder=3)
+    edge: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": look.colour, "linestyle": (0, (2, 2))}
+    ax.plot(x, widest, color=look.colour, marker=look.marker, linewidth=0.9, **edge)
+    ax.plot(x, y, color=look.colour, marker=look.marker, label=style.family_name(str(own["family"].iloc[0])), zorder=3)
     error = 100 * np.nan_to_num(own[f"{share}_stderr"].to_numpy(float))
     shown = error > 0
-    ax.errorbar(x[shown], y[shown], yerr=error[shown], ecolor=look[0], **_BARS)
+    ax.errorbar(x[shown], y[shown], yerr=error[shown], ecolor=look.colour, **_BARS)
 
 
 def _looks(table: pd.DataFrame) -> dict[str, Look]:
     families = table["family"].astype(str).unique().tolist()
-    return {f: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, f in enumerate(families)}
+    return {f: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, f in enumerate(families)}
 
 
 def layer_order(table: pd.DataFrame) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -15,7 +15,8 @@ from analysis.figures.comparisons import block_looks
 from analysis.figures.drawing import Drawing, bars, curve, open_markers
 from analysis.figures.results import NotAskedError, Results, block_text, held
 from analysis.figures.sheet import Sheet
-from analysis.replicates import pool, replicate_groups
+from analysis.figures.showing import Drawable
+from analysis.replicates import pooled
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _LEAST_SPREAD: Final = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class OverBits:
+class OverBits(Drawable):
     """Changes from 16-bit over bits per parameter: of each family the mean over its models, with its standard error.
 
     Attributes:
@@ -51,12 +52,8 @@ class OverBits:
     joined: bool = True
     notes: str = ""
 
-    def draw(self) -> Figure:
-        """Draw it under the settings of the screen or the page."""
-        from matplotlib import rc_context
-
-        with rc_context(style.rc(self.results.columns)):
-            return _draw(self)
+    def _drawn(self) -> Figure:
+        return _draw(self)
 
 
 def formats(results: Results) -> OverBits:
@@ -72,7 +69,7 @@ def formats(results: Results) -> OverBits:
     if len(found) < 2:
         named = " and ".join(found) or "no method"
         raise NotAskedError(f"no figure of formats: {named} has {results.metric.column}, and no other method")
-    cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
+    cells = pooled(cells, rows)
     stored = quantized.set_index("key")["bits_per_param"]
     cells["bits_per_param"] = pd.to_numeric(cells["key"].map(stored)).fillna(cells["bits_per_param"])
     labels = quantized.set_index("key")["label"].astype("string").str.split(", ").str[0]
@@ -146,7 +143,7 @@ def _checked(chart: OverBits) -> OverBits:
     if not np.isfinite(chart.cells["change"][known]).any():
         title = chart.title.split(":")[0].lower()
         raise NotAskedError(f"no figure of {title}: no {chart.results.metric.column} can be compared with 16 bits")
-    return OverBits(**{**vars(chart), "cells": chart.cells[known]})
+    return replace(chart, cells=chart.cells[known])
 
 
 def _draw(chart: OverBits) -> Figure:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.cells import WHOLE_TENSOR, block_name, measured, numbers, one_exponent, points
 from analysis.metrics import Metric, metric_columns, parse_metric, primary_loss
-from analysis.replicates import pool, replicate_groups
+from analysis.replicates import pooled
 from analysis.tables.files import write_table
 from kbit.errors import SpecError
 from kbit.specs.base import BASELINE_BITS
@@ -91,7 +91,7 @@ def _pivot(rows: pd.DataFrame, quantized: pd.DataFrame, metric: Metric) -> pd.Da
     cells = points(quantized, metric)
     if cells.empty:
         return cells
-    cells = pool(cells, replicate_groups(rows).set_axis(rows["key"]))
+    cells = pooled(cells, rows)
     floats = cells["exponent_bits"].notna()
     cells = pd.concat([one_exponent(cells[floats], ["family", "dtype", "bits"], axis="blocksize"), cells[~floats]])
     # A missing block size is the whole tensor's; a format with blocks of its own has none to vary.
