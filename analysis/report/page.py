@@ -10,6 +10,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any, Final
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -155,7 +156,7 @@ def _cell(value: object) -> str:
 
 
 def _files(figures: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f'<li><a href="{escape(address)}">{escape(title)}</a></li>' for title, address in figures)
+    items = "".join(f'<li><a href="{escape(quote(address))}">{escape(title)}</a></li>' for title, address in figures)
     return f'<section id="files"><h2>Files beside this page</h2><ul class="plain">{items}</ul></section>'
 
 

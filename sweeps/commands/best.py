@@ -11,10 +11,9 @@ from rich.markup import escape
 
 from kbit.models.kv_cache import kv_values_per_token
 from kbit.models.limits import as_namespace, named_context
-from sweeps.commands.selection import chosen_results
+from sweeps.commands.selection import chosen_inputs
 from sweeps.errors import EXIT_FAILED, UserError, did_you_mean
 from sweeps.options import Options
-from sweeps.results.table import load_results, load_samples
 from sweeps.study.hub import ModelConfig
 from sweeps.study.manifest import load_manifests
 from sweeps.study.reading import config_of
@@ -23,6 +22,7 @@ from sweeps.text import counted
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.inputs import Inputs
     from analysis.metrics import Metric
     from analysis.scaling.memory import Best, Cache, Use
 
@@ -41,11 +41,12 @@ def best(options: Options, console: Console) -> int:
     from analysis.scaling.memory import best_for_memory
 
     use = _use(options)
-    results = chosen_results(options)
+    inputs = chosen_inputs(options)
+    results = inputs.df
     metric, caches = _metric(options, results), _caches(options, use, results)
     try:
         found = best_for_memory(
-            results, metric, use, caches, load=lambda keys: _samples(options, metric, keys), top=_SHOWN
+            results, metric, use, caches, load=lambda keys: _samples(inputs, metric, keys), top=_SHOWN
         )
     except ValueError as error:
         raise UserError(
@@ -149,14 +150,14 @@ def _cache(options: Options, use: Use, values: int | None, context: int | None) 
     return Cache(values=values, context=context)
 
 
-def _samples(options: Options, metric: Metric, keys: Sequence[str]) -> Mapping[tuple[str, str], Any]:
+def _samples(inputs: Inputs, metric: Metric, keys: Sequence[str]) -> Mapping[tuple[str, str], Any]:
     from analysis.metrics import ZERO_SHOT_TASKS
 
     evals = [metric.eval] if metric.eval else list(ZERO_SHOT_TASKS)
-    long = load_results(options.out, long=True, sweep=options.asked_sweep)
+    long = inputs.long
     own = long[long["key"].isin(list(keys)) & long["eval"].isin(evals)]
     of = {str(m): (str(k), str(e)) for m, k, e in zip(own["measurement"], own["key"], own["eval"], strict=True)}
-    return {of[m]: samples for m, samples in load_samples(options.out, list(of)).items()}
+    return inputs.samples(of)
 
 
 def say(found: Best, console: Console) -> None:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from sweeps.commands.findings import chosen_inputs, say_notes
-from sweeps.commands.selection import candidates
+from sweeps.commands.selection import candidates, chosen_inputs, say_notes
 from sweeps.errors import UserError
 from sweeps.files import make_directory, share_with_group
 from sweeps.options import Options

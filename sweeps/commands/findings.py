@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 from rich.console import Console
-from rich.markup import escape
 
-from sweeps.commands.selection import chosen_rows
+from sweeps.commands.selection import chosen_inputs, say_notes
 from sweeps.errors import UserError
 from sweeps.files import make_directory, share_with_group, write_atomically
 from sweeps.options import Options
-from sweeps.results.inputs import read_inputs
-
-if TYPE_CHECKING:
-    from analysis.inputs import Inputs
 
 
 def findings(options: Options, console: Console) -> int:
@@ -44,26 +36,3 @@ def findings(options: Options, console: Console) -> int:
         raise UserError(f"to={str(options.to)!r} can't be written: {error.strerror or error}") from error
     console.print(f"{len(found)} findings: {options.to}", highlight=False, soft_wrap=True)
     return 0
-
-
-def chosen_inputs(options: Options) -> Inputs:
-    """Return the tables of the chosen cells, and where their samples are.
-
-    Raises:
-        UserError: nothing is chosen.
-    """
-    inputs = read_inputs([options.out], sweep=options.asked_sweep)
-    if not options.choice:
-        return inputs
-    df = chosen_rows(options, inputs.df)
-    return replace(inputs, df=df, long=inputs.long[inputs.long["key"].isin(set(df["key"]))])
-
-
-def say_notes(inputs: Inputs, console: Console) -> None:
-    """Say what was left out, and what is mixed."""
-    from analysis.mixtures import mixture_warnings
-
-    for note in inputs.notes:
-        console.print(escape(note), highlight=False, soft_wrap=True)
-    for warning in mixture_warnings(inputs.long):
-        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)

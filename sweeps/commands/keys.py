@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from omegaconf import OmegaConf
 
+from sweeps.commands import MODES
 from sweeps.config import Config, asked_keys
 from sweeps.errors import UserError
 from sweeps.text import written
@@ -14,24 +15,8 @@ from sweeps.text import written
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EVERY: Final = (
-    *("run", "plan", "status", "table", "best", "report", "findings", "compare"),
-    *("logs", "cancel", "fetch", "drop", "export", "sync"),
-)
-CHOOSING: Final = (
-    "run",
-    "plan",
-    "status",
-    "table",
-    "best",
-    "report",
-    "findings",
-    "compare",
-    "logs",
-    "cancel",
-    "drop",
-    "export",
-)
+EVERY: Final = tuple(MODES)
+CHOOSING: Final = tuple(mode for mode in MODES if mode not in ("fetch", "sync"))
 """Modes that work on cells, so that cells can be chosen for them."""
 
 OBEYED: Final[Mapping[str, tuple[str, ...]]] = {

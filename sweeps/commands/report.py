@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from analysis.report.places import Places
-from sweeps.commands.selection import chosen_rows
+from sweeps.commands.selection import chosen_inputs
 from sweeps.errors import UserError
 from sweeps.options import Options
-from sweeps.results.inputs import read_inputs
 from sweeps.results.report import make_report
 
 
@@ -21,11 +20,10 @@ def report(options: Options, console: Console) -> int:
     Raises:
         UserError: there is no study, no chosen cell, or the place can't be written.
     """
-    inputs = read_inputs([options.out], sweep=options.asked_sweep)
+    inputs = chosen_inputs(options)
     if options.choice:
         # A part of a study is no study: it has files of its own.
-        df, long = (chosen_rows(options, table) for table in (inputs.df, inputs.long))
-        inputs = replace(inputs, df=df, long=long, name=f"{inputs.name}-chosen", title=f"{inputs.title}: chosen cells")
+        inputs = replace(inputs, name=f"{inputs.name}-chosen", title=f"{inputs.title}: chosen cells")
     places = Places.within(options.to) if options.to else Places.of_study(options.out, inputs.name)
     try:
         with console.status("comparing cells, drawing figures, writing the report"):

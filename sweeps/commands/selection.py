@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
+from sweeps.results.inputs import read_inputs
 from sweeps.results.table import load_results, load_tables, measurement_states, results_by_study
 from sweeps.status import Runs
 from sweeps.study.cell import axis_names
@@ -19,6 +21,8 @@ from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from analysis.inputs import Inputs
 
 
 def chosen_results(options: Options, *, long: bool = False) -> pd.DataFrame:
@@ -37,9 +41,36 @@ def chosen_tables(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         UserError: nothing is chosen.
     """
-    wide, long = load_tables([options.out], sweep=options.asked_sweep)
+    return _chosen(options, *load_tables([options.out], sweep=options.asked_sweep))
+
+
+def _chosen(options: Options, wide: pd.DataFrame, long: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Restrict both tables to the chosen cells: a cell has all of its measurements, whatever the state of each."""
+    if not options.choice:
+        return wide, long
     wide = chosen_rows(options, wide)
-    return wide, long[long["key"].isin(set(wide["key"]))] if options.choice else long
+    return wide, long[long["key"].isin(set(wide["key"]))]
+
+
+def chosen_inputs(options: Options) -> Inputs:
+    """Return the tables of the chosen cells, a row per cell and one per measurement, and where their samples are.
+
+    Raises:
+        UserError: nothing is chosen.
+    """
+    inputs = read_inputs([options.out], sweep=options.asked_sweep)
+    df, long = _chosen(options, inputs.df, inputs.long)
+    return replace(inputs, df=df, long=long)
+
+
+def say_notes(inputs: Inputs, console: Console) -> None:
+    """Say what was left out, and what is mixed."""
+    from analysis.mixtures import mixture_warnings
+
+    for note in inputs.notes:
+        console.print(escape(note), highlight=False, soft_wrap=True)
+    for warning in mixture_warnings(inputs.long):
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
 
 
 def chosen_by_study(options: Options) -> pd.DataFrame:

@@ -72,7 +72,8 @@ def make_report(inputs: Inputs, places: Places, *, paper: bool = False) -> tuple
         make_directory(directory)
     report = report_of(inputs)
     files, problems = write_report(report, places, paper=inputs if paper else None)
-    share_with_group(*files, *(path.with_suffix(".svg") for path in files if path.suffix == ".png"))
+    # Figures come in several formats and, of the paper, in directories: all below their place.
+    share_with_group(*files, *sorted(places.figures.rglob("*")))
     return report, files, problems
 
 
@@ -125,7 +126,7 @@ def write_tables(store: Store, sweep: str, results: pd.DataFrame) -> list[Path]:
     """Write a study's results as parquet and CSV, and what the terminal shows as Markdown; return the files."""
     from analysis.report import write_tables as write
 
-    tables = store.out / "tables"
+    tables = Places.of_study(store.out, sweep).tables
     make_directory(tables)
     made = write(results, tables, name=sweep)
     share_with_group(*made)
@@ -134,12 +135,8 @@ def write_tables(store: Store, sweep: str, results: pd.DataFrame) -> list[Path]:
 
 def _show_places(store: Store, sweep: str, console: Console) -> None:
     console.print(f"\nIn {store.out}:", highlight=False, soft_wrap=True)
-    page = store.out / "reports" / f"{sweep}.html"
-    made = [
-        page,
-        *sorted((store.out / "figures" / sweep).glob("*.png")),
-        *sorted((store.out / "tables").glob(f"{sweep}.*")),
-    ]
+    places = Places.of_study(store.out, sweep)
+    made = [places.page, *sorted(places.figures.glob("*.png")), *sorted(places.tables.glob(f"{sweep}.*"))]
     for path in made:
         if path.exists():
             console.print(f"  {path.relative_to(store.out)}", highlight=False)
