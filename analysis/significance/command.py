@@ -9,6 +9,7 @@ from typing import Final
 import pandas as pd
 
 from analysis.inputs import Inputs
+from kbit.errors import SpecError
 
 HELP: Final = "compare two cells, or two sets of cells, on every text set and task"
 
@@ -50,15 +51,15 @@ def _where(side: str, given: list[str]) -> dict[str, tuple[str, ...]]:
     """Read AXIS=VALUE,VALUE … ; a word without '=' is the beginning of a key, and stands alone.
 
     Raises:
-        UserError: it doesn't.
+        SpecError: it doesn't.
     """
-    from sweeps.errors import UserError
-
     words = [text for text in given if "=" not in text]
     if words and len(given) > 1:
-        raise UserError(
-            f"{side} {' '.join(given)} is not valid: {', '.join(words)} can't stand beside other words. Give the "
-            "beginning of one cell's key, or AXIS=VALUE words alone, e.g. dtype=int bits=3,4"
+        raise SpecError(
+            side,
+            " ".join(given),
+            f"{', '.join(words)} can't stand beside other words. Give the beginning of one cell's key, or AXIS=VALUE "
+            "words alone, e.g. dtype=int bits=3,4",
         )
     if words:
         return {"key": (words[0],)}

@@ -171,3 +171,14 @@ def test_a_study_of_which_nothing_is_measured_has_a_message(small: Path, command
     said = command(f"out={small}", "mode=compare", "a={bits: 3}", "b={bits: 4}")
     assert said.code == 2
     assert "has a partner" in said.err
+
+
+def test_a_report_of_chosen_cells_has_all_of_their_measurements(
+    finished: Path, command: Command, tmp_path: Path
+) -> None:
+    long = load_results(finished, long=True)
+    kept = set(long.loc[long["status"] == "done", "key"])
+    code, _, error = command("mode=report", f"out={finished}", "status=[done]", f"to={tmp_path / 'r'}")
+    assert code == 0, error
+    written = pd.read_csv(tmp_path / "r" / "tables" / f"{next((tmp_path / 'r' / 'tables').glob('*.csv')).name}")
+    assert set(written["key"]) == kept

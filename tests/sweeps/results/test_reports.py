@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from analysis.__main__ import main
+from analysis.report import Places
 from sweeps import load_results
 from sweeps.provenance import ROOT
 from sweeps.results import finishing
 from sweeps.results.finishing import finish_study
 from sweeps.results.inputs import read_inputs
+from sweeps.results.report import make_report
 from sweeps.store.parts import Store
 from sweeps.study.manifest import load_manifest
 
@@ -95,6 +98,20 @@ def test_damaged_parts_are_missing_and_the_rest_is_reported(out: Path, tmp_path:
     page = (tmp_path / "report" / "index.html").read_text()
     assert "Not measured" in page
     assert f"{first} is damaged and left out" in page
+
+
+def test_all_files_of_a_report_are_the_groups_in_a_directory_that_a_group_shares(out: Path) -> None:
+    out.chmod(0o2770)
+    inputs = read_inputs([out], sweep=load_manifest(studies(out, done=True)[0]).sweep)
+    before = os.umask(0o077)
+    try:
+        make_report(inputs, Places.of_study(out, inputs.name), paper=True)
+    finally:
+        os.umask(before)
+    made = [p for name in ("reports", "figures", "tables") for p in (out / name).rglob("*")]
+    assert {p.suffix for p in made} >= {".html", ".png", ".svg", ".pdf", ".csv"}
+    private = [p for p in made if p.stat().st_mode >> 3 & 0o6 != 0o6]
+    assert not private
 
 
 def test_of_all_jobs_that_see_a_study_whole_one_makes_its_report(out: Path) -> None:
