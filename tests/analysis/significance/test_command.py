@@ -10,7 +10,7 @@ import pytest
 
 from analysis.inputs import Inputs
 from analysis.significance.command import add_arguments, run
-from sweeps.errors import UserError
+from kbit.errors import SpecError
 from tests.analysis.planted_claims import planted
 
 
@@ -35,7 +35,7 @@ def compare(a: list[str], b: list[str]) -> int:
 def test_a_key_beside_other_words_is_refused_by_name(given: list[str], named: str) -> None:
     for side in ("--a", "--b"):
         sides = (given, ["bits=3"]) if side == "--a" else (["bits=3"], given)
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(SpecError) as refused:
             compare(*sides)
         assert f"{side} {' '.join(given)} is not valid: {named} can't stand" in str(refused.value)
         assert "AXIS=VALUE" in str(refused.value)
