@@ -37,7 +37,7 @@ def test_a_key_beside_other_words_is_refused_by_name(given: list[str], named: st
         sides = (given, ["bits=3"]) if side == "--a" else (["bits=3"], given)
         with pytest.raises(SpecError) as refused:
             compare(*sides)
-        assert f"{side} {' '.join(given)} is not valid: {named} can't stand" in str(refused.value)
+        assert f"{side}={' '.join(given)!r} is not valid: {named} can't stand" in str(refused.value)
         assert "AXIS=VALUE" in str(refused.value)
 
 
