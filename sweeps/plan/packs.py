@@ -68,7 +68,7 @@ class Pack:
 
     Attributes:
         seconds: predicted for all of it, without loading the model.
-        item_seconds: predicted for each item.
+        item_seconds: predicted for each item; empty where nothing is.
         rung: step of the out-of-memory ladder that it is to run at.
     """
 
@@ -119,9 +119,10 @@ class Pack:
 
     def without(self, measurements: Collection[str]) -> Pack | None:
         """Return what is left of it when these are done, under the same id; None when nothing is."""
+        predicted = self.item_seconds or (0.0,) * len(self.items)
         kept = [
             (cell, left, seconds)
-            for (cell, evals), seconds in zip(self.items, self.item_seconds, strict=True)
+            for (cell, evals), seconds in zip(self.items, predicted, strict=True)
             if (left := tuple(e for e in evals if Measurement(cell=cell, eval=e).key not in measurements))
         ]
         if not kept:
@@ -129,7 +130,7 @@ class Pack:
         return replace(
             self,
             items=tuple((cell, left) for cell, left, _ in kept),
-            item_seconds=tuple(seconds for *_, seconds in kept),
+            item_seconds=tuple(seconds for *_, seconds in kept) if self.item_seconds else (),
             seconds=sum(seconds for *_, seconds in kept),
         )
 

@@ -9,6 +9,7 @@ from kbit.evaluation.evaluators import EVALUATORS
 from kbit.models.sizes import GUESSED, parts_of
 from kbit.models.ways import Way, choose_way
 from sweeps.plan.ways import known_sizes
+from sweeps.study.cell import Measurement
 from sweeps.study.hub import ModelConfig
 from sweeps.worker.devices import usable_memory
 
@@ -37,18 +38,42 @@ def way_of(cell: Cell, compute_dtype: str, *, device: str, gpus: int, batch_toke
     return None if choice is None else choice.way
 
 
-def runs_layered(pack: Pack, *, device: str, gpus: int, batch_tokens: int) -> bool:
-    """Tell whether a pack runs layer by layer: one of its cells fits in no other way.
+def by_way(pack: Pack, *, device: str, gpus: int, batch_tokens: int) -> tuple[Pack | None, Pack | None]:
+    """Return the parts of a pack that run with the model in memory, and layer by layer; None for one that is empty.
 
-    The others then run with it, also those that would fit packed: they need no further reading, and have the numbers of
-    the whole model. So does a pack of cells that fit packed but are compared with the 16-bit model, which doesn't.
+    What fits whole runs so, whatever else the pack holds. What fits packed joins a pass that is made anyway, as it
+    needs no further reading there and has the numbers of the whole model; but not what a pass can't give. What fits in
+    no way fails there by name.
+
+    Args:
+        pack: the pack.
+        device: 'cpu' or 'cuda'.
+        gpus: that the model may be spread over.
+        batch_tokens: tokens of a batch, where memory allows.
     """
-    for cell, evals in pack.items:
-        for spec in evals:
-            way = way_of(cell, spec.compute_dtype, device=device, gpus=gpus, batch_tokens=batch_tokens)
-            if way is Way.LAYERED or (way is Way.PACKED and EVALUATORS[spec.kind].compares):
-                return True
-    return False
+    ways = {
+        Measurement(cell=cell, eval=spec): way_of(
+            cell, spec.compute_dtype, device=device, gpus=gpus, batch_tokens=batch_tokens
+        )
+        for cell, evals in pack.items
+        for spec in evals
+    }
+    if not any(_needs_a_pass(measurement, way) for measurement, way in ways.items()):
+        return pack, None
+    in_memory = {measurement.key for measurement, way in ways.items() if _stays_in_memory(measurement, way)}
+    return pack.without({m.key for m in ways} - in_memory), pack.without(in_memory)
+
+
+def _needs_a_pass(measurement: Measurement, way: Way | None) -> bool:
+    """Tell whether it runs layer by layer: it fits so only, or the 16-bit model does that it is compared with."""
+    return way is Way.LAYERED or (way is Way.PACKED and EVALUATORS[measurement.eval.kind].compares)
+
+
+def _stays_in_memory(measurement: Measurement, way: Way | None) -> bool:
+    evaluator = EVALUATORS[measurement.eval.kind]
+    if way is Way.PACKED and not evaluator.compares:
+        return evaluator.packed or evaluator.looks_inside or measurement.cell.quant.why_not_layered is not None
+    return way in (Way.WHOLE, Way.SPREAD)
 
 
 @cache

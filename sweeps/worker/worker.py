@@ -40,7 +40,7 @@ from sweeps.worker.first import KnownFirst
 from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
 from sweeps.worker.sharing import Brought, bringers_first
 from sweeps.worker.time_budget import Pace
-from sweeps.worker.ways import runs_layered, way_of
+from sweeps.worker.ways import by_way, way_of
 
 if TYPE_CHECKING:
     from kbit.models.loading import LoadedModel
@@ -113,8 +113,10 @@ class Worker:
         It ends early, after a whole measurement, when it is asked to stop ('asked'), or before a cell that would not
         end by ``until``, in epoch seconds ('walltime'). What was not measured is the caller's to give to another.
         """
-        layered = self._layered(pack)
-        why = self._run_items(pack, until) if layered is None else layered.run(until)
+        in_memory, layered = by_way(pack, device=self.device, gpus=self.gpus, batch_tokens=self._batch)
+        why = None if in_memory is None else self._run_items(in_memory, until)
+        if why is None and layered is not None:
+            why = self._layered(layered).run(until)
         self._storing(lambda: self.store.compact(pack.id))
         self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
@@ -141,12 +143,10 @@ class Worker:
             pace.took(number, time.monotonic() - began - (self._warm.total_seconds - loading))
         return None
 
-    def _layered(self, pack: Pack) -> LayeredRun | None:
-        """Return what runs a pack layer by layer, where some cell of it can run in no other way."""
+    def _layered(self, pack: Pack) -> LayeredRun:
+        """Return what runs a pack layer by layer."""
         from sweeps.worker.layered import LayeredRun
 
-        if not runs_layered(pack, device=self.device, gpus=self.gpus, batch_tokens=self._batch):
-            return None
         return LayeredRun(
             pack=pack,
             device=self.device,

@@ -35,6 +35,8 @@ from tests.sweeps.worker.test_worker import BASELINE, INT4, NEOX_XS, Bench, eval
 NEOX_M = NEOX_XS.parent / "neox-m"
 MEMORY = 96_000_000
 """Bytes that hold no neox-m whole with a batch in float32, but hold it layer by layer."""
+FITS_BUT_NO_GPTQ = 130_000_000
+"""Bytes that hold neox-m whole with its originals and a batch, but not what gptq needs beside them."""
 OUTLIERS = QuantSpec(bits=3, dtype="quantile", blocksize=64, outlier_fraction=0.02)
 
 
@@ -100,9 +102,6 @@ def test_without_the_baseline_in_the_pack_others_are_still_compared_with_it(
     evals = (evaluation("jargon_agreement", kind="agreement"),)
     all_in_one, apart = Bench(tmp_path / "all"), Bench(tmp_path / "apart")
     all_in_one.worker.run_pack(pack_of(BASELINE, INT4, evals=evals, model=NEOX_M))
-    # Its own way would be packed.
-    monkeypatch.setattr(ways, "runs_layered", lambda *_, **__: True)
-    monkeypatch.setattr(worker, "runs_layered", lambda *_, **__: True)
     apart.worker.run_pack(pack_of(INT4, evals=evals, model=NEOX_M))
     both = results(all_in_one, *SAME)
     assert both[16, "jargon_agreement"]["metrics"][0] == ("kl", 0.0)
@@ -132,6 +131,56 @@ def test_what_can_not_be_had_layer_by_layer_fails_by_name_and_the_rest_is_measur
     said = "jargon_outliers watches what enters the layers of a model in memory: neox-m doesn't fit this device so"
     assert said in rows[16, "jargon_outliers"]["error"]
     assert "own can't be measured layer by layer: it generates text, token by token" in rows[4, "own"]["error"]
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_what_fits_packed_joins_a_pass_that_is_made_anyway_but_not_what_it_can_not_give() -> None:
+    layered = [(16, "perplexity"), (16, "latency"), (4, "perplexity")]
+    assert ways_of(BASELINE, INT4, kinds=["perplexity", "latency"]) == ([(4, "latency")], layered)
+
+
+def ways_of(*specs: QuantSpec, kinds: list[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """Bits and kinds of what runs in memory, and layer by layer."""
+    pack = pack_of(
+        *specs,
+        evals=tuple(evaluation(k, kind=k, device="cpu" if k == "latency" else None) for k in kinds),
+        model=NEOX_M,
+    )
+    parts = ways.by_way(pack, device="cpu", gpus=0, batch_tokens=2048)
+    in_memory, layered = (
+        [(m.cell.quant.bits, m.eval.kind) for m in part.measurements()] if part else [] for part in parts
+    )
+    return in_memory, layered
+
+
+def test_beside_a_cell_that_runs_layer_by_layer_others_are_measured_in_memory_where_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "device_memory", lambda _: FITS_BUT_NO_GPTQ)
+    short = evaluation(limit=512)
+    evals = (short, evaluation("jargon_outliers", kind="outliers", limit=512))
+    text = LocalFile(path=str(DEMO_DIR / "text" / "jargon.jsonl"))
+    data = Calibration(dataset="sha256:" + "0" * 64, samples=2, length=64, compute_dtype="float32", source=text)
+    gptq = spec_of({"method": "gptq", "bits": 3, "dtype": "int"})
+    plain = pack_of(BASELINE, evals=evals, model=NEOX_M)
+    of_gptq, of_int4 = Cell(model=plain.model, quant=gptq, calibration=data), Cell(model=plain.model, quant=INT4)
+    pack = replace(plain, items=(*plain.items, (of_gptq, (short,)), (of_int4, (short,))))
+    cut, bench = Bench(tmp_path), Bench(tmp_path)
+    cut.stop_at = "measured"
+    cut.worker.run_pack(pack)
+    assert cut.events[-1] == Stopped(pack=pack.id, reason="asked")
+    assert "block_done" not in cut.names()
+    (first,) = cut.rows()
+    rest = pack.without({first["measurement"]})
+    assert rest is not None
+    bench.worker.run_pack(rest)
+    assert bench.names().count("pack_done") == 1
+    assert {(row["method"], row["eval"]): (row["status"], row["held"]) for row in bench.rows()} == {
+        ("baseline", "jargon"): ("done", "whole"),
+        ("baseline", "jargon_outliers"): ("done", "whole"),
+        ("gptq", "jargon"): ("done", "layer by layer"),
+        ("blockwise", "jargon"): ("done", "whole"),
+    }
 
 
 @pytest.mark.usefixtures("small_machine")
@@ -259,7 +308,7 @@ def test_cells_that_calibrate_have_the_rows_of_the_whole_model_or_say_why_not(
     pack = replace(plain, items=(*plain.items, *((cell, (evaluation(),)) for cell in cells)))
     whole, bench = Bench(tmp_path / "whole"), Bench(tmp_path / "layered")
     whole.worker.run_pack(replace(pack, items=pack.items[:3]))
-    monkeypatch.setattr(worker, "runs_layered", lambda *_, **__: True)
+    monkeypatch.setattr(worker, "by_way", lambda pack, **_: (None, pack))
     bench.worker.run_pack(pack)
     assert results(whole, *SAME, "codes_hash")[3, "jargon"]["codes_hash"] is not None
     rows = {row["calibration_seed"]: row for row in bench.rows()}

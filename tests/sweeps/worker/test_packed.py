@@ -17,7 +17,7 @@ from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Way, needs
 from kbit.spec import QuantSpec
 from sweeps.study.cell import Cell
 from sweeps.worker import ways
-from tests.sweeps.worker.test_layered import NEOX_M
+from tests.sweeps.worker.test_layered import NEOX_M, ways_of
 from tests.sweeps.worker.test_worker import INT3, INT4, Bench, evaluation, pack_of
 
 OUTLIERS = QuantSpec(bits=4, dtype="float", blocksize=64, outlier_fraction=0.02)
@@ -89,12 +89,8 @@ def test_what_can_not_be_read_tensor_by_tensor_is_loaded_whole(
 
 @pytest.mark.usefixtures("small_machine")
 def test_cells_that_are_compared_with_a_16_bit_model_that_does_not_fit_run_layer_by_layer() -> None:
-    def layered(*specs: QuantSpec, kind: str) -> bool:
-        pack = pack_of(*specs, evals=(evaluation(kind=kind),), model=NEOX_M)
-        return ways.runs_layered(pack, device="cpu", gpus=0, batch_tokens=2048)
-
-    assert not layered(INT4, kind="perplexity")
-    assert layered(INT4, kind="agreement")
+    assert ways_of(INT4, kinds=["perplexity"]) == ([(4, "perplexity")], [])
+    assert ways_of(INT4, kinds=["agreement"]) == ([], [(4, "agreement")])
 
 
 def test_a_model_that_fits_in_16_bits_is_loaded_whole() -> None:
