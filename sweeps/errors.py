@@ -9,6 +9,7 @@
     │   ├── TaskError               a task can't be run
     │   ├── CodeChangedError        the code is not what was launched
     │   ├── DataChangedError        the data are not what was launched
+    │   ├── NotYetError             what has to be measured first is not stored
     │   └── OtherDeviceError        a measurement of one device, on another
     ├── ClaimTakenError             another launch was faster
     ├── PoolError                   workers can't run at all
@@ -81,6 +82,10 @@ class CodeChangedError(UserError):
 
 class DataChangedError(UserError):
     """A data file is gone, or not what it was when the study was launched."""
+
+
+class NotYetError(UserError):
+    """What a measurement needs first is not stored, and its pack doesn't measure it: it is left for a later launch."""
 
 
 class OtherDeviceError(UserError):

@@ -63,6 +63,7 @@ class Evaluator:
             layer only what leaves the last block is known.
         context: tokens of context that a model needs for it; None where any will do.
         steps: forward passes of a few tokens, for predicting the cost: each reads all weights.
+        own_batches: memory does not change its batches, so smaller ones of the others don't help it.
         of_methods: methods ask for it (``Spec.measures``), of the 16-bit model and the data that they calibrate on;
             users don't name it.
     """
@@ -83,6 +84,7 @@ class Evaluator:
     looks_inside: bool = False
     context: int | None = None
     steps: int = 0
+    own_batches: bool = False
     of_methods: bool = False
 
     def key(self, name: str) -> str:
@@ -222,6 +224,7 @@ LATENCY: Final = Evaluator(
     identity_of_device=True,
     context=PROMPT_TOKENS + NEW_TOKENS,
     steps=(WARM_UPS + REPETITIONS) * (NEW_TOKENS - 1) * len(BATCHES),
+    own_batches=True,
 )
 
 OUTLIER_MAGNITUDE: Final = 6.0
@@ -280,6 +283,7 @@ SENSITIVITY: Final = Evaluator(
     suffix="_sensitivity",
     baseline_only=True,
     looks_inside=True,
+    own_batches=True,
     of_methods=True,
 )
 

@@ -35,6 +35,10 @@ PACK_SECONDS: Final = (20.0, 7200.0)
 """A pack is predicted to take at least and at most this long; a cell is never split."""
 PACKS_PER_WORKER: Final = 4
 """Enough packs that workers finish together, few enough that loading stays a small part."""
+TO_DO: Final = "to do"
+IN_FLIGHT: Final = "in flight"
+WAITING: Final = "waiting for what is in flight"
+"""States that only a plan has: the last of cells whose table (``Cell.first``) another launch measures."""
 ROW_BYTES: Final = 30_000
 """A part with its per-sample outcomes, as measured on the demo and on full sets, on the large side."""
 
@@ -140,7 +144,8 @@ class Plan:
     """The plan of a launch.
 
     Attributes:
-        counts: measurements by state: done, diverged, failed, oom, in flight, timeout, ..., lost, to do.
+        counts: measurements by state: done, diverged, failed, oom, timeout, ..., lost, ``IN_FLIGHT``, ``WAITING``,
+            ``TO_DO``.
         packs: the work, in its order.
         seconds: predicted device-seconds, loading included.
     """
@@ -151,7 +156,7 @@ class Plan:
 
     @property
     def todo(self) -> int:
-        return self.counts["to do"]
+        return self.counts[TO_DO]
 
     def measurement_keys(self) -> list[str]:
         return [m.key for pack in self.packs for m in pack.measurements()]
@@ -195,6 +200,11 @@ class Known:
     ended: Mapping[str, str] = field(default_factory=dict)
     rungs: Mapping[str, int] = field(default_factory=dict)
 
+    def state(self, key: str) -> str:
+        """Return the state of a measurement, in a plan's words."""
+        state = self.statuses.get(key) or self.ended.get(key, TO_DO)
+        return IN_FLIGHT if state != State.DONE and key in self.in_flight else state
+
 
 def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost: CostModel, packing: Packing) -> Plan:
     """Decide what to run.
@@ -216,19 +226,38 @@ def what_is_left(
     manifest: Manifest, known: Known, *, retry: Collection[str]
 ) -> tuple[Counter[str], dict[int, list[Measurement]]]:
     """Return how many measurements are in which state, and those to do by their step of the out-of-memory ladder."""
-    counts: Counter[str] = Counter({"to do": 0})
-    todo: dict[int, list[Measurement]] = {}
+    left: dict[str, Measurement] = {}
+    others: dict[str, str] = {}
     for measurement in manifest.wanted():
-        key = measurement.key
-        state = known.statuses.get(key) or known.ended.get(key, "to do")
-        if state != State.DONE and key in known.in_flight:
-            state = "in flight"
-        if state == "to do" or state in retry:
-            counts["to do"] += 1
-            todo.setdefault(known.rungs.get(key, 0), []).append(measurement)
+        state = known.state(measurement.key)
+        if state == TO_DO or state in retry:
+            left[measurement.key] = measurement
         else:
-            counts[state] += 1
+            others[measurement.key] = state
+    rungs = {key: known.rungs.get(key, 0) for key in left}
+    for first, keys in _by_first(left.values()).items():
+        if known.state(first.key) == IN_FLIGHT:
+            for key in keys:
+                del left[key]
+            others.update(dict.fromkeys(keys, WAITING))
+        elif first.key in left:
+            # In one job, at the highest of their steps. Where it failed, and is not to run again, they fail by it.
+            rungs.update(dict.fromkeys((first.key, *keys), max(rungs[key] for key in (first.key, *keys))))
+    counts = Counter({TO_DO: len(left)})
+    counts.update(others.values())
+    todo: dict[int, list[Measurement]] = {}
+    for key, measurement in left.items():
+        todo.setdefault(rungs[key], []).append(measurement)
     return counts, todo
+
+
+def _by_first(measurements: Iterable[Measurement]) -> dict[Measurement, list[str]]:
+    """Return the keys of measurements by what their cells need first (``Cell.first``); most cells need nothing."""
+    found: dict[Measurement, list[str]] = {}
+    for measurement in measurements:
+        if measurement.cell.first is not None:
+            found.setdefault(measurement.cell.first, []).append(measurement.key)
+    return found
 
 
 def _pack(sweep: str, todo: Mapping[int, Sequence[Measurement]], cost: CostModel, packing: Packing) -> tuple[Pack, ...]:

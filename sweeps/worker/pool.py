@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.errors import EXIT_IO, EXIT_LOAD, LoadError, PoolError, WriteError
 from sweeps.events import (
     Crashed,
@@ -303,7 +304,7 @@ class WorkerPool:
         )
         if suspect is not None:
             self._crashes[suspect.key] += 1
-            if how == OOM_WORDS and self._halve_batch():
+            if how == OOM_WORDS and not EVALUATORS[suspect.eval.kind].own_batches and self._halve_batch():
                 self._crashes[suspect.key] = 0
             elif how == OOM_WORDS or self._crashes[suspect.key] >= MOST_CRASHES:
                 self._record_crash(slot.pack, suspect, how, tail, slot)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.models.ways import Way
-from sweeps.errors import EXIT_IO, EXIT_LOAD, DataChangedError, StoreError
+from sweeps.errors import EXIT_IO, EXIT_LOAD, DataChangedError, NotYetError, StoreError
 from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped, Withheld
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
@@ -100,11 +100,12 @@ class Worker:
     _predicted: float | None = None
     _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
     _brought: Brought = field(default_factory=Brought)
-    _first: KnownFirst = field(default_factory=KnownFirst)
+    _first: KnownFirst = field(init=False)
 
     def __post_init__(self) -> None:
         if self.device == "cpu":
             self.gpus = 0
+        self._first = KnownFirst(store=self.store)
         self._warm = Warm(device=self.device, gpus=max(1, self.gpus), trust_remote_code=self.trust_remote_code)
 
     def run_pack(self, pack: Pack, *, until: float | None = None) -> None:
@@ -133,8 +134,6 @@ class Worker:
             if (number or pace.over(now)) and not pace.fits(number, now=now, load_seconds=to_load):
                 return "walltime"
             began, loading = time.monotonic(), self._warm.total_seconds
-            if not self._have_first(pack, cell):
-                return "asked"
             self._predicted = pack.item_seconds[number] / len(evals) if pack.item_seconds else None
             for form in forms:
                 if not self._run_cell(pack, cell, [e for e in evals if _form(e) == form], form):
@@ -182,13 +181,14 @@ class Worker:
         started = datetime.now(UTC)
         try:
             dtype, packed = form
+            slopes = self._first.slopes(cell)
             loaded = self._load(cell, dtype)
             measurements = self._refer(pack, measurements, loaded)
             if not measurements:
                 return True
             began = time.perf_counter()
-            handle = self._quantize(loaded, cell, packed=packed)
-        except DataChangedError as error:
+            handle = self._quantize(loaded, cell, packed=packed, slopes=slopes)
+        except (DataChangedError, NotYetError) as error:
             self._withhold(pack, measurements, error)
             return True
         except Exception as error:
@@ -201,17 +201,6 @@ class Worker:
                 return False
             self._measure(pack, measurement, loaded, handle, quantize_seconds)
         return True
-
-    def _have_first(self, pack: Pack, cell: Cell) -> bool:
-        """Have what a cell needs first of its 16-bit model: where it isn't stored, it is measured now, and stored.
-
-        In a plan it comes before the cell: it is missing where that failed, or where it was dropped meanwhile. Return
-        False where the worker was asked to stop.
-        """
-        if cell.first is None or self._first.has(cell, self.store):
-            return True
-        self._predicted = None
-        return self._run_cell(pack, cell.first.cell, [cell.first.eval], _form(cell.first.eval))
 
     def _refer(self, pack: Pack, measurements: list[Measurement], loaded: LoadedModel) -> list[Measurement]:
         """Take what the cell is compared with from the model in its 16-bit form, once for all its cells.
@@ -262,7 +251,6 @@ class Worker:
             "peak_memory_bytes": peak_memory(self.gpus) - self._warm.kept_gpu_bytes,
         }
         self._record_result(row)
-        self._first.keep(measurement, result)
 
     def _record_result(self, row: Row) -> None:
         self._record(row)
@@ -285,14 +273,15 @@ class Worker:
             result = prepared.run(loaded.model, batch_tokens=self._batch)
             return result, time.perf_counter() - began
 
-        result, seconds = self._within_memory(pack, run)
+        halve = not EVALUATORS[spec.kind].own_batches
+        result, seconds = self._within_memory(pack, run, halve=halve)
         return result, self._brought.keep(spec, result, seconds)
 
-    def _within_memory(self, pack: Pack, run: Callable[[], T]) -> T:
+    def _within_memory(self, pack: Pack, run: Callable[[], T], *, halve: bool = True) -> T:
         """Return what ``run`` does.
 
-        Where memory runs out, try again: first with the model's originals off the GPU, then with half the batch. Either
-        stays so for the model.
+        Where memory runs out, try again: first with the model's originals off the GPU, then with half the batch, where
+        ``halve`` says that it counts. Either stays so for the model.
         """
         from kbit.memory import is_out_of_memory
 
@@ -305,7 +294,7 @@ class Worker:
                     raise
                 if self._has_made_room(error):
                     continue
-                if self._batch <= MIN_BATCH_TOKENS:
+                if not halve or self._batch <= MIN_BATCH_TOKENS:
                     raise
                 recover(error, self.device)
             self._halve_batch(pack)
@@ -380,14 +369,13 @@ class Worker:
         print(f"{measurements[0].cell.label} on {names} failed:\n{text}", file=sys.stderr, flush=True)
         origin = self._origin(pack)
         for measurement in measurements:
-            self._first.keep(measurement, error)
             self._record(failed_row(measurement, origin, error_type=kind, error=text, started=started))
         if is_lost(error):
             # A new worker goes on with the rest.
             sys.exit(f"the device is lost to this process: {error}")
 
-    def _withhold(self, pack: Pack, measurements: Sequence[Measurement], error: DataChangedError) -> None:
-        """Leave no record of what was not measured: with its data back, the same command measures it."""
+    def _withhold(self, pack: Pack, measurements: Sequence[Measurement], error: DataChangedError | NotYetError) -> None:
+        """Leave no record of what was not measured: with what it lacks there, the same command measures it."""
         print(f"{measurements[0].cell.label}: not measured: {error}", file=sys.stderr, flush=True)
         for measurement in measurements:
             self.emit(Withheld(pack=pack.id, measurement=measurement.key, why=str(error)))
@@ -396,7 +384,9 @@ class Worker:
         self._storing(lambda: self.store.write(row))
         self.emit(Measured(row=told_part(row)))
 
-    def _quantize(self, loaded: LoadedModel, cell: Cell, *, packed: bool) -> QuantHandle:
+    def _quantize(
+        self, loaded: LoadedModel, cell: Cell, *, packed: bool, slopes: Sequence[float] | None
+    ) -> QuantHandle:
         import torch
 
         from kbit.memory import is_out_of_memory
@@ -410,7 +400,7 @@ class Worker:
             calibrated = Calibrated(
                 tokens=self._warm.calibration(cell.calibration, loaded),
                 dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
-                slopes=self._first.slopes(cell),
+                slopes=slopes,
             )
         while True:
             try:

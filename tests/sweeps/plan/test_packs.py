@@ -180,6 +180,47 @@ def test_what_cells_need_first_stands_before_them_in_one_pack_and_costs_apart() 
     assert [p.measurements() for p in alone] == [[m] for m in firsts]
 
 
+MIXED = expand(
+    [{"method": "mixed", "budget": [3.25, 4.25], "dtype": "int"}, {"bits": 16}],
+    MODELS[:1],
+    calibrations=lambda _: [Calibration(dataset="sha256:x", samples=4, length=128, name="x")],
+).cells
+STUDY = Manifest(sweep="s", cells=MIXED, evals=EVALS[:1], excluded=(), config={})
+*_OTHERS, TABLE = STUDY.measurements()
+ON_BASELINE, ON_TABLE = (
+    [m.key for m in _OTHERS if m.cell.quant.is_baseline is is_baseline] for is_baseline in (True, False)
+)
+
+
+def plan_mixed(statuses: dict[str, str], retry: object = "lost", **more: object) -> Plan:
+    known = Known(statuses=statuses, **more)  # type: ignore[arg-type]
+    return make_plan(STUDY, known, retry=parse_retry(retry), cost=CostModel(device="cpu"), packing=Packing())
+
+
+def test_cells_wait_for_a_table_that_another_launch_measures() -> None:
+    planned = plan_mixed({}, in_flight={TABLE.key})
+    assert planned.measurement_keys() == ON_BASELINE
+    assert planned.counts == {"to do": 1, "in flight": 1, "waiting for what is in flight": 2}
+    done = plan_mixed({TABLE.key: "done"}, in_flight={TABLE.key})
+    assert sorted(done.measurement_keys()) == sorted([*ON_BASELINE, *ON_TABLE])
+
+
+def test_a_table_that_failed_is_measured_again_only_where_that_is_asked_for() -> None:
+    statuses = {TABLE.key: "failed", ON_BASELINE[0]: "done", ON_TABLE[0]: "failed"}
+    assert plan_mixed(statuses).measurement_keys() == ON_TABLE[1:]
+    (again,) = plan_mixed(statuses, retry="failed").packs
+    assert [m.key for m in again.measurements()] == [TABLE.key, *ON_TABLE]
+
+
+def test_a_table_and_its_cells_are_one_pack_at_the_highest_of_their_rungs() -> None:
+    rungs = {ON_TABLE[0]: 1, ON_BASELINE[0]: 3}
+    packs = plan_mixed(dict.fromkeys(rungs, "oom"), retry="oom", rungs=rungs).packs
+    assert {p.rung: {m.key for m in p.measurements()} for p in packs} == {
+        3: set(ON_BASELINE),
+        1: {TABLE.key, *ON_TABLE},
+    }
+
+
 def test_what_is_left_of_a_pack_keeps_its_id_and_order() -> None:
     pack = plan({}).packs[0]
     keys = [m.key for m in pack.measurements()]

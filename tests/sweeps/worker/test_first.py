@@ -22,9 +22,11 @@ from kbit.models.whole import WholeModel
 from kbit.specs.mixed import MixedSpec
 from sweeps.commands.selection import chosen_part
 from sweeps.errors import UserError
+from sweeps.events import Withheld
 from sweeps.plan.packs import Pack
 from sweeps.results.table import load_samples
 from sweeps.store.first import stored_slopes
+from sweeps.store.rows import OOM_ERROR
 from sweeps.study.cell import Cell, Measurement
 from sweeps.study.choice import Choice
 from sweeps.study.evals import resolve_evals
@@ -62,6 +64,8 @@ def rows_of(bench: Bench) -> dict[str, dict[str, Any]]:
 
 def test_a_table_is_measured_once_and_read_by_every_later_worker(tmp_path: Path) -> None:
     first = first_of(cell_of(SPECS[0]))
+    with patch.object(sensitivity.SensitivityEval, "run", side_effect=ValueError("a launch before")):
+        Bench(tmp_path).worker.run_pack(pack(SPECS[0], table=True))
     bench = Bench(tmp_path)
     with patch.object(noise, "loss_slopes", wraps=noise.loss_slopes) as measured:
         bench.worker.run_pack(pack(SPECS[0], table=True))
@@ -91,28 +95,40 @@ def test_a_table_is_measured_once_and_read_by_every_later_worker(tmp_path: Path)
             assert stored["predicted_loss_change"] == handle.predicted_change
 
 
-def test_where_a_table_is_not_stored_the_worker_measures_and_stores_it(tmp_path: Path) -> None:
+def test_cells_whose_table_nobody_has_stored_are_left_for_a_launch_that_plans_it(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.worker.run_pack(pack(*SPECS, table=False))
-    rows = rows_of(bench)
-    assert len(rows) == 3
-    assert rows[first_of(cell_of(SPECS[0])).key]["status"] == "done"
-    assert bench.names().count("measured") == 3
-    assert {row["status"] for row in rows.values()} == {"done"}
+    assert bench.rows() == []
+    assert "loaded" not in bench.names()
+    withheld = [event for event in bench.events if isinstance(event, Withheld)]
+    assert [event.measurement for event in withheld] == [m.key for m in pack(*SPECS, table=False).measurements()]
+    assert "sensitivity of neox-xs is not stored: another launch may be measuring it" in withheld[0].why
+    assert bench.names()[-1] == "pack_done"
 
 
-def test_a_table_that_can_not_be_measured_fails_its_cells_and_is_not_tried_for_each(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    with patch.object(sensitivity.SensitivityEval, "run", side_effect=ValueError("no loss")) as tried:
-        bench.worker.run_pack(pack(*SPECS, table=True))
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (ValueError("no loss"), "ActivationError", "ValueError: no loss"),
+        (MemoryError("full"), OOM_ERROR, "MemoryError: full"),
+    ],
+)
+def test_what_kept_a_table_from_being_measured_keeps_its_cells_and_is_not_tried_for_each(
+    tmp_path: Path, error: Exception, kind: str, said: str
+) -> None:
+    bench, later = Bench(tmp_path), Bench(tmp_path)
+    with patch.object(sensitivity.SensitivityEval, "run", side_effect=error) as tried:
+        bench.worker.run_pack(pack(SPECS[0], table=True))
+        # A worker that comes after one that died of it.
+        later.worker.run_pack(pack(SPECS[1], table=False))
     assert tried.call_count == 1
+    assert "smaller_batch" not in bench.names()
     rows = rows_of(bench)
     assert [row["status"] for row in rows.values()] == ["failed"] * 3
-    said = "needs the table of sensitivity of neox-xs, which could not be measured: ValueError: no loss"
-    assert all(said in rows[Measurement(cell=cell_of(spec), eval=TEXT).key]["error"] for spec in SPECS)
-    again = Bench(tmp_path)
-    again.worker.run_pack(pack(*SPECS, table=True))
-    assert {row["status"] for row in again.rows()} == {"done"}
+    mine = [rows[Measurement(cell=cell_of(spec), eval=TEXT).key] for spec in SPECS]
+    assert [row["error_type"] for row in mine] == [kind] * 2
+    text = f"needs the table of sensitivity of neox-xs, which could not be measured: {said}"
+    assert all(text in row["error"] for row in mine)
 
 
 def test_who_chooses_cells_gets_what_they_need_first(tmp_path: Path) -> None:
