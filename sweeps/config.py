@@ -168,6 +168,7 @@ class Config:
     script: bool = False
     report: bool = True
     trust_remote_code: bool = False
+    prefer: str | None = None
     models: dict[str, FamilyConfig] = field(default_factory=dict)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -187,7 +188,12 @@ def schema() -> type:
     executor = _keys_of("ExecutorKeys", *settings, name="local", device="auto", batch_tokens="auto")
     tracking = _keys_of("TrackingKeys", TrackingConfig, mode="disabled", project="kbit-sweep")
     groups = {"executor": executor, "tracking": tracking}
-    return make_dataclass("Config", [(n, t, field(default_factory=t)) for n, t in groups.items()], bases=(Config,))
+    # ``from`` is a word of Python's: a class that has it as a field can't be called, and Hydra doesn't.
+    of_merge: type = dataclass(init=False, repr=False, eq=False)(
+        type("MergeKeys", (), {"__annotations__": {"from": Raw}, "from": None})
+    )
+    fields_of = [(n, t, field(default_factory=t)) for n, t in groups.items()]
+    return make_dataclass("Config", fields_of, bases=(Config, of_merge), init=False, repr=False, eq=False)
 
 
 def _keys_of(title: str, /, *classes: type, **defaults: str) -> type:

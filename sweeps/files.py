@@ -97,8 +97,14 @@ def open_log(path: Path) -> IO[bytes]:
     return file
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` is whole or absent, whatever happens, and on disk when this returns."""
+def write_atomically(path: Path, data: bytes, *, modified: float | None = None) -> None:
+    """Write ``data`` so that ``path`` is whole or absent, whatever happens, and on disk when this returns.
+
+    Args:
+        path: the file.
+        data: what it holds.
+        modified: its time in epoch seconds; None is now.
+    """
     make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -107,6 +113,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         share_with_group(temporary)
+        if modified is not None:
+            os.utime(temporary, (modified, modified))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

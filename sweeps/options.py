@@ -45,6 +45,8 @@ class Options:
         script: whether mode=plan shows the scripts of jobs.
         report: whether a study ends in its report.
         yes, undo: mode=drop doesn't ask; it takes the last drop back.
+        sources: results directories that mode=merge joins, as they are written: DIR or HOST:DIR.
+        prefer: whose results count where they disagree with those here: mine or theirs; None is neither.
         executor: keys of the chosen executor, which checks them (sweeps.executors.base).
     """
 
@@ -72,6 +74,8 @@ class Options:
     report: bool
     yes: bool
     undo: bool
+    sources: tuple[str, ...]
+    prefer: str | None
     trust_remote_code: bool
     asked_sweep: str | None
     study: StudyConfig
@@ -117,6 +121,8 @@ class Options:
             report=given["report"],
             yes=given["yes"],
             undo=given["undo"],
+            sources=_names(given["from"], "from"),
+            prefer=given["prefer"],
             trust_remote_code=given["trust_remote_code"],
             asked_sweep=_asked_sweep(given["sweep"], overrides),
             study=StudyConfig(**{name: given[name] for name in ("sweep", "models", "path", "eval", "calibration")}),

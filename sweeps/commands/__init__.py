@@ -25,6 +25,7 @@ MODES: Final[Mapping[str, str]] = {
     "fetch": "sweeps.commands.fetch:fetch",
     "drop": "sweeps.commands.drop:drop",
     "export": "sweeps.commands.export:export",
+    "merge": "sweeps.commands.merge:merge",
     "sync": "sweeps.commands.sync:sync",
 }
 """Mode to what it runs, imported when it is asked for."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 EVERY: Final = tuple(MODES)
-CHOOSING: Final = tuple(mode for mode in MODES if mode not in ("fetch", "sync"))
+CHOOSING: Final = tuple(mode for mode in MODES if mode not in ("fetch", "sync", "merge"))
 """Modes that work on cells, so that cells can be chosen for them."""
 
 OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -28,7 +28,8 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     "retry": ("run", "plan", "status"),
     "order": ("run", "plan"),
     "budget": ("run", "plan"),
-    **dict.fromkeys(("watch", "report"), ("run",)),
+    "watch": ("run",),
+    "report": ("run",),
     "script": ("plan",),
     "by": ("status", "table"),
     **dict.fromkeys(("columns", "sort", "top"), ("table",)),
@@ -39,6 +40,7 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     "margins": ("findings", "compare"),
     "long": ("table",),
     "format": ("export",),
+    **dict.fromkeys(("from", "prefer"), ("merge",)),
     **dict.fromkeys(("yes", "undo"), ("drop",)),
 }
 """Top-level key, or group, to the modes that obey it."""
@@ -59,7 +61,7 @@ def check_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if mode in OBEYED.get(key, EVERY):
             continue
         value = OmegaConf.to_container(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
-        if value == getattr(defaults, key):
+        if value == getattr(defaults, key, None):
             continue  # it asks for what happens anyway
         modes = ", ".join(OBEYED[key])
         raise UserError(f"{key}={written(value)} has no effect with mode={mode}, only with mode={modes}: leave it out")

@@ -41,7 +41,7 @@ def status(options: Options, console: Console) -> int:
     states = [s for s in reversed(State) if (results["status"] == s).any()]
     console.print(f"Cells in {options.out}:", highlight=False, soft_wrap=True)
     StateCounts.of(results, options.by or ("sweep",), states).show(console)
-    _say_left(options, flight, console)
+    say_left(options, flight, console)
     for claim in flight.local:
         console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
     executors = with_jobs(options.out)
@@ -57,7 +57,7 @@ def status(options: Options, console: Console) -> int:
     return 0
 
 
-def _say_left(options: Options, flight: InFlight, console: Console) -> None:
+def say_left(options: Options, flight: InFlight, console: Console) -> None:
     """Say of each study what is to do, as mode=plan has it, and what was superseded, by what."""
     known = Seen(flight=flight, rows=stored_rows(Store(out=options.out))).known
     manifests = load_manifests(options.out, options.asked_sweep)

@@ -14,11 +14,12 @@ measurement: a result before a failure, then the newest.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
@@ -37,7 +38,7 @@ from sweeps.files import (
     write_atomically,
 )
 from sweeps.status import FINAL
-from sweeps.store.schema import Row, arrow_schema
+from sweeps.store.schema import SCHEMA_VERSION, Row, arrow_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,6 +59,8 @@ class EncodedSample(TypedDict):
     data: bytes
 
 
+ROWS_IN: Final = ("parts", "packs", "dropped")
+"""Where rows lie, and what says which count, in the order in which readers look."""
 _REPORTED: Final[set[Path]] = set()
 """Damaged files that were already said to be so in this process."""
 
@@ -146,7 +149,7 @@ class Store:
         wanted = [name for name in schema.names if name != "samples"] if columns is None else list(columns)
         needed = list(dict.fromkeys([*wanted, "row_id", "measurement", "status", "finished"]))
         table = self._read_all(needed, measurements)
-        keep = _current_rows(table, self._dropped_ids())
+        keep = _current_rows(table, self.dropped_ids())
         return table.take(pa.array(keep, pa.int64())).select(wanted)
 
     def read_pack(self, pack: str, columns: Sequence[str]) -> list[Row]:
@@ -154,7 +157,7 @@ class Store:
         wanted = list(dict.fromkeys([*columns, "row_id"]))
         files = [*self._parts(pack), *self._packs(pack)]
         tables = [table for path in files if (table := self._read(path, wanted)) is not None]
-        dropped = self._dropped_ids()
+        dropped = self.dropped_ids()
         return [row for table in tables for row in table.to_pylist() if row["row_id"] not in dropped]
 
     def drop(self, row_ids: Iterable[str], why: str) -> None:
@@ -173,7 +176,7 @@ class Store:
 
     def dropped(self, measurements: Collection[str]) -> set[str]:
         """Return which of some measurements have a row that was dropped."""
-        ids = self._dropped_ids()
+        ids = self.dropped_ids()
         if not ids:
             return set()
         table = self._read_all(["row_id", "measurement"], measurements)
@@ -185,7 +188,8 @@ class Store:
         undone = {path.stem for path in found if path.suffix == ".undone"}
         return [path for path in found if path.suffix == ".json" and path.stem not in undone]
 
-    def _dropped_ids(self) -> set[str]:
+    def dropped_ids(self) -> set[str]:
+        """Return the ids of the rows that were dropped."""
         return {row_id for path in self._drops() for row_id in read_json(path)["row_ids"]}
 
     def row_ids(self, measurements: Collection[str]) -> list[str]:
@@ -198,6 +202,32 @@ class Store:
         table = self._read_all(list(dict.fromkeys([*columns, "row_id"])), None)
         # While a pack is compacted, its rows lie both in parts and in the pack's file.
         return list({row["row_id"]: row for row in table.to_pylist()}.values())
+
+    def scan(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield all that is stored, file by file, so that memory holds one: dropped and superseded rows too, and some
+        rows twice where a compaction is under way.
+
+        Args:
+            columns: which to read; None is all.
+
+        Raises:
+            StoreError: a file is of a newer version, whose columns this one would lose.
+        """
+        for files in (self._parts, self._packs):
+            for path in files():
+                table = self._read(path, None if columns is None else list(columns), newer=False)
+                if table is not None:
+                    yield table
+
+    def add(self, table: pa.Table) -> None:
+        """Store rows of another store as they are, in one file; when this returns, they are on disk.
+
+        Args:
+            table: rows with all columns, as ``scan`` yields them.
+        """
+        ids = "\n".join(sorted(table.column("row_id").to_pylist()))
+        name = f"merged-{hashlib.sha256(ids.encode()).hexdigest()[:16]}.parquet"
+        self._write_table(table, self.out / "packs" / name)
 
     def _parts(self, pack: str = "*") -> list[Path]:
         directories = list_files(self.out / "parts", pack)
@@ -223,8 +253,11 @@ class Store:
             return pa.schema([schema.field(c) for c in columns]).empty_table()
         return pa.concat_tables(tables, promote_options="default")
 
-    def _read(self, path: Path, columns: list[str] | None) -> pa.Table | None:
-        """Return one file, with columns it lacks filled with null; None when it vanished or is damaged."""
+    def _read(self, path: Path, columns: list[str] | None, *, newer: bool = True) -> pa.Table | None:
+        """Return one file, with columns it lacks filled with null; None when it vanished or is damaged.
+
+        Files of newer versions are read without the columns that this one doesn't know, or refused (``newer``).
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -233,6 +266,8 @@ class Store:
         try:
             with pq.ParquetFile(path) as file:
                 known = set(file.schema_arrow.names)
+                if not newer:
+                    _check_version(path, file.schema_arrow)
                 present = [name for name in names if name in known]
                 table = file.read(columns=present)
         except FileNotFoundError:
@@ -277,6 +312,15 @@ class Store:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def _check_version(path: Path, schema: pa.Schema) -> None:
+    version = int((schema.metadata or {}).get(b"schema_version", 0))
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} was written by a newer version of kbit-sweep (schema {version}; this one knows {SCHEMA_VERSION}): "
+            "update, and run this again. Nothing was changed"
+        )
 
 
 def damaged_files(out: Path) -> list[Path]:

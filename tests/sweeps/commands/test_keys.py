@@ -41,6 +41,8 @@ VALUES: Mapping[str, str] = {
     "b": "3fa9",
     "margins": "{loss: 0.02}",
     "format": "gguf",
+    "from": "[other]",
+    "prefer": "mine",
     "long": "true",
     "yes": "true",
     "undo": "true",
