@@ -15,10 +15,11 @@ from kbit.errors import LayeredError
 from kbit.methods.protocol import Losses, method_of, write
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer
+from kbit.models.entering import watching
 from kbit.models.originals import Fitted
 from kbit.models.outliers import block_spreads, largest_columns
 from kbit.models.quantize import BitCount, QuantHandle
-from kbit.models.whole import parked, watched
+from kbit.models.whole import parked
 from kbit.spec import Spec
 
 _STARTED: Final = torch.empty(0, 0, dtype=torch.int64)
@@ -62,6 +63,7 @@ class PassCell:
             "quantized": self.count.quantized,
             "codebooks": base64.b64encode(self.count.codebooks).decode(),
             "code_hashes": base64.b64encode(self.count.code_hashes).decode(),
+            "tokens": self.count.tokens,
             "quantize_seconds": self.quantize_seconds,
         }
 
@@ -72,6 +74,7 @@ class PassCell:
         self.count.stored_bits, self.count.quantized = int(notes["stored_bits"]), int(notes["quantized"])
         self.count.codebooks = bytearray(base64.b64decode(notes["codebooks"]))
         self.count.code_hashes = bytearray(base64.b64decode(notes.get("code_hashes", "")))
+        self.count.tokens = {name: int(tokens) for name, tokens in notes.get("tokens", {}).items()}
         self.quantize_seconds = float(notes["quantize_seconds"])
 
 
@@ -145,8 +148,7 @@ class HeldBlock:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if watch is not None:
-                for layer in self.layers:
-                    stack.enter_context(watched(layer, watch))
+                stack.enter_context(watching(self.layers, watch))
             for states, arguments in self.entering():
                 out = self.module(states, *arguments.rest, **arguments.named)
                 yield out[0] if isinstance(out, tuple) else out

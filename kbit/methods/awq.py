@@ -1,7 +1,8 @@
 """AWQ: weights of inputs that matter are scaled up before rounding, and down again after (Lin et al. 2023).
 
-Scales are mean |x|^r, of the r with the least error of the block's output. They are folded exactly: the weight that the
-model computes with is the dequantized one over the scales, so that no norm or other layer has to take them, and every
+Scales are mean |x|^r, of the r with the least error of the block's output; of an expert's matrix, with that of its own
+output, since a block has too many of them to run it for each. They are folded exactly: the weight that the model
+computes with is the dequantized one over the scales, so that no norm or other layer has to take them, and every
 architecture works. A block's inputs are those of the 16-bit model.
 """
 
@@ -27,6 +28,7 @@ from kbit.quantizer.codebooks import is_data_dependent
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import check_weight, non_finite, storage_dtype_of
 from kbit.specs.awq import AwqSpec
+from kbit.specs.base import ROW
 
 EXPONENTS: Final = tuple(i / 20 for i in range(20))
 """r: 0, 0.05 ... 0.95."""
@@ -42,12 +44,14 @@ class StoredScaled:
         scale: float16 [in_features].
         storage_dtype: that the weight is rounded to.
         has_scale: the scales are counted here; layers that share an input store them once.
+        tokens: that the layer calibrated on.
     """
 
     tensor: QuantizedTensor
     scale: Tensor
     storage_dtype: torch.dtype
     has_scale: bool = True
+    tokens: int = 0
 
     @property
     def nbits(self) -> int:
@@ -87,7 +91,7 @@ def quantize_layers(model: ModelPass, spec: AwqSpec, calibration: Tensor) -> Ite
     """
     kept = model.start(calibration)
     for block in model.blocks():
-        inputs = BlockInputs(group_size=spec.blocksize if spec.clip else None)
+        inputs = BlockInputs(group_size=spec.blocksize if spec.clip else None, of_stacks=ROW)
         after = block.run(kept, watch=inputs.add)
         # All scales are searched for before the first weight changes.
         scales: dict[str, Tensor] = {}
@@ -104,6 +108,7 @@ def quantize_layers(model: ModelPass, spec: AwqSpec, calibration: Tensor) -> Ite
                     scale=scale,
                     storage_dtype=dtype,
                     has_scale=inputs.shared.get(layer.name, layer.name) == layer.name,
+                    tokens=inputs.tokens.get(layer.name, 0),
                 ),
             )
         kept = after
@@ -130,7 +135,8 @@ def _best_scale(  # noqa: PLR0913  # what a search is of
 ) -> Tensor:
     """Return the scales of layers that share an input: those of the least squared error of the block's output.
 
-    The block's other layers have their 16-bit weights. Of equals the lowest exponent.
+    The block's other layers have their 16-bit weights. Matrices of a stack go by the error of their own output. Of
+    equals the lowest exponent.
     """
     dtypes = [storage_dtype_of(layer.weight, storage_dtype) for layer in layers]
     weights = [_stored_values(layer, dtype) for layer, dtype in zip(layers, dtypes, strict=True)]
@@ -138,17 +144,31 @@ def _best_scale(  # noqa: PLR0913  # what a search is of
     if sums is None:  # no token reaches them
         return torch.ones(weights[0].shape[1], dtype=torch.float16, device=weights[0].device)
     magnitudes = sums.magnitudes / sums.tokens
+
+    def scaled(exponent: float) -> Iterator[Tensor]:
+        scale = scales_of(magnitudes, exponent)
+        for values, dtype in zip(weights, dtypes, strict=True):
+            q = quantize_wide(values * scale.float(), plain)
+            yield StoredScaled(tensor=q, scale=scale, storage_dtype=dtype).weight()
+
     errors = []
-    with trying(layers):
-        for exponent in EXPONENTS:
-            scale = scales_of(magnitudes, exponent)
-            for layer, values, dtype in zip(layers, weights, dtypes, strict=True):
-                q = quantize_wide(values * scale.float(), plain)
-                layer.working.copy_(StoredScaled(tensor=q, scale=scale, storage_dtype=dtype).weight())
+    with trying([layer for layer in layers if layer.stack is None]):
+        for candidate in map(scaled, EXPONENTS):
+            if layers[0].stack is not None:
+                own = zip(candidate, weights, strict=True)
+                errors.append(torch.stack([_own_error(q.float() - values, sums) for q, values in own]).sum())
+                continue
+            for layer, weight in zip(layers, candidate, strict=True):
+                layer.working.copy_(weight)
             errors.append(_output_error(block, before, after))
     # Looked at once, at the end: a GPU is not waited for after each.
     best = int(torch.stack(errors).nan_to_num_(nan=torch.inf).argmin())
     return scales_of(magnitudes, EXPONENTS[best])
+
+
+def _own_error(error: Tensor, sums: InputSums) -> Tensor:
+    """Return the squared error of a layer's output over all tokens, for that of its weight: float64, 0-dim."""
+    return _group_errors(error, sums.within(error.shape[1])).sum(dtype=torch.float64)
 
 
 def _output_error(block: Block, before: Activations, after: Activations) -> Tensor:
@@ -183,11 +203,12 @@ def _quantized(values: Tensor, scale: Tensor, spec: AwqSpec, sums: InputSums | N
     blocks = Blocks.of(tuple(values.shape), plain)
     largest = largest_magnitudes(Source(scaled, torch.float32, None, None), blocks, torch.float32)
     largest = largest.view(len(values), -1)
+    products = sums.within(min(blocks.size, values.shape[1]))
     limit, least = largest, torch.full_like(largest, torch.inf)
     for i in range(CANDIDATES):
         candidate = largest * ((STEPS - i) / STEPS)
         q = quantize_wide(_clamped(scaled, candidate, blocks.size), plain, fitted=fitted)
-        error = _group_errors(dequantize(q).div_(scale).sub_(values), sums.products)
+        error = _group_errors(dequantize(q).div_(scale).sub_(values), products)
         better = error < least
         limit, least = torch.where(better, candidate, limit), torch.where(better, error, least)
     return quantize_wide(_clamped(scaled, limit, blocks.size), plain, fitted=fitted)

@@ -44,8 +44,15 @@ class StoredCodes:
         return pack_layer(model, layer, self.tensor)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CalibratedCodes(StoredCodes):
-    """Codes that calibration data had a part in."""
+    """Codes that calibration data had a part in.
+
+    Attributes:
+        tokens: that the layer calibrated on; None where the method looks at no layer's inputs.
+    """
+
+    tokens: int | None = None
 
     def code_tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor.codes,)
@@ -84,10 +91,12 @@ def _calibrated(
         after = block.run(kept, watch=inputs.add)
         for layer in block.layers:
             means, own = inputs.means(layer), columns.get(layer.name)
-            if own is not None and spec.outlier_criterion == "activation":
+            # Where no token reaches a layer (an expert), the proxy's columns stay.
+            if own is not None and spec.outlier_criterion == "activation" and means.tokens:
                 own = largest_inputs(means.magnitudes, own.numel())
             weights = means.squares if spec.weighting == "activation" else None
-            yield layer, CalibratedCodes(tensor=quantize_layer(layer, spec, own, model, weights))
+            q = quantize_layer(layer, spec, own, model, weights)
+            yield layer, CalibratedCodes(tensor=q, tokens=means.tokens)
         kept = after
 
 

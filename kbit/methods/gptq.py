@@ -33,9 +33,11 @@ class CorrectedCodes(StoredCodes):
 
     Attributes:
         order: int32 [in_features], the column that each place of the tensor is of; None where they are in place.
+        tokens: that the layer calibrated on; 0 of one that is rounded, since none reached it.
     """
 
     order: Tensor | None = None
+    tokens: int = 0
 
     @property
     def nbits(self) -> int:
@@ -88,7 +90,8 @@ def quantize_block(
         try:
             if source is not None and source not in factors:
                 factors[source] = correction(moments.take(source), act_order=spec.act_order, rotation=spec.rotation)
-            stored = _quantized(model, layer, spec, None if source is None else factors[source])
+            by = None if source is None else factors[source]
+            stored = _quantized(model, layer, spec, by, moments.tokens.get(layer.name, 0))
         except ValueError as error:
             error.add_note(f"in layer {layer.name}")
             raise
@@ -99,7 +102,7 @@ def quantize_block(
         del stored
 
 
-def _quantized(model: ModelPass, layer: Layer, spec: GptqSpec, by: Correction | None) -> CorrectedCodes:
+def _quantized(model: ModelPass, layer: Layer, spec: GptqSpec, by: Correction | None, tokens: int) -> CorrectedCodes:
     """Quantize a layer; without a correction where no token reached it."""
     weight = layer.weight
     plain = spec.blockwise(weight.shape[1])
@@ -111,7 +114,7 @@ def _quantized(model: ModelPass, layer: Layer, spec: GptqSpec, by: Correction | 
         q, order = quantize_corrected(weight, spec, by, storage_dtype=model.storage_dtype, fitted=fitted)
     if is_data_dependent(plain) and fitted is None:
         model.fitted[key] = q.codebook.to("cpu", copy=True)
-    return CorrectedCodes(tensor=q, order=order)
+    return CorrectedCodes(tensor=q, order=order, tokens=tokens)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -124,7 +127,7 @@ class BlockMoments(SharedInputs):
         """Take in the input of a layer, [tokens, in_features], for a batch; no tokens are as if it was not called."""
         if not len(x):
             return
-        if self.is_first(layer.name, x):
+        if self.is_first(layer, x):
             if layer.name not in self._sums:
                 self._sums[layer.name] = SecondMoments(x.shape[1], x.device)
             self._sums[layer.name].add(x)

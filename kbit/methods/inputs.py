@@ -30,6 +30,15 @@ class InputSums:
     products: Tensor | None = None
     tokens: int = 0
 
+    def within(self, size: int) -> Tensor:
+        """Return the products within groups of `size` columns, [groups, size, size], of those of more columns."""
+        assert self.products is not None
+        if self.products.shape[1] == size:
+            return self.products
+        [whole] = self.products
+        padded = torch.nn.functional.pad(whole, (0, -len(whole) % size) * 2)
+        return torch.stack([padded[i : i + size, i : i + size] for i in range(0, len(padded), size)])
+
 
 @dataclass(kw_only=True, eq=False)
 class SharedInputs:
@@ -37,24 +46,31 @@ class SharedInputs:
 
     Attributes:
         shared: by layer, the first layer that is given its input.
+        tokens: by layer, how many it was given; none of a layer that no token reached.
     """
 
     shared: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     # Of the first batch: inputs are held, so that no other tensor comes to lie where one of them lay; with the count of
     # their changes in place, since one that was changed between two layers is not the same to both.
-    _held: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _held: dict[str, tuple[bool, Tensor, int]] = field(default_factory=dict)
 
-    def is_first(self, layer: str, x: Tensor) -> bool:
-        """Tell whether a layer is the first of those that are given its input, which is what it is given now."""
-        if layer in self._seen:  # a second batch
+    def is_first(self, layer: Layer, x: Tensor) -> bool:
+        """Tell whether a layer is the first of those that are given its input, which is what it is given now.
+
+        Matrices of a stack share with one another alone: what is learned of their inputs is another thing.
+        """
+        name = layer.name
+        if name in self.tokens:  # a second batch
             self.let_go()
-        self._seen.add(layer)
-        if layer not in self.shared:
-            first = next((name for name, held in self._held.items() if _is_same(x, *held)), layer)
-            self.shared[layer] = first
-            self._held.setdefault(first, (x, _changes(x)))
-        return self.shared[layer] == layer
+        self.tokens[name] = self.tokens.get(name, 0) + len(x)
+        if name not in self.shared:
+            stacked = layer.stack is not None
+            alike = (n for n, (s, held, changes) in self._held.items() if s == stacked and _is_same(x, held, changes))
+            first = next(alike, name)
+            self.shared[name] = first
+            self._held.setdefault(first, (stacked, x, _changes(x)))
+        return self.shared[name] == name
 
     def let_go(self) -> None:
         """Hold no input any more."""
@@ -67,17 +83,19 @@ class BlockInputs(SharedInputs):
 
     Attributes:
         group_size: of the columns whose products are summed, or ``ROW`` for all columns; None sums none.
+        of_stacks: the same for matrices of stacks.
     """
 
     group_size: int | None = None
+    of_stacks: int | None = None
     _sums: dict[str, InputSums] = field(default_factory=dict)
 
     def add(self, layer: Layer, x: Tensor) -> None:
         """Take in the input of a layer, [tokens, in_features], for a batch; no tokens are as if it was not called."""
         if not len(x):
             return
-        if self.is_first(layer.name, x):
-            self._take(layer.name, x.float())
+        if self.is_first(layer, x):
+            self._take(layer.name, x.float(), self.group_size if layer.stack is None else self.of_stacks)
 
     def of(self, layer: str) -> InputSums | None:
         """Return the sums of a layer's input; None where no token reached it.
@@ -111,7 +129,7 @@ class BlockInputs(SharedInputs):
             found.setdefault(self.shared.get(layer.name, layer.name), []).append(layer)
         return list(found.values())
 
-    def _take(self, name: str, x: Tensor) -> None:
+    def _take(self, name: str, x: Tensor, group_size: int | None) -> None:
         sums = self._sums.get(name)
         if sums is None:
             zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -119,8 +137,8 @@ class BlockInputs(SharedInputs):
         sums.tokens += len(x)
         sums.magnitudes += x.abs().sum(0)
         sums.squares += x.square().sum(0)
-        if self.group_size is not None:
-            size = x.shape[1] if self.group_size == ROW else min(self.group_size, x.shape[1])
+        if group_size is not None:
+            size = x.shape[1] if group_size == ROW else min(group_size, x.shape[1])
             grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % size)).view(len(x), -1, size).transpose(0, 1)
             products = torch.bmm(grouped.transpose(1, 2), grouped)
             sums.products = products if sums.products is None else sums.products.add_(products)
@@ -128,7 +146,9 @@ class BlockInputs(SharedInputs):
 
 def _is_same(x: Tensor, held: Tensor, changes: int) -> bool:
     """Tell whether a layer is given the very tensor that another was given, unchanged since."""
-    places = [(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (x, held)]
+    if x.data_ptr() != held.data_ptr():  # of many experts nearly always
+        return False
+    places = [(t.device, t.shape, t.stride(), t.dtype) for t in (x, held)]
     return places[0] == places[1] and _changes(x) == changes
 
 

@@ -72,6 +72,15 @@ class HasCodes(Protocol):
 
 
 @runtime_checkable
+class HasTokens(Protocol):
+    """What a method that looks at a layer's inputs stores of one: experts see few tokens, or none."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Calibration tokens that reached the layer; None where it wasn't looked at."""
+
+
+@runtime_checkable
 class Allotted(Protocol):
     """What a method that gives each layer bits of its own stores of one."""
 

@@ -25,7 +25,8 @@ def rewrite(layer: Layer, fill: Callable[[Tensor], object]) -> Callable[[], None
     if original is not None:
         kept = original
         if is_same_memory(layer.parameter, kept):
-            layer.parameter.data = torch.empty_like(kept)
+            # A stack's other matrices keep their values until they are written, too.
+            layer.parameter.data = torch.empty_like(kept) if layer.stack is None else kept.clone()
         fill(layer.working)
         return lambda: _copy(layer, layer.matrix(kept))
     before = layer.working.to("cpu", copy=True)

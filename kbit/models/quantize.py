@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kbit.errors import ArchitectureError, SpecError
 from kbit.methods.noise import keep_slopes
-from kbit.methods.protocol import Allotted, HasCodes, Stored, method_of, write
+from kbit.methods.protocol import Allotted, HasCodes, HasTokens, Stored, method_of, write
 from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
@@ -43,6 +43,8 @@ class QuantHandle:
             codebook where all share it. None where there are none: the baseline, ggml.
         codes_hash: SHA-256 over those of the layers' codes, in their order, of a method that calibrates; None of
             others, whose codes are the same on every device.
+        calibration_tokens: how many reached each layer, by name, of a method that looks at layers' inputs: of an
+            expert those that are sent to it, 0 where it is quantized without; empty for other methods.
         allocation: bits of each layer's codes, by name, of a method that gives each its own; empty for others.
         predicted_change: nats by which that method predicts the loss on its calibration data to rise; None of others.
         outlier_share: tells the share of input dimensions that llm_int8 has multiplied in 16 bits since it was last
@@ -57,6 +59,7 @@ class QuantHandle:
     bits_per_param_nominal: float
     codebook_hash: str | None
     codes_hash: str | None = None
+    calibration_tokens: dict[str, int] = field(default_factory=dict)
     allocation: dict[str, int] = field(default_factory=dict)
     predicted_change: float | None = None
     outlier_share: Callable[[], float | None] = field(default=lambda: None, repr=False)
@@ -67,6 +70,17 @@ class QuantHandle:
         """SHA-256 over the layers' names and bits, in their order; None where all have the same."""
         told = "".join(f"{name} {bits}\n" for name, bits in self.allocation.items())
         return hashlib.sha256(told.encode()).hexdigest() if told else None
+
+    @property
+    def least_tokens(self) -> int | None:
+        """The fewest calibration tokens that reached a layer; None where they are not known."""
+        return min(self.calibration_tokens.values(), default=None)
+
+    @property
+    def unseen_layers(self) -> int | None:
+        """Layers that no calibration token reached, and that are quantized without; None where that is not known."""
+        seen = self.calibration_tokens.values()
+        return sum(not tokens for tokens in seen) if seen else None
 
     def restore(self) -> None:
         """Give the model its original weights back, bit for bit, and in a packed one its modules, where it now lies.
@@ -217,9 +231,6 @@ def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated
     if spec.calibrates and not calibrated:
         raise SpecError(*spec.calibrating, "one that does not calibrate, or give calibration=Calibrated(...)")
     layers = model.layers
-    if spec.calibrates and any(layer.stack is not None for layer in layers):
-        allowed = f"one that does not calibrate: an expert of {name} sees only the tokens sent to it"
-        raise SpecError(*spec.calibrating, allowed)
     if spec.replaces_layers and any(layer.stack is not None for layer in layers):
         allowed = f"one that quantizes weights alone: the experts of {name} are no layers that could be replaced"
         raise SpecError("method", spec.method, allowed)
@@ -242,6 +253,7 @@ class BitCount:
         stored_bits, quantized: bits that are stored of them, and their weights.
         codebooks: the values of their codebooks, float32, little-endian; of one codebook where all share it.
         code_hashes: SHA-256 of each layer's codes, of a method that calibrates.
+        tokens: calibration tokens that reached each layer, of a method that looks at layers' inputs.
         allocation, predicted: bits of each layer and nats that it is predicted to add, of a method that allots them.
     """
 
@@ -251,6 +263,7 @@ class BitCount:
     quantized: int = 0
     codebooks: bytearray = field(default_factory=bytearray)
     code_hashes: bytearray = field(default_factory=bytearray)
+    tokens: dict[str, int] = field(default_factory=dict)
     allocation: dict[str, int] = field(default_factory=dict)
     predicted: list[float] = field(default_factory=list)
 
@@ -265,6 +278,8 @@ class BitCount:
         if isinstance(stored, Allotted):
             self.allocation[layer.name] = stored.bits
             self.predicted.append(stored.predicted)
+        if isinstance(stored, HasTokens) and stored.tokens is not None:
+            self.tokens[layer.name] = stored.tokens
         if isinstance(stored, HasCodes):
             parts = [t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in stored.code_tensors()]
             self.code_hashes += hashlib.sha256(b"".join(parts)).digest()
@@ -286,6 +301,7 @@ class BitCount:
             ),
             codebook_hash=hashlib.sha256(self.codebooks).hexdigest() if self.codebooks else None,
             codes_hash=hashlib.sha256(self.code_hashes).hexdigest() if self.code_hashes else None,
+            calibration_tokens=self.tokens,
             allocation=self.allocation,
             predicted_change=math.fsum(self.predicted) if self.predicted else None,
             _undo=undo,

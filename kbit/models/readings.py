@@ -74,6 +74,12 @@ def has_experts(config: Config) -> bool:
     return any(_count(n) >= least for n in said) if said else any(part.get("model_type") in _MIXTURES for part in parts)
 
 
+def expert_count(config: Config) -> int:
+    """Return how many experts a layer of a mixture has at most; 0 where config.json doesn't say, or there are none."""
+    said = [_count(part[name]) for part in _parts(config) for name in _EXPERTS if name in part]
+    return max(said, default=0) if has_experts(config) else 0
+
+
 def has_larger_tower(config: Config) -> bool:
     """Tell whether a part that reads images or sounds may be larger than the text decoder; yes where it isn't said."""
     text = config.get("text_config")

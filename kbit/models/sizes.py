@@ -16,7 +16,7 @@ from kbit.calibration import WINDOWS_PER_BATCH, Calibration
 from kbit.models.checkpoint import StoredTensor, is_buffer, layer_of, own_tensors, safetensors_header
 from kbit.models.limits import as_namespace, named_context
 from kbit.models.prequantized.layouts import as_16_bit
-from kbit.models.readings import has_experts
+from kbit.models.readings import expert_count, has_experts
 from kbit.models.ways import Parts
 from kbit.spec import Spec
 
@@ -125,7 +125,7 @@ def parts_of(
         packed=held + compute_bytes * (sizes.parameters - sizes.quantized) if packs else None,
         originals=compute_bytes * sizes.quantized if apart else 0,
         largest=STORED_BYTES * sizes.largest,
-        working=spec.working_bytes(sizes.hidden, sizes.inner),
+        working=spec.working_bytes(sizes.hidden, sizes.inner) + _expert_bytes(sizes, spec, config or {}),
         block=compute_bytes * sizes.block,
         outside=compute_bytes * sizes.outside,
         token=compute_bytes * width,
@@ -135,6 +135,12 @@ def parts_of(
         logits=2 * compute_bytes * max(LOGITS_AT_ONCE[device], sizes.vocabulary),
         layered=spec.why_not_layered is None,
     )
+
+
+def _expert_bytes(sizes: Sizes, spec: Spec, config: Mapping[str, Any]) -> int:
+    """Return the bytes of what is summed of the inputs of a block's experts, each of its own."""
+    inner = _first(_text_config(config), ("moe_intermediate_size", "ffn_hidden_size")) or sizes.inner
+    return spec.product_bytes * expert_count(config) * (sizes.hidden**2 + inner**2)
 
 
 def _of_tensors(tensors: Collection[StoredTensor], text: Mapping[str, Any]) -> Sizes:

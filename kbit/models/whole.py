@@ -15,6 +15,7 @@ from kbit.calibration import WINDOWS_PER_BATCH
 from kbit.errors import SeenError
 from kbit.models.activations import Activations, BlockArguments
 from kbit.models.architectures import Layer, block_layers, decoder_blocks, key_of
+from kbit.models.entering import watching
 from kbit.models.originals import Fitted, Originals
 from kbit.models.outliers import outlier_columns
 from kbit.models.window_losses import WindowLosses
@@ -52,8 +53,7 @@ class WholeBlock:
             stack.enter_context(torch.no_grad())
             stack.enter_context(computing_in(self.module, self.dtype))
             if watch is not None:
-                for layer in self.layers:
-                    stack.enter_context(watched(layer, watch))
+                stack.enter_context(watching(self.layers, watch))
             for hidden, arguments in zip(before.hidden, before.arguments[self.number], strict=True):
                 # A copy on a CPU too: a block may write into what it is given, and it is run again on what was kept.
                 entering = hidden.to(device, non_blocking=True, copy=True)
@@ -197,17 +197,3 @@ def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
             layer.bias = bias
         for parameter, own in before.items():
             parameter.data = own
-
-
-@contextmanager
-def watched(layer: Layer, watch: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """Have `watch` told the inputs of a layer for a while (``kbit.methods.protocol.Block.run``)."""
-
-    def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-        watch(layer, given[0].reshape(-1, given[0].shape[-1]))
-
-    handle = layer.module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -39,6 +39,7 @@ class AwqSpec(QuantSpec):
     packs: ClassVar[bool] = False
     effort: ClassVar[float] = 60.0
     passes: ClassVar[float] = 84.0
+    product_bytes: ClassVar[int] = 4
     takes: ClassVar[frozenset[str]] = frozenset({"clip"})
     refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
 

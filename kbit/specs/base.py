@@ -41,6 +41,7 @@ class Spec(ABC):
         measures_stored: it takes a model as its files have it: one that others quantized, and no other.
         refuses: inherited axes whose every value but the neutral one the method refuses: no list for people has them.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
+        product_bytes: per pair of an expert's input dimensions, what is summed of its inputs until its block is done.
     """
 
     method_name: ClassVar[str]
@@ -50,6 +51,7 @@ class Spec(ABC):
     packs: ClassVar[bool] = False
     replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
+    product_bytes: ClassVar[int] = 0
     refuses: ClassVar[frozenset[str]] = frozenset()
     measures_stored: ClassVar[bool] = False
     passes: ClassVar[float] = 4.0

@@ -40,6 +40,7 @@ class GptqSpec(QuantSpec):
     calibrates: ClassVar[bool] = True
     calibrates_on: ClassVar[Literal["original", "quantized"] | None] = "quantized"
     effort: ClassVar[float] = 50.0
+    product_bytes: ClassVar[int] = 4
     takes: ClassVar[frozenset[str]] = frozenset({"rotation"})
     refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
 

@@ -139,6 +139,8 @@ def handle_columns(handle: QuantHandle) -> Row:
         "total_bits_nominal": handle.total_bits_nominal,
         "codebook_hash": handle.codebook_hash,
         "codes_hash": handle.codes_hash,
+        "least_tokens": handle.least_tokens,
+        "unseen_layers": handle.unseen_layers,
         "outlier_share": handle.outlier_share(),
         "allocation_hash": handle.allocation_hash,
         "predicted_loss_change": handle.predicted_change,

@@ -21,7 +21,7 @@ Scalar = str | int | float | bool | None
 Row = Mapping[str, Any]
 """A row of the store, or some of its columns: values by column name, each of the type that ``columns()`` gives it."""
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 """Written into every part. A change of columns raises it; readers fill columns that older parts lack with null."""
 
 
@@ -145,6 +145,18 @@ def columns() -> tuple[Column, ...]:
             "values",
         ),
         _cell("context", "int64", "longest sequence that the model's configuration names; null for none", "tokens"),
+        _cell(
+            "least_tokens",
+            "int64",
+            "fewest calibration tokens that reached a layer (few are sent to an expert); null for other methods",
+            "tokens",
+        ),
+        _cell(
+            "unseen_layers",
+            "int64",
+            "layers that no calibration token reached, quantized without; null for other methods",
+            "count",
+        ),
     )
 
 

@@ -53,9 +53,6 @@ def unfit(config: ModelConfig | None, spec: Spec) -> SpecError | None:
     fraction, why = spec.axis_values().get("outlier_fraction"), why_unordered(config)
     if fraction and why is not None:
         return SpecError("outlier_fraction", fraction, f"0, since {why}")
-    if spec.calibrates and has_experts(config):
-        why = "an expert sees only the tokens that are sent to it"
-        return SpecError(*spec.calibrating, f"one that does not calibrate, for {config.get('model_type')}: {why}")
     if spec.replaces_layers and has_experts(config):
         why = f"one that quantizes weights alone, for {config.get('model_type')}: its experts are no layers to replace"
         return SpecError("method", spec.method, why)

@@ -89,6 +89,7 @@ def check(
         assert np.array_equal(found[name][0].samples["nats"], result.samples["nats"]), name
         assert numbers(found[name][1]) == numbers(handle), name
         assert found[name][1].codes_hash == handle.codes_hash, name
+        assert found[name][1].calibration_tokens == handle.calibration_tokens, name
     assert expected["gptq4"][1].codes_hash is not None
 
 
@@ -99,6 +100,16 @@ def test_codes_and_losses_are_those_of_the_whole_model(name: str) -> None:
     expected = whole(model)
     check(Layered(model).run(), expected)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_experts_see_the_tokens_that_they_see_in_the_whole_model() -> None:
+    specs = {name: SPECS[name] for name in ("gptq4", "awq3")}
+    model = build("qwen2_moe").float()
+    expected = whole(model, specs)
+    check(Layered(model, specs=specs).run(), expected)
+    tokens = expected["gptq4"][1].calibration_tokens
+    assert tokens["model.layers.1.mlp.shared_expert.up_proj"] == TOKENS.numel()
+    assert sum(tokens[f"model.layers.1.mlp.experts.down_proj.{n}"] for n in range(4)) == 2 * TOKENS.numel()
 
 
 def test_a_pass_that_was_cut_goes_on_with_the_same_codes(tmp_path: Path) -> None:

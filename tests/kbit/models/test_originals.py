@@ -23,7 +23,7 @@ from kbit.models.places import Place, Room, host_like, lock_pages, place_for
 from kbit.models.quantize import Calibrated, QuantHandle
 from kbit.models.whole import WholeModel
 from kbit.quantizer.blockwise import quantize
-from kbit.spec import Spec
+from kbit.spec import Spec, spec_of
 from tests.kbit.architectures import build
 from tests.kbit.methods.one_shot import ScaledSpec
 from tests.kbit.models.test_quantize_model import Unknown
@@ -254,8 +254,8 @@ def test_a_refused_cell_leaves_the_original_model() -> None:
     model = build("mixtral")
     before, originals = bits_of(model), Originals(model=model)
     cell(model, INT4, originals)
-    with pytest.raises(SpecError, match="one that does not calibrate"):
-        cell(model, OTHER[0], originals)
+    with pytest.raises(SpecError, match="one that quantizes weights alone"):
+        cell(model, spec_of({"method": "llm_int8"}), originals)
     assert identical(bits_of(model), before)
     cell(model, INT4, originals)
     with pytest.raises(ArchitectureError, match="one of the matrices of a stack"):
@@ -263,6 +263,20 @@ def test_a_refused_cell_leaves_the_original_model() -> None:
     assert identical(bits_of(model), before)
     with pytest.raises(ValueError, match="another model's"):
         quantize_model(build("mixtral"), INT4, originals=originals)
+
+
+def test_experts_are_calibrated_on_after_a_cell_that_was_refused_before_anything_was_copied() -> None:
+    model, fresh = build("mixtral"), build("mixtral")
+    before, originals = bits_of(model), Originals(model=model)
+    with pytest.raises(ArchitectureError, match="one of the matrices of a stack"):
+        cell(model, INT4, originals, packed=True)
+    for spec in (OTHER[0], spec_of({"method": "gptq", "bits": 3, "dtype": "int"}), INT4):
+        handle = cell(model, spec, originals)
+        with cell(fresh, spec) as alone:
+            assert (numbers(handle), handle.codes_hash) == (numbers(alone), alone.codes_hash)
+            assert identical(bits_of(model), bits_of(fresh))
+    handle.restore()
+    assert identical(bits_of(model), before)
 
 
 def test_a_handle_restores_its_own_cell_and_no_later_one() -> None:

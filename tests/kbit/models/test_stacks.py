@@ -9,14 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, XLNetConfig
 
-from kbit import QuantSpec, SpecError, dequantize, quantize, quantize_model
+from kbit import QuantSpec, dequantize, quantize, quantize_model
 from kbit.errors import ArchitectureError
 from kbit.models.architectures import block_layers
 from kbit.models.outliers import outlier_columns
-from kbit.models.quantize import Calibrated
 from kbit.models.stacks import stacks_of
 from tests.kbit.architectures import build
-from tests.kbit.methods.one_shot import ScaledSpec
 from tests.kbit.tiny_models import bits_of, identical
 
 INT4 = QuantSpec(bits=4, dtype="int")
@@ -87,14 +85,11 @@ def test_a_matrix_that_would_stay_in_16_bits_unseen_is_refused_by_name() -> None
         block_layers(made(XLNetConfig(vocab_size=96, d_model=64, n_layer=2, n_head=4, d_inner=128)))
 
 
-def test_packing_and_calibrating_are_refused_with_the_reason() -> None:
+def test_packing_is_refused_with_the_reason() -> None:
     model = made(MIXTRAL)
     before = bits_of(model)
     with pytest.raises(ArchitectureError, match=r"experts\.gate_up_proj\.0: it is one of the matrices of a stack"):
         quantize_model(model, INT4, packed=True)
-    windows = torch.zeros((1, 8), dtype=torch.int64)
-    with pytest.raises(SpecError, match="method='scaled' is not valid: one that does not calibrate: an expert of Mix"):
-        quantize_model(model, ScaledSpec(bits=4, dtype="int"), calibration=Calibrated(tokens=windows))
     assert identical(bits_of(model), before)
 
 

@@ -176,6 +176,15 @@ def test_what_is_packed_is_what_can_be(spec: Spec, config: dict[str, Any], packs
     assert (parts.packed is not None) == packs
 
 
+def test_what_is_summed_of_each_experts_inputs_is_counted() -> None:
+    four = spec_of({"method": "gptq", "bits": 4, "dtype": "int"})
+    dense, mixture = (
+        parts_of(sizes(), four, config, compute_bytes=2, device="cuda").working
+        for config in ({}, {"num_experts": 6, "moe_intermediate_size": 16})
+    )
+    assert mixture - dense == 6 * 4 * (8**2 + 16**2)
+
+
 def test_originals_lie_beside_the_weights_of_a_cpu_alone() -> None:
     four = QuantSpec(bits=4, dtype="int")
     assert parts_of(sizes(), four, compute_bytes=4, device="cpu").originals == 3200

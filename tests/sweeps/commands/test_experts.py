@@ -12,8 +12,18 @@ from sweeps.study.manifest import load_manifests
 from tests.conftest import Launch
 from tests.kbit.architectures import write
 
-QUANT = "sweep.quant=[{bits: 16}, {bits: 4, dtype: int, outlier_fraction: [0.0, 0.05]}]"
-SETTINGS = ("eval.tasks=[]", "eval.tokens=512", "eval.window=64", "executor.device=cpu", "executor.workers=1", QUANT)
+BLOCKWISE, GPTQ = "{bits: 4, dtype: int, outlier_fraction: [0.0, 0.05]}", "{method: gptq, bits: 3, dtype: int}"
+QUANT = f"sweep.quant=[{{bits: 16}}, {BLOCKWISE}, {GPTQ}]"
+CALIBRATION = ("calibration={set: jargon, samples: 4, length: 64, compute_dtype: float32}",)
+SETTINGS = (
+    "eval.tasks=[]",
+    "eval.tokens=512",
+    "eval.window=64",
+    "executor.device=cpu",
+    "executor.workers=1",
+    QUANT,
+    *CALIBRATION,
+)
 
 
 @pytest.fixture
@@ -30,7 +40,12 @@ def test_experts_are_quantized_and_what_has_no_order_is_left_out(
     assert set(results["status"]) <= {"done", "diverged"}
     fractions = results.groupby("model")["outlier_fraction"].agg(lambda values: sorted(set(values)))
     assert fractions.to_dict() == {"mixtral": [0.0, 0.05], "phi3": [0.0]}
-    assert len(results) == 5
+    assert len(results) == 7
+    calibrated = results[results["method"] == "gptq"].set_index("model")
+    # Of 4 windows of 64 tokens each token goes to two of four experts.
+    assert calibrated["least_tokens"]["phi3"] == 256 > calibrated["least_tokens"]["mixtral"] > 0
+    assert calibrated["unseen_layers"].tolist() == [0, 0]
+    assert results[results["method"] != "gptq"]["least_tokens"].isna().all()
     by_hand = results[(results["model"] == "mixtral") & (results["bits"] == 4) & (results["outlier_fraction"] == 0)]
     assert by_hand["bits_per_param"].tolist() == [4.25]
     assert by_hand["total_bits"].tolist() == [5_147_648]
@@ -46,7 +61,7 @@ def test_experts_are_quantized_and_what_has_no_order_is_left_out(
     assert set(load_results(tmp_path / "results")["key"]) == set(results["key"])
     table = launch("mode=table")
     assert table.returncode == 0, table.stderr
-    assert "3 cells of mixtral left out: its experts (3-D parameters) were left in 16 bits" in table.stdout
+    assert "4 cells of mixtral left out: its experts (3-D parameters) were left in 16 bits" in table.stdout
 
 
 def test_outliers_that_no_model_can_have_are_refused_before_anything_runs(
