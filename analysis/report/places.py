@@ -15,11 +15,13 @@ class Places:
         figures: directory of figures.
         tables: directory of tables, named after the study.
         paper: directory of the paper's figures and tables, for a publication.
+        rows: says of which stored rows the page of a study was made; None leaves that out.
     """
 
     page: Path
     figures: Path
     tables: Path
+    rows: Path | None = None
 
     @property
     def paper(self) -> Path:
@@ -28,7 +30,13 @@ class Places:
     @classmethod
     def of_study(cls, out: Path, name: str) -> Places:
         """Return the places of a study's own report in its results directory."""
-        return cls(page=out / "reports" / f"{name}.html", figures=out / "figures" / name, tables=out / "tables")
+        reports = out / "reports"
+        return cls(
+            page=reports / f"{name}.html",
+            figures=out / "figures" / name,
+            tables=out / "tables",
+            rows=reports / f"{name}.rows",
+        )
 
     @classmethod
     def within(cls, directory: Path) -> Places:

@@ -188,6 +188,21 @@ class Launch:
             found.setdefault(attempt.pack, []).append(attempt)
         return {pack: sorted(of_pack, key=lambda a: a.started) for pack, of_pack in found.items()}
 
+    def has_others_at_work(self, pack: str) -> bool:
+        """Tell whether another pack of it is at work or to come, by as few files as tell; False where that is unknown.
+
+        The next launch writes the report that a job didn't for one that died without a word.
+        """
+        submitted = self.submitted()
+        if submitted is None:
+            return False
+        others = {p for c in self.chunks if self.chunk_name(c.number) in submitted for p in c.packs}
+        others -= {pack, *self.cancelled_packs()}
+        begun = {path.name.partition("-")[0] for path in list_files(self.directory / "attempts", "*.json")}
+        if not others <= begun:
+            return True
+        return any(attempts[-1].goes_on for attempts in self.attempts(others).values())
+
     def preflight_problems(self, shape: int) -> list[str] | None:
         """Return what the preflight of a shape found; None when it has not run."""
         try:
@@ -218,6 +233,11 @@ class Attempt:
     measuring: str | None = None
     end: JsonObject | None = None
     touched: float = 0.0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has not ended, or its job comes back from the queue."""
+        return self.end is None or bool(self.end.get("requeued"))
 
     @classmethod
     def begin(cls, launch: Launch, pack: str, *, job: str, restart: int, host: str, log: Path) -> Attempt:

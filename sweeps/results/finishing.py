@@ -10,6 +10,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +22,11 @@ from sweeps.study.manifest import Manifest, load_manifest, manifest_path
 
 REPORT_SECONDS: Final = 120.0
 """A job's GPU waits no longer for a report."""
+LEAST_SECONDS: Final = 30.0
+"""A report is not begun with less time."""
 
 
-def finish_study(store: Store, manifest: str, *, code: str, seconds: float = REPORT_SECONDS) -> str | None:
+def finish_study(store: Store, manifest: str, *, code: str, until: float) -> str | None:
     """Write the report of a study if nothing of it is missing and nobody else does; return what came of it.
 
     Whatever goes wrong, the measurements are stored: it is said, and ``mode=report`` writes the report later.
@@ -31,19 +35,26 @@ def finish_study(store: Store, manifest: str, *, code: str, seconds: float = REP
         store: the results.
         manifest: name of what the launch planned.
         code: the installation whose ``analysis`` writes it: a snapshot of the code has none.
-        seconds: that there are for it; never more than ``REPORT_SECONDS``.
+        until: epoch seconds at which it must be done; it never takes longer than ``REPORT_SECONDS``.
 
     Returns:
         a sentence for the log; None where measurements are missing, or another job has claimed the report.
     """
     try:
         path = manifest_path(store.out, manifest)
-        if not _claim(store, load_manifest(path)):
+        planned = load_manifest(path)
+        rows = _rows_if_whole(store, planned)
+        if rows is None:
+            return None
+        left = until - time.time()
+        if left < LEAST_SECONDS:
+            return f"warning: {left:.0f} s of the walltime are left: too few for a report; mode=report writes it"
+        if not _claim(store, planned, rows):
             return None
         # Without -P the directory that a job was submitted from would come first.
         command = [sys.executable, "-P", "-m", "sweeps.results.finishing", str(store.out), str(path)]
         ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=min(seconds, REPORT_SECONDS), env=_env(code), check=False
+            command, capture_output=True, text=True, timeout=min(left, REPORT_SECONDS), env=_env(code), check=False
         )
     except subprocess.TimeoutExpired as error:
         return f"warning: no report within {error.timeout:.0f} s; mode=report writes it"
@@ -55,17 +66,26 @@ def finish_study(store: Store, manifest: str, *, code: str, seconds: float = REP
     return ended.stdout.strip()
 
 
-def _claim(store: Store, manifest: Manifest) -> bool:
-    """Claim the report of exactly what is stored, if that is all of the study: of all who try, one is told True."""
+def rows_digest(row_ids: Iterable[str]) -> str:
+    """Return what tells the rows that a report is made of from all others: no clock does, of several machines."""
+    return hashlib.sha256("\n".join(sorted(row_ids)).encode()).hexdigest()[:16]
+
+
+def _rows_if_whole(store: Store, manifest: Manifest) -> str | None:
+    """Return ``rows_digest`` of what is stored of a study; None where something is missing."""
     wanted = {m.key for m in manifest.measurements()}
     rows = store.read(["measurement", "row_id"], measurements=wanted).to_pylist()
     if {row["measurement"] for row in rows} != wanted:
-        return False
-    what = hashlib.sha256("\n".join(sorted(row["row_id"] for row in rows)).encode()).hexdigest()[:16]
+        return None
+    return rows_digest(row["row_id"] for row in rows)
+
+
+def _claim(store: Store, manifest: Manifest, rows: str) -> bool:
+    """Claim the report of exactly these rows: of all who try, one is told True."""
     claims = store.out / "reports" / "claims"
     make_directory(claims)
     who = f"{socket.gethostname()} {os.getpid()} {os.environ.get('SLURM_JOB_ID', '')}".strip()
-    return create_exclusively(claims / f"{manifest.name}-{what}", who.encode())
+    return create_exclusively(claims / f"{manifest.name}-{rows}", who.encode())
 
 
 def _env(code: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from analysis.report.places import Places
-from sweeps.files import make_directory, share_with_group
+from sweeps.files import make_directory, share_with_group, write_atomically
+from sweeps.results.finishing import rows_digest
 from sweeps.results.inputs import read_inputs
 from sweeps.store.parts import Store
 from sweeps.study.manifest import Manifest
@@ -50,12 +51,13 @@ def show_results(store: Store, manifest: Manifest, console: Console, *, report: 
 
 
 def has_report(store: Store, manifest: Manifest) -> bool:
-    """Tell whether a study has a report that is newer than all that is stored of it."""
-    page = Places.of_study(store.out, manifest.sweep).page
-    wanted = {m.key for m in manifest.wanted()}
-    finished = store.read(["finished"], measurements=wanted).column("finished").to_pylist()
-    last = max((f.timestamp() for f in finished if f is not None), default=0.0)
-    return page.exists() and page.stat().st_mtime >= last
+    """Tell whether a study has a report, made of exactly what is stored of it."""
+    places = Places.of_study(store.out, manifest.sweep)
+    assert places.rows is not None
+    if not places.page.exists() or not places.rows.exists():
+        return False
+    stored = store.read(["row_id"], measurements={m.key for m in manifest.wanted()}).column("row_id").to_pylist()
+    return places.rows.read_text() == rows_digest(stored)
 
 
 def make_report(inputs: Inputs, places: Places, *, paper: bool = False) -> tuple[Report, list[Path], list[str]]:
@@ -72,6 +74,8 @@ def make_report(inputs: Inputs, places: Places, *, paper: bool = False) -> tuple
         make_directory(directory)
     report = report_of(inputs)
     files, problems = write_report(report, places, paper=inputs if paper else None)
+    if places.rows is not None:
+        write_atomically(places.rows, rows_digest(inputs.long["row_id"].dropna()).encode())
     # Figures come in several formats and, of the paper, in directories: all below their place.
     share_with_group(*files, *sorted(places.figures.rglob("*")))
     return report, files, problems

@@ -89,6 +89,38 @@ def test_a_job_stops_at_its_share_of_the_budget_and_does_not_go_back_into_the_qu
     assert not run._is_spent()  # the walltime of 10 minutes comes first
 
 
+def test_the_store_is_read_for_a_report_only_where_no_other_job_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def finish(*_: object, until: float, **__: object) -> None:
+        asked.append(until)
+
+    monkeypatch.setattr(packrun, "finish_study", finish)
+    run = pack_run(tmp_path, pack_of(BASELINE), report_code="code")
+    launch, other = run.launch, {"job": "8_0", "restart": 0, "host": "n2", "log": tmp_path / "log"}
+    run._report()
+    assert not asked  # another chunk waits for it
+    run.chunk = replace(run.chunk, number=1)
+    launch.record_submitted({launch.chunk_name(0): "7", launch.chunk_name(1): "8"})
+    run._report()
+    assert not asked  # the other pack is to come
+    theirs = Attempt.begin(launch, "rest", **other)  # type: ignore[arg-type]
+    run._report()
+    assert not asked
+    theirs.ended("walltime", requeued=True)
+    run._report()
+    assert not asked
+    theirs.ended("finished")
+    run._report()
+    assert len(asked) == 1
+    launch.record_submitted({launch.chunk_name(0): "7"})
+    (launch.directory / "attempts" / "rest-8_0-0.json").unlink()
+    run._report()
+    assert len(asked) == 2  # what was never submitted is not waited for
+
+
 def gate_of(out: Path, pack: Pack, evals: Sequence[EvalSpec] = EVALS) -> str | None:
     whole = pack_of(BASELINE, evals=tuple(evals))
     keys = [m.key for m in whole.measurements()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sweeps.provenance import ROOT
 from sweeps.results import finishing
 from sweeps.results.finishing import finish_study
 from sweeps.results.inputs import read_inputs
-from sweeps.results.report import make_report
+from sweeps.results.report import has_report, make_report
 from sweeps.store.parts import Store
 from sweeps.study.manifest import load_manifest
 
@@ -114,9 +115,29 @@ def test_all_files_of_a_report_are_the_groups_in_a_directory_that_a_group_shares
     assert not private
 
 
+def test_a_report_is_of_the_rows_that_it_was_made_of_whatever_the_clocks_say(out: Path) -> None:
+    manifest, store = load_manifest(studies(out, done=True)[0]), Store(out=out)
+    places = Places.of_study(out, manifest.sweep)
+    assert not has_report(store, manifest)
+    make_report(read_inputs([out], manifest=manifest), places)
+    os.utime(places.page, (0, 0))
+    assert has_report(store, manifest)
+    dropped = store.read(["row_id"], measurements={m.key for m in manifest.measurements()}).column("row_id")[0].as_py()
+    store.drop([dropped], "wrong")
+    assert not has_report(store, manifest)
+    store.undo_drop()
+    assert has_report(store, manifest)
+    places.page.unlink()
+    assert not has_report(store, manifest)
+
+
 def test_of_all_jobs_that_see_a_study_whole_one_makes_its_report(out: Path) -> None:
     path, store = studies(out, done=True)[0], Store(out=out)
-    first, second = (finish_study(store, path.stem, code=str(ROOT)) for _ in range(2))
+    late = finish_study(store, path.stem, code=str(ROOT), until=time.time() + 20)
+    assert late is not None
+    assert late.endswith(" s of the walltime are left: too few for a report; mode=report writes it")
+    until = time.time() + 1000
+    first, second = (finish_study(store, path.stem, code=str(ROOT), until=until) for _ in range(2))
     page = out / "reports" / f"{load_manifest(path).sweep}.html"
     assert first is not None
     assert first.endswith(f"report: {page}")
@@ -126,18 +147,20 @@ def test_of_all_jobs_that_see_a_study_whole_one_makes_its_report(out: Path) -> N
 
 def test_a_study_that_is_not_whole_has_no_report_yet(out: Path) -> None:
     cut = studies(out, done=False)[0]
-    assert finish_study(Store(out=out), cut.stem, code=str(ROOT)) is None
+    assert finish_study(Store(out=out), cut.stem, code=str(ROOT), until=time.time()) is None
     assert not (out / "reports").exists()
 
 
 def test_a_report_that_takes_too_long_or_fails_is_a_warning(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, store = studies(out, done=True)[0].stem, Store(out=out)
-    said = finish_study(store, name, code=str(ROOT), seconds=0.01)
+    name, store, until = studies(out, done=True)[0].stem, Store(out=out), time.time() + 1000
+    with monkeypatch.context() as short:
+        short.setattr(finishing, "REPORT_SECONDS", 0.01)
+        said = finish_study(store, name, code=str(ROOT), until=until)
     assert said == "warning: no report within 0 s; mode=report writes it"
     shutil.rmtree(out / "reports")
     monkeypatch.setattr(finishing, "_env", lambda code: {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(out)})
     (out / "figures").write_text("a file where a directory has to be")
-    said = finish_study(store, name, code=str(ROOT))
+    said = finish_study(store, name, code=str(ROOT), until=until)
     assert said is not None
     assert said.startswith("warning: no report (")
-    assert finish_study(store, "no-such-manifest", code="") is not None
+    assert finish_study(store, "no-such-manifest", code="", until=until) is not None

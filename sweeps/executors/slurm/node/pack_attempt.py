@@ -287,13 +287,15 @@ class PackAttempt:
         return "finished"
 
     def _report(self) -> None:
-        """Write the study's report, if nothing of it is missing now; its measurements are stored in any case."""
+        """Write the study's report, if nothing of it is missing now; its measurements are stored in any case.
+
+        The store is read for that only where no other job of the launch is at work or to come.
+        """
         settings = self.launch.settings
-        left = self._job_end() - time.time() - END_MARGIN
-        if not settings.report_code or left < END_MARGIN:
+        if not settings.report_code or self._is_gate() or self.launch.has_others_at_work(self.pack.id):
             return
-        store = Store(out=self.launch.out)
-        said = finish_study(store, settings.manifest, code=settings.report_code, seconds=left)
+        store, until = Store(out=self.launch.out), self._job_end() - END_MARGIN
+        said = finish_study(store, settings.manifest, code=settings.report_code, until=until)
         if said is not None:
             print(said, flush=True)
 
