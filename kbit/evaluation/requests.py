@@ -18,10 +18,10 @@ from typing import Any, Final
 import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from kbit.evaluation.encoding import encode_texts, find_joint, uncollected
 from kbit.evaluation.forests import Forest, Tree, fill_rows, grow_trees, size_of
 from kbit.evaluation.scoring import OnItsWay, TokenBatch, TokenScorer
 
-ENCODE_BATCH: Final = 1000
 AHEAD: Final = 2
 """Batches that a GPU is asked for before the results of one are taken; more hold more of its memory."""
 
@@ -62,7 +62,8 @@ class ScoringPlan:
     @cached_property
     def shared(self) -> list[list[Tree]]:
         """Rows in which inputs that begin alike share their beginning, the fullest first."""
-        return fill_rows(list(grow_trees(self.inputs)))
+        with uncollected():
+            return fill_rows(list(grow_trees(self.inputs)))
 
     def run(self, scorer: TokenScorer, *, batch_tokens: int, share: bool) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives the continuation) of each request, in order.
@@ -164,6 +165,7 @@ class RequestEncoder:
                 "the tokenizer has neither a beginning-of-sequence nor an end-of-sequence token, and tasks need one"
             )
         self._prefix_text = tokenizer.decode([self.prefix_token])
+        self._joint = find_joint(tokenizer)
 
     def encode(self, texts: Iterable[str], *, special: bool | None = None) -> dict[str, list[int]]:
         """Token ids by text. ``special`` None: the tokenizer's default, but no second beginning token for a text that
@@ -173,12 +175,8 @@ class RequestEncoder:
         with_prefix = [t for t in distinct if special is None and t.startswith(self._prefix_text)]
         others = [t for t in distinct if special is not None or not t.startswith(self._prefix_text)]
         ids: dict[str, list[int]] = {}
-        ids_only = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-        default = {} if special is None else {"add_special_tokens": special}
-        for group, options in ((with_prefix, {"add_special_tokens": False}), (others, default)):
-            for start in range(0, len(group), ENCODE_BATCH):
-                batch = group[start : start + ENCODE_BATCH]
-                ids.update(zip(batch, self.tokenizer(batch, **ids_only, **options)["input_ids"], strict=True))
+        for group, of_group in ((with_prefix, False), (others, special)):
+            ids.update(zip(group, encode_texts(self.tokenizer, group, special=of_group), strict=True))
         return ids
 
     def plan(self, requests: Sequence[tuple[str, str]]) -> ScoringPlan:
@@ -186,20 +184,42 @@ class RequestEncoder:
 
         Blanks that end a context belong to its continuation; an empty context is one prefix token.
         """
+        with uncollected():
+            return self.plan_tokens(self._encode_pairs(requests))
+
+    def _encode_pairs(self, requests: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Return the token ids of contexts and continuations: of each pair those of the whole, cut after the context's
+        own; by parts where that comes to the same.
+        """
+        cuts = [self._cut(*request) for request in requests]
         whole = self.encode(
-            text for context, rest in requests if context for text in (context + rest, context.rstrip())
+            text
+            for first, rest, is_apart in cuts
+            if first is not None
+            for text in ((first,) if is_apart else (first, first + rest))
         )
-        alone = self.encode((rest for context, rest in requests if not context), special=False)
+        alone = self.encode((rest for _, rest, is_apart in cuts if is_apart), special=False)
         pairs = []
-        for context, continuation in requests:
-            if context:
-                before = whole[context.rstrip()]
-                pairs.append((before, whole[context + continuation][len(before) :]))
-            elif alone[continuation][:1] != [self.prefix_token]:
-                pairs.append(([self.prefix_token], alone[continuation]))
+        for first, rest, is_apart in cuts:
+            if first is None:
+                begins = alone[rest][:1] == [self.prefix_token]
+                pairs.append(([self.prefix_token], alone[rest][1:] if begins else alone[rest]))
+            elif is_apart:
+                pairs.append((whole[first], alone[rest]))
             else:
-                pairs.append((alone[continuation][:1], alone[continuation][1:]))
-        return self.plan_tokens(pairs)
+                pairs.append((whole[first], whole[first + rest][len(whole[first]) :]))
+        return pairs
+
+    def _cut(self, context: str, continuation: str) -> tuple[str | None, str, bool]:
+        """Return a request's context, None where it is empty; its continuation, with the context's last blanks; and
+        whether their tokens are those that each has alone.
+        """
+        if not context:
+            return None, continuation, True
+        first = context.rstrip()
+        rest = context[len(first) :] + continuation
+        is_apart = self._joint is not None and self._joint.lies_between(first, rest)
+        return first, rest, is_apart and not (first + rest).startswith(self._prefix_text)
 
     def plan_windows(self, texts: Sequence[str]) -> tuple[ScoringPlan, list[int]]:
         """Plan to score every token of each text in windows of the model's context.

@@ -218,7 +218,9 @@ class WorkerPool:
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
+            # A worker has as many threads for encoding, and forks into nothing that would encode.
+            "RAYON_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "true" if self.workers.threads > 1 else "false",
         }
         if self.workers.device == "cuda" and self.pin:
             environment["CUDA_VISIBLE_DEVICES"] = gpus()[number]
