@@ -80,14 +80,18 @@ def measured(cell: int) -> Measured:
 
 
 @pytest.mark.parametrize(("cells", "left"), [(1, "0:10"), (4, "1:10"), (49, "16:10"), (500, "2:46:30")])
-def test_a_time_is_shown_as_soon_as_anything_was_measured(cells: int, left: str) -> None:
+def test_a_time_is_shown_as_soon_as_anything_was_measured(
+    cells: int, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     view = view_of(cells, Console(file=io.StringIO()))
     assert view._line().left == "?"
     view.on_event(measured(0), 0)
     assert view._line().left == left
 
 
-def test_what_was_not_measured_since_its_data_changed_is_not_waited_for() -> None:
+def test_what_was_not_measured_since_its_data_changed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     view = view_of(3, Console(file=io.StringIO()))
     for cell in range(2):
         view.on_event(measured(cell), 0)
