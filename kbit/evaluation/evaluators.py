@@ -46,6 +46,8 @@ class Evaluator:
         prepare: "module:function", as ``kbit.evaluation.prepared.Prepare``; imported when it runs.
         tokens: "module:function", or the function, from a spec to about how many tokens go through the model, for
             predicting the cost.
+        recompute: "module:function" from the stored samples to the metrics and standard errors that follow from them
+            (``kbit.evaluation.recomputed``); None where none do.
         metrics: what it measures. A name means the same in every kind.
         settings: the fields of ``EvalSpec`` that the kind uses, each with the key under ``eval`` that it comes from.
         version: of what it computes, raised when a number would change; None where the data have a version.
@@ -72,6 +74,7 @@ class Evaluator:
     prepare: str
     tokens: str | Callable[[Any], int]
     metrics: tuple[MetricSpec, ...]
+    recompute: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     version: str | None = "1"
     suffix: str = ""
@@ -98,6 +101,7 @@ _BITS_PER_BYTE: Final = MetricSpec(name="bits_per_byte", title="Compression", un
 PERPLEXITY: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.perplexity:prepare_perplexity",
+    recompute="kbit.evaluation.recomputed:text_numbers",
     tokens="kbit.evaluation.predicted:text_tokens",
     metrics=(
         MetricSpec(name="loss", title="Loss", unit="nats/token", higher_is_better=False),
@@ -110,6 +114,7 @@ PERPLEXITY: Final = Evaluator(
 AGREEMENT: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.agreement:prepare_agreement",
+    recompute="kbit.evaluation.recomputed:agreement_numbers",
     # Of one pass: the 16-bit model's is made once for all cells of a loaded model.
     tokens="kbit.evaluation.predicted:text_tokens",
     metrics=(
@@ -149,6 +154,7 @@ AGREEMENT: Final = Evaluator(
 TASK: Final = Evaluator(
     data="task",
     prepare="kbit.evaluation.zeroshot:prepare_task",
+    recompute="kbit.evaluation.recomputed:task_numbers",
     tokens="kbit.evaluation.predicted:task_tokens",
     # Of lm-eval's metrics those that its tasks use most. Others have the direction that the task's definition gives.
     metrics=(
@@ -213,6 +219,7 @@ def _at_batch(batch: int) -> tuple[MetricSpec, ...]:
 LATENCY: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.latency:prepare_latency",
+    recompute="kbit.evaluation.recomputed:latency_numbers",
     tokens="kbit.evaluation.predicted:latency_tokens",
     metrics=(
         *(metric for batch in BATCHES for metric in _at_batch(batch)),
@@ -254,6 +261,7 @@ def _neutral(name: str, title: str, *, unit: str = "", decimals: int = 3) -> Met
 OUTLIERS: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.outliers:prepare_outliers",
+    recompute="kbit.evaluation.recomputed:outlier_numbers",
     tokens="kbit.evaluation.predicted:text_tokens",
     metrics=(
         _neutral("outlier_features", "Outlier features", decimals=0),
@@ -276,6 +284,7 @@ OUTLIERS: Final = Evaluator(
 SENSITIVITY: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.sensitivity:prepare_sensitivity",
+    recompute="kbit.evaluation.recomputed:slope_numbers",
     tokens="kbit.evaluation.predicted:noise_tokens",
     metrics=(
         _neutral("noise_rise", "Rise of the loss by noise of a tenth of each weight", unit="nats/token", decimals=4),

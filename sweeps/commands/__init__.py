@@ -25,6 +25,7 @@ MODES: Final[Mapping[str, str]] = {
     "fetch": "sweeps.commands.fetch:fetch",
     "drop": "sweeps.commands.drop:drop",
     "export": "sweeps.commands.export:export",
+    "audit": "sweeps.commands.audit:audit",
     "merge": "sweeps.commands.merge:merge",
     "sync": "sweeps.commands.sync:sync",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +14,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sweeps.commands.progress import saying
 from sweeps.commands.remote import copy_remote, split_remote
 from sweeps.commands.status import say_left
 from sweeps.errors import EXIT_FAILED, UserError, did_you_mean
 from sweeps.files import list_files
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
-from sweeps.results.progress import LINE_SECONDS
 from sweeps.store.joining import SIDES, Conflict, Joined, Side, join
 from sweeps.store.parts import Store
 from sweeps.text import counted
 
-QUIET_SECONDS: Final = 2.0
 MOST_SHOWN: Final = 20
 """Conflicts in a terminal; in a pipe all of them."""
 
@@ -45,7 +43,7 @@ def merge(options: Options, console: Console) -> int:
     store.check_writable()
     is_clean = True
     for source, directory in sources.items():
-        with _said(console) as say, _at_hand(source, directory, say) as there:
+        with saying(console) as say, _at_hand(source, directory, say) as there:
             other = Store(out=there)
             busy = read_flight(store.out).held
             joined = join(store, other, name=source, busy=busy, prefer=prefer, say=say)
@@ -102,29 +100,6 @@ def _at_hand(source: str, directory: Path | None, say: Callable[[str], None]) ->
         copy_remote(source, Path(copy), say)
         _require_plans(source, Path(copy))
         yield Path(copy)
-
-
-@contextmanager
-def _said(console: Console) -> Iterator[Callable[[str], None]]:
-    """Have somewhere to say how far it is: a line that changes, or in a pipe a line now and then.
-
-    What is done in ``QUIET_SECONDS`` says nothing; nor does ssh's question for a password have a spinner over it.
-    """
-    with console.status("") as status:
-        status.stop()
-        last = time.monotonic()
-
-        def say(text: str) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if console.is_terminal and now - last > QUIET_SECONDS:
-                status.update(escape(text))
-                status.start()
-            elif not console.is_terminal and now - last > LINE_SECONDS:
-                last = now
-                console.print(text, markup=False, highlight=False)
-
-        yield say
 
 
 def _show(source: str, joined: Joined, prefer: Side | None, console: Console) -> None:

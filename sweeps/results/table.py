@@ -50,7 +50,7 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     Raises:
         UserError: no study was ever planned there.
     """
-    rows = _long_rows(Path(out), _manifests(Path(out), sweep))
+    rows = _long_rows(Path(out), planned_there(Path(out), sweep))
     return _long(rows) if long else _wide(rows)
 
 
@@ -73,7 +73,7 @@ def load_tables(
     problems: list[UserError] = []
     for out in outs:
         try:
-            manifests = [manifest] if manifest is not None else _manifests(out, sweep)
+            manifests = [manifest] if manifest is not None else planned_there(out, sweep)
         except StoreError:
             raise
         except UserError as problem:
@@ -102,7 +102,7 @@ def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None)
     """
     import pandas as pd
 
-    manifests = _manifests(out, sweep)
+    manifests = planned_there(out, sweep)
     flight = read_flight(out)
     stored: dict[str, Row] = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
     frames = []
@@ -148,7 +148,12 @@ def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, Samp
     return {key: decode_samples(samples or []) for key, samples in pairs}
 
 
-def _manifests(out: Path, sweep: str | None) -> list[Manifest]:
+def planned_there(out: Path, sweep: str | None) -> list[Manifest]:
+    """Return the manifests of a results directory, or one study's, oldest first.
+
+    Raises:
+        UserError: there are none.
+    """
     manifests = load_manifests(out, sweep)
     if not manifests:
         known = sorted({m.sweep for m in load_manifests(out)})
@@ -178,7 +183,7 @@ def _joined(manifests: Sequence[Manifest], stored: Mapping[str, Row], flight: In
         if measurement.cell.model in earlier:
             continue
         row = stored.get(measurement.key)
-        state = _state(row, measurement.key, flight)
+        state = state_of(row, measurement.key, flight)
         if measurement.key not in now and not state.is_final and measurement.key not in flight.held:
             state = State.SUPERSEDED
         if row is None or state is State.RUNNING:
@@ -197,10 +202,10 @@ def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[
     """Return the state of each measurement that a launch of a study may run: all of them, unless some were chosen."""
     rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
     stored = {row["measurement"]: row for row in rows}
-    return {m.key: _state(stored.get(m.key), m.key, flight) for m in manifest.wanted()}
+    return {m.key: state_of(stored.get(m.key), m.key, flight) for m in manifest.wanted()}
 
 
-def _state(row: Row | None, key: str, flight: InFlight) -> State:
+def state_of(row: Row | None, key: str, flight: InFlight) -> State:
     """Decide by a stored result, then work in flight, then a stored failure, then how work without a record ended."""
     stored = None if row is None else recorded_state(row)
     if stored is not None and stored.is_final:

@@ -127,21 +127,21 @@ def _differing(
     store: Store, other: Store, ours: Mapping[str, Row], theirs: Mapping[str, Row], compare: Collection[str]
 ) -> set[str]:
     """Return the measurements whose numbers are not alike to the last bit."""
-    mine = _digests(store, {ours[m]["row_id"] for m in compare})
-    found = _digests(other, {theirs[m]["row_id"] for m in compare})
-    return {m for m in compare if mine.get(m) != found.get(m)}
+    mine = digests(store, {ours[m]["row_id"] for m in compare})
+    found = digests(other, {theirs[m]["row_id"] for m in compare})
+    return {m for m in compare if mine.get(ours[m]["row_id"]) != found.get(theirs[m]["row_id"])}
 
 
-def _digests(store: Store, row_ids: Collection[str]) -> dict[str, bytes]:
-    """Return a digest of what was measured, by measurement."""
+def digests(store: Store, row_ids: Collection[str]) -> dict[str, bytes]:
+    """Return a digest of the numbers of some rows, by row id."""
     found: dict[str, bytes] = {}
-    for table in store.scan(["row_id", "measurement", *_NUMBERS]):
+    for table in store.scan(["row_id", *_NUMBERS]):
         for row in _rows(table, row_ids).to_pylist():
             numbers = [row["status"], row["n_samples"], row["bits_per_param"], row["total_bits"]]
             numbers += [sorted(row[name] or ()) for name in ("metrics", "stderr")]
             numbers.append(sorted((s["name"], s["dtype"], s["count"], s["data"]) for s in row["samples"] or ()))
             # repr gives the shortest text that is read back as the same float, and NaN one text.
-            found[row["measurement"]] = hashlib.sha256(repr(numbers).encode()).digest()
+            found[row["row_id"]] = hashlib.sha256(repr(numbers).encode()).digest()
     return found
 
 
