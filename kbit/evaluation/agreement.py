@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kbit.evaluation.perplexity import PerplexityEval, prepare_perplexity
-from kbit.evaluation.reference import KeptHead, Reference, host_rows
-from kbit.evaluation.scoring import TokenScorer
+from kbit.evaluation.reference import KeptHead, Reference, host_rows, sent_ahead
+from kbit.evaluation.scoring import TokenScorer, put
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.kernels.logits import Summary, divergence, runs_kernels, summarize_logits, target_nats
 
@@ -112,8 +112,10 @@ class AgreementEval:
         compare = _compare_separate if self.reference.separable else _compare_whole
         scorer, head = TokenScorer(model), self.reference.head.original()
         parts: list[TokenAgreement] = []
-        for start, ids in self.text.batches(batch_tokens):
-            parts += compare(scorer, ids, self.reference.states[start : start + len(ids)], head)
+        batches = list(self.text.batches(batch_tokens))
+        states = (self.reference.states[start : start + len(ids)] for start, ids in batches)
+        for (_, ids), kept in zip(batches, sent_ahead(states, scorer.head.weight.device), strict=True):
+            parts += compare(scorer, ids, kept, head)
         count, length = self.text.windows.shape
         by_window = WindowAgreement.joined(parts, windows=count)
         perplexity = self.text.result(by_window.nats.sum(1, dtype=np.float64))
@@ -221,7 +223,7 @@ def _standard_error(values: NDArray[np.float64]) -> float:
 
 def _separate_states(scorer: TokenScorer, ids: NDArray[np.int64]) -> Tensor:
     """Return what enters the head where a token is predicted: [batch, L - 1, hidden]."""
-    states: Tensor = scorer.base(torch.from_numpy(ids).to(scorer.device), use_cache=False).last_hidden_state
+    states: Tensor = scorer.base(put(ids, scorer.device), use_cache=False).last_hidden_state
     return states[:, :-1]
 
 
@@ -230,12 +232,12 @@ def _compare_separate(
 ) -> Iterator[TokenAgreement]:
     """Compare windows ids [batch, L], whose states in the 16-bit model are kept [batch, L - 1, hidden]."""
     states = _separate_states(scorer, ids).reshape(-1, kept.shape[-1])
-    targets = torch.from_numpy(ids[:, 1:].reshape(-1))
+    targets = put(ids[:, 1:].reshape(-1), states.device)
     # Perplexity's own pieces: matrix products of other sizes may differ in the last bit.
     chunk = scorer.chunk(states.device)
-    pieces = (torch.split(x, chunk) for x in (states, kept.view(-1, kept.shape[-1]), targets))
+    pieces = (torch.split(x, chunk) for x in (states, kept.to(states.device).view(-1, kept.shape[-1]), targets))
     for now, before, of_piece in zip(*pieces, strict=True):
-        yield from compare_in_pieces(scorer.head(now), head(before.to(now.device)), of_piece)
+        yield from compare_in_pieces(scorer.head(now), head(before), of_piece)
 
 
 def _entering_states(scorer: TokenScorer, ids: NDArray[np.int64]) -> Tensor:
@@ -259,11 +261,11 @@ def _compare_whole(
     both. One window at a time, as such models are scored.
     """
     for row, before in zip(ids, kept, strict=True):
-        second = head(before[None].to(scorer.head.weight.device))
+        second = head(before[None])
         both = _hooked(
             scorer, row, lambda _module, _args, output, second=second: torch.cat([output, second.to(output.device)])
         )
-        yield from compare_in_pieces(both[0, :-1], both[1, :-1], torch.from_numpy(row[1:]))
+        yield from compare_in_pieces(both[0, :-1], both[1, :-1], put(row[1:], both.device))
 
 
 def _hooked(scorer: TokenScorer, row: NDArray[np.int64], hook: Callable[..., Tensor | None]) -> Tensor:
@@ -279,7 +281,7 @@ def _hooked(scorer: TokenScorer, row: NDArray[np.int64], hook: Callable[..., Ten
 
     hooks = [scorer.head.register_forward_hook(h) for h in (watch, hook)]
     try:
-        logits: Tensor = scorer.model(torch.from_numpy(row[None]).to(scorer.device), use_cache=False).logits
+        logits: Tensor = scorer.model(put(row[None], scorer.device), use_cache=False).logits
     finally:
         for each in hooks:
             each.remove()

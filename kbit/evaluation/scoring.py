@@ -17,6 +17,8 @@ from kbit.kernels.logits import summarize_logits, target_nats
 from kbit.models.sizes import LOGITS_AT_ONCE
 
 HEAD_CHUNK: Final = LOGITS_AT_ONCE
+GPU_TILE: Final = 256
+"""Rows of a product that a GPU computes together, at most: 535 hidden states would take as long as 640 or 768."""
 PROBE_TOKENS: Final = 4
 LOGIT_CHANGES: Final = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Fields of configurations (Gemma 2, Cohere, Granite) by which a model changes what its head gives; near zero a soft
@@ -128,7 +130,8 @@ class TokenScorer:
 
     def chunk(self, device: torch.device) -> int:
         """Return how many hidden states on a device meet the head at once."""
-        return max(1, HEAD_CHUNK.get(device.type, HEAD_CHUNK["cpu"]) // int(self.head.weight.shape[0]))
+        rows = max(1, HEAD_CHUNK.get(device.type, HEAD_CHUNK["cpu"]) // int(self.head.weight.shape[0]))
+        return rows - rows % GPU_TILE if device.type == "cuda" and rows > GPU_TILE else rows
 
     def _by_chunks(self, hidden: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Score hidden states [places, hidden]."""

@@ -222,6 +222,26 @@ def test_pieces_of_logits_change_nothing(model: Any, tokenizer: Any, monkeypatch
     assert pieces.metrics == pytest.approx(whole.metrics, rel=1e-5, abs=1e-7)
 
 
+def test_a_gpus_pieces_are_whole_tiles_where_they_are_larger(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, scorer = torch.device("cuda"), scoring.TokenScorer(model)
+    for rows, expected_rows in ((535, 512), (512, 512), (256, 256), (200, 200), (1, 1)):
+        monkeypatch.setattr(scoring, "HEAD_CHUNK", {"cuda": rows * VOCAB, "cpu": 7 * VOCAB})
+        assert scorer.chunk(gpu) == expected_rows
+    assert scorer.chunk(torch.device("cpu")) == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_states_that_are_sent_ahead_arrive_whole_and_in_order() -> None:
+    kept, gpu = torch.randn(40, 1 << 18), torch.device("cuda")
+    work, sums = torch.randn(2048, 2048, device=gpu), []
+    for batch in reference.sent_ahead((kept[n : n + 3] for n in range(0, 40, 3)), gpu):
+        for _ in range(20):  # the GPU lies behind the host
+            work = work @ work / 64
+        sums.append(batch.double().sum(1))
+        del batch
+    assert torch.allclose(torch.cat(sums).cpu(), kept.double().sum(1), rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_reference_lies_in_a_file_and_gives_the_same_numbers(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype
