@@ -12,7 +12,7 @@ from kbit.errors import SpecError
 
 if TYPE_CHECKING:
     from kbit.models.loading import LoadedModel
-    from kbit.models.quantize import QuantHandle
+    from kbit.models.quantize import Calibrated, QuantHandle
     from kbit.spec import Spec
 
 
@@ -25,12 +25,14 @@ class Export:
         spec: how it is quantized.
         to: the file or directory.
         quantize: quantizes the model in place, or packed into k bits; the handle takes it back.
+        calibration: gives the data that its method calibrates on; None of other methods.
     """
 
     loaded: LoadedModel
     spec: Spec
     to: Path
     quantize: Callable[[bool], QuantHandle]
+    calibration: Callable[[], Calibrated | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)

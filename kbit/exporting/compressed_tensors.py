@@ -14,24 +14,25 @@ from torch import Tensor, nn
 from kbit.errors import SpecError
 from kbit.exporting.base import Export, Exporter, Written
 from kbit.methods.blockwise import StoredCodes
-from kbit.methods.protocol import method_of
-from kbit.models.architectures import key_of
+from kbit.models.architectures import block_layers, key_of
 from kbit.models.loading import load_model
 from kbit.models.prequantized.layouts import KEY
 from kbit.models.prequantized.words import pack_words
+from kbit.models.quantize import stored_layers
 from kbit.models.readings import has_experts
-from kbit.models.whole import WholeModel
 from kbit.quantizer.packing import unpack
 from kbit.spec import Spec
 from kbit.specs.base import ROW
 from kbit.specs.blockwise import QuantSpec
+from kbit.specs.gptq import GptqSpec
 
 if TYPE_CHECKING:
     from kbit.quantizer.blockwise import QuantizedTensor
 
 FORMAT: Final = "compressed-tensors"
 _HELD: Final = (
-    "a cell of method=blockwise with dtype=int and scheme=group (blocksize row or a number), with zero_point or not"
+    "a cell of method=blockwise or gptq with dtype=int and scheme=group (blocksize row or a number), "
+    "with zero_point or not"
 )
 
 
@@ -41,8 +42,9 @@ class CompressedTensorsExporter:
     def check(self, spec: Spec, config: Mapping[str, Any], to: Path) -> None:
         if to.is_file():
             raise SpecError("to", str(to), f"a directory for format={FORMAT}, and this is a file")
-        if type(spec) is not QuantSpec or spec.is_baseline:
+        if type(spec) not in (QuantSpec, GptqSpec) or spec.is_baseline:
             raise SpecError("format", FORMAT, f"gguf or packed for {spec.label!r}: this one holds {_HELD}")
+        assert isinstance(spec, QuantSpec)
         reason = _why_not(spec)
         if reason is not None:
             raise SpecError("format", FORMAT, f"gguf or packed for {spec.label!r}: {reason}; it holds {_HELD}")
@@ -55,17 +57,15 @@ class CompressedTensorsExporter:
         model: Any = loaded.model
         parameter = next(model.parameters())
         wide = parameter.dtype != loaded.storage_dtype
+        _check_layers(model, spec)
         state = _state(model, loaded.storage_dtype)
         layers = set()
-        run = method_of(spec)(WholeModel(module=model, storage_dtype=loaded.storage_dtype), spec, None)
-        for layer, stored in run:
+        for layer, stored in stored_layers(
+            model, spec, storage_dtype=loaded.storage_dtype, calibration=export.calibration()
+        ):
             assert isinstance(stored, StoredCodes)
-            if not isinstance(layer.module, nn.Linear) or layer.stack is not None:
-                kind = type(layer.module).__name__
-                raise SpecError("format", FORMAT, f"gguf for this model: {layer.name} is a {kind}, and no linear layer")
             del state[f"{layer.name}.weight"]
-            parts = _parts(layer.name, stored.tensor)
-            state |= {f"{layer.name}.{name}": values for name, values in parts.items()}
+            state |= {f"{layer.name}.{name}": values for name, values in _parts(stored.tensor).items()}
             layers.add(layer.name)
         others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in layers]
         model.save_pretrained(export.to, state_dict=state)
@@ -88,6 +88,8 @@ def settings_of(spec: QuantSpec, others: list[str]) -> dict[str, Any]:
         **{"num_bits": spec.bits, "type": "int", "symmetric": not spec.zero_point, "dynamic": False},
         **{"strategy": "channel" if by_row else "group", "group_size": None if by_row else spec.blocksize},
     }
+    if isinstance(spec, GptqSpec) and spec.act_order and not by_row:
+        weights["actorder"] = "weight"  # the columns of a group lie side by side
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         **{"quant_method": FORMAT, "format": "pack-quantized", "quantization_status": "compressed"},
@@ -110,21 +112,37 @@ def _why_not(spec: QuantSpec) -> str | None:
         value = getattr(spec, name)
         if value != neutral:
             return f"it has no place for {name}={value!r}"
-    return "it is written without calibration data" if spec.calibrates else None
+    if isinstance(spec, GptqSpec) and spec.act_order and not spec.static_groups and spec.blocksize != ROW:
+        return "compressed-tensors has removed groups of permuted columns: static_groups=true leaves them in place"
+    return None
 
 
-def _parts(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
-    """Return a layer's tensors; scales are rounded to its storage dtype.
+def _check_layers(model: nn.Module, spec: QuantSpec) -> None:
+    """Refuse a model of which the format can't hold a layer, before anything is quantized.
 
     Raises:
-        SpecError: its rows do not hold whole groups.
+        SpecError: names the layer.
     """
+    for layer in block_layers(model):
+        if not isinstance(layer.module, nn.Linear):
+            kind = type(layer.module).__name__
+            raise SpecError("format", FORMAT, f"gguf for this model: {layer.name} is a {kind}, and no linear layer")
+        inputs = layer.shape[1]
+        size = _group_size(spec, inputs)
+        if inputs % size:
+            rows = f"rows of {inputs} values in {layer.name} do not hold groups of {size}"
+            raise SpecError("format", FORMAT, f"gguf for this model: {rows}")
+
+
+def _group_size(spec: QuantSpec, inputs: int) -> int:
+    size = spec.of_row(inputs).blocksize
+    assert isinstance(size, int)
+    return size
+
+
+def _parts(q: QuantizedTensor) -> dict[str, Tensor]:
+    """Return a layer's tensors; scales are rounded to its storage dtype."""
     (out, inputs), bits = q.shape, q.spec.bits
-    size = inputs if q.spec.blocksize in (None, ROW) else q.spec.blocksize
-    if inputs % size:
-        raise SpecError(
-            "format", FORMAT, f"gguf for this model: rows of {inputs} values in {name} do not hold groups of {size}"
-        )
     assert isinstance(q.absmax, Tensor)
     codes = unpack(q.codes, bits, q.numel).view(out, inputs)
     scale = q.absmax.float().view(out, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -194,6 +194,29 @@ def quantize_model(
     if spec.replaces_layers:
         handle.outlier_share = partial(outlier_share, model)
     return handle
+
+
+@torch.no_grad()
+def stored_layers(
+    model: nn.Module, spec: Spec, *, storage_dtype: torch.dtype | None = None, calibration: Calibrated | None = None
+) -> Iterator[tuple[Layer, Stored]]:
+    """Yield what ``quantize_model`` would store of each layer; the model is in its 16-bit form at the end.
+
+    Raises:
+        As ``quantize_model``.
+    """
+    tokens, compute_dtype = (None, None) if calibration is None else (calibration.tokens, calibration.dtype)
+    model_pass = WholeModel(module=model, storage_dtype=storage_dtype, compute_dtype=compute_dtype)
+    layers = check_quantizable(model_pass, spec, packed=False, calibrated=calibration is not None)
+    if calibration is not None and calibration.slopes is not None:
+        _keep_slopes(model_pass, calibration.tokens, calibration.slopes, len(layers))
+    undo: list[Callable[[], None]] = []
+    try:
+        for layer, stored in method_of(spec)(model_pass, spec, tokens):
+            yield layer, stored
+            undo.append(write(stored, model, layer, packed=False))
+    finally:
+        restore(undo)
 
 
 def _keep_slopes(model: WholeModel, tokens: Tensor, slopes: Sequence[float], layers: int) -> None:

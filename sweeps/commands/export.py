@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
@@ -23,7 +24,7 @@ from sweeps.worker.execution import batch_tokens
 if TYPE_CHECKING:
     from kbit.evaluation.spec import EvalSpec
     from kbit.models.loading import LoadedModel
-    from kbit.models.quantize import QuantHandle
+    from kbit.models.quantize import Calibrated, QuantHandle
     from sweeps.study.cell import Cell
     from sweeps.worker.model_cache import Warm
 
@@ -60,12 +61,14 @@ def export(options: Options, console: Console) -> int:
     warm = Warm(device=device, gpus=1, trust_remote_code=options.trust_remote_code)
     loaded = _load(warm, cell, spec)
     prepared = warm.prepare(spec, loaded)
-    quantize = partial(_quantize, Store(out=options.out), warm, loaded, cell)
+    calibration = cache(partial(_calibration, Store(out=options.out), warm, loaded, cell))
+    quantize = partial(_quantize, loaded, cell, calibration)
     with quantize(False):
         before = prepared.run(loaded.model, batch_tokens=tokens).metrics["loss"]
-    written = exporter.write(Export(loaded=loaded, spec=cell.quant, to=to, quantize=quantize))
+    asked = Export(loaded=loaded, spec=cell.quant, to=to, quantize=quantize, calibration=calibration)
+    written = exporter.write(asked)
     # Two models at once may not fit.
-    del loaded, quantize
+    del loaded, quantize, calibration, asked
     warm = Warm(device=device, gpus=1, trust_remote_code=options.trust_remote_code)
     after = prepared.run(written.load(), batch_tokens=tokens).metrics["loss"]
     return _say(f"{cell.model.label} {written.words}", written.nbytes, spec, (before, after), options, console)
@@ -115,19 +118,26 @@ def _load(warm: Warm, cell: Cell, spec: EvalSpec) -> LoadedModel:
         raise UserError(f"{cell.model.label} can't be loaded: {error}") from error
 
 
-def _quantize(store: Store, warm: Warm, loaded: LoadedModel, cell: Cell, packed: bool) -> QuantHandle:
+def _calibration(store: Store, warm: Warm, loaded: LoadedModel, cell: Cell) -> Calibrated | None:
     import torch
 
-    from kbit.models.quantize import Calibrated, quantize_model
+    from kbit.models.quantize import Calibrated
 
-    calibration: Any = None
-    if cell.calibration is not None:
-        dtype = cell.calibration.compute_dtype
-        calibration = Calibrated(
-            tokens=warm.calibration(cell.calibration, loaded),
-            dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
-            slopes=stored_slopes(store, cell),
-        )
+    if cell.calibration is None:
+        return None
+    dtype = cell.calibration.compute_dtype
+    return Calibrated(
+        tokens=warm.calibration(cell.calibration, loaded),
+        dtype=loaded.storage_dtype if dtype == "storage" else getattr(torch, dtype),
+        slopes=stored_slopes(store, cell),
+    )
+
+
+def _quantize(
+    loaded: LoadedModel, cell: Cell, calibration: Callable[[], Calibrated | None], packed: bool
+) -> QuantHandle:
+    from kbit.models.quantize import quantize_model
+
     return quantize_model(
-        loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed, calibration=calibration
+        loaded.model, cell.quant, storage_dtype=loaded.storage_dtype, packed=packed, calibration=calibration()
     )

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from kbit import QuantSpec, SpecError, quantize_model
 from kbit.exporting.base import EXPORTS, Export
+from kbit.exporting.compressed_tensors import settings_of
 from kbit.models.architectures import block_layers
 from kbit.models.loading import LoadedModel, load_model
-from kbit.models.quantize import QuantHandle
-from kbit.spec import spec_of
+from kbit.models.quantize import Calibrated, QuantHandle
+from kbit.spec import Spec, spec_of
 from kbit.specs.checkpoint import CheckpointSpec
+from kbit.specs.gptq import GptqSpec
 from sweeps.config import DEMO_DIR
 from tests.kbit import architectures
 
@@ -35,10 +37,16 @@ def load(directory: Path) -> LoadedModel:
 
 def written(loaded: LoadedModel, spec: Any, to: Path) -> Callable[[], Any]:
     def quantize(packed: bool) -> QuantHandle:
-        return quantize_model(loaded.model, spec, storage_dtype=loaded.storage_dtype, packed=packed)
+        raise AssertionError("its layers' codes are asked for, and no quantized model")
 
     EXPORTER.check(spec, {"model_type": "gpt_neox"}, to)
-    return EXPORTER.write(Export(loaded=loaded, spec=spec, to=to, quantize=quantize)).load
+    asked = Export(loaded=loaded, spec=spec, to=to, quantize=quantize, calibration=lambda: calibration(spec))
+    return EXPORTER.write(asked).load
+
+
+def calibration(spec: Spec) -> Calibrated | None:
+    tokens = torch.randint(0, 500, (4, 32), generator=torch.Generator().manual_seed(0))
+    return Calibrated(tokens=tokens) if spec.calibrates else None
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,12 @@ CELLS: dict[str, dict[str, Any]] = {
     "rows with zero points": {"blocksize": "row", "bits": 3, "zero_point": True},
     "groups with zero points": {"blocksize": 32, "zero_point": True},
     "8 bits by row": {"blocksize": "row", "bits": 8},
+    "gptq": {"method": "gptq", "blocksize": 32, "bits": 3},
+    "gptq in its order": {
+        **{"method": "gptq", "blocksize": 32, "act_order": True, "static_groups": True},
+        "zero_point": True,
+    },
+    "gptq by row": {"method": "gptq", "blocksize": "row", "act_order": True},
 }
 
 
@@ -62,7 +76,9 @@ def test_a_cell_comes_back(case: str, loaded: LoadedModel, tmp_path: Path) -> No
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     again = written(loaded, spec, tmp_path / "m")()
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
-    with quantize_model(loaded.model, spec, storage_dtype=loaded.storage_dtype) as handle:
+    with quantize_model(
+        loaded.model, spec, storage_dtype=loaded.storage_dtype, calibration=calibration(spec)
+    ) as handle:
         own = {layer.name: layer.working.clone() for layer in block_layers(loaded.model)}
         for layer in block_layers(again):
             if spec.zero_point:
@@ -85,6 +101,9 @@ def test_config_says_what_was_done(loaded: LoadedModel, tmp_path: Path) -> None:
     assert (config["dtype"], own["format"], own["quantization_status"]) == ("float16", "pack-quantized", "compressed")
     assert own["ignore"] == ["lm_head"]
     weights = own["config_groups"]["group_0"]["weights"]
+    assert "actorder" not in weights
+    act_order = GptqSpec(bits=4, dtype="int", blocksize=32, act_order=True, static_groups=True)
+    assert settings_of(act_order, [])["config_groups"]["group_0"]["weights"]["actorder"] == "weight"
     assert {key: weights[key] for key in ("num_bits", "type", "symmetric", "strategy", "group_size")} == {
         **{"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
     }
@@ -107,7 +126,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "centering": ({"center": True}, "it has no place for center=True"),
     "nested": ({"absmax_dtype": "nested"}, "it has no place for absmax_dtype='nested'"),
     "rotated": ({"rotation": 1}, "it has no place for rotation=1"),
-    "hqq": ({"method": "hqq"}, "this one holds a cell of method=blockwise with dtype=int and scheme=group"),
+    "hqq": ({"method": "hqq"}, "this one holds a cell of method=blockwise or gptq with dtype=int and scheme=group"),
+    "awq": ({"method": "awq", "dtype": "int"}, "this one holds a cell of method=blockwise or gptq with dtype=int"),
+    "gptq of floats": ({"method": "gptq", "dtype": "normal"}, "the format has integers, and no codes of normal"),
+    "gptq, permuted": (
+        {"method": "gptq", "dtype": "int", "blocksize": 32, "act_order": True},
+        "has removed groups of permuted columns: static_groups=true leaves them in place",
+    ),
+    "gptq, rotated": ({"method": "gptq", "dtype": "int", "rotation": 1}, "it has no place for rotation=1"),
     "the baseline": ({"bits": 16}, "for '16-bit': this one holds a cell of method=blockwise"),
 }
 

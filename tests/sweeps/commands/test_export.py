@@ -26,7 +26,8 @@ STUDY = (
         "out=r",
     ),
     "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}, {method: ggml, recipe: Q4_K_M}, "
-    "{bits: 3, dtype: int, scheme: group, blocksize: row}]",
+    "{method: gptq, bits: 3, dtype: int, blocksize: row}]",
+    "calibration={set: jargon, samples: 4, length: 64, compute_dtype: float32}",
 )
 
 
@@ -65,10 +66,11 @@ def test_cells_are_written_loaded_again_and_compared(keys: dict[str, str], tmp_p
     load_packed(tmp_path / "dir")
     assert (tmp_path / "dir" / "tokenizer.json").is_file()
 
-    rows = f"cell={keys['int3 row']}"
+    gptq = "gptq int3 row, jargon 4x64 seed 0 float32"
+    rows = f"cell={keys[gptq]}"
     done = ask("mode=export", "out=r", rows, "format=compressed-tensors", "to=ct")
-    assert losses(done) == pytest.approx([stored["int3 row"]] * 2, abs=TOLERANCE)
-    assert "Wrote neox-xs int3 row, pack-quantized: ct, " in done.out
+    assert losses(done) == pytest.approx([stored[gptq]] * 2, abs=TOLERANCE)
+    assert "Wrote neox-xs gptq int3 row, pack-quantized: ct, " in done.out
 
     cells = {"one": recipe, "all": "where={bits: [4, 16]}"}
     for asked, said in (
