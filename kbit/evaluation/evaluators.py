@@ -63,6 +63,7 @@ class Evaluator:
             it.
         looks_inside: it watches what enters the model's layers, so the model has to be in memory as a whole: layer by
             layer only what leaves the last block is known.
+        needs_order: it needs to know which layer follows which (``kbit.models.orders``).
         context: tokens of context that a model needs for it; None where any will do.
         steps: forward passes of a few tokens, for predicting the cost: each reads all weights.
         own_batches: memory does not change its batches, so smaller ones of the others don't help it.
@@ -85,6 +86,7 @@ class Evaluator:
     brings: tuple[str, ...] = ()
     baseline_only: bool = False
     looks_inside: bool = False
+    needs_order: bool = False
     context: int | None = None
     steps: int = 0
     own_batches: bool = False
@@ -279,6 +281,7 @@ OUTLIERS: Final = Evaluator(
     suffix="_outliers",
     baseline_only=True,
     looks_inside=True,
+    needs_order=True,
 )
 
 SENSITIVITY: Final = Evaluator(

@@ -19,7 +19,7 @@ from kbit.models.entering import watching
 from kbit.models.originals import Fitted
 from kbit.models.outliers import block_spreads, largest_columns
 from kbit.models.quantize import BitCount, QuantHandle
-from kbit.models.whole import parked
+from kbit.models.whole import embedding_dtype, parked
 from kbit.spec import Spec
 
 _STARTED: Final = torch.empty(0, 0, dtype=torch.int64)
@@ -170,6 +170,10 @@ class BlockPass:
     @property
     def module(self) -> nn.Module:
         return self.spreads.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return embedding_dtype(self.module)
 
     def blocks(self) -> Iterator[HeldBlock]:
         yield self.block

@@ -65,9 +65,7 @@ def noise_passes(module: nn.Module) -> float:
 
 def _key(model: ModelPass, tokens: Tensor) -> tuple[str, Spec, torch.dtype | None]:
     digest = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
-    with model.scoring(tokens) as losses:
-        computing = losses.dtype
-    return f"loss slopes {digest} {tuple(tokens.shape)} {computing}", _ANY, model.storage_dtype
+    return f"loss slopes {digest} {tuple(tokens.shape)} {model.dtype}", _ANY, model.storage_dtype
 
 
 def loss_slopes(model: ModelPass, tokens: Tensor) -> dict[str, float]:

@@ -96,10 +96,6 @@ class Allotted(Protocol):
 class Losses(Protocol):
     """The losses of a model on the same windows again and again, while it computes as in calibration."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-
     def __call__(self, number: int = 0, entering: Activations | None = None) -> Tensor:
         """Return the mean loss of each window, its first token not scored: nats, float64 [windows], on the host.
 
@@ -151,6 +147,10 @@ class ModelPass(Protocol):
     @property
     def storage_dtype(self) -> torch.dtype | None:
         """The checkpoint's 16-bit dtype; None takes each weight's own, or float16."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in on calibration data."""
 
     @property
     def fitted(self) -> Fitted:

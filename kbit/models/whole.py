@@ -82,6 +82,10 @@ class WholeModel:
         """The layers of all blocks, in order; looked for once."""
         return block_layers(self.module) if self.originals is None else self.originals.layers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype or embedding_dtype(self.module)
+
     @cached_property
     def fitted(self) -> Fitted:
         return {} if self.originals is None else self.originals.fitted
@@ -171,6 +175,12 @@ def parked(hidden: Tensor) -> Tensor:
         return hidden
     host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
     return host.copy_(hidden)
+
+
+def embedding_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's input embedding: what the model computes in."""
+    found: torch.dtype = module.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    return found
 
 
 @contextmanager

@@ -30,12 +30,6 @@ class WindowLosses:
     per_batch: int
     _others: dict[int, int | None] = field(default_factory=dict)  # by block, what it gives beside hidden states
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        found: torch.dtype = self.module.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        return found
-
     def __call__(self, number: int = 0, entering: Activations | None = None) -> Tensor:
         """Return the mean loss of each window, its first token not scored: nats, float64 [windows], on the host.
 

@@ -41,7 +41,10 @@ class AwqSpec(QuantSpec):
     passes: ClassVar[float] = 84.0
     product_bytes: ClassVar[int] = 4
     takes: ClassVar[frozenset[str]] = frozenset({"clip"})
-    refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "center": "scaled weights have another mean",
+        "outlier_fraction": "inputs that matter are scaled instead",
+    }
 
     scheme: str = like(QuantSpec, "scheme", "group")
     clip: bool = like(QuantSpec, "clip", True)
@@ -55,10 +58,6 @@ class AwqSpec(QuantSpec):
             raise SpecError("scheme", self.scheme, f"group {of}: a block of the flattened tensor spans rows")
         if self.blocksize is None:
             raise SpecError("blocksize", None, f"row, or a whole number of at least 1, {of}: blocks are of a row")
-        if self.center:
-            raise SpecError("center", True, f"false {of}: scaled weights have another mean")
-        if self.outlier_fraction:
-            raise SpecError("outlier_fraction", self.outlier_fraction, f"0 {of}: inputs that matter are scaled instead")
 
     @classmethod
     def from_canonical(cls, values: Mapping[str, Any]) -> Self:

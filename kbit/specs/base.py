@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, Self
 
 from kbit.axes import axes_of, axis
@@ -39,7 +40,8 @@ class Spec(ABC):
         replaces_layers: a layer's module gets another in its place, whether its weights are held in k bits or not, as
             more than its weights is quantized.
         measures_stored: it takes a model as its files have it: one that others quantized, and no other.
-        refuses: inherited axes whose every value but the neutral one the method refuses: no list for people has them.
+        refuses: inherited axes of which the method takes the neutral value alone, each with the reason: no list for
+            people has them.
         effort: how many times as long as rounding to a codebook its work on a weight takes, for predictions of cost.
         product_bytes: per pair of an expert's input dimensions, what is summed of its inputs until its block is done.
     """
@@ -52,7 +54,7 @@ class Spec(ABC):
     replaces_layers: ClassVar[bool] = False
     effort: ClassVar[float] = 1.0
     product_bytes: ClassVar[int] = 0
-    refuses: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
     measures_stored: ClassVar[bool] = False
     passes: ClassVar[float] = 4.0
     measures: ClassVar[str | None] = None

@@ -7,6 +7,7 @@ What each one means to the last bit is in ``kbit.quantizer``.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, Literal, Self, get_args
@@ -241,6 +242,11 @@ class QuantSpec(Spec):
             value = getattr(self, name)
             if name not in takes and not declared[name].is_neutral(value):
                 raise SpecError(name, value, f"leave it out: method={self.method_name} does not obey it")
+        for name, why in self.refuses.items():
+            value = getattr(self, name)
+            if not self.is_baseline and not declared[name].is_neutral(value):
+                neutral = json.dumps(declared[name].neutral).removesuffix(".0")
+                raise SpecError(name, value, f"{neutral} with method={self.method_name}: {why}")
 
     def _validate_dtype(self) -> None:
         if self.codebook is not None:

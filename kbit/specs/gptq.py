@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, get_args
 
@@ -42,7 +43,10 @@ class GptqSpec(QuantSpec):
     effort: ClassVar[float] = 50.0
     product_bytes: ClassVar[int] = 4
     takes: ClassVar[frozenset[str]] = frozenset({"rotation"})
-    refuses: ClassVar[frozenset[str]] = frozenset({"center", "outlier_fraction"})
+    refuses: ClassVar[Mapping[str, str]] = {
+        "center": "a mean is not corrected for",
+        "outlier_fraction": "all columns are quantized",
+    }
 
     scheme: str = like(QuantSpec, "scheme", "group")
     act_order: bool = axis(
@@ -77,11 +81,6 @@ class GptqSpec(QuantSpec):
         if self.absmax_dtype == "nested":
             allowed = f"float16 or float32 {of}: nested absmax needs all of them before the first column"
             raise SpecError("absmax_dtype", self.absmax_dtype, allowed)
-        if self.center:
-            raise SpecError("center", True, f"false {of}: a mean is not corrected for")
-        if self.outlier_fraction:
-            raise SpecError("outlier_fraction", self.outlier_fraction, f"0 {of}: all columns are quantized")
-
         if self.rotation is not None and self.permutes:
             allowed = (
                 f"null {of} and act_order=true: its columns would go in an order that is not the inputs' (rotated "

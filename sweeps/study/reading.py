@@ -141,7 +141,7 @@ def check_baselines(
     evals: Iterable[EvalSpec], specs: Iterable[Spec], configs: Mapping[ModelRef, ModelConfig | None]
 ) -> None:
     """Refuse evaluations of 16-bit baselines where there is none, where other cells would have nothing to measure, and
-    those that look inside of models in which it isn't known which layer follows which.
+    those that need to know which layer follows which of models in which it isn't known.
 
     Raises:
         UserError: names the evaluation, and the models.
@@ -158,12 +158,12 @@ def check_baselines(
             f"eval {only[0]!r} is of 16-bit baselines, and nothing is measured of {other.label!r}: leave quantized "
             "cells out of sweep.quant, or name a text set in eval.perplexity"
         )
-    looking = [spec.name for spec in evals if EVALUATORS[spec.kind].looks_inside]
+    ordering = [spec.name for spec in evals if EVALUATORS[spec.kind].needs_order]
     unknown = {m.label: why for m, c in configs.items() if c is not None and (why := why_unordered(c)) is not None}
-    if looking and unknown:
+    if ordering and unknown:
         name, why = next(iter(unknown.items()))
         raise UserError(
-            f"eval {looking[0]!r} needs to know which layer follows which, and in {name} that isn't known: {why}. "
+            f"eval {ordering[0]!r} needs to know which layer follows which, and in {name} that isn't known: {why}. "
             "Leave the evaluation or the model (sweep.sizes) out"
         )
 

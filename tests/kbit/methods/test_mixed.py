@@ -151,6 +151,7 @@ def test_known_slopes_are_not_measured_again() -> None:
     known = replace(CALIBRATION, slopes=[float(np.float32(slope)) for slope in slopes])
     with (
         patch.object(noise, "loss_slopes", side_effect=AssertionError),
+        patch.object(WholeModel, "scoring", side_effect=AssertionError),  # which may cast the whole model
         quantize_model(model, SPEC, calibration=known) as handle,
     ):
         assert (handle.allocation, handle.predicted_change) == measured
