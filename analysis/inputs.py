@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.significance import Samples
-
-SampleKey = tuple[str, str]
-"""(cell key, eval name)."""
+from analysis.significance import SampleKey, Samples
 
 
 @dataclass(frozen=True, kw_only=True)

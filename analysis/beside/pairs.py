@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.cells import measured, numbers
 from analysis.inputs import Inputs
 from analysis.metrics import metric_columns
-from analysis.significance import can_pair, compare_loss
+from analysis.significance import can_pair, compare_loss, sample_keys
 from analysis.tables.text import pipe_table
 from kbit.spec import axes
 from kbit.specs.base import BASELINE_BITS
@@ -68,8 +68,7 @@ def _on_text(
     pairs = list(_pairs(cells.dropna(subset=[loss]), rounding.dropna(subset=[loss]), loss))
     keys = {str(row["key"]) for pair in pairs for row in pair}
     long = inputs.long[(inputs.long["eval"] == text) & inputs.long["key"].isin(keys)]
-    wanted = {str(m): (str(k), text) for m, k in zip(long["measurement"], long["key"], strict=True)}
-    samples = inputs.samples(wanted)
+    samples = inputs.samples(sample_keys(long))
     for cell, other in pairs:
         a, b = (samples.get((str(row["key"]), text), {}) for row in (cell, other))
         if not can_pair(a, b, "loss"):

@@ -10,9 +10,9 @@ import pandas as pd
 
 from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, plain, points
 from analysis.metrics import Metric, ranked_metrics
-from analysis.significance.pairs import Samples
+from analysis.significance.pairs import SampleKey, Samples
 
-SamplesByCell = Mapping[tuple[str, str], Samples]
+SamplesByCell = Mapping[SampleKey, Samples]
 """Per-sample outcomes by (cell key, eval)."""
 
 CUT: Final = 100.0

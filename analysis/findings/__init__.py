@@ -11,6 +11,6 @@ judging       what is stored, with the samples that claims ask for; text: for pe
 
 from analysis.findings.claims import CLAIMS, judge
 from analysis.findings.finding import Finding, Verdict
-from analysis.findings.sentences import SampleKey, findings, wanted_samples
+from analysis.findings.sentences import findings, wanted_samples
 
-__all__ = ["CLAIMS", "Finding", "SampleKey", "Verdict", "findings", "judge", "wanted_samples"]
+__all__ = ["CLAIMS", "Finding", "Verdict", "findings", "judge", "wanted_samples"]

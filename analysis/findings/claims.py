@@ -14,8 +14,7 @@ import pandas as pd
 from analysis.findings import about_gptq, about_quantizers, about_scaling
 from analysis.findings.evidence import Evidence
 from analysis.findings.finding import Finding, settled
-from analysis.findings.sentences import SampleKey
-from analysis.significance import Margins, Samples
+from analysis.significance import Margins, SampleKey, Samples
 
 CLAIMS: Final[Mapping[str, Callable[[Evidence], list[Finding]]]] = {
     about_scaling.OPTIMAL.name: about_scaling.four_bits_optimal,

@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.cells import baselines, measured, numbers, points
-from analysis.findings.sentences import SampleKey
 from analysis.metrics import ZERO_SHOT_MEAN, ZERO_SHOT_TASKS, Metric, metric_columns, ranked_metrics
-from analysis.significance import Margins, Samples
+from analysis.significance import Margins, SampleKey, Samples
 from kbit.axes import VARIED
 from kbit.spec import axes
 from kbit.specs.base import BASELINE_BITS

@@ -9,8 +9,8 @@ import pandas as pd
 from analysis.findings.claims import judge
 from analysis.findings.finding import Finding
 from analysis.findings.sentences import wanted_samples
-from analysis.inputs import Inputs, SampleKey
-from analysis.significance import Margins, Samples
+from analysis.inputs import Inputs
+from analysis.significance import Margins, SampleKey, Samples, sample_keys
 
 
 class _Asked(Mapping[SampleKey, Samples]):
@@ -42,8 +42,7 @@ def wanted_by_claims(df: pd.DataFrame, long_df: pd.DataFrame) -> dict[str, Sampl
     if not asked.keys_asked:
         return {}
     found = long_df[long_df["eval"].isin({e for _, e in asked.keys_asked})]
-    every = zip(found["measurement"], found["key"], found["eval"], strict=True)
-    return {str(m): (str(k), str(e)) for m, k, e in every if (k, e) in asked.keys_asked}
+    return {measurement: of for measurement, of in sample_keys(found).items() if of in asked.keys_asked}
 
 
 def compared_samples(inputs: Inputs) -> dict[SampleKey, Samples]:

@@ -23,11 +23,8 @@ from analysis.cells import (
 )
 from analysis.metrics import Metric, ranked_metrics
 from analysis.scaling import best_precision, budget_grid, common_range, scaling_points
-from analysis.significance import Comparison, Samples, can_pair, compare_mean_loss
+from analysis.significance import Comparison, SampleKey, Samples, can_pair, compare_mean_loss, sample_keys
 from kbit.specs.base import BASELINE_BITS
-
-SampleKey = tuple[str, str]
-"""(cell key, eval name)."""
 
 _BLOCKSIZE: Final = 64
 _HIGH: Final = (6, 7, 8)
@@ -72,7 +69,7 @@ def wanted_samples(df: pd.DataFrame, long_df: pd.DataFrame) -> dict[str, SampleK
     rows = measured(df)
     keys = set(rows.loc[numbers(rows, "bits").isin([3, 4, BASELINE_BITS]), "key"])
     found = long_df[(long_df["eval"] == metrics[0].eval) & long_df["key"].isin(keys)]
-    return {str(m): (str(k), metrics[0].eval) for m, k in zip(found["measurement"], found["key"], strict=True)}
+    return sample_keys(found)
 
 
 def _best_precision(df: pd.DataFrame, metric: Metric) -> list[str]:

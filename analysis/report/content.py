@@ -11,13 +11,12 @@ import pandas as pd
 
 from analysis.cells import measured, some_eval_diverged
 from analysis.figures.style import BITS_STYLE, DTYPE_STYLE, family_name
-from analysis.inputs import SampleKey
 from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
 from analysis.report.cells import NONE, Cells, report_cells
 from analysis.report.parts import Parts, Section, TablePart
 from analysis.report.sections import paper_section, references_section, scaling_section
-from analysis.significance import Samples
+from analysis.significance import SampleKey, Samples
 
 _PROVENANCE: Final = {
     "commit": "Commit",

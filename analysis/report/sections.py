@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import pandas as pd
 
 from analysis.cells import block_name
-from analysis.inputs import SampleKey
 from analysis.metrics import Metric, ranked_metrics
 from analysis.report.parts import Section, TablePart
-from analysis.significance import Samples
+from analysis.significance import SampleKey, Samples
 
 DRAWS = 100
 """Bootstrap samples of models for the intervals of laws: a run that ends shall not wait long for them."""

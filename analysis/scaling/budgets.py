@@ -12,10 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.metrics import Metric
 from analysis.scaling.interpolation import best_precision, budget_grid
 from analysis.scaling.points import last_curves, law_points
-from analysis.significance import LEVEL, Samples
+from analysis.significance import LEVEL, SampleKey, Samples
 
 Floats = NDArray[np.float64]
-SampleKey = tuple[str, str]
 
 BUDGETS: Final = 25
 DRAWS: Final = 1000

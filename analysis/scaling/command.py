@@ -18,6 +18,7 @@ from analysis.scaling.effective import effective_parameters
 from analysis.scaling.laws import fit_laws, flat_laws, law_parameters
 from analysis.scaling.pareto import pareto
 from analysis.scaling.points import law_points
+from analysis.significance import SampleKey, sample_keys
 
 HELP: Final = (
     "scaling laws with intervals, effective parameters, Pareto fronts, the best precision for a number of bits"
@@ -101,10 +102,9 @@ def _named(df: pd.DataFrame, asked: str | None) -> str:
     return "" if asked is None else f" under --metric {asked}; there are {', '.join(known) or 'none'}"
 
 
-def _wanted(inputs: Inputs, keys: pd.Series[str], metric: Metric) -> dict[str, tuple[str, str]]:
-    """Measurement -> (cell key, eval) of the metric's outcomes of some cells."""
-    own = inputs.long[inputs.long["key"].isin(set(keys)) & (inputs.long["eval"] == metric.eval)]
-    return {str(m): (str(k), metric.eval) for m, k in zip(own["measurement"], own["key"], strict=True)}
+def _wanted(inputs: Inputs, keys: pd.Series[str], metric: Metric) -> dict[str, SampleKey]:
+    """Return whose outcomes of the metric are wanted, of some cells."""
+    return sample_keys(inputs.long[inputs.long["key"].isin(set(keys)) & (inputs.long["eval"] == metric.eval)])
 
 
 def _say(tables: dict[str, pd.DataFrame], metric: Metric, laws: pd.DataFrame) -> None:

@@ -16,7 +16,7 @@ from analysis.cells import MEASURED, measured, numbers
 from analysis.metrics import ZERO_SHOT_TASKS, Metric, metric_columns, parse_metric, primary_loss, stderr, zero_shot
 from analysis.replicates import pool, replicate_groups
 from analysis.scaling.pareto import PER_TOKEN
-from analysis.significance import Comparison, Samples, can_pair, compare, mean_of_tasks, normal
+from analysis.significance import Comparison, SampleKey, Samples, can_pair, compare, mean_of_tasks, normal
 
 GB: Final = 2**30
 """Bytes of a gigabyte, as GPUs are sold: 48 GB are 48 x 2^30 bytes."""
@@ -25,7 +25,6 @@ RESERVE: Final = GB
 CACHE_BYTES: Final = 2
 """Of a value in the key-value cache: 16 bits."""
 
-SampleKey = tuple[str, str]
 LoadSamples = Callable[[Sequence[str]], Mapping[SampleKey, Samples]]
 """Gives outcomes by (cell key, eval) of some cells, by key."""
 

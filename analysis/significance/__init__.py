@@ -16,6 +16,7 @@ from analysis.significance.multiplicity import benjamini_hochberg, holm
 from analysis.significance.pairs import (
     LEVEL,
     Comparison,
+    SampleKey,
     Samples,
     can_pair,
     compare,
@@ -24,6 +25,7 @@ from analysis.significance.pairs import (
     compare_outcomes,
     mean_of_tasks,
     normal,
+    sample_keys,
 )
 from analysis.significance.power import models_needed, samples_needed, smallest_detectable
 from analysis.significance.proportions import McNemar, mcnemar, wilson
@@ -35,6 +37,7 @@ __all__ = [
     "Effect",
     "Margins",
     "McNemar",
+    "SampleKey",
     "Samples",
     "benjamini_hochberg",
     "bootstrap",
@@ -51,6 +54,7 @@ __all__ = [
     "normal",
     "of_samples",
     "over_models",
+    "sample_keys",
     "samples_needed",
     "sign_flip",
     "smallest_detectable",

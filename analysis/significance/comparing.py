@@ -17,12 +17,19 @@ import pandas as pd
 from analysis.findings.contrasts import Differences, differences
 from analysis.findings.evidence import Cell, Evidence
 from analysis.findings.on_samples import Weights, outcomes
-from analysis.findings.sentences import SampleKey
 from analysis.metrics import Metric, metric_columns
 from analysis.significance.effects import Effect, of_samples, over_models
 from analysis.significance.equivalence import Margins, tost
 from analysis.significance.multiplicity import benjamini_hochberg
-from analysis.significance.pairs import LEVEL, Comparison, Samples, compare_outcomes, mean_of_tasks
+from analysis.significance.pairs import (
+    LEVEL,
+    Comparison,
+    SampleKey,
+    Samples,
+    compare_outcomes,
+    mean_of_tasks,
+    sample_keys,
+)
 from analysis.significance.power import smallest_detectable
 from analysis.significance.proportions import mcnemar, wilson
 from analysis.significance.resampling import bootstrap
@@ -135,7 +142,7 @@ def compare_cells(
 def wanted_for(long_df: pd.DataFrame, pairing: Pairing) -> dict[str, SampleKey]:
     """Measurement key -> (cell key, eval) of the outcomes that ``compare_cells`` compares."""
     found = long_df[long_df["key"].isin({*pairing.a, *pairing.b})]
-    return {str(m): (str(k), str(e)) for m, k, e in zip(found["measurement"], found["key"], found["eval"], strict=True)}
+    return sample_keys(found)
 
 
 def _row(evidence: Evidence, metric: Metric, sides: list[list[Cell]], pairing: Pairing, seed: int) -> dict[str, Any]:

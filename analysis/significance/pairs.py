@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEVEL: Final = 0.95
 _DIFFERENT_WINDOWS: Final = (
@@ -20,6 +23,14 @@ _DIFFERENT_WINDOWS: Final = (
 
 Samples = Mapping[str, NDArray[Any]]
 """Outcomes of each sample by name: 'nats' and 'tokens' of each window, or a task's metric ('acc') of each document."""
+SampleKey = tuple[str, str]
+"""(cell key, eval name)."""
+
+
+def sample_keys(rows: pd.DataFrame) -> dict[str, SampleKey]:
+    """Return whose outcomes rows of a long table stand for: measurement key -> (cell key, eval)."""
+    every = zip(rows["measurement"], rows["key"], rows["eval"], strict=True)
+    return {str(measurement): (str(key), str(name)) for measurement, key, name in every}
 
 
 @dataclass(frozen=True, kw_only=True)

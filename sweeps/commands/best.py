@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from analysis.inputs import Inputs
     from analysis.metrics import Metric
     from analysis.scaling.memory import Best, Cache, Use
+    from analysis.significance import SampleKey
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([MGT])i?B", re.IGNORECASE)
 _UNITS: Final = {"M": 2**20, "G": 2**30, "T": 2**40}
@@ -150,14 +151,14 @@ def _cache(options: Options, use: Use, values: int | None, context: int | None) 
     return Cache(values=values, context=context)
 
 
-def _samples(inputs: Inputs, metric: Metric, keys: Sequence[str]) -> Mapping[tuple[str, str], Any]:
+def _samples(inputs: Inputs, metric: Metric, keys: Sequence[str]) -> Mapping[SampleKey, Any]:
     from analysis.metrics import ZERO_SHOT_TASKS
+    from analysis.significance import sample_keys
 
     evals = [metric.eval] if metric.eval else list(ZERO_SHOT_TASKS)
     long = inputs.long
     own = long[long["key"].isin(list(keys)) & long["eval"].isin(evals)]
-    of = {str(m): (str(k), str(e)) for m, k, e in zip(own["measurement"], own["key"], own["eval"], strict=True)}
-    return inputs.samples(of)
+    return inputs.samples(sample_keys(own))
 
 
 def say(found: Best, console: Console) -> None:
