@@ -124,8 +124,8 @@ def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None
     """``points`` with a single number of exponent bits for each combination of ``within``, so that what is compared
     differs in nothing else.
 
-    Taken is the number found at most values of ``axis`` (all of them, where one is), then on most models; of equals
-    Appendix C.4's heuristic, then Appendix A's number, then the fewest. Cells of other numbers are left out.
+    Taken is the number found at most values of ``axis`` (all of them, where one is), then on most models; of equals by
+    ``exponent_order``. Cells of other numbers are left out.
     """
     cells = cells.assign(_exponent=cells["exponent_bits"].fillna(_NO_EXPONENT), _side=cells[axis] if axis else 0)
     kept = []
@@ -134,7 +134,7 @@ def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None
         for exponent, same in own.groupby("_exponent"):
             number = float(str(exponent))
             cover = len(same.drop_duplicates(["family", "model", "_side"]))
-            ranks.append((-same["_side"].nunique(), -cover, _exponent_rank(int(same["bits"].iloc[0]), number), number))
+            ranks.append(exponent_order(int(same["bits"].iloc[0]), number, same["_side"].nunique(), cover))
         kept.append(own[own["_exponent"] == min(ranks)[-1]])
     return (pd.concat(kept).sort_index() if kept else cells).drop(columns=["_exponent", "_side"])
 
@@ -247,7 +247,9 @@ def _diverged(status: pd.Series[str]) -> pd.Series[bool]:
     return status.isin(["diverged"])
 
 
-def _exponent_rank(bits: int, exponent_bits: float) -> float:
-    if EXPONENT_RULES["heuristic"].get(bits) == exponent_bits:
-        return 0
-    return 1 if EXPONENT_RULES["paper"].get(bits) == exponent_bits else 1 + exponent_bits
+def exponent_order(bits: int, exponent_bits: float, *found: int) -> tuple[float, ...]:
+    """Return by what exponent bits are chosen, the least first: found most often, in this order of counts; of equals
+    Appendix C.4's heuristic, then Appendix A's number, then the fewest.
+    """
+    rules = [EXPONENT_RULES[rule].get(bits) == exponent_bits for rule in ("heuristic", "paper")]
+    return (*(-count for count in found), rules.index(True) if any(rules) else len(rules), exponent_bits)

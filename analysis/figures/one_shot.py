@@ -14,6 +14,7 @@ from analysis.figures.results import NoFigureError, NotAskedError, Results, Samp
 from analysis.figures.showing import shown
 from analysis.metrics import Metric
 from analysis.replicates import pooled
+from kbit.data_types import EXPONENT_RULES
 from kbit.specs.base import BASELINE_BITS
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _figure_5(results: Results, quantized: pd.DataFrame) -> pd.DataFrame:
         missing = "GPTQ" if gptq.empty else f"{dtype} with {block_text(blocksize)}"
         where = " or ".join(map(str, precisions))
         raise NoFigureError(f"no figure of GPTQ beside {dtype}: no cell of {missing} at {where} bits")
-    rank = beside["exponent_bits"].ne(beside["bits"].map({3: 2}).fillna(3))
+    rank = beside["exponent_bits"].ne(beside["bits"].map(EXPONENT_RULES["paper"]))
     first = beside.assign(_rank=rank).sort_values("_rank", kind="stable")
     beside = first.drop_duplicates(["family", "model", "bits"]).drop(columns="_rank")
     return pd.concat([gptq, beside])

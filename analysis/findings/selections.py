@@ -7,9 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
-from analysis.cells import WHOLE_TENSOR, block_name
+from analysis.cells import WHOLE_TENSOR, block_name, exponent_order
 from analysis.findings.evidence import Cell
-from kbit.data_types import EXPONENT_RULES
 from kbit.spec import axes
 
 EVERY_AXIS: Final = frozenset({*axes(), "method", "calibration"})
@@ -54,9 +53,8 @@ def main_block(cells: Sequence[Cell]) -> int | None:
 
 
 def one_exponent(cells: Iterable[Cell]) -> list[Cell]:
-    """Floats with one number of exponent bits at each precision: the one of most models.
-
-    Of equals Appendix C.4's heuristic, then Appendix A's number, then the fewest. Other data types stay.
+    """Floats with one number of exponent bits at each precision: the one of most models, of equals by
+    ``analysis.cells.exponent_order``. Other data types stay.
     """
     cells = list(cells)
     models: dict[tuple[int, float], set[tuple[str, str]]] = defaultdict(set)
@@ -66,7 +64,7 @@ def one_exponent(cells: Iterable[Cell]) -> list[Cell]:
     best: dict[int, float] = {}
     for bits in {b for b, _ in models}:
         own = [e for b, e in models if b == bits]
-        best[bits] = min(own, key=lambda e: (-len(models[bits, e]), _rank(bits, e), e))
+        best[bits] = min(own, key=lambda e: exponent_order(bits, e, len(models[bits, e])))
     return [c for c in cells if c.axis("exponent_bits") is None or c.axis("exponent_bits") == best[c.bits]]
 
 
@@ -101,9 +99,3 @@ def families(cells: Iterable[Cell]) -> str:
 
 def _from_paper(size: int) -> float:
     return abs(math.log2(size / _PAPER_BLOCK)) if size > 0 else math.inf
-
-
-def _rank(bits: int, exponent: float) -> int:
-    if EXPONENT_RULES["heuristic"].get(bits) == exponent:
-        return 0
-    return 1 if EXPONENT_RULES["paper"].get(bits) == exponent else 2
