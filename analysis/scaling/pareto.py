@@ -14,15 +14,15 @@ PER_TOKEN = frozenset({"loss", "perplexity", "word_perplexity", "kl"})
 _COLUMNS = ["family", "model", "label", "method", "dtype", "bits", "blocksize", "bits_per_param", "total_bits"]
 
 
-def pareto(df: pd.DataFrame, metric: Metric, *, by_family: bool | None = None) -> pd.DataFrame:
+def pareto(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Return the cells that are on the front: every cell with as few bits is worse, whatever its method.
 
-    Of cells that are equal in both, the first stays. A cell that diverged, or whose size is unknown, is on no front.
+    A metric that depends on the tokenizer has a front for each family. Of cells that are equal in both, the first
+    stays. A cell that diverged, or whose size is unknown, is on no front.
 
     Args:
         df: a wide result table, all methods.
         metric: its direction must be known.
-        by_family: one front a family; None does so where the metric depends on the tokenizer.
 
     Returns:
         One row a cell of a front, by family and total bits: key, family, model, label, method, dtype, bits, blocksize,
@@ -36,7 +36,7 @@ def pareto(df: pd.DataFrame, metric: Metric, *, by_family: bool | None = None) -
     status = rows[metric.status_column] if metric.eval and metric.status_column in rows.columns else rows["status"]
     usable = np.isfinite(value) & np.isfinite(cells["total_bits"]) & (status != "diverged")
     cells = cells[usable]
-    apart = metric.metric in PER_TOKEN if by_family is None else by_family
+    apart = metric.metric in PER_TOKEN
     groups = [own for _, own in cells.groupby("family", sort=True)] if apart else [cells]
     fronts = [_front(own, metric.sign) for own in groups if len(own)]
     return pd.concat(fronts, ignore_index=True) if fronts else cells.reset_index(drop=True)

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from analysis.significance.pairs import LEVEL, Comparison, Samples, can_pair, compare
 
 ROUNDS: Final = 4000
-_LEAST_ROUNDS: Final = 1000
+LEAST_ROUNDS: Final = 1000
 _DRAWS: Final = 2_000_000
 """Of more than 500 samples fewer rounds are drawn, at least 1,000: so many are all but normal, and take long."""
 _AT_ONCE: Final = 4_000_000
@@ -28,10 +28,10 @@ def bootstrap(
     metric: str,
     *,
     clusters: Sequence[Hashable] | None = None,
-    rounds: int | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Compare two measurements by a bootstrap over what was drawn: windows, documents, or clusters of them.
+    """Compare two measurements by a bootstrap over what was drawn: windows, documents, or clusters of them; 4,000
+    resamples, of more than 500 samples fewer, at least 1,000.
 
     The interval is the bootstrap-t (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5) of a
     ratio, the sum of differences by the sum of tokens (of a mean: by their number), with the ratio estimator's standard
@@ -44,7 +44,6 @@ def bootstrap(
         metric: 'loss', 'kl', 'acc', ...
         clusters: [n] what each sample belongs to, e.g. its document, where samples of one are alike; None takes each
             for itself.
-        rounds: resamples; by default 4,000, of more than 500 samples fewer, at least 1,000.
         seed: of the draws.
 
     Returns:
@@ -68,7 +67,7 @@ def bootstrap(
     found = compare({"nats": d, "tokens": weights}, {"nats": np.zeros(n), "tokens": weights}, "loss")
     if n < 2 or not np.isfinite(found.stderr):
         return found
-    rounds = rounds or max(_LEAST_ROUNDS, min(ROUNDS, _DRAWS // n))
+    rounds = max(LEAST_ROUNDS, min(ROUNDS, _DRAWS // n))
     if found.stderr <= np.abs(found.difference) * 1e-12:
         # All samples say the same.
         p = 1.0 if found.difference == 0 else 1 / (rounds + 1)
@@ -98,18 +97,17 @@ def _studentised(
     return np.concatenate(found)
 
 
-def sign_flip(differences: ArrayLike, *, above: float = 0.0, seed: int = 0) -> float:
-    """Return the one-sided p-value that differences are centred at ``above`` or below, by flipping their signs.
+def sign_flip(differences: ArrayLike, *, seed: int = 0) -> float:
+    """Return the one-sided p-value that differences are centred at 0 or below, by flipping their signs.
 
     Exact for differences that are symmetric about their centre (Fisher, The Design of Experiments, 1935, section 21),
     with no assumption of normality: the share of all 2^n ways to sign them whose sum is as large. Least is 2^-n.
 
     Args:
         differences: [n] finite, e.g. one of each model.
-        above: the centre under the null hypothesis.
         seed: of the draws that stand for all signs where there are more than 16 differences.
     """
-    d = np.asarray(differences, dtype=np.float64) - above
+    d = np.asarray(differences, dtype=np.float64)
     if not len(d):
         return float("nan")
     signs = all_signs(len(d), seed)

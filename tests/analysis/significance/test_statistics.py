@@ -24,6 +24,7 @@ from analysis.significance import (
     models_needed,
     of_samples,
     over_models,
+    resampling,
     samples_needed,
     sign_flip,
     smallest_detectable,
@@ -168,7 +169,7 @@ def test_flipped_signs_are_scipys_permutations() -> None:
     for above in (0.0, 0.002):
         d = np.asarray(DIFFERENCES) - above
         scipy = stats.permutation_test((d,), np.mean, permutation_type="samples", alternative="greater")
-        assert sign_flip(DIFFERENCES, above=above) == pytest.approx(scipy.pvalue)
+        assert sign_flip(d) == pytest.approx(scipy.pvalue)
     assert sign_flip([1, 2, 3]) == 1 / 8
     many = np.random.default_rng(1).normal(0.4, 1, 40)
     assert sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0, alternative="greater").pvalue, abs=0.006)
@@ -217,11 +218,15 @@ def test_a_bootstrap_over_clusters_is_that_of_their_sums() -> None:
     assert clustered.stderr > 2 * alone.stderr
 
 
-def test_a_bootstrap_of_few_skewed_windows_covers_the_truth_nearly_as_often_as_it_says() -> None:
+def test_a_bootstrap_of_few_skewed_windows_covers_the_truth_nearly_as_often_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resampling, "LEAST_ROUNDS", 500)  # enough here
+    monkeypatch.setattr(resampling, "ROUNDS", 500)
     rng = np.random.default_rng(5)
     covered = rejected = 0
     for _ in range(200):
-        found = bootstrap(*losses(24, 0.0, rng), "loss", rounds=500)
+        found = bootstrap(*losses(24, 0.0, rng), "loss")
         covered += found.low <= 0 <= found.high
         rejected += found.p < 0.05
     assert covered >= 200 * (0.95 - 2.6 * math.sqrt(0.05 * 0.95 / 200))
