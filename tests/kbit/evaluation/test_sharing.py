@@ -28,7 +28,7 @@ from transformers import (
 
 from kbit.evaluation import prepare
 from kbit.evaluation.forests import ROW, common_prefix, fill_rows, forest_mask, grow_trees, size_of
-from kbit.evaluation.requests import RequestEncoder, ScoringPlan
+from kbit.evaluation.requests import RequestEncoder, ScoringPlan, cut_batches
 from kbit.evaluation.scoring import TokenScorer
 from kbit.evaluation.sharing import NOTHING, SHARED, sharing
 from kbit.evaluation.zeroshot import TaskEval
@@ -91,6 +91,29 @@ def branching() -> ScoringPlan:
 def _of_context(context: int) -> RequestEncoder:
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "models" / "neox-xs")
     return RequestEncoder(tokenizer, context=context)
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=60), st.integers(1, 400), st.booleans())
+def test_batches_hold_all_rows_within_their_tokens_and_pad_no_more_than_full_ones(
+    lengths: list[int], batch_tokens: int, even: bool
+) -> None:
+    lengths.sort(reverse=True)
+    batches = list(cut_batches(lengths, batch_tokens, even=even))
+    starts = np.cumsum([0, *(count for count, _ in batches)])
+    assert starts[-1] == len(lengths)
+    for start, (count, longest) in zip(starts[:-1], batches, strict=True):
+        assert count >= 1
+        assert longest == lengths[start]
+        assert count == 1 or count * longest <= batch_tokens
+        assert not even or lengths[start + count - 1] == longest
+        # What would have come with it is padded with a sixteenth of a batch at most.
+        assert all((count - cut) * (longest - lengths[start + cut]) <= batch_tokens / 16 for cut in range(count))
+
+
+def test_a_batch_ends_where_the_rest_is_much_shorter() -> None:
+    assert list(cut_batches([400, 100, 100, 100, 100], 1600)) == [(1, 400), (4, 100)]
+    assert list(cut_batches([110, 100, 100, 100, 100], 1600)) == [(5, 110)]
+    assert list(cut_batches([400, 400, 100, 100], 1600, even=True)) == [(2, 400), (2, 100)]
 
 
 @given(sequences, st.integers(8, 40))
