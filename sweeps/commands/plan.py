@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kbit.spec import Spec
 from sweeps.commands.request import accepted
 from sweeps.commands.selection import chosen_part, say_what_stays
 from sweeps.errors import UnaskedError
@@ -61,6 +63,7 @@ def plan(options: Options, console: Console) -> int:
     cells = manifest.wanted_cells()
     models = {c.model for c in cells}
     of_all = "" if manifest.chosen is None else f" of {len(manifest.cells):,}, chosen by {options.choice}"
+    on_gpu = _gpu_seconds(order, planned, ways)
     hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
     rows = [
         ("models", f"{len(models)}"),
@@ -78,7 +81,7 @@ def plan(options: Options, console: Console) -> int:
         *_accuracy_rows(order),
         ("order", ORDERS[options.order]),
         *_budget_rows(executor, order, planned),
-        ("GPU-hours", f"{_gpu_seconds(order, planned) / 3600:,.1f} predicted on an H100-class GPU"),
+        ("GPU-hours", f"{sum(on_gpu.values()) / 3600:,.1f} predicted on H100-class GPUs"),
         ("disk", f"{size(planned.todo * ROW_BYTES)} of results, {size(hub_bytes)} of models from the hub"),
     ]
     table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
@@ -88,7 +91,8 @@ def plan(options: Options, console: Console) -> int:
         table.add_row(name, escape(value))
     console.print(table)
     if memory is not None:
-        _say_ways(ways, unsized, memory, console)
+        _say_ways(ways, on_gpu, memory, console)
+        _say_unsized(unsized, console)
     say_what_stays(options, console)
     for notice in notices(store, manifest):
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
@@ -98,16 +102,21 @@ def plan(options: Options, console: Console) -> int:
     return 0
 
 
-def _say_ways(ways: Sequence[Planned], unsized: Sequence[ModelRef], memory: DeviceMemory, console: Console) -> None:
+def _say_ways(
+    ways: Sequence[Planned], seconds: Mapping[tuple[ModelRef, Spec], float], memory: DeviceMemory, console: Console
+) -> None:
     """Show how each model runs at its bits, with the sum of what it takes on the fullest device."""
     table = Table(title=f"how models run on {escape(memory.words)}", box=None, title_justify="left", pad_edge=False)
-    for name in ("model", "bits", "way", "memory, at most"):
-        table.add_column(name, overflow="fold")
-    for row in ways_rows(ways):
+    for name in ("model", "bits", "way", "GPU time", "memory, at most"):
+        table.add_column(name, overflow="fold", justify="right" if name == "GPU time" else "left")
+    for row in ways_rows(ways, seconds):
         table.add_row(*map(escape, row))
     console.print(table)
     if any(planned.sizes.known_from != "files" for planned in ways):
         console.print(ABOUT, highlight=False)
+
+
+def _say_unsized(unsized: Sequence[ModelRef], console: Console) -> None:
     if unsized:
         names = ", ".join(m.label for m in unsized)
         console.print(
@@ -132,11 +141,21 @@ def _budget_rows(executor: Executor[Any], order: Order, planned: Plan) -> list[t
     ]
 
 
-def _gpu_seconds(order: Order, planned: Plan) -> float:
-    """Predict what is left on one GPU, each model loaded once."""
+def _gpu_seconds(order: Order, planned: Plan, ways: Sequence[Planned]) -> dict[tuple[ModelRef, Spec], float]:
+    """Predict what is left of each quantization of a model; loading the model is its first one's.
+
+    A model that is spread over GPUs has one of them at work at a time, and holds them all.
+    """
     cost = CostModel.from_rows(order.stored, "cuda")
-    loads = sum(cost.load(model) for model in dict.fromkeys(pack.model for pack in planned.packs))
-    return loads + sum(cost.cell_seconds(cell, evals) for pack in planned.packs for cell, evals in pack.items)
+    held = {(way.model, spec): way.choice.devices for way in ways if way.choice for spec in way.specs}
+    seconds: Counter[tuple[ModelRef, Spec]] = Counter()
+    loaded: set[ModelRef] = set()
+    for cell, evals in (item for pack in planned.packs for item in pack.items):
+        load = 0.0 if cell.model in loaded else cost.load(cell.model)
+        loaded.add(cell.model)
+        devices = held.get((cell.model, cell.quant), 1)
+        seconds[cell.model, cell.quant] += devices * (load + cost.cell_seconds(cell, evals))
+    return dict(seconds)
 
 
 def _accuracy_rows(order: Order) -> list[tuple[str, str]]:

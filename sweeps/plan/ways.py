@@ -23,7 +23,7 @@ from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.hub import ModelConfig, cached_snapshot
 from sweeps.study.manifest import Manifest
 from sweeps.study.reading import config_of
-from sweeps.text import counted
+from sweeps.text import counted, hours
 
 ABOUT: Final = "≈: by config.json or the number of parameters; the model's files tell (mode=fetch gets them)"
 _FLOAT32: Final = 4
@@ -202,16 +202,26 @@ def known_sizes(model: ModelRef) -> tuple[Sizes | None, ModelConfig | None]:
         return None, config  # the worker says what is wrong with it
 
 
-def ways_rows(ways: Sequence[Planned]) -> list[tuple[str, str, str, str]]:
-    """Return rows (model, bits, way, sum) for people; bits of a model that run alike, in equal memory, are one row."""
-    rows: dict[tuple[str, str, str], list[int]] = {}
+def ways_rows(
+    ways: Sequence[Planned], seconds: Mapping[tuple[ModelRef, Spec], float]
+) -> list[tuple[str, str, str, str, str]]:
+    """Return rows (model, bits, way, time of what is left, sum) for people.
+
+    Bits of a model that run alike, in equal memory, are one row.
+
+    Args:
+        ways: of the study's models.
+        seconds: predicted for what is left of each quantization of a model.
+    """
+    rows: dict[tuple[str, str, str], list[Planned]] = {}
     for planned in ways:
-        key = (planned.model.label, planned.way, planned.sum_text)
-        rows.setdefault(key, []).append(planned.specs[0].bits)
-    return [
-        (model, ", ".join(map(str, dict.fromkeys(sorted(bits, reverse=True)))), way, text)
-        for (model, way, text), bits in rows.items()
-    ]
+        rows.setdefault((planned.model.label, planned.way, planned.sum_text), []).append(planned)
+    found = []
+    for (model, way, text), alike in rows.items():
+        bits = sorted({planned.specs[0].bits for planned in alike}, reverse=True)
+        left = sum(seconds.get((planned.model, spec), 0.0) for planned in alike for spec in planned.specs)
+        found.append((model, ", ".join(map(str, bits)), way, hours(left), text))
+    return found
 
 
 def _bytes(count: int) -> str:

@@ -20,6 +20,7 @@ from sweeps.plan.ways import DeviceMemory, check_ways, planned_ways, ways_rows
 from sweeps.study.cell import ModelRef
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
+from sweeps.text import hours
 from tests.conftest import Launch
 from tests.sweeps.study.test_configurations import composed
 
@@ -44,8 +45,8 @@ def memory(count: float | None, *, gpus: int = 1) -> DeviceMemory:
 
 
 def ways(count: float | None, *models: ModelRef, gpus: int = 1) -> dict[str, str]:
-    rows = ways_rows(planned_ways(study(*(models or (HERE,))), memory(count, gpus=gpus))[0])
-    return {f"{model} {bits}": way for model, bits, way, _ in rows}
+    rows = ways_rows(planned_ways(study(*(models or (HERE,))), memory(count, gpus=gpus))[0], {})
+    return {f"{model} {bits}": way for model, bits, way, *_ in rows}
 
 
 def test_each_model_and_bits_has_its_way() -> None:
@@ -64,8 +65,8 @@ def test_where_memory_is_unknown_nothing_is_refused() -> None:
 
 
 def test_the_sum_is_shown_and_says_where_it_is_a_guess() -> None:
-    rows = ways_rows(planned_ways(study(HERE, FAR), memory(80 * 2**30))[0])
-    text = {(row[0], row[2]): row[3] for row in rows}
+    rows = ways_rows(planned_ways(study(HERE, FAR), memory(80 * 2**30))[0], {})
+    text = {(row[0], row[2]): row[4] for row in rows}
     here = text["neox-m", "whole"]
     parts = [float(n) for n in re.findall(r"([\d.]+) [MG]B ", here.partition("= ")[2])]
     assert here.startswith("0.3 GB = 11.6 MB weights + 1.0 MB largest tensor + ")
@@ -78,8 +79,18 @@ def test_the_sum_is_shown_and_says_where_it_is_a_guess() -> None:
 def test_float32_takes_twice_the_weights() -> None:
     widths = {"storage": "11.6 MB weights", "float32": "23.2 MB weights"}
     for dtype, weights in widths.items():
-        (row,) = ways_rows(planned_ways(study(HERE, dtype=dtype), memory(10**9))[0])
-        assert weights in row[3]
+        (row,) = ways_rows(planned_ways(study(HERE, dtype=dtype), memory(10**9))[0], {})
+        assert weights in row[4]
+
+
+def test_the_time_of_a_row_is_that_of_its_quantizations() -> None:
+    found, _ = planned_ways(study(HERE), memory((WHOLE - 10**6) / SHARE))
+    seconds = {(planned.model, spec): 3600.0 * spec.bits for planned in found for spec in planned.specs}
+    assert {row[1]: row[3] for row in ways_rows(found, seconds)} == {
+        bits: hours(3600.0 * int(bits)) for bits in ("16", "8", "4", "3")
+    }
+    (whole,) = ways_rows(planned_ways(study(HERE), memory(10**9))[0], seconds)
+    assert (whole[1], whole[3]) == ("16, 8, 4, 3", hours(31 * 3600.0))
 
 
 def test_what_cannot_fit_is_refused_by_name_with_its_sum() -> None:

@@ -32,6 +32,8 @@ OF_NO_FIGURE = (
     "checkpoint",
     "demo",
     "paper_all",
+    "replication",
+    "replication_tasks",
     "survey",
     "activation_outliers",
     "learned_codebooks",
@@ -129,6 +131,8 @@ def expanded(study: str) -> tuple[grid.Grid, int]:
         ("mixed", 8, 120, 240),
         ("clipping_rotation", 8, 200, 200),
         ("outliers", 26, 26, 52),
+        ("replication", 3, 1725, 6900),
+        ("replication_tasks", 3, 129, 516),
         ("paper_all", 41, 8118, 48708),
     ],
 )
