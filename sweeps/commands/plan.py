@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -148,14 +148,14 @@ def _gpu_seconds(order: Order, planned: Plan, ways: Sequence[Planned]) -> dict[t
     """
     cost = CostModel.from_rows(order.stored, "cuda")
     held = {(way.model, spec): way.choice.devices for way in ways if way.choice for spec in way.specs}
-    seconds: Counter[tuple[ModelRef, Spec]] = Counter()
+    seconds: dict[tuple[ModelRef, Spec], float] = defaultdict(float)
     loaded: set[ModelRef] = set()
     for cell, evals in (item for pack in planned.packs for item in pack.items):
         load = 0.0 if cell.model in loaded else cost.load(cell.model)
         loaded.add(cell.model)
         devices = held.get((cell.model, cell.quant), 1)
         seconds[cell.model, cell.quant] += devices * (load + cost.cell_seconds(cell, evals))
-    return dict(seconds)
+    return seconds
 
 
 def _accuracy_rows(order: Order) -> list[tuple[str, str]]:
