@@ -169,7 +169,7 @@ def test_plan_shows_ways(launch: Launch) -> None:
     said = launch("mode=plan", *small, "executor.device=cpu")
     assert said.returncode == 0, said.stderr
     assert re.search(r"how models run on .* of this machine's memory for each of \d+ worker", said.stdout)
-    assert re.search(r"neox-xs +16 +whole +\S+ MB = \S+ MB weights", said.stdout)
+    assert re.search(r"neox-xs +16 +whole +\d+ s +\S+ MB = \S+ MB weights", said.stdout)
     on_slurm = launch("mode=plan", *small, "executor=slurm")
     assert "unknown, whole if it fits" in on_slurm.stdout
 
