@@ -12,6 +12,7 @@ from rich.markup import escape
 from sweeps.commands.request import accepted
 from sweeps.commands.selection import chosen_part, say_what_stays
 from sweeps.executors.base import Order, with_jobs
+from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
 from sweeps.plan.notices import notices
 from sweeps.plan.ways import check_ways, planned_ways
@@ -56,7 +57,10 @@ def run(options: Options, console: Console) -> int:
     say_what_stays(options, console)
     for notice in notices(store, order.manifest):
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
+    # A directory that can't be read is refused before anything in it changes.
+    read_flight(store.out)
     study.manifest.save(store.out)
+    store.fold()
     return executor.run(order)
 
 

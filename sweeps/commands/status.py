@@ -54,6 +54,7 @@ def status(options: Options, console: Console) -> int:
             results = _say_blocked(blocked, results, chosen_results(options, long=True), console)
     # A cell that failed in two studies failed once.
     _explain_states(results.drop_duplicates(["key", "status"]), console)
+    Store(out=options.out).fold()
     return 0
 
 

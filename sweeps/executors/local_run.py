@@ -77,7 +77,7 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         console.print(f"[red]{escape(f'results can not be written any more: {error}')}[/]\nWhat is stored is safe.")
         return EXIT_FAILED
     finally:
-        _close(store, claim, plan, console)
+        _close(store, claim, console)
     unfinished = _unfinished(store, plan) if budget is not None else 0
     if unfinished:
         _say_spent(order, unfinished)
@@ -151,11 +151,10 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _close(store: Store, claim: Claim, plan: Plan, console: Console) -> None:
-    """Compact what interrupted packs left as parts, and give back what was claimed."""
+def _close(store: Store, claim: Claim, console: Console) -> None:
+    """Fold what workers stored, and give back what was claimed."""
     try:
-        for pack in plan.packs:
-            store.compact(pack.id)
+        store.fold()
         Claims(out=store.out).release(claim)
     except OSError as error:
         console.print(f"[yellow]{escape(f'{store.out} can not be tidied up: {error}')}[/]")

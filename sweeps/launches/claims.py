@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Final
 from sweeps.errors import ClaimTakenError, LinkError, StoreError
 from sweeps.files import clock, create_exclusively, list_files, read_json, write_atomically
 from sweeps.launches.launch import launches
+from sweeps.processes import process_start, this_process
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +110,7 @@ class Claims:
             "launch": launch,
             "sweep": sweep,
             "executor": executor,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "pid_started": _process_start(os.getpid()),
+            **this_process(),
             "packs": {pack: sorted(keys) for pack, keys in packs.items()},
         }
         try:
@@ -196,16 +194,7 @@ class Claims:
     def is_alive(self, claim: Claim) -> bool:
         """Tell whether the process that launched it may still be at work."""
         if claim.host == socket.gethostname():
-            return _process_start(claim.pid) == claim.pid_started
+            return process_start(claim.pid) == claim.pid_started
         beat = self._path(claim.number, "running")
         last = (beat if beat.exists() else self._path(claim.number, "json")).stat().st_mtime
         return clock(self.directory) - last < SILENT_SECONDS
-
-
-def _process_start(pid: int) -> str:
-    """When a process began, so that a reused pid is not taken for it; '' when there is none (zombies count as none)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
-from sweeps.files import clock, list_files
+from sweeps.files import clock
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.job_log import BUDGET, JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launch_dir
@@ -72,12 +72,13 @@ def read_flight(out: Path) -> InFlight:
     claims = Claims(out=out)
     flight = InFlight()
     now = cache(partial(clock, out))
+    stored = cache(partial(_stored, out))
     # In their order: what a later claim holds is that claim's.
     for claim in claims.open():
         if claim.detached:
             launch = load_launch(out, claim)
             if launch is not None:
-                _add_jobs(flight, launch, claim, now)
+                _add_jobs(flight, launch, claim, now, stored)
             else:
                 _end(flight, claim.measurements, "lost")
         elif claims.is_alive(claim):
@@ -105,7 +106,9 @@ def load_launch(out: Path, claim: Claim) -> Launch | None:
         return None
 
 
-def _add_jobs(flight: InFlight, launch: Launch, claim: Claim, now: Callable[[], float]) -> None:
+def _add_jobs(
+    flight: InFlight, launch: Launch, claim: Claim, now: Callable[[], float], stored: Callable[[], frozenset[str]]
+) -> None:
     job_log = JobLog.load(launch)
     if not job_log.settled(launch):
         flight.launches.append((launch, job_log))
@@ -119,7 +122,7 @@ def _add_jobs(flight: InFlight, launch: Launch, claim: Claim, now: Callable[[], 
             running = _measuring(entry, attempts.get(pack, []))
             _hold(flight, set(keys) - running, running)
             continue
-        if _settling(launch, pack, entry, now):
+        if _settles(entry, now) and not stored().issuperset(keys):
             _hold(flight, keys, ())
             continue
         if entry.ended == BUDGET:
@@ -147,11 +150,14 @@ def _measuring(entry: JobRecord | None, attempts: list[Attempt]) -> set[str]:
     return {last.measuring}
 
 
-def _settling(launch: Launch, pack: str, entry: JobRecord, now: Callable[[], float]) -> bool:
-    """Tell whether a pack that finished just now has not come into sight in the store yet."""
-    if entry.ended != "lost" or not entry.finished_at or abs(now() - entry.finished_at) >= SETTLE_SECONDS:
-        return False
-    return not list_files(launch.out / "packs", f"{pack}-*.parquet")
+def _settles(entry: JobRecord, now: Callable[[], float]) -> bool:
+    """Tell whether a pack finished just now, so that not all of it may have come into sight in the store yet."""
+    return entry.ended == "lost" and bool(entry.finished_at) and abs(now() - entry.finished_at) < SETTLE_SECONDS
+
+
+def _stored(out: Path) -> frozenset[str]:
+    """Return every measurement of which a row is in sight, whatever it says."""
+    return frozenset(row["measurement"] for row in Store(out=out).history(["measurement"]))
 
 
 def _hold(flight: InFlight, queued: Collection[str], running: Collection[str]) -> None:

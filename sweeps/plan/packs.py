@@ -39,8 +39,8 @@ TO_DO: Final = "to do"
 IN_FLIGHT: Final = "in flight"
 WAITING: Final = "waiting for what is in flight"
 """States that only a plan has: the last of cells whose table (``Cell.first``) another launch measures."""
-ROW_BYTES: Final = 30_000
-"""A part with its per-sample outcomes, as measured on the demo and on full sets, on the large side."""
+ROW_BYTES: Final = 6_000
+"""A measurement with its per-sample outcomes before it is folded, on the large side; folded it is a third of that."""
 
 
 Item = tuple[Cell, tuple[EvalSpec, ...]]

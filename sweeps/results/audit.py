@@ -21,8 +21,9 @@ from sweeps.launches.in_flight import InFlight
 from sweeps.results.table import state_of
 from sweeps.status import FINAL, State
 from sweeps.store.joining import digests
-from sweeps.store.parts import Store, decode_samples
+from sweeps.store.parts import Store
 from sweeps.store.rows import measurement_row
+from sweeps.store.samples import decode_samples
 from sweeps.store.schema import Row, columns
 from sweeps.study.cell import Measurement, eval_columns
 

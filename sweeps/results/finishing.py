@@ -51,6 +51,7 @@ def finish_study(store: Store, manifest: str, *, code: str, until: float) -> str
             return f"warning: {left:.0f} s of the walltime are left: too few for a report; mode=report writes it"
         if not _claim(store, planned, rows):
             return None
+        store.fold()
         # Without -P the directory that a job was submitted from would come first.
         command = [sys.executable, "-P", "-m", "sweeps.results.finishing", str(store.out), str(path)]
         ended = subprocess.run(

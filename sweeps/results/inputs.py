@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from sweeps.errors import UserError
 from sweeps.results.table import left_out, load_samples, load_tables
-from sweeps.store.parts import Samples, damaged_files
+from sweeps.store.reading import damaged_files
+from sweeps.store.samples import Samples
 from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.results.superseded import newest_launches, planned_now
 from sweeps.status import State
-from sweeps.store.parts import Samples, Store, decode_samples
+from sweeps.store.parts import Store
 from sweeps.store.rows import measurement_row, recorded_state
+from sweeps.store.samples import Samples, decode_samples
 from sweeps.store.schema import Row, cell_columns, columns
 from sweeps.study.cell import Measurement, ModelRef
 from sweeps.study.manifest import Manifest, load_manifests

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kbit.evaluation.spec import SLOPES
 from sweeps.status import State
-from sweeps.store.parts import Store, decode_samples
+from sweeps.store.parts import Store
+from sweeps.store.samples import decode_samples
 from sweeps.store.schema import Row
 from sweeps.study.cell import Cell
 

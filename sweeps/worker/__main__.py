@@ -67,8 +67,11 @@ def main() -> None:
         load_again=settings.load_again,
         stop=stop,
     )
-    for pack, until in _read_packs():
-        worker.run_pack(pack, until=until)
+    try:
+        for pack, until in _read_packs():
+            worker.run_pack(pack, until=until)
+    finally:
+        worker.store.close()
 
 
 def _read_packs() -> Iterator[tuple[Pack, float | None]]:
@@ -86,7 +89,7 @@ def _die_with_launcher() -> None:
 def _handle_signals(stop: Stop, *, ignore_sigterm: bool) -> None:
     """Handle signals: SIGUSR1 asks to stop; SIGTERM ends the process.
 
-    Only the measurement in flight is lost then, as parts are written atomically. SLURM sends SIGUSR2, and SIGTERM, to
+    Only the measurement in flight is lost then. SLURM sends SIGUSR2, and SIGTERM, to
     every process of a job: there the launcher decides.
     """
     signal.signal(signal.SIGUSR1, stop.ask)

@@ -129,6 +129,7 @@ class WorkerPool:
                     self._start(slot, selector)
                 self._loop(slots, selector)
         finally:
+            self.store.close()
             # Workers that leave SIGTERM to their owner have been given their time before.
             patience = 1.0 if self.settings.ignore_sigterm else STOP_SECONDS
             _stop([s.process for s in slots if s.process is not None], patience)

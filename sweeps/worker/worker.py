@@ -21,7 +21,7 @@ from sweeps.errors import EXIT_IO, EXIT_LOAD, DataChangedError, NotYetError, Sto
 from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped, Withheld
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
-from sweeps.store.parts import Store
+from sweeps.store.parts import LOOSE, Store
 from sweeps.store.rows import (
     Origin,
     error_text,
@@ -118,7 +118,7 @@ class Worker:
         why = None if in_memory is None else self._run_items(in_memory, until)
         if why is None and layered is not None:
             why = self._layered(layered).run(until)
-        self._storing(lambda: self.store.compact(pack.id))
+        self._storing(lambda: self.store.fold(LOOSE))
         self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
     def _run_items(self, pack: Pack, until: float | None) -> str | None:

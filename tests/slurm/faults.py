@@ -211,7 +211,7 @@ def wait_measuring(study: Study, *, attempt: int = 1, stored: bool = True) -> st
 
 def has_parts(study: Study) -> bool:
     """Whether a measurement was stored by a job that runs."""
-    return any(study.out.glob("parts/*/*.parquet"))
+    return any(study.out.glob("parts/*.rows"))
 
 
 def freeze(study: Study) -> JobProcess:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from sweeps import load_results
 from sweeps.launches.launch import Launch, launches
+from sweeps.store.parts import Store
 from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
 
@@ -139,18 +140,8 @@ class Study:
 
     def row_ids(self) -> pd.Series[str]:
         """Measurement by row id of every row on disk, those that don't count included: what was ever computed."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        tables = []
-        for path in self.out.glob("pa*/**/*.parquet"):
-            try:
-                tables.append(pq.read_table(path, columns=["row_id", "measurement"]).to_pandas())
-            except (FileNotFoundError, pa.ArrowInvalid):
-                continue
-        if not tables:
-            return pd.Series(dtype="str")
-        return pd.concat(tables).drop_duplicates("row_id").set_index("row_id")["measurement"]
+        rows = Store(out=self.out).history(["row_id", "measurement"])
+        return pd.DataFrame(rows, columns=["row_id", "measurement"]).set_index("row_id")["measurement"]
 
     def computed_twice(self) -> int:
         return int(self.row_ids().duplicated().sum())

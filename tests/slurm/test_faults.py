@@ -287,10 +287,12 @@ def test_damaged_and_stale_files(study: Study) -> str:
     """A file of results that was cut off is missing work; a temporary file of a writer that died is nothing."""
     study.submit(*TINY)
     study.wait_idle()
-    (pack,) = study.out.glob("packs/*.parquet")
+    assert states(study) == {"done": TINY_CELLS}
+    (pack,) = study.out.glob("packs/*.parquet")  # mode=status folds
     pack.write_bytes(pack.read_bytes()[: pack.stat().st_size // 2])
-    (parts,) = study.out.glob("parts/*")
-    (parts / ".0123.parquet.89abcdef.tmp").write_bytes(b"PAR1")
+    (rows,) = study.out.glob("parts/*.rows")
+    rows.unlink()
+    (rows.parent / ".0123.parquet.89abcdef.tmp").write_bytes(b"PAR1")
     (study.out / "claims" / ".0123.tmp").write_bytes(b"{")
     assert states(study) == {"lost": TINY_CELLS}
     figures = resume(study, *TINY)

@@ -190,5 +190,5 @@ def test_out_that_is_a_relative_link_or_path(study: Study) -> str:
     study.wait_idle()
     study.assert_whole(cells=TINY_CELLS)
     assert list(beside.home.iterdir()) == []
-    assert len(list(directory.glob("packs/*.parquet"))) == 1
+    assert len(list(directory.glob("parts/*.rows"))) == 1
     return f"computed twice: {study.computed_twice()}"

@@ -69,7 +69,7 @@ def test_two_users_run_one_study_and_end_only_their_own_jobs(pair: Pair) -> None
     study.wait_idle()
     assert pair.launch(second).returncode == 0
     study.assert_whole(cells=TINY_CELLS)
-    assert {p.stat().st_uid for p in study.out.rglob("*.parquet")} == {u.pw_uid for u in pair.users}
+    assert {p.stat().st_uid for p in study.out.rglob("*.rows")} == {u.pw_uid for u in pair.users}
     assert [p for p in (study.out, *study.out.rglob("*")) if is_of_one(p)] == []
 
 

@@ -98,6 +98,7 @@ def store_study(
     for measurement in manifest.measurements():
         if wanted(measurement):
             store.write(stored_row(measurement, seed=seed, sweep=manifest.sweep))
+    store.close()
     return store
 
 

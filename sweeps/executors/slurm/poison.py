@@ -42,6 +42,7 @@ def record_poison(store: Store, manifest: Manifest, flight: InFlight) -> list[st
         origin = Origin(sweep=manifest.sweep, pack="poison")
         store.write(failed_row(measurement, origin, error_type="JobDied", error=why))
         said.append(f"{cell.label} on {measurement.eval.name}: {len(logs)} jobs died of it; it counts as failed now")
+    store.close()
     return said
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.results.audit import Fault, differs, disagrees
-from sweeps.store.parts import Store, encode_samples
+from sweeps.store.parts import Store
+from sweeps.store.samples import encode_samples
 from sweeps.store.schema import Row
 from sweeps.study.cell import Measurement
 from sweeps.study.manifest import load_manifests
@@ -22,7 +23,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def test_a_whole_study_passes(tmp_path: Path, capsys: Capture) -> None:
-    store_study(tmp_path, study()).compact("p1")
+    store_study(tmp_path, study()).fold()
     assert command("mode=audit", f"out={tmp_path}") == 0
     assert capsys.readouterr().out.startswith("6 of 6 planned measurements there once")
 
@@ -132,10 +133,10 @@ def test_what_is_missing_failed_or_measured_twice_is_named(tmp_path: Path, capsy
 
 def test_a_row_that_lies_in_two_files_is_there_once(tmp_path: Path) -> None:
     store = store_study(tmp_path, study())
-    parts = {path: path.read_bytes() for path in tmp_path.glob("parts/p1/*")}
-    store.compact("p1")
-    for path, data in parts.items():
-        path.write_bytes(data)
+    (rows,) = tmp_path.glob("parts/*.rows")
+    rows.with_stem("again").write_bytes(rows.read_bytes())
+    assert len({table.num_rows for table in store.scan()}) == 1
+    assert sum(table.num_rows for table in store.scan()) == 12
     assert command("mode=audit", f"out={tmp_path}") == 0
 
 
@@ -143,8 +144,9 @@ def test_damaged_files_are_named(tmp_path: Path, capsys: Capture) -> None:
     store = store_study(tmp_path, study())
     for measurement in study().measurements():
         store.write(stored_row(measurement))
-    (damaged, *_) = sorted(tmp_path.glob("parts/p1/*"))
-    damaged.write_bytes(b"PAR1")
+    store.close()
+    (damaged, *_) = sorted(tmp_path.glob("parts/*"))
+    damaged.write_bytes(b"no record " * 9)
     assert command("mode=audit", f"out={tmp_path}") == 1
     assert f"{damaged} is damaged" in capsys.readouterr().out
 

@@ -164,18 +164,19 @@ SLOW_WRITES = """
 import os, sys, time
 from sweeps.store import joining, parts
 joining.ROWS_PER_FILE = 1
-write = parts.Store._write_table
+write = parts.Store.add
 def slowly(*args):
     write(*args)
     print("written", flush=True)
     time.sleep(0.05)
-parts.Store._write_table = slowly
+parts.Store.add = slowly
 from tests.sweeps.studies import command
 sys.exit(command(*sys.argv[1:]))
 """
 
 
-def test_a_join_that_is_killed_and_run_again_gives_the_same(tmp_path: Path) -> None:
+def test_a_join_that_is_killed_and_run_again_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweeps.store.records.ROTATE_BYTES", 0)  # a file for each measurement
     manifest = study(models=("m-s", "m-m"))
     store_study(tmp_path / "a", manifest, seed=1, wanted=lambda m: is_text(m) and m.cell.quant.bits == 4)
     store_study(tmp_path / "b", manifest, seed=2)
@@ -258,7 +259,7 @@ def test_files_of_a_newer_version_are_refused_before_anything_is_joined(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = store_study(tmp_path / "b", study())
-    store.compact("p1")
+    store.fold()
     (pack,) = tmp_path.glob("b/packs/*.parquet")
     table = pq.read_table(pack)
     pq.write_table(table.replace_schema_metadata({"schema_version": "999"}), pack.with_name("p2-x.parquet"))
@@ -270,8 +271,10 @@ def test_files_of_a_newer_version_are_refused_before_anything_is_joined(
 
 def test_a_damaged_file_there_is_named_and_the_rest_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store_study(tmp_path / "b", study())
-    damaged = sorted(tmp_path.glob("b/parts/*/*.parquet"))[0]
-    damaged.write_bytes(b"PAR1 and nothing")
+    (damaged,) = tmp_path.glob("b/parts/*.rows")
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
     assert command("mode=merge", f"out={tmp_path}/a", f"from={tmp_path}/b") == 1
     assert damaged.name in capsys.readouterr().out.replace("\n", "")
     assert len(numbers(tmp_path / "a")) == 5

@@ -40,7 +40,7 @@ def start(out: Path, *args: str) -> subprocess.Popen[str]:
 
 def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while len(list(out.glob("parts/*/*.parquet"))) < count:
+    while Store(out=out).read(["measurement"]).num_rows < count:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -53,10 +53,8 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 def all_row_ids(out: Path) -> pd.Series[str]:
     """Every row on disk, not only the one that counts for its measurement: what was ever computed."""
-    import pyarrow.parquet as pq
-
-    tables = [pq.read_table(p, columns=["row_id", "measurement"]).to_pandas() for p in out.glob("pa*/**/*.parquet")]
-    return pd.concat(tables).drop_duplicates("row_id").set_index("row_id")["measurement"]
+    rows = Store(out=out).history(["row_id", "measurement"])
+    return pd.DataFrame(rows).set_index("row_id")["measurement"]
 
 
 def assert_whole(out: Path, cells: int) -> None:

@@ -421,11 +421,9 @@ def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(
     flight = read_flight(launch.out)
     assert flight.held == {"m1"}
     assert flight.ended == {"m2": "lost", "m3": "lost"}
-    (launch.out / "packs").mkdir()
-    stored = launch.out / "packs" / "p1-0.parquet"
-    stored.touch()
+    Store(out=launch.out).write({"measurement": "m1", "status": "done", "finished": datetime.now(UTC)})
     assert read_flight(launch.out).held == set()
-    stored.unlink()
+    shutil.rmtree(launch.out / "parts")
     later = time.time() + SETTLE_SECONDS
     monkeypatch.setattr(inflight, "clock", lambda _: later)
     assert read_flight(launch.out).ended["m1"] == "lost"

@@ -59,7 +59,8 @@ def test_dropped_rows_and_earlier_tries_were_spent_and_other_studies_rows_were_n
     assert total == pytest.approx(100.25 + 3 + 10 + 50 + 3 + 10)
     store.drop(store.row_ids({"m0"}), "wrong")
     assert read_spending(store, "s").spent == pytest.approx(total)
-    store.compact("p")
+    store.close()
+    store.fold()
     assert read_spending(store, "s").spent == pytest.approx(total)
 
 

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sweeps.errors import StoreError
-from sweeps.store.parts import Store, decode_samples, encode_samples
+from sweeps.store.folding import write_folded
+from sweeps.store.parts import Store
+from sweeps.store.samples import decode_samples, encode_samples
 from sweeps.store.schema import arrow_schema, columns, markdown
 from tests import ROOT
 
@@ -51,32 +55,6 @@ def test_a_row_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert decode_samples(encoded)["acc"].tolist() == [True, False, True]
 
 
-def test_compaction_changes_no_row_and_removes_the_parts(tmp_path: Path) -> None:
-    store = Store(out=tmp_path)
-    for i in range(5):
-        store.write(row(f"m{i}", seconds=float(i)))
-    store.write(row("other", pack="p2"))
-    before = rows_of(store)
-    store.compact("p1")
-    assert rows_of(store) == before
-    assert not list((tmp_path / "parts" / "p1").iterdir())
-    assert len(list((tmp_path / "packs").iterdir())) == 1
-    assert len(list((tmp_path / "parts" / "p2").iterdir())) == 1
-
-
-def test_a_crash_between_compaction_and_removal_doubles_nothing(tmp_path: Path) -> None:
-    store = Store(out=tmp_path)
-    store.write(row("m1"))
-    store.write(row("m2"))
-    parts = {p: p.read_bytes() for p in tmp_path.glob("parts/p1/*")}
-    store.compact("p1")
-    for path, data in parts.items():
-        path.write_bytes(data)
-    assert sorted(rows_of(store)) == ["m1", "m2"]
-    store.compact("p1")
-    assert sorted(rows_of(store)) == ["m1", "m2"]
-
-
 def test_a_result_counts_before_a_later_failure_and_the_newest_of_equals(tmp_path: Path) -> None:
     store = Store(out=tmp_path)
     store.write(row("m1", "done", minutes=1, seconds=1.0))
@@ -93,24 +71,36 @@ def test_a_result_counts_before_a_later_failure_and_the_newest_of_equals(tmp_pat
 def test_dropped_rows_stay_on_disk_and_no_longer_count(tmp_path: Path) -> None:
     store = Store(out=tmp_path)
     store.write(row("m1"))
-    files = sorted(tmp_path.glob("parts/**/*.parquet"))
+    (file,) = tmp_path.glob("parts/*")
+    before = file.read_bytes()
     store.drop([rows_of(store)["m1"]["row_id"]], why="wrong data")
     assert rows_of(store) == {}
-    assert sorted(tmp_path.glob("parts/**/*.parquet")) == files
+    assert file.read_bytes() == before
     store.write(row("m1", minutes=1))
     assert rows_of(store)["m1"]["status"] == "done"
+    store.close()
+    store.fold()
+    assert [r["measurement"] for r in store.history(["measurement"])] == ["m1", "m1"]
+    assert store.undo_drop() == (1, "wrong data")
+
+
+def earlier_part(out: Path, measurement: str) -> Path:
+    """A part as earlier versions stored them: a parquet file of one measurement."""
+    read = [{"row_id": f"id-{measurement}", **row(measurement, pack="p1")}]
+    path = out / "parts" / "p1" / f"{measurement}-0123.parquet"
+    write_folded(pa.Table.from_pylist(read, schema=arrow_schema()), path)
+    return path
 
 
 def test_stale_temporary_and_truncated_files_do_not_stop_reading(tmp_path: Path) -> None:
     store = Store(out=tmp_path)
-    store.write(row("m1"))
-    store.write(row("m2"))
-    victim = sorted(tmp_path.glob("parts/p1/m2*"))[0]
+    earlier_part(tmp_path, "m1")
+    victim = earlier_part(tmp_path, "m2")
     victim.write_bytes(victim.read_bytes()[:100])
     (tmp_path / "parts" / "p1" / ".m3.parquet.1234.tmp").write_bytes(b"half a part")
     assert sorted(rows_of(store)) == ["m1"]
     assert set(store.damaged) == {victim}
-    store.compact("p1")
+    store.fold()
     assert sorted(rows_of(store)) == ["m1"]
     assert victim.exists()
 
@@ -118,21 +108,21 @@ def test_stale_temporary_and_truncated_files_do_not_stop_reading(tmp_path: Path)
 def test_a_damaged_file_is_reported_and_an_unreadable_one_is_not_taken_for_missing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pyarrow.parquet as pq
-
     store = Store(out=tmp_path)
-    store.write(row("m1"))
-    (path,) = tmp_path.glob("parts/p1/*")
+    path = earlier_part(tmp_path, "m1")
     path.write_bytes(b"garbage")
     assert rows_of(store) == {}
     assert str(path) in caplog.text
+    store.write(row("m2"))
 
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pq, "ParquetFile", refuse)
-    with pytest.raises(StoreError, match="Permission denied"):
-        store.read()
+    for where in ("pyarrow.parquet.ParquetFile", "sweeps.store.reading.read_records"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, refuse)
+            with pytest.raises(StoreError, match="Permission denied"):
+                store.read()
 
 
 def test_dropping_retires_older_rows_too(tmp_path: Path) -> None:
@@ -154,18 +144,20 @@ def test_a_damaged_record_of_the_store_is_named(tmp_path: Path) -> None:
 
 
 def test_a_part_of_an_older_schema_is_read(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    store = Store(out=tmp_path)
-    store.write(row("m1"))
-    (path,) = tmp_path.glob("parts/p1/*.parquet")
+    path = earlier_part(tmp_path, "m1")
     pq.write_table(pq.read_table(path).drop_columns(["seed", "host"]), path)
+    store = Store(out=tmp_path)
     assert rows_of(store)["m1"]["host"] is None
+    store.fold()
+    assert rows_of(store)["m1"]["host"] is None
+    assert pq.read_schema(next(tmp_path.glob("packs/*"))).names == arrow_schema().names
 
 
-def test_an_unknown_column_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="speed"):
-        Store(out=tmp_path).write(row("m1", speed=1))
+@pytest.mark.parametrize("wrong", [{"speed": 1}, {"bits": "four"}, {"metrics": {"loss": "low"}}])
+def test_an_unknown_column_or_type_is_a_mistake_and_nothing_is_stored(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, pa.ArrowException), match=r"speed|four|low"):
+        Store(out=tmp_path).write(row("m1", **wrong))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -178,7 +170,11 @@ def _write_many(out: Path, worker: int) -> None:
     store = Store(out=out)
     for i in range(10):
         store.write(row(f"w{worker}-{i}", pack=f"pack{worker}"))
-    store.compact(f"pack{worker}")
+        if i % 3 == 2:
+            store.close()
+            store.fold()
+    store.close()
+    store.fold()
 
 
 def test_readers_see_a_growing_set_while_others_write_and_compact(tmp_path: Path) -> None:
