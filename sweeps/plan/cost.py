@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Final, Self
 
@@ -228,10 +228,14 @@ class CostModel:
 
 
 def _calibrated_tokens(row: Row) -> int:
-    """Return the tokens that the method of a stored row calibrated on; 0 of other methods."""
+    """Return the tokens that the method of a stored row calibrated on; 0 of other methods, and of data unknown here."""
     if not row.get("calibration"):
         return 0
-    data = Calibration(**json.loads(row["calibration"]))
+    try:
+        about = json.loads(row["calibration"])
+        data = Calibration(**{f.name: about[f.name] for f in fields(Calibration) if f.compare and f.name in about})
+    except (TypeError, ValueError):  # another version's: planning goes by what else is stored
+        return 0
     place = {name: row.get(name) for name in ("revision", "weights_hash", "model_id")}
     if not place["model_id"]:
         return calibrating_tokens(data, None)

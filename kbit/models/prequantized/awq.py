@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
+from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, size_of_groups, unfitting
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,8 @@ class Awq(Layout):
         key = "w_bit" if "w_bit" in settings else "bits"
         return frozenset({number(settings, key, (_BITS,))})
 
-    def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:  # noqa: ARG002  # the protocol's
+    def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:
+        declared = settings.get("q_group_size" if "q_group_size" in settings else "group_size")
         for name in tensors:
             layer, _, role = name.rpartition(".")
             if role != "qweight":
@@ -51,9 +52,11 @@ class Awq(Layout):
                 raise unfitting(layer, parts)
             inputs, words = parts["qweight"].shape
             groups, out = parts["scales"].shape
-            if out != words * _PER_WORD or parts["qzeros"].shape != (groups, words) or inputs % groups:
+            size = size_of_groups(declared, inputs, groups)
+            if out != words * _PER_WORD or parts["qzeros"].shape != (groups, words) or size is None:
                 raise unfitting(layer, parts)
-            yield QuantizedWeight(name=layer + WEIGHT, shape=(out, inputs), parts=parts, settings={}, layout=self)
+            own = {"size": size}
+            yield QuantizedWeight(name=layer + WEIGHT, shape=(out, inputs), parts=parts, settings=own, layout=self)
 
     def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         from kbit.models.prequantized.words import affine, groups_of, unpack_words
@@ -65,7 +68,7 @@ class Awq(Layout):
             return codes[..., _PLACES].reshape(len(words), out).t()
 
         scale = parts["scales"].t()
-        group = groups_of(inputs, inputs // scale.shape[1], scale.device)
+        group = groups_of(inputs, weight.settings["size"], scale.device)
         return affine(in_order(parts["qweight"]), scale, in_order(parts["qzeros"]), group, dtype)
 
 

@@ -18,7 +18,16 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, raw_bytes, unfitting
+from kbit.models.prequantized.layouts import (
+    KEY,
+    WEIGHT,
+    Layout,
+    QuantizedWeight,
+    number,
+    raw_bytes,
+    size_of_groups,
+    unfitting,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +73,10 @@ class CompressedTensors(Layout):
                 continue
             parts = {r: tensors[t] for r in _ROLES if (t := f"{layer}.{r}") in tensors}
             group = _group_of(layer, groups)
-            own = {"bits": group["weights"]["num_bits"], "size": group["weights"].get("group_size")}
-            own["block"] = group["weights"].get("block_structure")
-            yield QuantizedWeight(
-                name=layer + WEIGHT, shape=_shape(layer, parts, own["bits"]), parts=parts, settings=own, layout=self
-            )
+            own = {"bits": group["weights"]["num_bits"], "block": group["weights"].get("block_structure")}
+            shape = _shape(layer, parts, own["bits"])
+            own["size"] = own["block"][1] if own["block"] else _size(layer, parts, shape, group["weights"])
+            yield QuantizedWeight(name=layer + WEIGHT, shape=shape, parts=parts, settings=own, layout=self)
 
     def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         from kbit.models.prequantized.words import affine, groups_of, unpack_words
@@ -90,8 +98,7 @@ class CompressedTensors(Layout):
         if "weight_g_idx" in parts:
             group = parts["weight_g_idx"].long()
         else:
-            size = block[1] if block else weight.settings["size"] if scale.shape[1] > 1 else inputs
-            group = groups_of(inputs, size, scale.device)
+            group = groups_of(inputs, weight.settings["size"], scale.device)
         return affine(codes, scale, zero, group, dtype)
 
 
@@ -120,6 +127,22 @@ def _shape(layer: str, parts: Mapping[str, StoredTensor], bits: int) -> tuple[in
     if plain is None or plain.dtype not in ("I8", "F8_E4M3") or len(plain.shape) != 2:
         raise unfitting(layer, parts)
     return plain.shape[0], plain.shape[1]
+
+
+def _size(layer: str, parts: Mapping[str, StoredTensor], shape: tuple[int, int], declared: Mapping[str, Any]) -> int:
+    """Return the columns that share a scale, where columns are in order.
+
+    Raises:
+        CheckpointError: there are not as many scales as group_size says, or more than one per row without it.
+    """
+    out, inputs = shape
+    scales = prod(parts["weight_scale"].shape)
+    by_row = 1 if scales == 1 else scales // out  # one may be of the whole tensor
+    size = declared.get("group_size")
+    found = size_of_groups(-1 if size is None else size, inputs, by_row)
+    if "weight_g_idx" not in parts and (found is None or scales not in (1, by_row * out)):
+        raise unfitting(layer, parts)
+    return found or inputs
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:

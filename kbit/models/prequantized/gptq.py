@@ -2,8 +2,9 @@
 
 A layer [out, in] is qweight int32 [in·k/32, out], codes of k bits along in_features from the lowest bit of a word on;
 qzeros int32 [groups, out·k/32], zero points alike along out_features; scales float16 [groups, out]; g_idx int32 [in],
-the group of each column (left out by some tools where the columns are in order). Codes run on from word to word, also
-at 3 bits. A weight is (code - zero) · scale of its column's group. Version 1 stores zero - 1, modulo 2^k.
+the group of each column (left out by some tools where the columns are in order, group_size to a group). Codes run on
+from word to word, also at 3 bits. A weight is (code - zero) · scale of its column's group. Version 1 stores zero - 1,
+modulo 2^k.
 
 Source: AutoGPTQ 0.7, nn_modules/qlinear/qlinear_cuda.py; GPTQModel's documentation of the two formats.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, unfitting
+from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, size_of_groups, unfitting
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +58,12 @@ class Gptq(Layout):
             bits = packed * _WORD // inputs  # of this layer: tools may vary them
             groups = parts["scales"].shape[0]
             fits = packed * _WORD == bits * inputs and parts["qzeros"].shape == (groups, out * bits // _WORD)
-            if bits not in _BITS or not fits or parts["scales"].shape[1] != out:
+            size = None if "g_idx" in parts else size_of_groups(settings.get("group_size"), inputs, groups)
+            in_groups = "g_idx" in parts or size is not None
+            if bits not in _BITS or not fits or parts["scales"].shape[1] != out or not in_groups:
                 raise unfitting(layer, parts)
-            yield QuantizedWeight(
-                name=layer + WEIGHT, shape=(out, inputs), parts=parts, settings={"bits": bits, **own}, layout=self
-            )
+            of_layer = {"bits": bits, "size": size, **own}
+            yield QuantizedWeight(name=layer + WEIGHT, shape=(out, inputs), parts=parts, settings=of_layer, layout=self)
 
     def read(self, weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         from kbit.models.prequantized.words import affine, groups_of, unpack_words
@@ -72,8 +74,8 @@ class Gptq(Layout):
         if not weight.settings["v2"]:
             zero = (zero + 1) & ((1 << bits) - 1)
         scale = parts["scales"]
-        size = -(-inputs // scale.shape[0])
-        group = parts["g_idx"].long() if "g_idx" in parts else groups_of(inputs, size, scale.device)
+        size = weight.settings["size"]
+        group = parts["g_idx"].long() if size is None else groups_of(inputs, size, scale.device)
         return affine(codes, scale.t(), zero.t(), group, dtype)
 
 

@@ -194,6 +194,25 @@ def number(settings: Mapping[str, Any], name: str, allowed: Collection[int]) -> 
     return value
 
 
+def size_of_groups(declared: object, inputs: int, groups: int) -> int | None:
+    """Return how many columns share a scale; the last group may have fewer.
+
+    Args:
+        declared: group_size of quantization_config, -1 for the whole row; None where it has none, for equal groups.
+        inputs: columns of the layer.
+        groups: its scales per row.
+
+    Returns:
+        The columns of a group; None where the three do not fit together.
+    """
+    if declared is None:
+        return inputs // groups if groups and not inputs % groups else None
+    size = inputs if declared == -1 else declared
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        return None
+    return size if -(-inputs // size) == groups else None
+
+
 def unfitting(weight: str, tensors: Mapping[str, StoredTensor]) -> CheckpointError:
     """Return the error for tensors that do not fit together."""
     shapes = ", ".join(f"{role} {t.dtype} {list(t.shape)}" for role, t in tensors.items())

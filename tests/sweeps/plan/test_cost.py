@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -222,3 +223,19 @@ def test_calibration_is_counted_in_windows_cut_to_the_context() -> None:
     counted = cost()._quantize(other, packed=False, first=False)
     assert learned._quantize(other, packed=False, first=False) == pytest.approx(8.0)
     assert counted < 8.0
+
+
+def test_stored_calibration_that_another_version_wrote_does_not_end_planning() -> None:
+    data = {"dataset": "sha256:y", "samples": 16, "length": 512}
+
+    def factor(calibration: str) -> float:
+        learned = cost(quantized("int4", 8.0, method="gptq", calibration=calibration))
+        (known, *_) = learned.quantizing.later.factors.values()
+        return 8.0 / known[0]
+
+    counted = factor(json.dumps(data))
+    assert factor(json.dumps({**data, "drawn_by": "length"})) == counted
+    none = factor("")
+    assert none < counted
+    for unread in ('{"samples": 16}', json.dumps({**data, "samples": "many"}), "[16]", "16", "{"):
+        assert factor(unread) == none

@@ -114,6 +114,64 @@ def test_version_2_of_gptq_stores_zero_points_as_they_are_and_groups_may_be_left
     assert torch.equal(found["gptq"], expected.half())
 
 
+LAST_IS_SHORT = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2", "group_size": 128},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "awq of old": {"quant_method": "awq", "w_bit": 4, "q_group_size": 128},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"all": {"weights": {"num_bits": 4, "group_size": 128}}},
+    },
+}
+
+
+def of_size(size: int | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with another size of a group; None leaves it out."""
+    if "config_groups" in settings:
+        return {**settings, "config_groups": {"all": {"weights": {"num_bits": 4, "group_size": size}}}}
+    key = "q_group_size" if "q_group_size" in settings else "group_size"
+    return {**settings, key: size} if size is not None else {k: v for k, v in settings.items() if k != key}
+
+
+def in_two_groups(method: str, inputs: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A layer of 8 rows in two groups, with its codes less their zero point of 8, and scales, [8, 2]."""
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 16, (8, inputs), generator=generator, dtype=torch.uint8)
+    scale = torch.tensor([[1.0, 4.0]]).half().repeat(8, 1)
+    zeros = torch.full((2, 8), 8, dtype=torch.uint8)
+    tensors = {"l.scales": scale.t(), "l.qzeros": pack_words(zeros, 4), "l.qweight": pack_words(codes, 4).t()}
+    if method == "awq":
+        tensors["l.qweight"] = pack_words(codes.t()[:, [0, 2, 4, 6, 1, 3, 5, 7]].contiguous(), 4)
+    if method == "compressed-tensors":
+        tensors = {"l.weight_packed": pack_words(codes, 4), "l.weight_scale": scale}
+        tensors["l.weight_shape"] = torch.tensor([8, inputs])
+    return tensors, codes.float() - 8, scale.float()
+
+
+@pytest.mark.parametrize("case", LAST_IS_SHORT)
+def test_groups_are_of_the_size_that_the_configuration_says(case: str, tmp_path: Path) -> None:
+    settings = LAST_IS_SHORT[case]
+    tensors, codes, scale = in_two_groups(settings["quant_method"], 192)
+    _, values = written(tmp_path, tensors, settings)
+    assert torch.equal(values, (codes * scale.repeat_interleave(128, 1)[:, :192]).half())
+    for size in (-1, 0, 32, 192, 256):  # of one group, or of six
+        with pytest.raises(CheckpointError, match="the tensors of l do not fit together: "):
+            written(tmp_path, tensors, of_size(size, settings))
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq"])
+def test_groups_of_a_size_that_nothing_says_are_equal_ones(case: str, tmp_path: Path) -> None:
+    settings = of_size(None, LAST_IS_SHORT[case])
+    tensors, codes, scale = in_two_groups(case, 192)
+    _, values = written(tmp_path, tensors, settings)
+    assert torch.equal(values, (codes * scale.repeat_interleave(96, 1)).half())
+    three = tensors | {name: tensors[name][[0, 0, 1]] for name in ("l.scales", "l.qzeros")}
+    three["l.qweight"] = tensors["l.qweight"][: 160 if case == "awq" else 20]  # 160 columns
+    with pytest.raises(CheckpointError, match="the tensors of l do not fit together: "):
+        written(tmp_path, three, settings)
+
+
 def test_compressed_tensors_takes_bits_by_layer_and_the_order_of_columns(tmp_path: Path) -> None:
     torch.manual_seed(5)
     codes, order = torch.randint(0, 4, (8, 64), dtype=torch.uint8), torch.randperm(64) // 16
