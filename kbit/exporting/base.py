@@ -74,6 +74,21 @@ class Exporter(Protocol):
         """
 
 
+def check_directory(to: Path, format_: str) -> None:
+    """Refuse a file where a format writes a directory.
+
+    Raises:
+        SpecError: names to.
+    """
+    if to.is_file():
+        raise SpecError("to", str(to), f"a directory for format={format_}, and this is a file")
+
+
+def bytes_in(directory: Path) -> int:
+    """Return the bytes of a directory's files."""
+    return sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+
+
 def check_weights_alone(spec: Spec, format_: str) -> None:
     """Refuse a method that changes more than weights: no file says how its layers compute.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kbit.errors import SpecError
-from kbit.exporting.base import Export, Exporter, Written
+from kbit.exporting.base import Export, Exporter, Written, bytes_in, check_directory
 from kbit.methods.blockwise import StoredCodes
 from kbit.models.architectures import block_layers, key_of
 from kbit.models.loading import load_model
@@ -40,8 +40,7 @@ class CompressedTensorsExporter:
     """Cells of integers with a scale, and perhaps a zero point, per group of a row."""
 
     def check(self, spec: Spec, config: Mapping[str, Any], to: Path) -> None:
-        if to.is_file():
-            raise SpecError("to", str(to), f"a directory for format={FORMAT}, and this is a file")
+        check_directory(to, FORMAT)
         if type(spec) not in (QuantSpec, GptqSpec) or spec.is_baseline:
             raise SpecError("format", FORMAT, f"gguf or packed for {spec.label!r}: this one holds {_HELD}")
         assert isinstance(spec, QuantSpec)
@@ -71,9 +70,8 @@ class CompressedTensorsExporter:
         model.save_pretrained(export.to, state_dict=state)
         loaded.tokenizer.save_pretrained(export.to)
         _save_config(export.to / "config.json", settings_of(spec, others), loaded.storage_dtype)
-        nbytes = sum(file.stat().st_size for file in export.to.iterdir() if file.is_file())
         load = partial(_load, export.to, str(parameter.device), "float32" if wide else "storage")
-        return Written(words=f"{spec.label}, pack-quantized", nbytes=nbytes, load=load)
+        return Written(words=f"{spec.label}, pack-quantized", nbytes=bytes_in(export.to), load=load)
 
 
 def settings_of(spec: QuantSpec, others: list[str]) -> dict[str, Any]:

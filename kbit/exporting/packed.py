@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import SpecError
-from kbit.exporting.base import Export, Exporter, Written, check_weights_alone
+from kbit.exporting.base import Export, Exporter, Written, bytes_in, check_directory, check_weights_alone
 from kbit.packed.files import load_packed, save_packed
 from kbit.spec import Spec
 
@@ -17,8 +17,7 @@ class PackedExporter:
     """Cells whose layers can be held in k bits."""
 
     def check(self, spec: Spec, config: Mapping[str, Any], to: Path) -> None:
-        if to.is_file():
-            raise SpecError("to", str(to), "a directory for format=packed, and this is a file")
+        check_directory(to, "packed")
         if spec.is_baseline:
             raise SpecError("format", "packed", "gguf for the 16-bit baseline: nothing of it is in k bits")
         if spec.why_not_packed is not None:
@@ -31,10 +30,8 @@ class PackedExporter:
         with export.quantize(True):
             save_packed(loaded.model, export.to)
         loaded.tokenizer.save_pretrained(export.to)
-        nbytes = sum(file.stat().st_size for file in export.to.iterdir() if file.is_file())
-        return Written(
-            words=f"{export.spec.label} in k bits", nbytes=nbytes, load=partial(load_packed, export.to, device=device)
-        )
+        load = partial(load_packed, export.to, device=device)
+        return Written(words=f"{export.spec.label} in k bits", nbytes=bytes_in(export.to), load=load)
 
 
 EXPORTER: Final[Exporter] = PackedExporter()

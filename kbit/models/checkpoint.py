@@ -47,7 +47,8 @@ class StoredTensor:
     stop: int
 
 
-ReadAs: TypeAlias = Callable[[Sequence[StoredTensor]], Collection[StoredTensor]]
+Headers: TypeAlias = Mapping[Path, Sequence[StoredTensor]]
+"""What safetensors files hold, by file."""
 
 
 def weight_files(names: Collection[str], read_json: Callable[[str], Any]) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     return config
 
 
-def count_parameters(files: Collection[Path], read_as: ReadAs = tuple) -> int:
+def count_parameters(stored: Collection[StoredTensor]) -> int:
     """Parameters in safetensors files, each shared one once.
 
     Left out are what older checkpoints store besides parameters: causal masks, rotary frequencies, anything that is not
@@ -127,19 +128,28 @@ def count_parameters(files: Collection[Path], read_as: ReadAs = tuple) -> int:
     as the input embedding is tied and not counted again.
 
     Args:
-        files: the files.
-        read_as: gives the tensors that those of the files stand for (``kbit.models.prequantized.layouts.as_16_bit``).
-
-    Raises:
-        CheckpointError: a file is damaged or no safetensors file.
+        stored: the files' tensors, or those that they stand for (``kbit.models.prequantized.layouts.as_16_bit``).
     """
-    stored = read_as([t for file in files for t in safetensors_header(file)])
     tensors = [t for t in own_tensors(stored) if _is_parameter(t)]
     total = sum(prod(t.shape) for t in tensors)
     for head in tensors:
         if head.name.endswith(_HEADS) and any(_same(head, t) for t in tensors if _EMBEDDING.search(t.name)):
             total -= prod(head.shape)
     return total
+
+
+def headers_of(files: Iterable[Path]) -> dict[Path, tuple[StoredTensor, ...]]:
+    """Read the headers of the safetensors files among a model's weights, each once.
+
+    Raises:
+        CheckpointError: as ``safetensors_header``.
+    """
+    return {file: safetensors_header(file) for file in files if file.suffix == ".safetensors"}
+
+
+def tensors_in(headers: Headers) -> list[StoredTensor]:
+    """Return the tensors of all files."""
+    return [tensor for header in headers.values() for tensor in header]
 
 
 def safetensors_header(file: Path) -> tuple[StoredTensor, ...]:

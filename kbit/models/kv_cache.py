@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-_DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_WIDTHS: Final = ("hidden_size", "n_embd", "d_model")
-_HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
-_KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+from kbit.models.limits import DEPTHS, HEADS, KV_HEADS, WIDTHS, first_count, of_decoder
+
 _CACHED: Final = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _OTHER_STATES: Final = ("kv_lora_rank", "num_kv_shared_layers", "layers_block_type", "attn_layer_period")
 _OTHER_NAMES: Final = ("mamba", "ssm", "rwkv", "linear_num_key_heads")
@@ -27,8 +25,7 @@ def kv_values_per_token(config: Mapping[str, Any]) -> int | None:
         The number of values; None where the configuration doesn't say it, or the cache is of another kind (latent,
         shared between layers, recurrent states).
     """
-    text = config.get("text_config")
-    known = {**config, **text} if isinstance(text, Mapping) else dict(config)
+    known = of_decoder(config)
     attention = known.get("attn_config")
     known |= dict(attention) if isinstance(attention, Mapping) else {}
     kinds = known.get("layer_types")
@@ -36,8 +33,8 @@ def kv_values_per_token(config: Mapping[str, Any]) -> int | None:
         return None
     if any(name.startswith(_OTHER_NAMES) for name in known):
         return None
-    layers, width, heads = (_first(known, names) for names in (_DEPTHS, _WIDTHS, _HEADS))
-    size = _first(known, ("head_dim",)) or (width // heads if width and heads else None)
+    layers, width, heads = (first_count(known, names) for names in (DEPTHS, WIDTHS, HEADS))
+    size = first_count(known, ("head_dim",)) or (width // heads if width and heads else None)
     if not layers or not heads or not size:
         return None
     return 2 * layers * _kv_heads(known, heads) * size
@@ -47,9 +44,4 @@ def _kv_heads(known: Mapping[str, Any], heads: int) -> int:
     """Key-value heads: one under multi-query attention, which Falcon's new architecture says and doesn't have."""
     if known.get("multi_query") and not known.get("new_decoder_architecture"):
         return 1
-    return _first(known, _KV_HEADS) or heads
-
-
-def _first(config: Mapping[str, Any], names: Collection[str]) -> int | None:
-    found = (config.get(name) for name in names)
-    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+    return first_count(known, KV_HEADS) or heads

@@ -1,11 +1,16 @@
-"""A model's vocabulary and context, from its configuration, under the names that architectures give them."""
+"""What a configuration says of a model's dimensions, under the names that architectures give them. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
+WIDTHS: Final = ("hidden_size", "n_embd", "d_model")
+"""Of the residual stream."""
+DEPTHS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
+KV_HEADS: Final = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 _CONTEXT: Final = ("n_positions", "max_position_embeddings", "n_ctx")
 _BOUNDS: Final = (
     *("max_seq_len", "max_seq_length", "max_sequence_length", "seq_length"),
@@ -17,6 +22,18 @@ lower the tokenizer's, and never raise it.
 _DEFAULT_CONTEXT: Final = 2048
 _NO_CONTEXT: Final = 10**9
 """Tokenizers without a limit say a number beyond this one."""
+
+
+def of_decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json's keys, with those of its text decoder's part in place of the same ones of a composite."""
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, Mapping) else dict(config)
+
+
+def first_count(config: Mapping[str, Any], names: Collection[str]) -> int | None:
+    """Return the first whole number above 0 under these names; None where there is none."""
+    found = (config.get(name) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def context_of(config: Any, tokenizer_limit: int) -> int:

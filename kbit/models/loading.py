@@ -13,11 +13,11 @@ from kbit.compute_dtypes import COMPUTE_DTYPES
 from kbit.errors import CheckpointError, SpecError
 from kbit.memory import is_out_of_memory
 from kbit.models.architectures import block_layers
-from kbit.models.checkpoint import model_files, read_config, safetensors_header, weights_among
+from kbit.models.checkpoint import Headers, model_files, read_config, tensors_in, weights_among
 from kbit.models.limits import context_of, vocabulary_of
 from kbit.models.obeyed import OBEYED, check_own_code, obeyed_files, only
 from kbit.models.placement import place
-from kbit.models.prequantized.layouts import QuantizedWeight, quantized_weights
+from kbit.models.prequantized.layouts import QuantizedWeight, part_names, quantized_weights
 from kbit.models.refusals import check_checkpoint
 from kbit.models.stored import Stored, stored_dtype, stored_tensors, values_of
 from kbit.models.tokenizers import tokenizer_hash
@@ -119,6 +119,7 @@ class Checkpoint:
         name: what the user calls it.
         directory: where it lies.
         files: names of its files (``model_files``).
+        headers: what those of safetensors hold.
         stored: its tensors, by name; quantized weights as the 16-bit tensors that they stand for.
         quantized: the weights that others quantized, by name.
         storage_dtype: the 16-bit dtype that its weights are cast to.
@@ -129,6 +130,7 @@ class Checkpoint:
     name: str
     directory: Path
     files: Sequence[str]
+    headers: Headers
     stored: Mapping[str, Stored]
     quantized: Mapping[str, QuantizedWeight]
     storage_dtype: torch.dtype
@@ -182,11 +184,11 @@ def find_checkpoint(
     if compute_dtype not in COMPUTE_DTYPES:
         raise SpecError("compute_dtype", compute_dtype, "one of " + ", ".join(COMPUTE_DTYPES))
     directory = _directory(path_or_id, revision)
-    names = _model_files(directory, path_or_id, trust_remote_code)
-    stored = stored_tensors(weights_among(directory, names))
-    quantized = _quantized(directory, names, path_or_id)
-    parts = {part.name for weight in quantized.values() for part in weight.parts.values()}
-    stored = {name: tensor for name, tensor in stored.items() if name not in parts}
+    names, headers = _model_files(directory, path_or_id, trust_remote_code)
+    quantized = quantized_weights(read_config(directory), tensors_in(headers))
+    parts = part_names(quantized)
+    of_files = stored_tensors(weights_among(directory, names), headers)
+    stored = {name: tensor for name, tensor in of_files.items() if name not in parts}
     storage = stored_dtype(stored)
     stored |= {
         w.name: Stored(name=w.name, dtype=storage, shape=w.shape, file=w.as_16_bit().file) for w in quantized.values()
@@ -199,6 +201,7 @@ def find_checkpoint(
         name=path_or_id,
         directory=directory,
         files=names,
+        headers=headers,
         stored=stored,
         quantized=quantized,
         storage_dtype=storage,
@@ -232,24 +235,15 @@ def _directory(path_or_id: str, revision: str | None) -> Path:
     return directory
 
 
-def _model_files(directory: Path, name: str, remote_code: bool) -> Sequence[str]:
+def _model_files(directory: Path, name: str, remote_code: bool) -> tuple[Sequence[str], Headers]:
     try:
         names = model_files(directory)
-        check_checkpoint(directory, names)
+        headers = check_checkpoint(directory, names)
         if remote_code:
             check_own_code(directory, names)
     except (CheckpointError, OSError) as error:
         raise SpecError("path", name, f"a directory with a model that can be used: {error}") from error
-    return names
-
-
-def _quantized(directory: Path, names: Sequence[str], name: str) -> Mapping[str, QuantizedWeight]:
-    config = read_config(directory)
-    files = [file for file in weights_among(directory, names) if file.suffix == ".safetensors"]
-    try:
-        return quantized_weights(config, [tensor for file in files for tensor in safetensors_header(file)])
-    except CheckpointError as error:
-        raise SpecError("path", name, f"a directory with a model that can be used: {error}") from error
+    return names, headers
 
 
 def _from_quantized(auto_class: Any, directory: Path, found: Checkpoint) -> tuple[PreTrainedModel, Any]:

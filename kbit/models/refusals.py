@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.checkpoint import StoredTensor, layer_of, own_tensors, read_config, safetensors_header, weights_among
+from kbit.models.checkpoint import (
+    Headers,
+    StoredTensor,
+    headers_of,
+    layer_of,
+    own_tensors,
+    read_config,
+    tensors_in,
+    weights_among,
+)
+from kbit.models.limits import DEPTHS
 from kbit.models.prequantized.layouts import KEY, as_16_bit, stored_as
 
 ENCODER_DECODERS: Final = frozenset(
@@ -39,7 +49,6 @@ whatever config.json says: CPM-Ant reads its prompt both ways, and XLNet predict
 """
 _CAUSAL: Final = ("is_decoder", "causal")
 """By which an encoder's architecture is a decoder (XLM says ``causal``)."""
-_LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _QUANTIZED: Final = re.compile(
     r"(?:^|[._])(?:qweight|qzeros|g_idx|SCB|W_q|weight_packed|weight_scales?|weight_scale_inv|weight_zero_point"
     r"|weight\.(?:absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.\w+|_data|_scale)"
@@ -51,8 +60,8 @@ compressed-tensors, quanto, MXFP4.
 _NARROW: Final = re.compile(r"F(4$|6_|8_)")
 
 
-def check_checkpoint(directory: Path, names: Iterable[str]) -> None:
-    """Refuse a checkpoint that can't be measured.
+def check_checkpoint(directory: Path, names: Iterable[str]) -> Headers:
+    """Refuse a checkpoint that can't be measured; return what the headers of its safetensors files say.
 
     Args:
         directory: has config.json.
@@ -68,10 +77,11 @@ def check_checkpoint(directory: Path, names: Iterable[str]) -> None:
     others = [file.name for file in weights if file.suffix != ".safetensors"]
     if others and config.get(KEY):
         raise CheckpointError(f"quantized weights are read from safetensors alone, and {others[0]} is none")
-    tensors = [tensor for file in weights if file.name not in others for tensor in safetensors_header(file)]
-    tensors = as_16_bit(config, tensors)
+    headers = headers_of(weights)
+    tensors = as_16_bit(config, tensors_in(headers))
     _check_not_quantized(tensors)
     _check_layers(config, tensors)
+    return headers
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -148,7 +158,7 @@ def _check_layers(config: Mapping[str, Any], tensors: Collection[StoredTensor]) 
     """Refuse a configuration of fewer layers than the weights have: it would be another model."""
     if any(isinstance(part, Mapping) and key.endswith("_config") for key, part in config.items()):
         return  # of composite models each part has layers of its own
-    key = next((key for key in _LAYERS if isinstance(config.get(key), int)), None)
+    key = next((key for key in DEPTHS if isinstance(config.get(key), int)), None)
     numbered = {number: t.name for t in own_tensors(tensors) if (number := layer_of(t.name)) is not None}
     if key is None or not numbered:
         return

@@ -14,7 +14,16 @@ from typing import Any, Final
 
 from kbit.calibration import WINDOWS_PER_BATCH, Calibration
 from kbit.models.checkpoint import StoredTensor, is_buffer, layer_of, own_tensors, safetensors_header
-from kbit.models.limits import as_namespace, named_context
+from kbit.models.limits import (
+    DEPTHS,
+    HEADS,
+    KV_HEADS,
+    WIDTHS,
+    as_namespace,
+    first_count,
+    named_context,
+    of_decoder,
+)
 from kbit.models.prequantized.layouts import as_16_bit
 from kbit.models.readings import expert_count, has_experts
 from kbit.models.ways import Parts
@@ -27,10 +36,7 @@ head, which is read for each chunk, should meet enough tokens (with a vocabulary
 GUESSED: Final = "the number of parameters"
 STORED_BYTES: Final = 2
 """Of a weight as it is read: 16 bits."""
-_WIDTHS: Final = ("hidden_size", "n_embd", "d_model")
-_DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 _INNER: Final = ("intermediate_size", "ffn_dim", "n_inner")
-_HEADS: Final = ("num_attention_heads", "n_head")
 _POSITIONS: Final = ("max_position_embeddings", "n_positions")
 _LEARNED_POSITIONS: Final = frozenset({"opt", "gpt2", "gpt_neo", "gpt_bigcode", "xglm", "biogpt"})
 _PLAIN_FFN: Final = frozenset(
@@ -79,12 +85,12 @@ def sizes_of(files: Collection[Path], config: Mapping[str, Any] | None, paramete
     Raises:
         CheckpointError: a safetensors file is damaged.
     """
-    text = _text_config(config or {})
-    hidden = _first(text, _WIDTHS)
+    text = of_decoder(config or {})
+    hidden = first_count(text, WIDTHS)
     if files and hidden and all(file.suffix == ".safetensors" for file in files):
         tensors = as_16_bit(config, [t for file in files for t in safetensors_header(file)])
         return _of_tensors(tensors, text)
-    if hidden and _first(text, _DEPTHS):
+    if hidden and first_count(text, DEPTHS):
         return _of_config(text, parameters)
     return None if parameters is None else _of_parameters(parameters)
 
@@ -139,7 +145,7 @@ def parts_of(
 
 def _expert_bytes(sizes: Sizes, spec: Spec, config: Mapping[str, Any]) -> int:
     """Return the bytes of what is summed of the inputs of a block's experts, each of its own."""
-    inner = _first(_text_config(config), ("moe_intermediate_size", "ffn_hidden_size")) or sizes.inner
+    inner = first_count(of_decoder(config), ("moe_intermediate_size", "ffn_hidden_size")) or sizes.inner
     return spec.product_bytes * expert_count(config) * (sizes.hidden**2 + inner**2)
 
 
@@ -155,7 +161,7 @@ def _of_tensors(tensors: Collection[StoredTensor], text: Mapping[str, Any]) -> S
             blocks[number] += count
             quantized += count if _is_matrix(tensor) else 0
     outside = max((prod(t.shape) for t in own if layer_of(t.name) is None), default=0)
-    hidden = _first(text, _WIDTHS) or 0
+    hidden = first_count(text, WIDTHS) or 0
     return Sizes(
         parameters=sum(prod(t.shape) for t in own),
         quantized=quantized,
@@ -163,8 +169,8 @@ def _of_tensors(tensors: Collection[StoredTensor], text: Mapping[str, Any]) -> S
         block=max(blocks.values(), default=0),
         outside=outside,
         hidden=hidden,
-        inner=_first(text, _INNER) or 4 * hidden,
-        vocabulary=_first(text, ("vocab_size",)) or (outside // hidden if hidden else 0),
+        inner=first_count(text, _INNER) or 4 * hidden,
+        vocabulary=first_count(text, ("vocab_size",)) or (outside // hidden if hidden else 0),
         known_from="files",
     )
 
@@ -174,15 +180,15 @@ def _is_matrix(tensor: StoredTensor) -> bool:
 
 
 def _of_config(text: Mapping[str, Any], parameters: int | None) -> Sizes:
-    hidden, layers = _first(text, _WIDTHS) or 0, _first(text, _DEPTHS) or 1
-    inner = _first(text, _INNER) or 4 * hidden
-    vocabulary = _first(text, ("vocab_size",)) or 0
+    hidden, layers = first_count(text, WIDTHS) or 0, first_count(text, DEPTHS) or 1
+    inner = first_count(text, _INNER) or 4 * hidden
+    vocabulary = first_count(text, ("vocab_size",)) or 0
     kind = text.get("model_type")
     embedding = vocabulary * hidden
     ends = embedding if text.get("tie_word_embeddings", True) else 2 * embedding
-    ends += (_first(text, _POSITIONS) or 0) * hidden if kind in _LEARNED_POSITIONS else 0
-    heads = _first(text, _HEADS) or 1
-    shared = (_first(text, ("num_key_value_heads",)) or heads) / heads
+    ends += (first_count(text, _POSITIONS) or 0) * hidden if kind in _LEARNED_POSITIONS else 0
+    heads = first_count(text, HEADS) or 1
+    shared = (first_count(text, KV_HEADS) or heads) / heads
     block = round(2 * (1 + shared) * hidden**2) + (2 if kind in _PLAIN_FFN else 3) * hidden * inner
     if parameters is not None and parameters > ends:
         block = (parameters - ends) // layers
@@ -214,14 +220,3 @@ def _of_parameters(parameters: int) -> Sizes:
         vocabulary=_VOCABULARY,
         known_from=GUESSED,
     )
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a configuration that is about its text decoder, with what stands beside it."""
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, Mapping) else config
-
-
-def _first(config: Mapping[str, Any], names: Collection[str]) -> int | None:
-    found = (config.get(name) for name in names)
-    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)

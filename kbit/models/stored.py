@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kbit.errors import CheckpointError, SpecError
-from kbit.models.checkpoint import is_buffer, safetensors_header
+from kbit.errors import SpecError
+from kbit.models.checkpoint import Headers, StoredTensor, is_buffer
 from kbit.quantizer.storage import STORAGE_DTYPES
 
 SAFETENSORS_DTYPES: Final = {
@@ -60,13 +60,17 @@ class Stored:
         return self.dtype is not None and not is_buffer(self.name, self.shape)
 
 
-def stored_tensors(files: Sequence[Path]) -> Mapping[str, Stored]:
-    """Read the tensors of a checkpoint's files, by name.
+def stored_tensors(files: Sequence[Path], headers: Headers) -> Mapping[str, Stored]:
+    """Return the tensors of a checkpoint's files, by name.
+
+    Args:
+        files: the files.
+        headers: those of its safetensors files.
 
     Raises:
-        SpecError: a safetensors file is damaged, or a torch file would run code.
+        SpecError: a torch file would run code.
     """
-    return {tensor.name: tensor for file in files for tensor in _tensors(file)}
+    return {tensor.name: tensor for file in files for tensor in _tensors(file, headers.get(file))}
 
 
 def stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
@@ -93,12 +97,8 @@ def values_of(tensors: Sequence[Stored]) -> Iterator[tuple[Stored, Tensor]]:
             yield from ((tensor, loaded[tensor.name]) for tensor in here)
 
 
-def _tensors(file: Path) -> list[Stored]:
-    if file.suffix == ".safetensors":
-        try:
-            header = safetensors_header(file)
-        except CheckpointError as error:
-            raise SpecError("path", str(file), f"an undamaged safetensors file; {error}") from error
+def _tensors(file: Path, header: Sequence[StoredTensor] | None) -> list[Stored]:
+    if header is not None:
         return [
             Stored(
                 name=t.name,

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from kbit.errors import CheckpointError
 from kbit.evaluation.documents import file_documents, read_jsonl
-from kbit.models.checkpoint import count_parameters, model_files, read_config, weight_files, weights_among
+from kbit.models.checkpoint import count_parameters, model_files, read_config, tensors_in, weight_files
 from kbit.models.obeyed import FIRST_OBEYED, check_refused, obeyed_files
 from kbit.models.prequantized.layouts import as_16_bit
 from kbit.models.refusals import check_checkpoint, check_config
@@ -202,9 +202,8 @@ def local_model(path: str | Path, *, key: str = "path", progress: Progress | Non
         )
     try:
         files = model_files(directory)
-        check_checkpoint(directory, files)
-        weights = [file for file in weights_among(directory, files) if file.suffix == ".safetensors"]
-        params = count_parameters(weights, partial(as_16_bit, read_config(directory))) if weights else None
+        headers = check_checkpoint(directory, files)
+        params = count_parameters(as_16_bit(read_config(directory), tensors_in(headers))) if headers else None
         digest = _content_hash(directory, files, progress)
     except (CheckpointError, OSError) as error:
         raise HubError(f"{key}={str(path)!r} is not a usable model: {error}") from error

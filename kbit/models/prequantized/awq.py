@@ -13,7 +13,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, size_of_groups, unfitting
+from kbit.models.prequantized.layouts import (
+    KEY,
+    WEIGHT,
+    Layout,
+    QuantizedWeight,
+    layers_with,
+    number,
+    size_of_groups,
+    unfitting,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,11 +52,7 @@ class Awq(Layout):
 
     def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:
         declared = settings.get("q_group_size" if "q_group_size" in settings else "group_size")
-        for name in tensors:
-            layer, _, role = name.rpartition(".")
-            if role != "qweight":
-                continue
-            parts = {r: tensors[t] for r in ("qweight", "qzeros", "scales") if (t := f"{layer}.{r}") in tensors}
+        for layer, parts in layers_with("qweight", tensors, ("qweight", "qzeros", "scales")):
             if len(parts) < 3:
                 raise unfitting(layer, parts)
             inputs, words = parts["qweight"].shape

@@ -32,7 +32,6 @@ _TYPES: Final = ("nf4", "fp4")
 _MAPS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _INVERSE_127: Final = 7.874015718698502e-3
 """1 / 127 as the library multiplies with it, in float32."""
-_AT_ONCE: Final = 1 << 22
 
 
 class BitsAndBytes(Layout):
@@ -98,13 +97,15 @@ class BitsAndBytes(Layout):
 def _four_bits(weight: QuantizedWeight, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     import torch
 
+    from kbit.models.prequantized.words import AT_ONCE
+
     absmax, size = parts["absmax"].flatten(), int(weight.settings["blocksize"])
     if "nested_absmax" in parts:
         outer = parts["nested_absmax"].repeat_interleave(int(weight.settings["nested_blocksize"]))
         absmax = parts["nested_quant_map"][absmax.int()] * outer[: absmax.numel()] + weight.settings["nested_offset"]
     packed = parts["weight"].contiguous().view(torch.uint8).flatten()
     values = torch.empty(prod(weight.shape), dtype=dtype, device=packed.device)
-    step = max(1, _AT_ONCE // size) * size  # whole blocks, of an even number of values
+    step = max(1, AT_ONCE // size) * size  # whole blocks, of an even number of values
     for first in range(0, values.numel(), step):
         own = packed[first // 2 : (first + step) // 2]
         codes = torch.stack((own >> 4, own & 0xF), dim=-1).flatten()

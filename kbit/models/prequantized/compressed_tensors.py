@@ -12,7 +12,6 @@ Source: compressed-tensors 0.20, compressors/pack_quantized and naive_quantized,
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -21,10 +20,12 @@ from kbit.errors import CheckpointError
 from kbit.models.prequantized.layouts import (
     KEY,
     WEIGHT,
+    WORD,
     Layout,
     QuantizedWeight,
+    layers_with,
     number,
-    raw_bytes,
+    numbers_in,
     size_of_groups,
     unfitting,
 )
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 _FORMATS: Final = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision")
 _BITS: Final = tuple(range(1, 9))
-_WORD: Final = 32
 _ROLES: Final = (
     *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
     *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
@@ -67,11 +67,7 @@ class CompressedTensors(Layout):
 
     def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:
         groups = _groups(settings)
-        for name in tensors:
-            layer, _, role = name.rpartition(".")
-            if role != "weight_scale":
-                continue
-            parts = {r: tensors[t] for r in _ROLES if (t := f"{layer}.{r}") in tensors}
+        for layer, parts in layers_with("weight_scale", tensors, _ROLES):
             group = _group_of(layer, groups)
             own = {"bits": group["weights"]["num_bits"], "block": group["weights"].get("block_structure")}
             shape = _shape(layer, parts, own["bits"])
@@ -119,8 +115,8 @@ def _shape(layer: str, parts: Mapping[str, StoredTensor], bits: int) -> tuple[in
     """
     packed, plain, stored = parts.get("weight_packed"), parts.get("weight"), parts.get("weight_shape")
     if packed is not None and stored is not None:
-        shape = struct.unpack(f"<{prod(stored.shape)}{'q' if stored.dtype == 'I64' else 'i'}", raw_bytes(stored))
-        words = -(-shape[-1] * bits // _WORD)
+        shape = numbers_in(stored)
+        words = -(-shape[-1] * bits // WORD)
         if len(shape) == 2 and packed.dtype == "I32" and packed.shape == (shape[0], words):
             return shape[0], shape[1]
         raise unfitting(layer, parts)

@@ -15,7 +15,17 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, size_of_groups, unfitting
+from kbit.models.prequantized.layouts import (
+    KEY,
+    WEIGHT,
+    WORD,
+    Layout,
+    QuantizedWeight,
+    layers_with,
+    number,
+    size_of_groups,
+    unfitting,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +36,6 @@ if TYPE_CHECKING:
 _FORMATS: Final = ("gptq", "gptq_v2")
 _ROLES: Final = ("qweight", "qzeros", "scales", "g_idx")
 _BITS: Final = (2, 3, 4, 8)
-_WORD: Final = 32
 
 
 class Gptq(Layout):
@@ -46,18 +55,14 @@ class Gptq(Layout):
 
     def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:
         own = {"v2": settings.get("checkpoint_format") == "gptq_v2"}
-        for name in tensors:
-            layer, _, role = name.rpartition(".")
-            if role != "qweight":
-                continue
-            parts = {role: tensors[t] for role in _ROLES if (t := f"{layer}.{role}") in tensors}
+        for layer, parts in layers_with("qweight", tensors, _ROLES):
             if not {"qzeros", "scales"} <= parts.keys():
                 raise unfitting(layer, parts)
             packed, out = parts["qweight"].shape
-            inputs = parts["g_idx"].shape[0] if "g_idx" in parts else packed * _WORD // int(settings["bits"])
-            bits = packed * _WORD // inputs  # of this layer: tools may vary them
+            inputs = parts["g_idx"].shape[0] if "g_idx" in parts else packed * WORD // int(settings["bits"])
+            bits = packed * WORD // inputs  # of this layer: tools may vary them
             groups = parts["scales"].shape[0]
-            fits = packed * _WORD == bits * inputs and parts["qzeros"].shape == (groups, out * bits // _WORD)
+            fits = packed * WORD == bits * inputs and parts["qzeros"].shape == (groups, out * bits // WORD)
             size = None if "g_idx" in parts else size_of_groups(settings.get("group_size"), inputs, groups)
             in_groups = "g_idx" in parts or size is not None
             if bits not in _BITS or not fits or parts["scales"].shape[1] != out or not in_groups:

@@ -10,13 +10,22 @@ Source: hqq 0.2, hqq/core/bitpack.py and hqq/core/quantize.py (Quantizer.dequant
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.errors import CheckpointError
-from kbit.models.prequantized.layouts import KEY, WEIGHT, Layout, QuantizedWeight, number, raw_bytes, unfitting
+from kbit.models.prequantized.layouts import (
+    KEY,
+    WEIGHT,
+    Layout,
+    QuantizedWeight,
+    layers_with,
+    number,
+    numbers_in,
+    raw_bytes,
+    unfitting,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +34,6 @@ if TYPE_CHECKING:
     from kbit.models.checkpoint import StoredTensor
 
 _BITS: Final = (1, 2, 3, 4, 8)
-_NUMBERS: Final = {"U8": "B", "I8": "b", "I32": "i", "I64": "q"}
 _PACKINGS: Final = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "2bit_u8": (2, 4), "1bit_u8": (1, 8), "3bit_32": (3, 10)}
 """Bits, and codes in a byte or word."""
 _SETTINGS: Final = (
@@ -52,17 +60,12 @@ class Hqq(Layout):
         return frozenset(number(layer, "nbits", _BITS) for layer in layers)  # bits by layer
 
     def weights(self, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[QuantizedWeight]:  # noqa: ARG002  # the protocol's
-        for name in tensors:
-            layer, _, role = name.rpartition(".")
-            if role != "W_q":
-                continue
-            roles = ("W_q", "scale", "zero", *_SETTINGS)
-            parts = {role: tensors[t] for role in roles if (t := f"{layer}.{role}") in tensors}
+        for layer, parts in layers_with("W_q", tensors, ("W_q", "scale", "zero", *_SETTINGS)):
             if not {"scale", "zero", "shape", "packing"} <= parts.keys():
                 raise unfitting(layer, parts)
             if any(any(raw_bytes(parts[key])) for key in ("quant_scale", "quant_zero") if key in parts):
                 raise CheckpointError(f"the scales of {layer} are quantized too, which the package hqq reads alone")
-            shape = tuple(_numbers(parts["shape"]))
+            shape = numbers_in(parts["shape"])
             packing = raw_bytes(parts["packing"]).decode()
             dtype = raw_bytes(parts["compute_dtype"]).decode() if "compute_dtype" in parts else "float16"
             dtype = dtype.removeprefix("torch.")
@@ -94,14 +97,6 @@ class Hqq(Layout):
         compute = getattr(torch, weight.settings["dtype"])
         values = codes[: prod(weight.shape) // columns].to(compute)
         return ((values - parts["zero"].to(compute)) * parts["scale"].to(compute)).reshape(weight.shape).to(dtype)
-
-
-def _numbers(tensor: StoredTensor) -> tuple[int, ...]:
-    """Read whole numbers."""
-    letter = _NUMBERS.get(tensor.dtype)
-    if letter is None:
-        raise CheckpointError(f"{tensor.name} is {tensor.dtype}, and whole numbers are needed")
-    return struct.unpack(f"<{prod(tensor.shape)}{letter}", raw_bytes(tensor))
 
 
 def _dicts(config: Any) -> Iterator[Mapping[str, Any]]:

@@ -6,9 +6,11 @@ Imports no torch: planning asks what a checkpoint is, and which weights its tens
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from kbit.doors import Door
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 KEY: Final = "quantization_config"
 """The key of config.json that says how a checkpoint is quantized."""
 WEIGHT: Final = ".weight"
+WORD: Final = 32
+"""Bits of an integer in which codes are packed."""
+_NUMBERS: Final = {"U8": "B", "I8": "b", "I32": "i", "I64": "q"}
 
 PACKAGES: Final = {
     "aqlm": "aqlm",
@@ -171,8 +176,35 @@ def as_16_bit(config: Mapping[str, Any] | None, tensors: Sequence[StoredTensor])
         CheckpointError: as ``quantized_weights``.
     """
     weights = quantized_weights(config or {}, tensors)
-    parts = {part.name for weight in weights.values() for part in weight.parts.values()}
+    parts = part_names(weights)
     return [t for t in tensors if t.name not in parts] + [w.as_16_bit() for w in weights.values()]
+
+
+def part_names(weights: Mapping[str, QuantizedWeight]) -> set[str]:
+    """Return the names of the tensors that hold quantized weights."""
+    return {part.name for weight in weights.values() for part in weight.parts.values()}
+
+
+def layers_with(
+    role: str, tensors: Mapping[str, StoredTensor], roles: Collection[str]
+) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Yield each layer that has a tensor of a role, 'LAYER.ROLE', with its tensors of all `roles`."""
+    for name in tensors:
+        layer, _, own = name.rpartition(".")
+        if own == role:
+            yield layer, {r: tensors[t] for r in roles if (t := f"{layer}.{r}") in tensors}
+
+
+def numbers_in(tensor: StoredTensor) -> tuple[int, ...]:
+    """Read a small tensor's whole numbers.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    letter = _NUMBERS.get(tensor.dtype)
+    if letter is None:
+        raise CheckpointError(f"{tensor.name} is {tensor.dtype}, and whole numbers are needed")
+    return struct.unpack(f"<{prod(tensor.shape)}{letter}", raw_bytes(tensor))
 
 
 def raw_bytes(tensor: StoredTensor) -> bytes:

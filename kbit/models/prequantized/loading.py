@@ -18,10 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import SpecError
 from kbit.models.architectures import block_layers, text_config
-from kbit.models.checkpoint import StoredTensor, safetensors_header, weights_among
-from kbit.models.prequantized.layouts import KEY, WEIGHT, QuantizedWeight
+from kbit.models.checkpoint import StoredTensor, tensors_in
+from kbit.models.prequantized.layouts import KEY, WEIGHT, QuantizedWeight, part_names
 from kbit.models.stored import SAFETENSORS_DTYPES
-from kbit.models.streaming.extents import Extent
 from kbit.models.streaming.skeleton import parts_of, read_generation_config
 from kbit.specs.checkpoint import STORED_BITS
 
@@ -37,8 +36,19 @@ _STORED: Final = 16
 class _Later:
     """Stands for a tensor where transformers loads a model: it is read when its values are asked for."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor]) -> None:
-        self.shape, self.dtype, self._read = shape, dtype, read
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor], nbits: int | None = None
+    ) -> None:
+        self.shape, self.dtype, self._read, self._nbits = shape, dtype, read, nbits
+
+    @property
+    def is_quantized(self) -> bool:
+        return self._nbits is not None
+
+    @property
+    def nbits(self) -> int:
+        """Bits that the files store of it, as they are counted: 16 a value where it is not quantized."""
+        return _STORED * prod(self.shape) if self._nbits is None else self._nbits
 
     def __getitem__(self, _: object) -> _Later:
         return self
@@ -69,22 +79,24 @@ def from_quantized(auto_class: Any, directory: Path, found: Checkpoint) -> tuple
     delattr(config, KEY)
     with torch.device("meta"):
         like = auto_class.from_config(config, trust_remote_code=found.remote_code)
-    parts = {part.name for weight in weights.values() for part in weight.parts.values()}
-    tensors = [tensor for file in weights_among(found.directory, found.files) for tensor in safetensors_header(file)]
+    parts = part_names(weights)
     state = {
-        t.name: _Later(t.shape, SAFETENSORS_DTYPES[t.dtype], partial(_read, t)) for t in tensors if t.name not in parts
+        t.name: _Later(t.shape, SAFETENSORS_DTYPES[t.dtype], partial(_read, t))
+        for t in tensors_in(found.headers)
+        if t.name not in parts
     }
     turned = _turned(like)
     for weight in weights.values():
         turn = _ends_like(weight.name, turned)
         shape = weight.shape[::-1] if turn else weight.shape
-        state[weight.name] = _Later(shape, storage, partial(_dequantized, weight, storage, turn=turn, name=found.name))
+        read = partial(_dequantized, weight, storage, turn=turn, name=found.name)
+        state[weight.name] = _Later(shape, storage, read, weight.nbits)
     loaded: Any = type(like).from_pretrained(
         None, config=like.config, state_dict=dict(state), dtype=storage, output_loading_info=True
     )
     model, info = loaded
     read_generation_config(model, directory, remote_code=found.remote_code)
-    setattr(text_config(model), STORED_BITS, _stored_bits(model, weights, state))
+    setattr(text_config(model), STORED_BITS, _stored_bits(model, state))
     return model, info
 
 
@@ -119,34 +131,20 @@ def _ends_like(name: str, names: Collection[str]) -> bool:
     return name in names or any(own.endswith(f".{name}") or name.endswith(f".{own}") for own in names)
 
 
-def _stored_bits(
-    model: PreTrainedModel, weights: Mapping[str, QuantizedWeight], state: Mapping[str, _Later]
-) -> dict[str, int]:
+def _stored_bits(model: PreTrainedModel, state: Mapping[str, _Later]) -> dict[str, int]:
     """Return the bits that the files store of each layer in the blocks, and of others that they quantize, by name."""
     of_parameter: dict[str, int] = {}
     quantized: set[str] = set()
-    places = {name: _place(number, tensor) for number, (name, tensor) in enumerate(state.items())}
-    names = {place.start: name for name, place in places.items()}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for part in parts_of(model, places):
+    for part in parts_of(model, state):
         made = [name for name in part.targets if name in shapes]
         total = sum(prod(shapes[name]) for name in made)
-        sources = [names[place.start] for _, place in part.sources]
-        for name in made:
-            of_parameter[name] = _bits_of(sources, weights, state) * prod(shapes[name]) // total
-        quantized.update(made if any(name in weights for name in sources) else ())
+        stored = sum(tensor.nbits for _, tensor in part.sources)
+        of_parameter |= {name: stored * prod(shapes[name]) // total for name in made}
+        quantized.update(made if any(tensor.is_quantized for _, tensor in part.sources) else ())
     found: dict[str, int] = {}
     for layer in block_layers(model):
         parameter = f"{layer.name}{WEIGHT}" if layer.stack is None else layer.name.rpartition(".")[0]
         found[layer.name] = of_parameter[parameter] // (1 if layer.stack is None else layer.stack.count)
         quantized.discard(parameter)
     return found | {name.removesuffix(WEIGHT): of_parameter[name] for name in sorted(quantized)}
-
-
-def _bits_of(names: Collection[str], weights: Mapping[str, QuantizedWeight], state: Mapping[str, _Later]) -> int:
-    return sum(weights[name].nbits if name in weights else _STORED * prod(state[name].shape) for name in names)
-
-
-def _place(number: int, tensor: _Later) -> Extent:
-    """Return a place by which a tensor is known again among the parts of a model: its number."""
-    return Extent(file=Path(), start=number, nbytes=0, dtype=tensor.dtype, shape=tensor.shape, stride=())

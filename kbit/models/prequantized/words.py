@@ -7,8 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_WORD: Final = 32
-_AT_ONCE: Final = 1 << 22
+from kbit.models.prequantized.layouts import WORD
+
+AT_ONCE: Final = 1 << 22
 """Values that are computed at once: their float32 forms take a few of 16 MB."""
 
 
@@ -27,10 +28,10 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     if lacking:  # whole groups of 32 codes
         words = torch.nn.functional.pad(words, (0, lacking))
     groups = words.reshape(*words.shape[:-1], -1, bits)
-    codes = torch.empty((*groups.shape[:-1], _WORD), dtype=torch.uint8, device=words.device)
-    for number in range(_WORD):
-        word, shift = divmod(number * bits, _WORD)
-        held = _WORD - shift
+    codes = torch.empty((*groups.shape[:-1], WORD), dtype=torch.uint8, device=words.device)
+    for number in range(WORD):
+        word, shift = divmod(number * bits, WORD)
+        held = WORD - shift
         value = (groups[..., word] >> shift) & ((1 << min(bits, held)) - 1)
         if held < bits:  # the rest lies in the next word
             value |= groups[..., word + 1] << held
@@ -41,17 +42,17 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Return codes, uint8 [..., codes], in words: the inverse of ``unpack_words``, int32 [..., ceil(codes·k / 32)]."""
     count = codes.shape[-1]
-    padded = torch.nn.functional.pad(codes, (0, -count % _WORD)).reshape(*codes.shape[:-1], -1, _WORD)
+    padded = torch.nn.functional.pad(codes, (0, -count % WORD)).reshape(*codes.shape[:-1], -1, WORD)
     # 64 bits, of which a word's 32 are taken: shifts of int32 would run into its sign.
     words = torch.zeros((*padded.shape[:-1], bits), dtype=torch.int64, device=codes.device)
-    for number in range(_WORD):
-        word, shift = divmod(number * bits, _WORD)
+    for number in range(WORD):
+        word, shift = divmod(number * bits, WORD)
         value = padded[..., number].long() << shift
         words[..., word] |= value & 0xFFFFFFFF
-        if shift + bits > _WORD:
-            words[..., word + 1] |= value >> _WORD
+        if shift + bits > WORD:
+            words[..., word + 1] |= value >> WORD
     signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-    return signed.flatten(-2)[..., : -(-count * bits // _WORD)].contiguous()
+    return signed.flatten(-2)[..., : -(-count * bits // WORD)].contiguous()
 
 
 def affine(codes: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +66,7 @@ def affine(codes: Tensor, scale: Tensor, zero: Tensor | None, group: Tensor, dty
         dtype: of the result.
     """
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    step = max(1, _AT_ONCE // max(1, codes.shape[1]))
+    step = max(1, AT_ONCE // max(1, codes.shape[1]))
     for first in range(0, codes.shape[0], step):
         rows = slice(first, first + step)
         wide = codes[rows].float()

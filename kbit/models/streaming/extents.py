@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kbit.errors import NotStreamableError
-from kbit.models.checkpoint import safetensors_header
+from kbit.models.checkpoint import Headers, StoredTensor
 from kbit.models.stored import SAFETENSORS_DTYPES
 
 
@@ -38,8 +38,12 @@ class Extent:
         return raw.view(self.dtype).as_strided(self.shape, self.stride)
 
 
-def extents_of(files: Sequence[Path]) -> Mapping[str, Extent]:
+def extents_of(files: Sequence[Path], headers: Headers) -> Mapping[str, Extent]:
     """Find the tensors of a checkpoint's files, by name: from the headers of safetensors, and from torch files.
+
+    Args:
+        files: the files.
+        headers: those of its safetensors files.
 
     Raises:
         NotStreamableError: a torch file of the format before 1.6, or a tensor of a dtype that torch hasn't.
@@ -47,21 +51,21 @@ def extents_of(files: Sequence[Path]) -> Mapping[str, Extent]:
     return {
         name: extent
         for file in files
-        for name, extent in (_safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)).items()
+        for name, extent in (_safetensors(headers[file]) if file in headers else _torch_file(file)).items()
     }
 
 
-def _safetensors(file: Path) -> dict[str, Extent]:
+def _safetensors(header: Sequence[StoredTensor]) -> dict[str, Extent]:
     found = {}
-    for stored in safetensors_header(file):
+    for stored in header:
         dtype = SAFETENSORS_DTYPES.get(stored.dtype)
         if dtype is None:
-            raise NotStreamableError(f"{stored.name} in {file.name} is {stored.dtype}")
+            raise NotStreamableError(f"{stored.name} in {stored.file.name} is {stored.dtype}")
         # Contiguous, as the format has it.
         stride = tuple(prod(stored.shape[i + 1 :]) for i in range(len(stored.shape)))
         nbytes = stored.stop - stored.start
         found[stored.name] = Extent(
-            file=file, start=stored.start, nbytes=nbytes, dtype=dtype, shape=stored.shape, stride=stride
+            file=stored.file, start=stored.start, nbytes=nbytes, dtype=dtype, shape=stored.shape, stride=stride
         )
     return found
 

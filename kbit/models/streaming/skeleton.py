@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class HasShape(Protocol):
+    """What stands for a tensor of the files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+S = TypeVar("S", bound=HasShape)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class Part(Generic[S]):
     """Weights of a model that are made together.
 
     Attributes:
@@ -36,7 +47,7 @@ class Part:
 
     first: str
     targets: tuple[str, ...]
-    sources: tuple[tuple[str, Extent], ...]
+    sources: tuple[tuple[str, S], ...]
     converter: Any = None
 
     def values(self, raw: Sequence[Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -59,7 +70,7 @@ class Skeleton:
 
     model: PreTrainedModel
     info: Mapping[str, Any]
-    parts: tuple[Part, ...] = field(repr=False)
+    parts: tuple[Part[Extent], ...] = field(repr=False)
 
 
 class _Absent:
@@ -132,7 +143,7 @@ def read_generation_config(model: Any, directory: Path, *, remote_code: bool) ->
         )
 
 
-def parts_of(model: PreTrainedModel, extents: Mapping[str, Extent]) -> Iterator[Part]:
+def parts_of(model: PreTrainedModel, tensors: Mapping[str, S]) -> Iterator[Part[S]]:
     """Yield how a model's weights are made, by transformers' rules (``convert_and_load_state_dict_in_model``)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -142,19 +153,19 @@ def parts_of(model: PreTrainedModel, extents: Mapping[str, Extent]) -> Iterator[
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     own, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, tuple[Any, list[tuple[str, Extent]]]] = {}
-    for name in sorted(extents, key=dot_natural_key):
+    found: dict[str, tuple[Any, list[tuple[str, S]]]] = {}
+    for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, own)
         if target not in own and name in own:
             target, pattern = rename_source_key(name, [], [], prefix, own)
         if target in own:
             converter = None if pattern is None else by_pattern[pattern]
             _, sources = found.setdefault(target, (converter, []))
-            sources.append((name if pattern is None else pattern, extents[name]))
+            sources.append((name if pattern is None else pattern, tensors[name]))
     for target, (converter, sources) in found.items():
         targets: tuple[str, ...] = (target,)
         if converter is not None:
-            raw = [torch.empty(extent.shape, dtype=own[target].dtype, device="meta") for _, extent in sources]
+            raw = [torch.empty(tensor.shape, dtype=own[target].dtype, device="meta") for _, tensor in sources]
             targets = tuple(_converted(converter, target, sources, raw, model))
         # Of two tensors for one weight the first is loaded: a renaming knows its own.
         made_from = tuple(sources if converter else sources[:1])
@@ -162,7 +173,7 @@ def parts_of(model: PreTrainedModel, extents: Mapping[str, Extent]) -> Iterator[
 
 
 def _converted(
-    converter: Any, first: str, sources: Sequence[tuple[str, Extent]], raw: Sequence[Tensor], model: nn.Module
+    converter: Any, first: str, sources: Sequence[tuple[str, HasShape]], raw: Sequence[Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
     """Have a rule of transformers make weights, of which `first` is the first."""
     rule = deepcopy(converter)

@@ -65,7 +65,7 @@ class Streamed:
         threads: that read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, parts: Sequence[Part]) -> None:
+    def __init__(self, checkpoint: Checkpoint, loaded: LoadedModel, parts: Sequence[Part[Extent]]) -> None:
         self.loaded, self.checkpoint = loaded, checkpoint
         self.compute_dtype = checkpoint.compute_dtype
         self.threads = THREADS
@@ -78,7 +78,7 @@ class Streamed:
                     place = of_tensor.setdefault(id(tensor), _Place(absent=tensor))
                     place.holders.append((module, own))
                     self._places[f"{path}.{own}" if path else own] = place
-        makers: dict[int, Part] = {}
+        makers: dict[int, Part[Extent]] = {}
         for part in parts:
             for name in part.targets:
                 # Of tied weights that the files hold twice either is the weight.
@@ -131,7 +131,7 @@ class Streamed:
             CheckpointError: a file is cut short, or can't be read.
             SpecError: a finite value that became infinite in the 16-bit dtype.
         """
-        plan: list[tuple[Collection[str], list[Part], torch.device]] = []
+        plan: list[tuple[Collection[str], list[Part[Extent]], torch.device]] = []
         for names, device in groups:
             parts = [self._part_of[n] for n in names if n in self._part_of and self._places[n].held.is_meta]
             plan.append((names, list({id(part): part for part in parts}.values()), device))
@@ -150,7 +150,7 @@ class Streamed:
                 place.hold(place.absent)
 
     @torch.no_grad()
-    def _arrive(self, part: Part, raw: list[Tensor], device: torch.device) -> None:
+    def _arrive(self, part: Part[Extent], raw: list[Tensor], device: torch.device) -> None:
         """Put what a part makes into the model. `raw` is given up: its tensors are dropped one by one."""
         dtype = self._places[part.first].absent.dtype
         cast: list[Tensor] = []
@@ -189,7 +189,7 @@ def open_streamed(
     )
     if found.quantized:
         raise NotStreamableError(f"{path_or_id} holds weights that others quantized")
-    extents = extents_of(weights_among(found.directory, found.files))
+    extents = extents_of(weights_among(found.directory, found.files), found.headers)
     loaded, skeleton = found.read(partial(_build, extents))
     tie_equal(loaded.model, partial(_are_equal, skeleton))
     check_complete(loaded.model, skeleton.info, found.stored, name=path_or_id)

@@ -11,8 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kbit.errors import CheckpointError
+from kbit.models import checkpoint
 from kbit.models.checkpoint import safetensors_header
+from kbit.models.loading import find_checkpoint
+from kbit.models.streaming.streamed import open_streamed
 from sweeps.config import DEMO_DIR
+from sweeps.study.hub import local_model
 
 DTYPES = [
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -71,3 +75,19 @@ def test_both_refuse_a_damaged_file(damage: str, tmp_path: Path) -> None:
         safetensors_header(path)
     with pytest.raises(Exception, match=r"[Hh]eader|Incomplete|invalid"):
         load_file(path)
+
+
+def test_headers_are_read_once_where_a_model_is_loaded_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, read = DEMO_DIR / "models" / "neox-xs", list[Path]()
+
+    def header(file: Path) -> tuple[checkpoint.StoredTensor, ...]:
+        read.append(file)
+        return safetensors_header(file)
+
+    monkeypatch.setattr(checkpoint, "safetensors_header", header)
+    find_checkpoint(str(directory), revision=None, compute_dtype="storage", trust_remote_code=False)
+    assert len(read) == 1
+    open_streamed(str(directory), compute_dtype="storage")
+    assert len(read) == 2
+    local_model(directory)
+    assert len(read) == 3

@@ -14,6 +14,7 @@ from torch import nn
 
 from kbit.errors import CheckpointError, NotStreamableError, SpecError
 from kbit.models.architectures import block_layers, decoder_blocks
+from kbit.models.checkpoint import headers_of
 from kbit.models.loading import load_model
 from kbit.models.streaming import reader
 from kbit.models.streaming.extents import extents_of
@@ -176,7 +177,7 @@ def test_weights_that_the_files_hold_twice_are_apart_where_they_differ(tmp_path:
 
 def test_a_tensor_that_was_dropped_takes_no_memory_while_threads_wait(tmp_path: Path) -> None:
     save_file({name: torch.full((1000,), n) for n, name in enumerate("abc")}, tmp_path / "x.safetensors")
-    extents = extents_of([tmp_path / "x.safetensors"])
+    extents = extents_of([file := tmp_path / "x.safetensors"], headers_of([file]))
     with reader.Reading([(extents[name], CPU) for name in "abc"], threads=1) as reading:
         first = reading.take()
         memory = weakref.ref(first.untyped_storage())
@@ -193,7 +194,7 @@ def test_tensors_of_a_torch_file_are_found_whatever_their_order_in_memory(tmp_pa
     table = torch.arange(24.0).reshape(4, 6)
     tensors = {"table": table, "rows": table[1:3], "turned": table.t(), "one": table[2, 3], "none": torch.empty(0, 3)}
     torch.save(tensors, tmp_path / "x.bin")
-    extents = extents_of([tmp_path / "x.bin"])
+    extents = extents_of([tmp_path / "x.bin"], {})
     assert extents.keys() == tensors.keys()
     with reader.Reading([(extents[name], CPU) for name in tensors]) as reading:
         for tensor in tensors.values():

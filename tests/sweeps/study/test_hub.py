@@ -345,7 +345,9 @@ def test_unusable_directory_is_named_with_its_reason(tmp_path: Path, spoil: obje
 def test_parameters_are_the_sum_of_sizes(tmp_path_factory: pytest.TempPathFactory, shapes: list[list[int]]) -> None:
     file = tmp_path_factory.mktemp("m") / "model.safetensors"
     save_file({f"layers.{i}.weight": np.zeros(shape, np.float32) for i, shape in enumerate(shapes)}, file)
-    assert checkpoint.count_parameters([file]) == sum(int(np.prod(shape)) for shape in shapes)
+    assert checkpoint.count_parameters(checkpoint.safetensors_header(file)) == sum(
+        int(np.prod(shape)) for shape in shapes
+    )
 
 
 def test_masks_and_frequencies_of_old_checkpoints_are_no_parameters(tmp_path: Path) -> None:
@@ -358,15 +360,15 @@ def test_masks_and_frequencies_of_old_checkpoints_are_no_parameters(tmp_path: Pa
         "layers.0.mlp.weight": np.ones((2, 3), np.float16),
     }
     save_file(tensors, tmp_path / "m.safetensors")
-    assert checkpoint.count_parameters([tmp_path / "m.safetensors"]) == 11
+    assert checkpoint.count_parameters(checkpoint.safetensors_header(tmp_path / "m.safetensors")) == 11
 
 
 def test_tied_head_counts_once_and_an_untied_one_twice(tmp_path: Path) -> None:
     embedding = np.arange(12, dtype=np.float16).reshape(4, 3)
     save_file({"wte.weight": embedding, "lm_head.weight": embedding.copy()}, tmp_path / "tied.safetensors")
     save_file({"embed_in.weight": embedding, "embed_out.weight": embedding + 1}, tmp_path / "untied.safetensors")
-    assert checkpoint.count_parameters([tmp_path / "tied.safetensors"]) == 12
-    assert checkpoint.count_parameters([tmp_path / "untied.safetensors"]) == 24
+    assert checkpoint.count_parameters(checkpoint.safetensors_header(tmp_path / "tied.safetensors")) == 12
+    assert checkpoint.count_parameters(checkpoint.safetensors_header(tmp_path / "untied.safetensors")) == 24
 
 
 # Hashes of files

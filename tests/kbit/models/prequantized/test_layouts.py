@@ -206,7 +206,7 @@ def test_pieces_of_rows_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scale, zero = torch.randint(0, 9, (7, 12)), torch.rand(7, 3), torch.rand(7, 3)
     group = groups_of(12, 4, codes.device)
     whole = affine(codes, scale, zero, group, torch.bfloat16)
-    monkeypatch.setattr("kbit.models.prequantized.words._AT_ONCE", 25)
+    monkeypatch.setattr("kbit.models.prequantized.words.AT_ONCE", 25)
     assert torch.equal(affine(codes, scale, zero, group, torch.bfloat16), whole)
 
 
