@@ -62,9 +62,6 @@ def write_figures(
         The first format's files, in the order of ``FIGURES``.
     """
     results = Results.of(df, sweep=sweep, samples=samples, columns=columns)
-    if not results.metrics:
-        log.warning("no figures: the table has no metric with a value and a known direction")
-        return []
     return save_figures(results, directory, formats=formats)
 
 
@@ -102,6 +99,9 @@ def drawn_figures(
     results: Results, *, names: Sequence[str] | None = None, metrics: Sequence[Metric] | None = None
 ) -> Iterator[tuple[str, Figure]]:
     """Draw figures by name, one after the other, with the names of their files: ``file_stem``."""
+    if not results.metrics and metrics is None:
+        log.warning("no figures: the table has no metric with a value and a known direction")
+        return
     for name in [n for n, e in FIGURES.items() if e.own] if names is None else names:
         entry = FIGURES[name]
         for each in _versions(entry, results, metrics):

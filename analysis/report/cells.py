@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from analysis.cells import WHOLE_TENSOR, block_name, measured, numbers, ordered_dtypes, some_eval_diverged
+from analysis.cells import WHOLE_TENSOR, block_name, numbers, ordered_dtypes, some_eval_diverged
 from analysis.figures.style import family_name
 from analysis.metrics import Metric, headline_metrics, metric_columns, stderr
 from analysis.report.encoding import Column, key_column, log_column, name_column, number_column, packed
@@ -46,9 +46,8 @@ class Cells:
     left_out: list[str]
 
 
-def report_cells(df: pd.DataFrame) -> Cells:
-    """Encode the measured cells of a wide table, ordered by family, model and bits."""
-    rows = measured(df)
+def report_cells(rows: pd.DataFrame) -> Cells:
+    """Encode measured cells (``analysis.cells.measured``), ordered by family, model and bits."""
     order = pd.DataFrame(
         {"family": rows["family"], "params": numbers(rows, "params"), "model": rows["model"], "bits": rows["bits"]}
     )

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from analysis.cells import measured, some_eval_diverged
+from analysis.cells import some_eval_diverged
+from analysis.figures.results import Results
 from analysis.figures.style import BITS_STYLE, DTYPE_STYLE, family_name
 from analysis.metrics import direction_warnings, headline_metrics
 from analysis.mixtures import mixture_warnings
@@ -45,7 +46,7 @@ class Report:
         cells: the measured cells.
         sections: laws, references, what is missing, provenance.
         styles: colour and marker by column and value, those of the figures.
-        df, samples: what figures and tables are made from.
+        results: what figures and tables are made from; what was made of the table is kept there for all of them.
     """
 
     title: str
@@ -57,8 +58,7 @@ class Report:
     cells: Cells
     sections: Sequence[Section]
     styles: Mapping[str, Mapping[str, tuple[str, str]]]
-    df: pd.DataFrame = field(repr=False)
-    samples: Mapping[SampleKey, Samples] = field(repr=False)
+    results: Results = field(repr=False)
 
 
 def build_report(
@@ -82,22 +82,23 @@ def build_report(
     """
     parts = Parts()
     samples = samples or {}
-    rows = measured(df)
+    results = Results.of(df, sweep=name or title, samples=samples)
+    rows = results.rows
     sections = [
         *parts.optional("scaling laws", lambda: scaling_section(df, samples)),
-        *parts.optional("the paper's figures", lambda: paper_section(df)),
+        *parts.optional("the paper's figures", lambda: paper_section(results)),
         *parts.optional("outliers of 16-bit models", lambda: _outliers(df, long_df)),
         *parts.optional("published scores", lambda: references_section(long_df)),
-        *parts.optional("what is missing", lambda: _missing(df)),
+        *parts.optional("what is missing", lambda: _missing(df, rows)),
         *parts.optional("where the numbers come from", lambda: _provenance(rows, long_df)),
     ]
     return Report(
         title=title,
         name=name or title,
         summary=_summary(df, rows),
-        verdicts=parts.made("verdicts", lambda: _verdicts(df, samples), []),
+        verdicts=parts.made("verdicts", lambda: _verdicts(df, samples) if len(rows) else [], []),
         sentences=parts.made("findings", lambda: _sentences(df, samples), []),
-        cells=report_cells(df),
+        cells=report_cells(rows),
         sections=sections,
         styles={
             "bits": {str(bits): (look.colour, look.marker) for bits, look in BITS_STYLE.items()},
@@ -105,8 +106,7 @@ def build_report(
             "dtype": {d: (k.colour, k.marker) for d, k in {**DTYPE_STYLE, NONE: BITS_STYLE[16]}.items()},
         },
         warnings=[*notes, *mixture_warnings(long_df), *direction_warnings(df), *parts.problems],
-        df=df,
-        samples=samples,
+        results=results,
     )
 
 
@@ -114,8 +114,6 @@ def _verdicts(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[di
     """The paper's claims held against the data: headlines first, and what could be decided before what could not."""
     from analysis.findings import judge
 
-    if measured(df).empty:
-        return []
     found = [f.as_dict() for f in judge(df, samples)]
     return sorted(found, key=lambda f: (not f["headline"], f["verdict"] not in ("holds", "fails")))
 
@@ -151,7 +149,7 @@ def _outliers(df: pd.DataFrame, long_df: pd.DataFrame) -> Section | None:
     return outlier_section(df, long_df)
 
 
-def _missing(df: pd.DataFrame) -> Section | None:
+def _missing(df: pd.DataFrame, rows: pd.DataFrame) -> Section | None:
     """Which cells are not measured, by state and model."""
     from kbit.specs.base import BASELINE_BITS
 
@@ -161,7 +159,7 @@ def _missing(df: pd.DataFrame) -> Section | None:
     if left.empty:
         return None
     counts = left.groupby(["model", "status"], dropna=False).size().rename("cells").reset_index()
-    without = sorted(set(df["model"].dropna()) - set(measured(df).loc[lambda d: d["bits"] == BASELINE_BITS, "model"]))
+    without = sorted(set(df["model"].dropna()) - set(rows.loc[rows["bits"] == BASELINE_BITS, "model"]))
     none = f" Without a measured 16-bit cell, so without changes from it: {', '.join(without)}." if without else ""
     return Section(
         anchor="missing",

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from analysis.cells import fullest_dtype, measured, plain
+from analysis.cells import fullest_dtype, plain
 from analysis.figures.drawing import LOSS_CAP, loss_cap
 from analysis.metrics import headline_metrics
 from analysis.report.cells import PLAIN
@@ -57,7 +57,7 @@ def page(report: Report, *, figures: Sequence[tuple[str, str]] = (), problems: S
 
 def _head(report: Report) -> dict[str, Any]:
     """What the page's script reads besides the cells."""
-    rows = measured(report.df)
+    rows = report.results.rows
     losses = [m for m in headline_metrics(rows) if m.metric == "loss"]
     bits = pd.to_numeric(rows["bits"], errors="coerce")
     values = pd.to_numeric(rows[losses[0].column], errors="coerce") if losses else None

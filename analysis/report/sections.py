@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from analysis.cells import block_name
+from analysis.figures.results import Results
 from analysis.metrics import Metric, ranked_metrics
 from analysis.report.parts import Section, TablePart
 from analysis.significance import SampleKey, Samples
@@ -41,11 +42,11 @@ def scaling_section(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> S
     return Section(anchor="scaling-laws", title="What a number of bits buys", tables=shown)
 
 
-def paper_section(df: pd.DataFrame) -> Section | None:
+def paper_section(results: Results) -> Section | None:
     """The figures of the paper that the data don't allow, and what would measure what they need."""
     from analysis.figures import missing_figures
 
-    rows = [(f"Figure {m.paper}", m.title, m.reason, m.command) for m in missing_figures(df)]
+    rows = [(f"Figure {m.paper}", m.title, m.reason, m.command) for m in missing_figures(results.df, results=results)]
     frame = pd.DataFrame(rows, columns=["paper", "shows", "why it is not drawn", "what would measure it"])
     intro = "Everything else of the paper can be drawn from what is stored."
     table = TablePart(title="Not drawn", frame=frame)

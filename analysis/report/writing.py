@@ -57,22 +57,19 @@ def _name(path: Path, places: Places) -> str:
 
 
 def _write_paper(inputs: Inputs, report: Report, places: Places) -> list[Path]:
-    from analysis.figures.results import Results
     from analysis.paper import write_paper
 
-    results = Results.of(inputs.df, sweep=inputs.name, samples=report.samples)
-    return write_paper(inputs, places.paper, results=results)
+    return write_paper(inputs, places.paper, results=report.results)
 
 
 def _write_figures(report: Report, places: Places) -> list[Path]:
-    from analysis.figures import write_figures
+    from analysis.figures import save_figures
 
-    places.figures.mkdir(parents=True, exist_ok=True)
-    return write_figures(report.df, places.figures, sweep=report.name, samples=report.samples)
+    return save_figures(report.results, places.figures)
 
 
 def _tables(report: Report, places: Places) -> list[Path]:
-    return write_tables(report.df, places.tables, name=report.name, warnings=report.warnings)
+    return write_tables(report.results.df, places.tables, name=report.name, warnings=report.warnings)
 
 
 def write_tables(df: pd.DataFrame, directory: Path, *, name: str, warnings: Sequence[str] = ()) -> list[Path]:

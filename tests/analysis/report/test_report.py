@@ -104,7 +104,7 @@ def test_a_part_that_fails_costs_a_warning_and_not_the_others(
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr("analysis.findings.findings", broken)
-    monkeypatch.setattr("analysis.figures.write_figures", broken)
+    monkeypatch.setattr("analysis.figures.save_figures", broken)
     report = build_report(study.wide, study.long, title="demo")
     files, problems = write_report(report, tmp_path)
     assert problems == ["figures: could not be made (ZeroDivisionError: planted)"]
