@@ -24,6 +24,8 @@ LEAST_SHARE: Final = 0.15
 little leave more of the rows empty.
 """
 
+MASK_STEP: Final = 8
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Forest:
@@ -52,8 +54,17 @@ def forest_mask(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     place = torch.arange(ends.shape[1], device=ends.device)
     seen = (place[None, None, :] <= place[None, :, None]) & (place[None, :, None] < ends[:, None, :])
-    mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype, device=ends.device)
-    return mask.masked_fill_(seen, 0)[:, None]
+    mask = empty_mask(seen.shape, dtype, ends.device)
+    return mask.fill_(torch.finfo(dtype).min).masked_fill_(seen, 0)[:, None]
+
+
+def empty_mask(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised mask for attention, whose rows begin at multiples of ``MASK_STEP`` values.
+
+    A GPU's attention copies one that lies otherwise into one that does, in every layer.
+    """
+    *outer, length = shape
+    return torch.empty(*outer, -(-length // MASK_STEP) * MASK_STEP, dtype=dtype, device=device)[..., :length]
 
 
 @dataclass(kw_only=True)

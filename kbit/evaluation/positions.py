@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch.nn import functional
 
+from kbit.evaluation.forests import empty_mask
+
 Arguments = dict[str, torch.Tensor]
 Place = Callable[[Any, torch.Tensor, torch.Tensor], AbstractContextManager[Arguments]]
 
@@ -53,7 +55,7 @@ def _by_alibi(base: Any, positions: torch.Tensor, mask: torch.Tensor) -> Iterato
         slopes: torch.Tensor = plain(ones, num_heads, torch.float32)[:, 0, 1]  # a head's bias at position 1
         # As the model does, in its dtype: the product first, then the mask.
         bias = (slopes[None, :, None, None] * positions[:, None, None, :]).to(dtype)
-        return bias + mask
+        return torch.add(bias, mask, out=empty_mask((*bias.shape[:2], *mask.shape[2:]), dtype, mask.device))
 
     plain = base.build_alibi_tensor
     base.build_alibi_tensor = build

@@ -151,6 +151,18 @@ def test_shared_beginnings_score_as_each_request_alone(name: str) -> None:
     assert plan.count_tokens(share=True) < 0.5 * plan.count_tokens(share=False)
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 13])
+def test_rows_of_a_mask_begin_where_attention_takes_them_as_they_lie(length: int) -> None:
+    ends = torch.arange(1, length + 1, dtype=torch.int32)[None]
+    ends[0, 0] = length
+    mask = forest_mask(ends, torch.float32)
+    assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
+    assert mask.shape == (1, 1, length, length)
+    seen = torch.eye(length, dtype=torch.bool)
+    seen[:, 0] = True
+    assert torch.equal(mask[0, 0] == 0, seen)
+
+
 @pytest.mark.parametrize("name", list(TAKES_NONE))
 def test_a_model_that_takes_no_mask_is_scored_apart_and_says_so(name: str) -> None:
     scorer, plan = TokenScorer(tiny(TAKES_NONE[name])), branching()
