@@ -168,10 +168,13 @@ class _Batch:
 
 def _take(results: list[tuple[float, bool]], batch: _Batch, scored: OnItsWay) -> None:
     """Put what a batch gave in its requests' places."""
-    ends = np.cumsum(batch.lengths)[:-1]
-    nats, greedy = (np.split(values, ends) for values in scored.arrays())
-    for request, of_request, is_greedy in zip(batch.requests, nats, greedy, strict=True):
-        results[request] = (-float(of_request.sum(dtype=np.float64)), bool(is_greedy.all()))
+    starts = np.cumsum([0, *batch.lengths[:-1]])
+    nats, greedy = scored.arrays()
+    sums = np.add.reduceat(nats, starts, dtype=np.float64)
+    # A GPU has nothing to do while the last batches are here: no steps by request.
+    all_greedy = np.logical_and.reduceat(greedy, starts)
+    for request, of_request, is_greedy in zip(batch.requests, (-sums).tolist(), all_greedy.tolist(), strict=True):
+        results[request] = (of_request, is_greedy)
 
 
 class RequestEncoder:
