@@ -44,7 +44,7 @@ class CheckpointSpec(Spec):
 
     @property
     def why_not_packed(self) -> str:
-        return "the file's values are there dequantized, and its codes have no form in k bits here"
+        return "the file's values are dequantized as they are read, and its codes are not held in k bits"
 
     @property
     def why_not_layered(self) -> str:

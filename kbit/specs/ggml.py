@@ -75,7 +75,9 @@ class GgmlSpec(Spec):
 
     @property
     def why_not_packed(self) -> str:
-        return "llama.cpp's blocks have scales of their own, which the k-bit layer's products don't take"
+        return (
+            "llama.cpp's formats run dense: the k-bit layer takes none of them (most have scales of scales, or minima)"
+        )
 
     @property
     def why_not_layered(self) -> str | None:

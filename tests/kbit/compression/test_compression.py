@@ -11,9 +11,13 @@ import torch
 from kbit import quantize_model
 from kbit.compression.__main__ import main
 from kbit.compression.measure import VECTORS, measure
+from kbit.models.architectures import block_layers
 from kbit.models.quantize import Calibrated
 from kbit.spec import spec_of
 from tests import ROOT
+from tests.kbit.architectures import build
+from tests.kbit.methods.test_experts import TOKENS as SENT
+from tests.kbit.methods.test_experts import true_inputs
 from tests.kbit.tiny_models import NAMES, VOCABULARY, bits_of, identical, tiny
 
 TOKENS = torch.arange(24).view(2, 12) % VOCABULARY
@@ -52,6 +56,19 @@ def test_errors_are_those_of_weights_and_outputs_in_float64() -> None:
     assert of.weight_error == pytest.approx(float(change.norm() / weight.norm()), rel=1e-5)
     assert of.output_error == pytest.approx(float((x @ change.T).norm() / (x @ weight.T).norm()), rel=1e-4)
     assert (of.kind, of.block) == ("model.decoder.layers.*.fc2", 1)
+
+
+def test_outputs_of_an_expert_are_compared_on_the_tokens_that_are_sent_to_it() -> None:
+    model, true = build("gpt_oss").float(), true_inputs("gpt_oss")
+    weights = {layer.name: layer.weight.double() for layer in block_layers(model)}
+    spec = spec_of({"bits": 3, "dtype": "int"})
+    with quantize_model(model, spec, storage_dtype=torch.float16):
+        changed = {layer.name: layer.working.double() for layer in block_layers(model)}
+    found = {t.name: t for t in measure(model, spec, tokens=SENT, storage_dtype=torch.float16).tensors}
+    for name, x in true.items():
+        before, after = x @ weights[name].T, x @ changed[name].T
+        error = found[name].output_error
+        assert error == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3), name
 
 
 def test_rounding_that_is_corrected_loses_less_of_outputs_and_more_of_weights() -> None:
