@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Final
 
@@ -10,16 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.commands.progress import saying
-from sweeps.commands.selection import chosen_part
-from sweeps.errors import EXIT_FAILED, UserError
+from sweeps.commands.selection import planned_parts
+from sweeps.errors import EXIT_FAILED
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
 from sweeps.results.audit import Fault, Finding, Planned, find_faults
-from sweeps.results.superseded import newest_launches
-from sweeps.results.table import planned_there
 from sweeps.store.parts import Store
-from sweeps.study.cell import Measurement
-from sweeps.study.manifest import Manifest
 from sweeps.text import counted
 
 MOST_SHOWN: Final = 10
@@ -32,8 +28,9 @@ def audit(options: Options, console: Console) -> int:
     Raises:
         UserError: nothing was planned there, or nothing of it is chosen.
     """
-    manifests = planned_there(options.out, options.asked_sweep)
-    planned = _planned(options, manifests)
+    # What earlier launches planned, e.g. of other models, need not be there; what is stored of it is looked at too.
+    needed, more = planned_parts(options)
+    planned = Planned(known={**more, **needed}, needed=needed.keys())
     store = Store(out=options.out)
     with saying(console) as say:
         found = list(find_faults(store, planned, read_flight(options.out), say))
@@ -47,27 +44,6 @@ def audit(options: Options, console: Console) -> int:
         console.print(f"[red]{escape(str(path))}[/] {what}", highlight=False, soft_wrap=True)
     _say_whole(planned, found, console)
     return EXIT_FAILED if found or store.damaged else 0
-
-
-def _planned(options: Options, manifests: Sequence[Manifest]) -> Planned:
-    """Return what has to be there by the newest launches, and with it what else was planned and may be."""
-    newest = newest_launches(manifests)
-    needed = dict(_chosen(options, newest.values()))
-    # What earlier launches planned, e.g. of other models, need not be there; what is stored of it is looked at too.
-    earlier = [m for m in manifests if newest[m.sweep] is not m]
-    known = {**dict(_chosen(options, earlier)), **needed}
-    if not known:
-        raise UserError(f"{options.choice} chooses nothing of what was planned in out={str(options.out)!r}")
-    return Planned(known=known, needed=needed.keys())
-
-
-def _chosen(options: Options, manifests: Iterable[Manifest]) -> Iterable[tuple[str, Measurement]]:
-    for manifest in manifests:
-        try:
-            part = chosen_part(options.choice, options.out, manifest)
-        except UserError:
-            continue  # what was chosen is of other launches
-        yield from ((m.key, m) for m in part.wanted())
 
 
 def _show(fault: Fault, findings: Sequence[Finding], console: Console) -> None:

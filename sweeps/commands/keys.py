@@ -28,7 +28,7 @@ OBEYED: Final[Mapping[str, tuple[str, ...]]] = {
     "retry": ("run", "plan", "status"),
     "order": ("run", "plan"),
     "budget": ("run", "plan"),
-    "watch": ("run",),
+    "watch": ("run", "status"),
     "report": ("run",),
     "script": ("plan",),
     "by": ("status", "table"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from sweeps.errors import UserError
 from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
 from sweeps.results.inputs import read_inputs
-from sweeps.results.table import load_results, load_tables, measurement_states, results_by_study
+from sweeps.results.superseded import newest_launches
+from sweeps.results.table import load_results, load_tables, measurement_states, planned_there, results_by_study
 from sweeps.status import Runs
-from sweeps.study.cell import axis_names
+from sweeps.study.cell import Measurement, axis_names
 from sweeps.study.choice import MORE, Candidate, Choice
 from sweeps.study.manifest import Manifest
 
@@ -102,6 +104,32 @@ def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
     taken = [m for m, is_chosen in zip(measurements, chosen, strict=True) if is_chosen]
     first = [m.cell.first for m in taken if m.cell.first is not None]
     return replace(manifest, chosen=frozenset(m.key for m in [*taken, *first]))
+
+
+def planned_parts(options: Options) -> tuple[dict[str, Measurement], dict[str, Measurement]]:
+    """Return what the newest launches of studies plan, by key, and what only earlier ones did; of what is chosen.
+
+    Raises:
+        UserError: nothing was planned there, or nothing of it is chosen.
+    """
+    manifests = planned_there(options.out, options.asked_sweep)
+    newest = newest_launches(manifests)
+    now = _measurements(options, newest.values())
+    before = _measurements(options, [m for m in manifests if newest[m.sweep] is not m])
+    if not now and not before:
+        raise UserError(f"{options.choice} chooses nothing of what was planned in out={str(options.out)!r}")
+    return now, {key: m for key, m in before.items() if key not in now}
+
+
+def _measurements(options: Options, manifests: Iterable[Manifest]) -> dict[str, Measurement]:
+    found: dict[str, Measurement] = {}
+    for manifest in manifests:
+        try:
+            part = chosen_part(options.choice, options.out, manifest)
+        except UserError:
+            continue  # what was chosen is of other launches
+        found |= {m.key: m for m in part.wanted()}
+    return found
 
 
 def say_what_stays(options: Options, console: Console) -> None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from sweeps.commands.ask import observed_flight
 from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_results
+from sweeps.commands.watch import watch
 from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
 from sweeps.launches.claimer import Seen, stored_rows
@@ -34,6 +35,8 @@ COUNTED_BY: Final = ("calibration", "label")
 def status(options: Options, console: Console) -> int:
     """Count cells by state, and by the axes of ``by``; say how their jobs do."""
     check_axes(options.by, "by", COUNTED_BY)
+    if options.watch:
+        return watch(options, console)
     flight = observed_flight(options.out, console)
     # By study, a cell that several share counts in each; by other axes it is one cell.
     by_study = not options.by
