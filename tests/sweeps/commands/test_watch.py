@@ -5,8 +5,8 @@ from __future__ import annotations
 import _thread
 import os
 import re
-import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -25,9 +25,25 @@ from tests.sweeps.studies import command, store_study, stored_row, study
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "PAUSE_SECONDS", 0.02)
+Pause = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch) -> Pause:
+    """Have something happen in the first pause of a view; those that follow are short."""
+
+    def happens(what: Callable[[], object]) -> None:
+        sleep, to_do = time.sleep, [what]
+
+        def paused(_: float) -> None:
+            for each in to_do:
+                each()
+            to_do.clear()
+            sleep(0.01)
+
+        monkeypatch.setattr(watch.time, "sleep", paused)
+
+    return happens
 
 
 def followed(*, by: tuple[str, ...] = ("model", "bits"), retry: frozenset[State] = frozenset()) -> Followed:
@@ -79,25 +95,23 @@ def test_what_an_earlier_launch_planned_counts_where_it_is_stored_or_in_flight(t
 
 @pytest.mark.parametrize(("status", "code"), [("done", 0), ("failed", 1)])
 def test_it_ends_by_itself_when_nothing_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, code: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pause: Pause, status: str, code: int
 ) -> None:
     manifest = study()
     last, *_ = manifest.measurements()
     store = store_study(tmp_path, manifest, wanted=lambda m: m != last)
     row = {**stored_row(last), "status": status, "error_type": "ValueError" if code else None}
-    later = threading.Timer(0.3, store.write, [row])
-    later.start()
+    pause(lambda: store.write(row))
     assert command("mode=status", f"out={tmp_path}", "watch=true") == code
-    later.join()
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("5/6 measurements")
     assert said[-1] == ("5/6 measurements  1 failed" if code else "6/6 measurements")
 
 
-def test_ctrl_c_ends_the_view_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_the_view_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], pause: Pause) -> None:
     store_study(tmp_path, study(), wanted=lambda m: m.eval.kind == "task")
     before = sorted(tmp_path.rglob("*"))
-    threading.Timer(0.3, _thread.interrupt_main).start()
+    pause(_thread.interrupt_main)
     assert command("mode=status", f"out={tmp_path}", "watch=true") == 0
     assert capsys.readouterr().out.startswith("3/6 measurements")
     assert sorted(tmp_path.rglob("*")) == before
@@ -141,7 +155,9 @@ def test_the_picture_fits_the_terminal_with_what_is_not_done_first(
     assert any("1 failed with ValueError" in line for line in lines)
 
 
-def test_plans_are_read_again_when_a_launch_adds_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_are_read_again_when_a_launch_adds_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pause: Pause
+) -> None:
     manifest, more = study(), study(sweep="t", models=("m-l",))
     last, *_ = manifest.measurements()
     store = store_study(tmp_path, manifest, wanted=lambda m: m != last)
@@ -151,20 +167,21 @@ def test_plans_are_read_again_when_a_launch_adds_one(tmp_path: Path, capsys: pyt
         os.utime(more.path(tmp_path), (time.time() + 5,) * 2)
         store.write(stored_row(last))
 
-    later = threading.Timer(0.3, launch)
-    later.start()
+    pause(launch)
     assert command("mode=status", f"out={tmp_path}", "watch=true") == 0
-    later.join()
     assert capsys.readouterr().out.splitlines()[-1] == "12/12 measurements"
 
 
 def test_what_is_being_measured_is_shown(tmp_path: Path) -> None:
     manifest = study(models=[f"m-{i}" for i in range(20)])
+    _, done, *_ = manifest.measurements()
     keys = [m.key for m in manifest.measurements()]
-    store_study(tmp_path, manifest, wanted=lambda m: False)
+    store = store_study(tmp_path, manifest, wanted=lambda m: False)
     claims = Claims(out=tmp_path)
     claims.heartbeat(claims.create(1, launch="l", sweep="s", packs={"p": keys}), [keys[0]])
     first = drawn(tmp_path)[0]
-    assert "0/120 measurements" in first
-    assert "1 running" in first
-    assert "119 queued" in first
+    assert "0/120 measurements  1 running  119 queued" in first
+    ended = datetime.now(UTC)
+    store.write({**stored_row(done), "started": ended - timedelta(seconds=60), "finished": ended})
+    first = drawn(tmp_path)[0]
+    assert re.search(r"1/120 measurements  (0.9\d+|1) a minute  left [12]\d\d min|left 2.\d h", first), first
