@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sweeps import load_results
-from sweeps.commands import MODES
+from sweeps.commands import MODES, run_mode
 from sweeps.commands.keys import CHOOSING, EVERY, OBEYED, check_keys
 from sweeps.config import register, schema, unknown_keys
 from sweeps.errors import UserError
@@ -153,7 +153,7 @@ def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(launch
 
 
 def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
-    small: Path, launch: Launch, tmp_path: Path
+    small: Path, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     modes = {
         "run",
@@ -168,6 +168,7 @@ def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
         "cancel",
         "drop",
         "export",
+        "audit",
     }
     assert modes == set(CHOOSING)
     study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
@@ -183,6 +184,8 @@ def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     assert "No failed measurement among those chosen (2 done)" in launch(*study, "mode=logs", where).stdout
     assert re.search(r"demo +2 +2\n", launch(*study, "mode=status", where).stdout)
     assert "to do  0" in launch(*study, "mode=plan", where).stdout
+    assert run_mode(configured("mode=audit", f"out={small}", where), []) == 0
+    assert capsys.readouterr().out.startswith("2 of 2 planned measurements there once")
     assert "Retired 2 measurement" in launch(*study, "mode=drop", where, "yes=true").stdout
     again = launch(*study, "mode=drop", where, "yes=true")
     assert again.returncode == 2
