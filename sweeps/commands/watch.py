@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic, sleep, strftime
 from types import TracebackType
 from typing import Final, Self
 
@@ -52,7 +52,7 @@ def watch(options: Options, console: Console) -> int:
         with _View(console=console, options=options) as view:
             view.show(progress, looker.problems)
             while not progress.is_done:
-                time.sleep(max(PAUSE_SECONDS, IDLE * looker.took))
+                sleep(max(PAUSE_SECONDS, IDLE * looker.took))
                 progress = looker.look()
                 view.show(progress, looker.problems)
     except KeyboardInterrupt:
@@ -87,8 +87,8 @@ class _View:
     def show(self, progress: Progress, problems: Sequence[str]) -> None:
         if self.console.is_terminal:
             self._live.update(_drawn(progress, self.options.by or BY, problems, self.console), refresh=True)
-        elif self._last is None or progress.is_done or time.monotonic() - self._last > LINE_SECONDS:
-            self._last = time.monotonic()
+        elif self._last is None or progress.is_done or monotonic() - self._last > LINE_SECONDS:
+            self._last = monotonic()
             self.console.print("  ".join(_words(progress)), highlight=False, soft_wrap=True)
 
 
@@ -111,7 +111,7 @@ class _Looker:
     def look(self) -> Progress:
         out = self.options.out
         self._ask(out)
-        began = time.monotonic()
+        began = monotonic()
         plans = [(path, path.stat().st_mtime_ns) for path in list_files(out / "manifests", "*.json")]
         if self._followed is None or plans != self._plans:
             needed, more = planned_parts(self.options)
@@ -123,13 +123,13 @@ class _Looker:
             )
             self._plans = plans
         progress = self._followed.progress(Store(out=out), read_flight(out))
-        self.took = time.monotonic() - began
+        self.took = monotonic() - began
         return progress
 
     def _ask(self, out: Path) -> None:
-        if time.monotonic() - self._asked < ASK_SECONDS:
+        if monotonic() - self._asked < ASK_SECONDS:
             return
-        self._asked = time.monotonic()
+        self._asked = monotonic()
         self.problems = [problem for executor in with_jobs(out) for problem in executor.observe(out).problems]
 
 
@@ -158,7 +158,7 @@ def _drawn(progress: Progress, by: Sequence[str], problems: Sequence[str], conso
         lines.append(Text(f"nobody is at it: {counted(left, 'measurement')} for the study's command", style="yellow"))
     lines += [Text(problem, style="yellow") for problem in problems]
     end = "nothing is left to run" if progress.is_done else "Ctrl-C ends the view, and nothing else"
-    lines.append(Text(f"{time.strftime('%H:%M:%S')}  {end}", style="dim", no_wrap=True))
+    lines.append(Text(f"{strftime('%H:%M:%S')}  {end}", style="dim", no_wrap=True))
     table = _table(progress, by, console.height - _OTHER_LINES - len(lines))
     return Group(head, table, *lines)
 

@@ -33,15 +33,15 @@ def pause(monkeypatch: pytest.MonkeyPatch) -> Pause:
     """Have something happen in the first pause of a view; those that follow are short."""
 
     def happens(what: Callable[[], object]) -> None:
-        sleep, to_do = time.sleep, [what]
+        to_do = [what]
 
         def paused(_: float) -> None:
             for each in to_do:
                 each()
             to_do.clear()
-            sleep(0.01)
+            time.sleep(0.01)
 
-        monkeypatch.setattr(watch.time, "sleep", paused)
+        monkeypatch.setattr(watch, "sleep", paused)
 
     return happens
 
