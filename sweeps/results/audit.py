@@ -18,7 +18,7 @@ from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.spec import axes
 from sweeps.launches.in_flight import InFlight
-from sweeps.results.table import state_of
+from sweeps.results.joined import state_of
 from sweeps.status import FINAL, State
 from sweeps.store.joining import digests
 from sweeps.store.parts import Store

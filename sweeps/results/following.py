@@ -10,8 +10,8 @@ from typing import Final
 
 from kbit.spec import axes as kbit_axes
 from sweeps.launches.in_flight import InFlight
+from sweeps.results.joined import state_of
 from sweeps.results.state_table import NO_VALUE
-from sweeps.results.table import state_of
 from sweeps.status import State
 from sweeps.store.parts import Store
 from sweeps.store.schema import Row

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
-from sweeps.results.superseded import newest_launches, planned_now
-from sweeps.status import State
+from sweeps.results.frames import long_frame, wide_frame
+from sweeps.results.joined import decided, joined, planned, recorded_states
+from sweeps.results.superseded import newest_launches
+from sweeps.status import FINAL, State
 from sweeps.store.parts import Store
-from sweeps.store.rows import measurement_row, recorded_state
 from sweeps.store.samples import Samples, decode_samples
-from sweeps.store.schema import Row, cell_columns, columns
-from sweeps.study.cell import Measurement, ModelRef
+from sweeps.study.cell import ModelRef
 from sweeps.study.manifest import Manifest, load_manifests
 from sweeps.study.reading import superseded
 from sweeps.text import counted
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
-"""The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
-
-# What a cell's row in the wide table says of the run, besides its metrics: summed, or the latest measurement's.
-_WIDE_SUMS: Final = ("seconds",)
-_WIDE_MAX: Final = ("peak_memory_bytes", "finished")
-_WIDE_LAST: Final = (
-    *("compute_dtype", "commit", "dirty", "versions", "device", "kernel", "seed", "launch", "pack", "job", "host"),
-    "error_type",
-)
+    import pyarrow as pa
 
 
 def load_results(out: str | Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
@@ -51,8 +40,8 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     Raises:
         UserError: no study was ever planned there.
     """
-    rows = _long_rows(Path(out), planned_there(Path(out), sweep))
-    return _long(rows) if long else _wide(rows)
+    rows = _rows(Path(out), planned_there(Path(out), sweep))
+    return long_frame(rows) if long else wide_frame(rows)
 
 
 def load_tables(
@@ -70,7 +59,9 @@ def load_tables(
     Raises:
         UserError: no study was ever planned there, or none of that name.
     """
-    found: dict[tuple[str, str], Row] = {}
+    import pyarrow as pa
+
+    tables: list[pa.Table] = []
     problems: list[UserError] = []
     for out in outs:
         try:
@@ -80,14 +71,25 @@ def load_tables(
         except UserError as problem:
             problems.append(problem)
             continue
-        for row in _long_rows(out, manifests):
-            where = (row["key"], row["eval"])
-            if where not in found or (not State(found[where]["status"]).is_final and State(row["status"]).is_final):
-                found[where] = row
-    if len(problems) == len(outs):
+        tables.append(_rows(out, manifests))
+    if not tables:
         raise problems[0]
-    rows = list(found.values())
-    return _wide(rows), _long(rows)
+    rows = tables[0] if len(tables) == 1 else _each_once(pa.concat_tables(tables))
+    return wide_frame(rows), long_frame(rows)
+
+
+def _each_once(rows: pa.Table) -> pa.Table:
+    """Return the row of each planned measurement that is done; of several, or of none, the first."""
+    import pyarrow as pa
+
+    found: dict[tuple[str, str], int] = {}
+    statuses = rows.column("status").to_pylist()
+    wheres = zip(rows.column("key").to_pylist(), rows.column("eval").to_pylist(), strict=True)
+    for index, where in enumerate(wheres):
+        known = found.get(where)
+        if known is None or (statuses[index] in FINAL and statuses[known] not in FINAL):
+            found[where] = index
+    return rows.take(pa.array(found.values(), pa.int64()))
 
 
 def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
@@ -105,18 +107,18 @@ def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None)
 
     manifests = planned_there(out, sweep)
     flight = read_flight(out)
-    stored: dict[str, Row] = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
+    stored = Store(out=out).read()
     frames = []
     for name in newest_launches(manifests):
-        rows = _joined([m for m in manifests if m.sweep == name], stored, flight)
-        frames.append(_long(rows) if long else _wide(rows))
+        rows = joined([m for m in manifests if m.sweep == name], stored, flight)
+        frames.append(long_frame(rows) if long else wide_frame(rows))
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
 def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(wide, long) of exactly what one launch planned, whatever else the directory holds."""
-    rows = _long_rows(out, [manifest])
-    return _wide(rows), _long(rows)
+    rows = _rows(out, [manifest])
+    return wide_frame(rows), long_frame(rows)
 
 
 def left_out(out: Path, sweep: str | None = None) -> list[str]:
@@ -168,129 +170,14 @@ def _models(manifests: Sequence[Manifest]) -> Iterable[ModelRef]:
     return (cell.model for manifest in manifests for cell in manifest.cells)
 
 
-def _long_rows(out: Path, manifests: Sequence[Manifest]) -> list[Row]:
+def _rows(out: Path, manifests: Sequence[Manifest]) -> pa.Table:
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
-    stored: dict[str, Row] = {row["measurement"]: row for row in Store(out=out).read().to_pylist()}
-    return _joined(manifests, stored, flight)
-
-
-def _joined(manifests: Sequence[Manifest], stored: Mapping[str, Row], flight: InFlight) -> list[Row]:
-    """Join what was planned with what is stored and in flight."""
-    rows: list[Row] = []
-    now = planned_now(manifests)
-    earlier = superseded(_models(manifests))
-    for study, measurement in planned(manifests).values():
-        if measurement.cell.model in earlier:
-            continue
-        row = stored.get(measurement.key)
-        state = state_of(row, measurement.key, flight)
-        if measurement.key not in now and not state.is_final and measurement.key not in flight.held:
-            state = State.SUPERSEDED
-        if row is None or state is State.RUNNING:
-            row = _planned_row(measurement)
-        metrics, stderr = dict(row["metrics"] or ()), dict(row["stderr"] or ())
-        # Parquet can't hold a column of empty mappings.
-        directions = dict(row.get("higher_is_better") or ()) or None
-        # Rows of before schema 4 lack it; the study knows.
-        seed = {"calibration_seed": measurement.cell.calibration_seed}
-        about = {**seed, "metrics": metrics, "stderr": stderr, "higher_is_better": directions}
-        rows.append({**row, **about, "status": state.value, "sweep": study})
-    return rows
+    return joined(manifests, Store(out=out).read(), flight)
 
 
 def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[str, State]:
     """Return the state of each measurement that a launch of a study may run: all of them, unless some were chosen."""
-    rows = Store(out=out).read(["measurement", "status", "error_type"]).to_pylist()
-    stored = {row["measurement"]: row for row in rows}
-    return {m.key: state_of(stored.get(m.key), m.key, flight) for m in manifest.wanted()}
-
-
-def state_of(row: Row | None, key: str, flight: InFlight) -> State:
-    """Decide by a stored result, then work in flight, then a stored failure, then how work without a record ended."""
-    stored = None if row is None else recorded_state(row)
-    if stored is not None and stored.is_final:
-        return stored
-    if key in flight.running:
-        return State.RUNNING
-    if stored is not None:
-        return stored
-    return State.QUEUED if key in flight.queued else State(flight.ended.get(key, State.MISSING))
-
-
-def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
-    """(study, measurement) by cell key and evaluation name; of an evaluation's variants the last planned counts."""
-    found: dict[tuple[str, str], tuple[str, Measurement]] = {}
-    for manifest in manifests:
-        for m in manifest.measurements():
-            where = (m.cell.key, m.eval.name)
-            study = found[where][0] if where in found else manifest.sweep
-            found[where] = (study, m)
-    return found
-
-
-def _planned_row(measurement: Measurement) -> Row:
-    empty = {c.name: None for c in columns() if c.name != "samples"}
-    return {**empty, **measurement_row(measurement), "metrics": {}, "stderr": {}}
-
-
-def _long(rows: Sequence[Row]) -> pd.DataFrame:
-    return _frame(rows, [c.name for c in columns() if c.name != "samples"])
-
-
-def _wide(rows: Sequence[Row]) -> pd.DataFrame:
-    cells: dict[str, list[Row]] = {}
-    for row in rows:
-        cells.setdefault(row["key"], []).append(row)
-    metrics: dict[str, None] = {}
-    wide = []
-    for group in cells.values():
-        values = {f"{row['eval']}_status": row["status"] for row in group}
-        values |= _metric_columns(group)
-        metrics |= dict.fromkeys(values)
-        wide.append({**_wide_fixed(group), **values})
-    fixed = [*cell_columns()[:1], "sweep", "status", *cell_columns()[1:]]
-    return _frame(wide, [*fixed, *metrics, *_WIDE_SUMS, *_WIDE_MAX, *_WIDE_LAST])
-
-
-def _wide_fixed(group: Sequence[Row]) -> Row:
-    # A measured row knows more of the cell (its counted bits) than a planned one.
-    best = max(group, key=lambda r: r["total_bits"] is not None)
-    statuses = {row["status"] for row in group}
-    finished = [row for row in group if row["finished"] is not None]
-    last: Row = max(finished, key=lambda r: r["finished"]) if finished else best
-    failed = next((row for row in group if row["status"] == State.FAILED), None)
-    row = {name: best[name] for name in cell_columns()}
-    row["sweep"] = best["sweep"]
-    row["status"] = next(s.value for s in State if s in statuses)
-    row |= {name: last[name] for name in _WIDE_LAST}
-    row["error_type"] = failed["error_type"] if failed else None
-    row |= {name: math.fsum(r[name] or 0.0 for r in finished) if finished else None for name in _WIDE_SUMS}
-    row |= {name: max((r[name] for r in finished if r[name] is not None), default=None) for name in _WIDE_MAX}
-    return row
-
-
-def _metric_columns(group: Sequence[Row]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for row in group:
-        for metric, value in row["metrics"].items():
-            values[f"{row['eval']}_{metric}"] = value
-            if metric in row["stderr"]:
-                values[f"{row['eval']}_{metric}_stderr"] = row["stderr"][metric]
-        for metric, higher in (row["higher_is_better"] or {}).items():
-            values[f"{row['eval']}_{metric}_higher_is_better"] = higher
-    accuracies = [values.get(f"{task}_acc") for task in ZERO_SHOT]
-    if all(a is not None for a in accuracies):
-        errors = [values.get(f"{task}_acc_stderr", math.nan) for task in ZERO_SHOT]
-        values["zero_shot_mean"] = math.fsum(a for a in accuracies if a is not None) / len(ZERO_SHOT)
-        values["zero_shot_mean_stderr"] = math.hypot(*errors) / len(ZERO_SHOT)
-    return values
-
-
-def _frame(rows: Sequence[Row], names: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    frame = pd.DataFrame.from_records(list(rows), columns=list(names))
-    nullable = {"int64": "Int64", "bool": "boolean", "float64": "float64", "string": "str"}
-    types = {c.name: nullable[c.type] for c in columns() if c.name in frame.columns and c.type in nullable}
-    return frame.astype(types)
+    rows = Store(out=out).read(["measurement", "status", "error_type"])
+    stored = dict(zip(rows.column("measurement").to_pylist(), recorded_states(rows), strict=True))
+    return {m.key: decided(stored.get(m.key), m.key, flight) for m in manifest.wanted()}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kbit.spec import QuantSpec
-from sweeps.results.table import ZERO_SHOT
+from sweeps.results.frames import ZERO_SHOT
 
 
 def specs() -> list[QuantSpec]:

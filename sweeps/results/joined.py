@@ -1,0 +1,111 @@
+"""Join what was planned with what is stored and in flight, a column at a time: one row for each planned measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from sweeps.launches.in_flight import InFlight
+from sweeps.results.superseded import planned_now
+from sweeps.status import State
+from sweeps.store.rows import OOM_ERROR, measurement_row, recorded_state
+from sweeps.store.schema import Row
+from sweeps.study.cell import Measurement
+from sweeps.study.manifest import Manifest
+from sweeps.study.reading import superseded
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_STATES: Final[Mapping[str, State]] = {state.value: state for state in State}
+
+
+def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) -> pa.Table:
+    """Return a row for each planned measurement, in the schema's columns but for the samples.
+
+    Args:
+        manifests: what was planned, oldest first; models of an earlier reading are left out.
+        stored: the rows that count (``Store.read``).
+        flight: who is at what.
+    """
+    import pyarrow as pa
+
+    now = planned_now(manifests)
+    earlier = superseded(cell.model for manifest in manifests for cell in manifest.cells)
+    rows = [(study, m) for study, m in planned(manifests).values() if m.cell.model not in earlier]
+    at = _places([m.key for _, m in rows], stored)
+    known = recorded_states(stored)
+    states = []
+    for (_, measurement), place in zip(rows, at, strict=True):
+        state = decided(None if place < 0 else known[place], measurement.key, flight)
+        if measurement.key not in now and not state.is_final and measurement.key not in flight.held:
+            state = State.SUPERSEDED
+        states.append(state)
+    # What runs again shows nothing of its last run.
+    is_new = np.array([p < 0 or s is State.RUNNING for p, s in zip(at, states, strict=True)], dtype=bool)
+    unmeasured = _unmeasured([m for (_, m), new in zip(rows, is_new, strict=True) if new], stored.schema)
+    place = np.where(is_new, stored.num_rows + np.cumsum(is_new) - 1, at)
+    table = pa.concat_tables([stored, unmeasured]).take(pa.array(place, pa.int64()))
+    # Rows of before schema 4 lack the seed; the study knows.
+    columns: dict[str, list[Any]] = {
+        "status": [state.value for state in states],
+        "sweep": [study for study, _ in rows],
+        "calibration_seed": [m.cell.calibration_seed for _, m in rows],
+    }
+    for name, values in columns.items():
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+    return table
+
+
+def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
+    """(study, measurement) by cell key and evaluation name; of an evaluation's variants the last planned counts."""
+    found: dict[tuple[str, str], tuple[str, Measurement]] = {}
+    for manifest in manifests:
+        for m in manifest.measurements():
+            where = (m.cell.key, m.eval.name)
+            study = found[where][0] if where in found else manifest.sweep
+            found[where] = (study, m)
+    return found
+
+
+def recorded_states(stored: pa.Table) -> list[State]:
+    """Return what stored rows (columns status, error_type) say of their measurements."""
+    statuses, errors = (stored.column(name).to_pylist() for name in ("status", "error_type"))
+    return [State.OOM if e == OOM_ERROR else _STATES[s] for s, e in zip(statuses, errors, strict=True)]
+
+
+def state_of(row: Row | None, key: str, flight: InFlight) -> State:
+    """Return ``decided`` of a stored row (columns status, error_type), or of none."""
+    return decided(None if row is None else recorded_state(row), key, flight)
+
+
+def decided(stored: State | None, key: str, flight: InFlight) -> State:
+    """Decide by a stored result, then work in flight, then a stored failure, then how work without a record ended."""
+    if stored is not None and stored.is_final:
+        return stored
+    if key in flight.running:
+        return State.RUNNING
+    if stored is not None:
+        return stored
+    return State.QUEUED if key in flight.queued else State(flight.ended.get(key, State.MISSING))
+
+
+def _places(keys: Sequence[str], stored: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return where each measurement's row is; -1 for none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = pc.index_in(pa.array(keys, pa.string()), stored.column("measurement").combine_chunks())
+    return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def _unmeasured(measurements: Sequence[Measurement], schema: pa.Schema) -> pa.Table:
+    """Return what is known of measurements before they run."""
+    import pyarrow as pa
+
+    rows = [measurement_row(m) for m in measurements]
+    arrays = [pa.array([row.get(f.name) for row in rows], f.type) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
