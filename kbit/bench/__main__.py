@@ -9,7 +9,7 @@
   python -m kbit.bench --gptq SHAPE  GPTQ of random weights in an OPT shape: seconds, and memory beside its limit
   python -m kbit.bench --write SHAPE --to DIR   a checkpoint of random weights in an OPT shape, for these two
   python -m kbit.bench --ggml        llama.cpp's formats beside its own quantizer, and recipes over an OPT-shaped model
-  python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM
+  python -m kbit.bench --evaluation  zero-shot tasks (--tasks TASK=FILE.jsonl ...), beside lm-eval's HFLM; agreement
 
 Tables go to stdout, progress to stderr; --out DIR keeps every number (JSON, CSV, Markdown) and the figures.
 """
@@ -26,7 +26,19 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from kbit.bench import checkpoint, evaluation, ggml, gptq, latency, layered, loading, quantizers, roofline, switch
+from kbit.bench import (
+    agreement,
+    checkpoint,
+    evaluation,
+    ggml,
+    gptq,
+    latency,
+    layered,
+    loading,
+    quantizers,
+    roofline,
+    switch,
+)
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
 from kbit.bench.matmul import SHAPES, check_shape, layout_cost, measure
@@ -347,7 +359,10 @@ def _evaluation(args: argparse.Namespace, say: Say) -> list[Table]:
     found = evaluation.measure(model, tokenizer, tasks=tasks, batch_tokens=tokens, say=say)
     device = f"{device_name(args.device)}, {str(dtype).removeprefix('torch.')}"
     ceiling = measure_ceilings().flops if args.device == "cuda" else cpu_flops()
-    return [evaluation.table(found, shape=args.evaluation, device=device, ceiling=ceiling, batch_tokens=tokens)]
+    return [
+        evaluation.table(found, shape=args.evaluation, device=device, ceiling=ceiling, batch_tokens=tokens),
+        agreement.measure(model, shape=args.evaluation, device=args.device, batch_tokens=tokens, say=say),
+    ]
 
 
 def _ggml(args: argparse.Namespace, say: Say) -> list[Table]:

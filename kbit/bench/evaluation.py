@@ -141,7 +141,7 @@ def measure(
         instances = task.instances
         say(f"{spec.name}: {len(instances)} requests, HFLM")
         peer.loglikelihood(instances[:HFLM_BATCH], disable_tqdm=True)
-        theirs, seconds = _timed(partial(peer.loglikelihood, instances, disable_tqdm=True))
+        theirs, seconds = timed(partial(peer.loglikelihood, instances, disable_tqdm=True))
         say(f"{spec.name}: ours")
         found.append(_ours(model, tokenizer, instances, (theirs, seconds), spec.name, batch_tokens))
     return found
@@ -172,9 +172,9 @@ def _ours(
         return plan.run(scorer, batch_tokens=batch_tokens, share=share)
 
     plan: ScoringPlan
-    plan, encoding = _timed(encode)
-    scored, first = _timed(score)
-    ours = median(_timed(score)[1] for _ in range(3))
+    plan, encoding = timed(encode)
+    scored, first = timed(score)
+    ours = median(timed(score)[1] for _ in range(3))
     scorer = TokenScorer(model)
     says = sharing(scorer, plan, batch_tokens=batch_tokens)
     share = says == SHARED
@@ -282,7 +282,8 @@ def _lm_eval_tasks() -> Path:
     return Path(package.origin).parent / "tasks"
 
 
-def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what ``run`` returns, and the seconds until GPUs were done too."""
     began = time.perf_counter()
     result = run()
     if torch.cuda.is_available():

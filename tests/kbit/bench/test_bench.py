@@ -159,7 +159,8 @@ def test_tasks_are_timed_beside_hflm_with_equal_scores(tmp_path: Path, capsys: p
     main(["--evaluation", model, "--tasks", *tasks, "--documents", "12", "--out", str(tmp_path), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("HFLM s", "of ceiling", "jargon_choice", "jargon_lastword", "together"))
-    choice, last = json.loads((tmp_path / "evaluation.json").read_text())["evaluation"]
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    choice, last = written["evaluation"]
     assert (choice["sharing"], last["sharing"]) == ("shared", "nothing to share")
     assert choice["tokens"] < 0.8 * choice["tokens_apart"]
     assert last["tokens"] == last["tokens_apart"]
@@ -168,6 +169,9 @@ def test_tasks_are_timed_beside_hflm_with_equal_scores(tmp_path: Path, capsys: p
         assert record["rms"] < 1e-3
         assert record["moved"] == 0
         assert min(record[name] for name in ("peer", "ours", "first", "encoding", "flops", "ceiling_flops")) > 0
+    alone, compared = written["agreement"]
+    assert compared["tokens"] == alone["tokens"] == 2048
+    assert min(compared["seconds"], alone["seconds"], alone["refer_seconds"]) > 0
 
 
 # The decode step.
