@@ -21,13 +21,14 @@ from sweeps.errors import DataChangedError
 from sweeps.events import BlockDone, Event, Loaded, Measuring, Started
 from sweeps.files import make_directory
 from sweeps.plan.packs import Pack
-from sweeps.store.rows import Origin, handle_columns, result_columns, run_row
-from sweeps.store.schema import Row
+from sweeps.store.rows import handle_columns, result_columns, run_row
 from sweeps.study.cell import Cell, Measurement
 from sweeps.study.devices import check_device
 from sweeps.text import counted
+from sweeps.worker.batches import Batches
 from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory, usable_memory
 from sweeps.worker.model_cache import Warm, recover
+from sweeps.worker.recording import SEED, Recorder
 from sweeps.worker.sharing import Brought, bringers_first
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ PASSES: Final = "passes"
 """The directory under a study's results where passes that were cut have their snapshots."""
 STEPS: Final = 1
 """Raised when a snapshot of earlier code is of no use."""
-SEED: Final = 0
-"""As the worker's."""
 
 
 @dataclass(kw_only=True)
@@ -58,12 +57,8 @@ class LayeredRun:
         warm: keeps the model and the prepared evaluations.
         stop: tells whether the worker is asked to stop.
         emit: told what happens.
-        batch: gives the tokens in a batch of the held model.
-        halve_batch: halves them, and tells whether that was possible.
-        origin: gives where rows come from.
-        record: stores a result's row.
-        fail: stores failures of measurements, with the time when they began.
-        withhold: leaves measurements without a record.
+        batches: has the tokens in a batch of the held model.
+        records: writes down what is measured, and what failed.
         blame_node: ends the process where a failure to load may be the node's.
         snapshot_seconds: the time between two snapshots, at least; None is ``kbit.layered.run``'s.
     """
@@ -75,12 +70,8 @@ class LayeredRun:
     warm: Warm
     stop: Callable[[], bool]
     emit: Callable[[Event], None]
-    batch: Callable[[], int]
-    halve_batch: Callable[[], bool]
-    origin: Callable[[], Origin]
-    record: Callable[[Row], None]
-    fail: Callable[[Sequence[Measurement], Exception, datetime], None]
-    withhold: Callable[[Sequence[Measurement], DataChangedError], None]
+    batches: Batches
+    records: Recorder
     blame_node: Callable[[Exception], None]
     snapshot_seconds: float | None = None
     _left: dict[str, Measurement] = field(default_factory=dict)
@@ -113,7 +104,7 @@ class LayeredRun:
         try:
             loaded, blocks = self._load(dtype)
         except DataChangedError as error:
-            self.withhold(list(self._left.values()), error)
+            self.records.withhold(self.pack, list(self._left.values()), error)
             return None
         except Exception as error:
             self._fail(self._left.values(), error, started)
@@ -122,7 +113,7 @@ class LayeredRun:
             try:
                 return _Attempt(run=self, loaded=loaded, blocks=blocks, dtype=dtype, label=label).make()
             except Exception as error:
-                if not _lacks_memory(error) or not self.halve_batch():
+                if not _lacks_memory(error) or not self.batches.halve(self.pack):
                     self._fail(self._left.values(), error, started)
                     return None
                 recover(error, self.device)
@@ -145,7 +136,7 @@ class LayeredRun:
             self._left.pop(measurement.key, None)
             by_cell.setdefault(measurement.cell.key, []).append(measurement)
         for of_cell in by_cell.values():
-            self.fail(of_cell, error, started)
+            self.records.failure(self.pack, of_cell, error, started)
 
 
 @dataclass(kw_only=True)
@@ -203,7 +194,7 @@ class _Attempt:
             except DataChangedError as error:
                 for measurement in of_spec:
                     del run._left[measurement.key]
-                run.withhold(of_spec, error)
+                run.records.withhold(run.pack, of_spec, error)
             except Exception as error:
                 if _lacks_memory(error):
                     raise
@@ -222,7 +213,7 @@ class _Attempt:
                 f"{spec.name} watches what enters the layers of a model in memory: {self.run.pack.model.label} doesn't "
                 "fit this device so, and runs layer by layer. Give it more GPUs, or ones with more memory"
             )
-        prepared, tokens = self.run.warm.prepare(spec, self.loaded), self.run.batch()
+        prepared, tokens = self.run.warm.prepare(spec, self.loaded), self.run.batches.tokens
         if EVALUATORS[spec.kind].compares:
             # The passes are those of ``run``, which wants a reference first.
             return hollow.record(lambda: cast("ComparingEval", prepared).refer(self.loaded.model, batch_tokens=tokens))
@@ -253,7 +244,7 @@ class _Attempt:
                 del found[key]
                 for measurement in mine:
                     del self.run._left[measurement.key]
-                self.run.withhold(mine, error)
+                self.run.records.withhold(self.run.pack, mine, error)
             except Exception as error:
                 if _lacks_memory(error):
                     raise
@@ -278,7 +269,7 @@ class _Attempt:
         return hollow.record_windows(self.run.warm.calibration(cell.calibration, self.loaded))
 
     def _lacks_reference(self, spec: EvalSpec) -> bool:
-        return self.run.warm.lacks_reference(spec, self.loaded, batch_tokens=self.run.batch())
+        return self.run.warm.lacks_reference(spec, self.loaded, batch_tokens=self.run.batches.tokens)
 
     def _pass(self, hollow: Hollow, cells: Sequence[PassCell]) -> LayeredPass:
         import torch
@@ -328,7 +319,7 @@ class _Attempt:
             assert baseline is not None
             try:
                 with one.hollow.playing(one.leaving(baseline)):
-                    run.warm.refer(spec, self.loaded, batch_tokens=run.batch())
+                    run.warm.refer(spec, self.loaded, batch_tokens=run.batches.tokens)
             except Exception as error:
                 if _lacks_memory(error):
                     raise
@@ -352,8 +343,8 @@ class _Attempt:
                     raise
                 run._fail([by_eval[spec]], error, started)
                 continue
-            origin = run.origin()
-            run.record(
+            origin = run.records.origin(run.pack)
+            run.records.result(
                 {
                     **run_row(by_eval[spec], origin, started),
                     **result_columns(result),
@@ -378,7 +369,7 @@ class _Attempt:
         torch.manual_seed(SEED)
         began = time.perf_counter()
         with one.hollow.playing(one.leaving(cell)):
-            result = prepared.run(self.loaded.model, batch_tokens=self.run.batch())
+            result = prepared.run(self.loaded.model, batch_tokens=self.run.batches.tokens)
         return result, brought.keep(spec, result, time.perf_counter() - began)
 
 

@@ -41,10 +41,10 @@ from sweeps.provenance import import_environment
 from sweeps.store.parts import Store
 from sweeps.store.rows import OOM_ERROR, Origin, failed_row, told_part
 from sweeps.study.cell import Measurement
+from sweeps.worker.batches import MIN_BATCH_TOKENS
 from sweeps.worker.cgroup import oom_kills
 from sweeps.worker.devices import Workers, gpus
 from sweeps.worker.settings import WorkerArguments, WorkerSettings
-from sweeps.worker.worker import MIN_BATCH_TOKENS
 
 MOST_CRASHES: Final = 2
 BEAT_SECONDS: Final = 10.0

@@ -12,32 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING
 
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalResult, EvalSpec
 from kbit.models.ways import Way
-from sweeps.errors import EXIT_IO, EXIT_LOAD, DataChangedError, NotYetError, StoreError
-from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, SmallerBatch, Started, Stopped, Withheld
+from sweeps.errors import EXIT_LOAD, DataChangedError, NotYetError
+from sweeps.events import Event, Loaded, Measuring, PackDone, Started, Stopped
 from sweeps.plan.cost import load_seconds
 from sweeps.plan.packs import Pack
 from sweeps.store.parts import LOOSE, Store
-from sweeps.store.rows import (
-    Origin,
-    error_text,
-    error_type,
-    failed_row,
-    handle_columns,
-    result_columns,
-    run_row,
-    told_part,
-)
-from sweeps.store.schema import Row, Scalar
+from sweeps.store.rows import handle_columns, result_columns, run_row
+from sweeps.store.schema import Scalar
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.devices import check_device
-from sweeps.worker.devices import device_name, peak_memory, reset_peak_memory
+from sweeps.worker.batches import Batches
+from sweeps.worker.devices import peak_memory, reset_peak_memory
 from sweeps.worker.first import KnownFirst
-from sweeps.worker.model_cache import Warm, check_unchanged, is_lost, recover
+from sweeps.worker.model_cache import Warm, check_unchanged
+from sweeps.worker.recording import SEED, Recorder
 from sweeps.worker.sharing import Brought, bringers_first
 from sweeps.worker.time_budget import Pace
 from sweeps.worker.ways import by_way, way_of
@@ -47,12 +40,7 @@ if TYPE_CHECKING:
     from kbit.models.quantize import QuantHandle
     from sweeps.worker.layered import LayeredRun
 
-SEED: Final = 0
-MIN_BATCH_TOKENS: Final = 256
-"""A batch is not halved below this when memory runs out: one sequence takes about as much."""
-
 Emit = Callable[[Event], None]
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -96,9 +84,9 @@ class Worker:
     load_again: bool = False
     stop: Stop = field(default_factory=Stop)
     _warm: Warm = field(init=False)
-    _has_measured: bool = False
+    _batches: Batches = field(init=False)
+    _records: Recorder = field(init=False)
     _predicted: float | None = None
-    _smaller_batches: dict[tuple[ModelRef, str], int] = field(default_factory=dict)
     _brought: Brought = field(default_factory=Brought)
     _first: KnownFirst = field(init=False)
 
@@ -107,6 +95,15 @@ class Worker:
             self.gpus = 0
         self._first = KnownFirst(store=self.store)
         self._warm = Warm(device=self.device, gpus=max(1, self.gpus), trust_remote_code=self.trust_remote_code)
+        self._batches = Batches(most=self.batch_tokens, warm=self._warm, emit=self.emit)
+        self._records = Recorder(
+            store=self.store,
+            device=self.device,
+            gpus=self.gpus,
+            provenance=self.provenance,
+            emit=self.emit,
+            batches=self._batches,
+        )
 
     def run_pack(self, pack: Pack, *, until: float | None = None) -> None:
         """Measure everything in a pack; a failure is recorded and the rest goes on.
@@ -114,11 +111,11 @@ class Worker:
         It ends early, after a whole measurement, when it is asked to stop ('asked'), or before a cell that would not
         end by ``until``, in epoch seconds ('walltime'). What was not measured is the caller's to give to another.
         """
-        in_memory, layered = by_way(pack, device=self.device, gpus=self.gpus, batch_tokens=self._batch)
+        in_memory, layered = by_way(pack, device=self.device, gpus=self.gpus, batch_tokens=self._batches.tokens)
         why = None if in_memory is None else self._run_items(in_memory, until)
         if why is None and layered is not None:
             why = self._layered(layered).run(until)
-        self._storing(lambda: self.store.fold(LOOSE))
+        self._records.storing(lambda: self.store.fold(LOOSE))
         self.emit(PackDone(pack=pack.id) if why is None else Stopped(pack=pack.id, reason=why))
 
     def _run_items(self, pack: Pack, until: float | None) -> str | None:
@@ -154,20 +151,10 @@ class Worker:
             warm=self._warm,
             stop=self.stop.asked,
             emit=self.emit,
-            batch=lambda: self._batch,
-            halve_batch=partial(self._halve_batch, pack),
-            origin=partial(self._origin, pack),
-            record=self._record_result,
-            fail=partial(self._record_failure, pack),
-            withhold=partial(self._withhold, pack),
+            batches=self._batches,
+            records=self._records,
             blame_node=partial(self._blame_node, pack.model),
         )
-
-    @property
-    def _batch(self) -> int:
-        """Return the tokens in a batch of the loaded model."""
-        held = self._warm.holds
-        return self.batch_tokens if held is None else self._smaller_batches.get(held, self.batch_tokens)
 
     def _run_cell(self, pack: Pack, cell: Cell, evals: list[EvalSpec], form: tuple[str, bool]) -> bool:
         """Measure a cell; tell whether all of it was measured. If not, the worker was asked to stop."""
@@ -189,10 +176,10 @@ class Worker:
             began = time.perf_counter()
             handle = self._quantize(loaded, cell, packed=packed, slopes=slopes)
         except (DataChangedError, NotYetError) as error:
-            self._withhold(pack, measurements, error)
+            self._records.withhold(pack, measurements, error)
             return True
         except Exception as error:
-            self._record_failure(pack, measurements, error, started)
+            self._records.failure(pack, measurements, error, started)
             return True
         quantize_seconds = 0.0 if cell.quant.is_baseline else time.perf_counter() - began
         # The model stays as it is: the next cell begins from its kept originals.
@@ -211,18 +198,18 @@ class Worker:
         for measurement in measurements:
             spec, started = measurement.eval, datetime.now(UTC)
             try:
-                if self._warm.lacks_reference(spec, loaded, batch_tokens=self._batch):
+                if self._warm.lacks_reference(spec, loaded, batch_tokens=self._batches.tokens):
                     self.emit(Measuring(pack=pack.id, measurement=measurement.key))
-                    self._within_memory(pack, partial(self._make_reference, spec, loaded))
+                    self._batches.within_memory(pack, partial(self._make_reference, spec, loaded))
                 left.append(measurement)
             except DataChangedError as error:
-                self._withhold(pack, [measurement], error)
+                self._records.withhold(pack, [measurement], error)
             except Exception as error:
-                self._record_failure(pack, [measurement], error, started)
+                self._records.failure(pack, [measurement], error, started)
         return left
 
     def _make_reference(self, spec: EvalSpec, loaded: LoadedModel) -> None:
-        self._warm.refer(spec, loaded, batch_tokens=self._batch)
+        self._warm.refer(spec, loaded, batch_tokens=self._batches.tokens)
 
     def _measure(
         self, pack: Pack, measurement: Measurement, loaded: LoadedModel, handle: QuantHandle, quantize_seconds: float
@@ -233,13 +220,13 @@ class Worker:
             check_device(measurement.eval, self.device)
             result, seconds = self._brought.take(measurement.eval) or self._evaluate(pack, measurement, loaded)
         except DataChangedError as error:
-            self._withhold(pack, [measurement], error)
+            self._records.withhold(pack, [measurement], error)
             return
         except Exception as error:
-            self._record_failure(pack, [measurement], error, started)
+            self._records.failure(pack, [measurement], error, started)
             return
         row = {
-            **run_row(measurement, self._origin(pack), started),
+            **run_row(measurement, self._records.origin(pack), started),
             **result_columns(result),
             **handle_columns(handle),
             "held": self._held(measurement.eval).value,
@@ -250,11 +237,7 @@ class Worker:
             "predicted_seconds": self._predicted,
             "peak_memory_bytes": peak_memory(self.gpus) - self._warm.kept_gpu_bytes,
         }
-        self._record_result(row)
-
-    def _record_result(self, row: Row) -> None:
-        self._record(row)
-        self._has_measured = True
+        self._records.result(row)
 
     def _evaluate(self, pack: Pack, measurement: Measurement, loaded: LoadedModel) -> tuple[EvalResult, float]:
         """Evaluate; return the result and the seconds it took, or its share of them where others came with it."""
@@ -270,43 +253,12 @@ class Worker:
             reset_peak_memory(self.gpus)
             torch.manual_seed(SEED)
             began = time.perf_counter()
-            result = prepared.run(loaded.model, batch_tokens=self._batch)
+            result = prepared.run(loaded.model, batch_tokens=self._batches.tokens)
             return result, time.perf_counter() - began
 
         halve = not EVALUATORS[spec.kind].own_batches
-        result, seconds = self._within_memory(pack, run, halve=halve)
+        result, seconds = self._batches.within_memory(pack, run, halve=halve)
         return result, self._brought.keep(spec, result, seconds)
-
-    def _within_memory(self, pack: Pack, run: Callable[[], T], *, halve: bool = True) -> T:
-        """Return what ``run`` does.
-
-        Where memory runs out, try again: first with the model's originals off the GPU, then with half the batch, where
-        ``halve`` says that it counts. Either stays so for the model.
-        """
-        from kbit.memory import is_out_of_memory
-
-        while True:
-            try:
-                return run()
-            except Exception as error:
-                held = self._warm.holds
-                if held is None or not is_out_of_memory(error):
-                    raise
-                if self._has_made_room(error):
-                    continue
-                if not halve or self._batch <= MIN_BATCH_TOKENS:
-                    raise
-                recover(error, self.device)
-            self._halve_batch(pack)
-
-    def _halve_batch(self, pack: Pack) -> bool:
-        """Have batches of half as many tokens for the model that is held; tell whether that was possible."""
-        held = self._warm.holds
-        if held is None or self._batch <= MIN_BATCH_TOKENS:
-            return False
-        self._smaller_batches[held] = max(MIN_BATCH_TOKENS, self._batch // 2)
-        self.emit(SmallerBatch(pack=pack.id, batch_tokens=self._batch))
-        return True
 
     def _load(self, cell: Cell, dtype: str) -> LoadedModel:
         """Return a cell's model, without its weights where it will be quantized as they are read."""
@@ -327,7 +279,7 @@ class Worker:
         """End the process where a failure to load may be the node's: out-of-memory and later failures are not."""
         from kbit.memory import is_out_of_memory
 
-        if not self.load_again or self._has_measured or is_out_of_memory(error) or _is_the_models(error, model):
+        if not self.load_again or self._records.has_results or is_out_of_memory(error) or _is_the_models(error, model):
             return
         what = " ".join(str(error).split())
         print(
@@ -335,54 +287,11 @@ class Worker:
         )
         sys.exit(EXIT_LOAD)
 
-    def _origin(self, pack: Pack) -> Origin:
-        here: dict[str, Scalar] = {
-            "device": device_name(self.device),
-            "gpus": self.gpus,
-            "kernel": self._kernel(),
-            "seed": SEED,
-            "batch_tokens": self._batch,
-        }
-        return Origin(sweep=pack.sweep, pack=pack.id, rung=pack.rung, provenance={**self.provenance, **here})
-
     def _held(self, spec: EvalSpec) -> Way:
         """Return how the model is held while it is measured."""
         if EVALUATORS[spec.kind].packed or self._warm.packing is not None:
             return Way.PACKED
         return Way.SPREAD if self.gpus > 1 else Way.WHOLE
-
-    def _kernel(self) -> str:
-        """Return the name of the implementation that quantizes here."""
-        import torch
-
-        from kbit.kernels.availability import choose_blockwise
-
-        return choose_blockwise("auto", torch.device(self.device))
-
-    def _record_failure(
-        self, pack: Pack, measurements: Sequence[Measurement], error: Exception, started: datetime
-    ) -> None:
-        # Memory first: writing needs some.
-        recover(error, self.device)
-        kind, text = error_type(error), error_text(error)
-        names = ", ".join(m.eval.name for m in measurements)
-        print(f"{measurements[0].cell.label} on {names} failed:\n{text}", file=sys.stderr, flush=True)
-        origin = self._origin(pack)
-        for measurement in measurements:
-            self._record(failed_row(measurement, origin, error_type=kind, error=text, started=started))
-        if is_lost(error):
-            # A new worker goes on with the rest.
-            sys.exit(f"the device is lost to this process: {error}")
-
-    def _withhold(self, pack: Pack, measurements: Sequence[Measurement], error: DataChangedError | NotYetError) -> None:
-        """Leave no record of what was not measured: with what it lacks there, the same command measures it."""
-        print(f"{measurements[0].cell.label}: not measured: {error}", file=sys.stderr, flush=True)
-        for measurement in measurements:
-            self.emit(Withheld(pack=pack.id, measurement=measurement.key, why=str(error)))
-
-    def _record(self, row: Row) -> None:
-        self._storing(lambda: self.store.write(row))
-        self.emit(Measured(row=told_part(row)))
 
     def _quantize(
         self, loaded: LoadedModel, cell: Cell, *, packed: bool, slopes: Sequence[float] | None
@@ -413,28 +322,8 @@ class Worker:
                     originals=self._warm.originals(loaded),
                 )
             except Exception as error:
-                if not is_out_of_memory(error) or not self._has_made_room(error):
+                if not is_out_of_memory(error) or not self._batches.has_made_room(error):
                     raise
-
-    def _has_made_room(self, error: Exception) -> bool:
-        """Where GPU memory ran out, move the model's originals off it; tell whether there were any."""
-        if self.device != "cuda":
-            return False
-        recover(error, self.device)
-        return self._warm.make_room()
-
-    def _storing(self, write: Callable[[], None]) -> None:
-        """Do what writes to the store; that it can't be written is no cell's failure, and ends the process."""
-        try:
-            try:
-                write()
-            except MemoryError as error:
-                # A measurement at the limit of memory: what it left behind is given back, and the result is kept.
-                recover(error, self.device)
-                write()
-        except (OSError, StoreError, MemoryError) as error:
-            print(f"results can't be written to {self.store.out} any more: {error}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_IO)
 
 
 def _form(spec: EvalSpec) -> tuple[str, bool]:
