@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rich.console import Console
@@ -60,36 +60,16 @@ def plan(options: Options, console: Console) -> int:
     memory = executor.memory(order)
     ways, unsized = planned_ways(manifest, memory) if memory is not None else ([], [])
     planned, where = executor.describe(order, flight)
-    cells = manifest.wanted_cells()
-    models = {c.model for c in cells}
-    of_all = "" if manifest.chosen is None else f" of {len(manifest.cells):,}, chosen by {options.choice}"
     on_gpu = _gpu_seconds(order, planned, ways)
-    hub_bytes = sum(2 * (m.params or 0) for m in models if m.hub_id)
     rows = [
-        ("models", f"{len(models)}"),
-        ("cells", f"{len(cells):,}{of_all}"),
-        (
-            "measurements",
-            f"{sum(1 for _ in manifest.wanted()):,} ({', '.join(e.name for e in manifest.evals)})",
-        ),
-        *exponent_rows(cells),
-        *((state, f"{n:,}") for state, n in planned.counts.items()),
-        ("excluded", f"{len(manifest.excluded):,}"),
-        *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
-        ("merged", f"{study.duplicates:,} named more than once"),
+        *_study_rows(order, study, planned),
         *where,
         *_accuracy_rows(order),
         ("order", ORDERS[options.order]),
         *_budget_rows(executor, order, planned),
-        ("GPU-hours", f"{sum(on_gpu.values()) / 3600:,.1f} predicted on H100-class GPUs"),
-        ("disk", f"{size(planned.todo * ROW_BYTES)} of results, {size(hub_bytes)} of models from the hub"),
+        *_size_rows(order, planned, on_gpu),
     ]
-    table = Table(title=f"plan of {manifest.sweep}", show_header=False, box=None, title_justify="left")
-    table.add_column(style="bold", justify="right")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, escape(value))
-    console.print(table)
+    _show(f"plan of {manifest.sweep}", rows, console)
     if memory is not None:
         _say_ways(ways, on_gpu, memory, console)
         _say_unsized(unsized, console)
@@ -100,6 +80,41 @@ def plan(options: Options, console: Console) -> int:
     if memory is not None:
         check_ways(ways, memory, study.manifest.evals)
     return 0
+
+
+def _study_rows(order: Order, study: Study, planned: Plan) -> list[tuple[str, str]]:
+    """Return what the study has, and how far it is."""
+    manifest = order.manifest
+    cells = manifest.wanted_cells()
+    chosen = f" of {len(manifest.cells):,}, chosen by {order.options.choice}"
+    names = ", ".join(e.name for e in manifest.evals)
+    return [
+        ("models", f"{len({c.model for c in cells})}"),
+        ("cells", f"{len(cells):,}" + ("" if manifest.chosen is None else chosen)),
+        ("measurements", f"{sum(1 for _ in manifest.wanted()):,} ({names})"),
+        *exponent_rows(cells),
+        *((state, f"{n:,}") for state, n in planned.counts.items()),
+        ("excluded", f"{len(manifest.excluded):,}"),
+        *((f"  {n:,}", reason) for reason, n in excluded_counts(manifest.excluded).items()),
+        ("merged", f"{study.duplicates:,} named more than once"),
+    ]
+
+
+def _size_rows(order: Order, planned: Plan, on_gpu: Mapping[tuple[ModelRef, Spec], float]) -> list[tuple[str, str]]:
+    hub_bytes = sum(2 * (m.params or 0) for m in {c.model for c in order.manifest.wanted_cells()} if m.hub_id)
+    return [
+        ("GPU-hours", f"{sum(on_gpu.values()) / 3600:,.1f} predicted on H100-class GPUs"),
+        ("disk", f"{size(planned.todo * ROW_BYTES)} of results, {size(hub_bytes)} of models from the hub"),
+    ]
+
+
+def _show(title: str, rows: Iterable[tuple[str, str]], console: Console) -> None:
+    table = Table(title=title, show_header=False, box=None, title_justify="left")
+    table.add_column(style="bold", justify="right")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table)
 
 
 def _say_ways(
