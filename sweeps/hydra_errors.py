@@ -37,7 +37,13 @@ def explain(error: Exception) -> str:
     if "requires --multirun" in text:
         return f"{text.replace('Sweep parameters', 'a sweep over').replace('requires', 'needs')}; a list is [a,b]"
     if "Ambiguous value" in text:
-        return text.replace("argument '", "'").replace("\\'", "'") + "\n   e.g. 'key=[a,b]', quoted for the shell"
+        said = " ".join(text.replace("argument '", "'").replace("\\'", "'").split())
+        return f"{said}; e.g. 'key=[a,b]', quoted for the shell"
+    added = re.search(r"An item is already at '([^']+)'", text)
+    if added:
+        return (
+            f"{added.group(1)} has a value already, which '+' doesn't change: write {added.group(1)}=VALUE without it"
+        )
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         return _explain_value(text, cause)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration can't be resolved: {error}") from error
+        where = re.sub(r"\[(\d+)\]", r".\1", f"{error.full_key}: ") if error.full_key else ""
+        said = str(error).splitlines()[0]
+        raise UserError(f"{where}the configuration can't be resolved: {said}") from error
     return {str(key): value for key, value in _without_missing(values).items()}
 
 

@@ -47,9 +47,10 @@ def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:
     from sweeps.commands.keys import check_keys
     from sweeps.config import unknown_keys
     from sweeps.hydra_errors import explain_unknown
-    from sweeps.options import Options
+    from sweeps.options import Options, plain
 
     try:
+        plain(cfg)  # what can't be resolved is said before anything is looked at
         if cfg.mode not in MODES:
             hint = did_you_mean(str(cfg.mode), MODES)
             raise UserError(f"mode={cfg.mode!r} is not valid: one of {', '.join(MODES)}.{hint}")
