@@ -284,6 +284,10 @@ OUTLIERS: Final = Evaluator(
     needs_order=True,
 )
 
+NOISE_BLOCKS: Final = 24
+NOISE_LAYERS: Final = 4
+"""Blocks, and layers in each, of the model by which noise in every layer is predicted."""
+
 SENSITIVITY: Final = Evaluator(
     data="text",
     prepare="kbit.evaluation.sensitivity:prepare_sensitivity",

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from kbit.evaluation.evaluators import BATCHES, NEW_TOKENS, PROMPT_TOKENS, REPETITIONS, WARM_UPS
+from kbit.evaluation.evaluators import (
+    BATCHES,
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    REPETITIONS,
+    WARM_UPS,
+)
 from kbit.sources import LocalFile, documents_of
 
 if TYPE_CHECKING:
@@ -22,7 +28,7 @@ TASK_TOKENS: Final = {
 OTHER_TASK: Final = (5000, 300)
 BYTES_PER_TOKEN: Final = 3.5
 NOISE_PASSES: Final = 300
-"""Over the windows: six per layer, of which half on average is run, in a model of 24 blocks with 4 layers each."""
+"""Over the windows: six per layer, of which half on average is run, in ``NOISE_BLOCKS`` of ``NOISE_LAYERS`` each."""
 REPEATED: Final = 1.2
 """A task's file goes through the model a little more than once: templates add words, and rows of a batch are padded."""
 

@@ -16,9 +16,10 @@ from typing import Final, Self
 
 from kbit.calibration import Calibration
 from kbit.doors import load
-from kbit.evaluation.evaluators import EVALUATORS
+from kbit.evaluation.evaluators import EVALUATORS, NOISE_BLOCKS, NOISE_LAYERS
 from kbit.evaluation.spec import EvalSpec
-from kbit.models.limits import as_namespace, named_context
+from kbit.models.limits import DEPTHS, as_namespace, first_count, named_context, of_decoder
+from kbit.models.readings import expert_count
 from kbit.spec import METHODS
 from sweeps.plan.learned import Like, Part, ValueOf
 from sweeps.store.schema import Row
@@ -72,7 +73,22 @@ def tokens_of(measurement: Measurement) -> int:
     if EVALUATORS[spec.kind].of_methods:  # windows as they are, cut to the context
         whole, cut = (calibrating_tokens(spec.calibration, c) for c in (None, context_of(measurement.cell.model)))
         tokens = tokens * cut // whole
+        tokens = round(tokens * _layers_of_mixture(measurement.cell.model))
     return tokens
+
+
+@cache
+def _layers_of_mixture(model: ModelRef) -> float:
+    """Return how many times the layers of noise's prediction a mixture of experts has, as config.json tells; else 1.
+
+    Of its matrices nearly all are experts', two of each.
+    """
+    config = config_of(model, ask=False)
+    experts = 0 if config is None else expert_count(config)
+    if config is None or not experts:
+        return 1.0
+    depth = first_count(of_decoder(config), DEPTHS) or NOISE_BLOCKS
+    return depth / NOISE_BLOCKS * (NOISE_LAYERS + 2 * experts) / NOISE_LAYERS
 
 
 def calibrating_tokens(data: Calibration, context: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,6 +224,16 @@ def test_calibration_is_counted_in_windows_cut_to_the_context() -> None:
     counted = cost()._quantize(other, packed=False, first=False)
     assert learned._quantize(other, packed=False, first=False) == pytest.approx(8.0)
     assert counted < 8.0
+
+
+def test_noise_in_each_matrix_of_each_expert_is_counted(tmp_path: Path) -> None:
+    config = {"model_type": "mixtral", "num_hidden_layers": 32, "num_local_experts": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = Calibration(dataset="sha256:y", samples=16, length=512)
+    mixture = replace(A, path=str(tmp_path), weights_hash="d" * 64)
+    first = Cell(model=mixture, quant=MixedSpec(budget=4.25, dtype="int"), calibration=data).first
+    assert first is not None
+    assert tokens_of(first) == NOISE_PASSES * 16 * 512 * 32 * (4 + 2 * 8) // (24 * 4)
 
 
 def test_stored_calibration_that_another_version_wrote_does_not_end_planning() -> None:
