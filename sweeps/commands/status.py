@@ -13,7 +13,7 @@ from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_resul
 from sweeps.commands.watch import watch
 from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
-from sweeps.launches.claimer import Seen, stored_rows
+from sweeps.launches.claimer import Seen, plan_columns
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
 from sweeps.plan.packs import what_is_left
@@ -63,7 +63,7 @@ def status(options: Options, console: Console) -> int:
 
 def say_left(options: Options, flight: InFlight, console: Console) -> None:
     """Say of each study what is to do, as mode=plan has it, and what was superseded, by what."""
-    known = Seen(flight=flight, rows=stored_rows(Store(out=options.out))).known
+    known = Seen(flight=flight, stored=plan_columns(Store(out=options.out))).known
     manifests = load_manifests(options.out, options.asked_sweep)
     for name, newest in newest_launches(manifests).items():
         try:

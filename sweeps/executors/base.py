@@ -23,6 +23,7 @@ from sweeps.executors.settings import ExecutorSettings
 from sweeps.plan.budget import HOUR
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from rich.console import Console
 
     from sweeps.launches.in_flight import InFlight
@@ -56,17 +57,23 @@ class Order:
     progress: Callable[[str], None] = lambda _: None
 
     @cached_property
-    def stored(self) -> list[Row]:
+    def stored_columns(self) -> pa.Table:
         """Return what the store had of each measurement when it was first asked: a description looks several times."""
-        from sweeps.launches.claimer import stored_rows
+        from sweeps.launches.claimer import plan_columns
 
-        return stored_rows(self.store)
+        return plan_columns(self.store)
+
+    @cached_property
+    def stored(self) -> list[Row]:
+        """Return the same by row."""
+        rows: list[Row] = self.stored_columns.to_pylist()
+        return rows
 
     def plan(self, packing: Packing, flight: InFlight) -> Plan:
         """Return what is left, for a description."""
         from sweeps.launches.claimer import Seen, plan_study
 
-        seen = Seen(flight=flight, rows=self.stored)
+        seen = Seen(flight=flight, stored=self.stored_columns)
         return plan_study(self.manifest, seen, retry=self.options.retry, packing=packing, device=self.device)
 
     def mirror_tables(self) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.plan import accuracy, cost
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import Known, Packing, Plan, make_plan
+from sweeps.plan.packs import TO_DO, Known, Packing, Plan, make_plan, what_is_left
 from sweeps.provenance import code_provenance
 from sweeps.status import State
 from sweeps.store.parts import Store
 from sweeps.store.rows import recorded_state
 from sweeps.store.schema import Row, Scalar
 from sweeps.study.manifest import Manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _STATE = ("measurement", "status", "error_type", "oom_rung")
 _PLAN_COLUMNS = tuple(dict.fromkeys((*_STATE, *cost.COLUMNS, *accuracy.COLUMNS)))
@@ -34,32 +37,37 @@ def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
     return {**code_provenance(), "launch": f"{launch} ({manifest})"}
 
 
-def stored_rows(store: Store) -> list[Row]:
+def plan_columns(store: Store) -> pa.Table:
     """Return of each stored measurement what plans and predictions are made from."""
-    rows: list[Row] = store.read(_PLAN_COLUMNS).to_pylist()
-    return rows
+    return store.read(_PLAN_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a plan is made from: the claims on a results directory, and then its rows (``stored_rows``).
+    """What a plan is made from: the claims on a results directory, and then its rows (``plan_columns``).
 
     In that order: a launch that ends in between has then already stored what it did.
     """
 
     flight: InFlight
-    rows: Sequence[Row]
+    stored: pa.Table
 
     @classmethod
     def of(cls, store: Store) -> Self:
         """Look at a results directory."""
         flight = read_flight(store.out)
-        return cls(flight=flight, rows=stored_rows(store))
+        return cls(flight=flight, stored=plan_columns(store))
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """What predictions are made from."""
+        rows: list[Row] = self.stored.to_pylist()
+        return rows
 
     @cached_property
     def known(self) -> Known:
         """The state of each measurement that is stored, held or ended without a record."""
-        flight, rows = self.flight, self.rows
+        flight, rows = self.flight, self.stored.select(_STATE).to_pylist()
         states = {r["measurement"]: recorded_state(r) for r in rows}
         rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
         return Known(
@@ -72,7 +80,9 @@ class Seen:
 
 def plan_study(manifest: Manifest, seen: Seen, *, retry: frozenset[str], packing: Packing, device: str) -> Plan:
     """Return what is left of a study, in packs."""
-    cost = CostModel.from_rows(seen.rows, device)
+    is_done = not what_is_left(manifest, seen.known, retry=retry)[0][TO_DO]
+    # Nothing is predicted of nothing.
+    cost = CostModel.from_rows(() if is_done else seen.rows, device)
     return make_plan(manifest, seen.known, retry=retry, cost=cost, packing=packing)
 
 

@@ -12,8 +12,8 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.models.checkpoint import read_config
 from kbit.specs.base import Spec
 from sweeps.errors import HubError
+from sweeps.status import FINAL
 from sweeps.store.parts import Store
-from sweeps.store.rows import recorded_state
 from sweeps.store.schema import Row
 from sweeps.study.cell import UNRESOLVED, Measurement, ModelRef
 from sweeps.study.hub import ModelConfig, first_content_hash
@@ -27,7 +27,7 @@ whole nats without it. The families' own documentation says so.
 """
 _SHOWN: Final = 4
 _COLUMNS: Final = (
-    *("key", "measurement", "status", "error_type", "sweep", "model", "model_id", "weights_hash", "revision"),
+    *("key", "measurement", "sweep", "model", "model_id", "weights_hash", "revision"),
     *("label", "eval", "dataset", "eval_definition"),
 )
 
@@ -39,12 +39,13 @@ def notices(store: Store, manifest: Manifest) -> list[str]:
         store: with the results of earlier launches.
         manifest: the study.
     """
-    rows = store.read(_COLUMNS).to_pylist()
     of_study = [*_calibrate_on_tests(manifest), *_need_bos(manifest)]
-    if not rows:
+    results = store.read(["measurement", "status"])
+    final = dict(zip(results.column("measurement").to_pylist(), results.column("status").to_pylist(), strict=True))
+    left = [m for m in manifest.wanted() if final.get(m.key) not in FINAL]
+    if not final or not left:
         return of_study
-    stored = {row["measurement"] for row in rows if recorded_state(row).is_final}
-    left = [m for m in manifest.wanted() if m.key not in stored]
+    rows = store.read(_COLUMNS).to_pylist()
     return [
         *_changed_models(rows, left),
         *_earlier_readings(store, rows, left),

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from kbit.evaluation.evaluators import EVALUATORS
@@ -110,7 +110,13 @@ def manifest_path(out: Path, name: str) -> Path:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read a manifest back."""
+    """Read a manifest back; the same file is read once in a process, and its cells' keys are computed once."""
+    about = path.stat()
+    return _loaded(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=32)
+def _loaded(path: Path, *_: int) -> Manifest:
     data = read_json(path)
     models = [ModelRef(**m) for m in data["models"]]
     return Manifest(

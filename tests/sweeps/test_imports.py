@@ -17,7 +17,7 @@ from tests.sweeps.commands.test_run import SMALL
 ORDER = (
     *("errors", "files", "processes", "status", "text", "terminal", "provenance"),
     *("study", "store", "events", "plan", "launches", "results", "tracking", "worker"),
-    *("options", "executors", "config", "hydra_errors", "commands", "completion"),
+    *("options", "executors", "config", "hydra_errors", "commands", "completion", "bench"),
 )
 """A file may import its own wing and those before it. Files that lie in no folder have a place too."""
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "sweeps").rglob("*.py"))}

@@ -1,0 +1,1 @@
+"""MEASURED: what the orchestrator itself takes, over studies of growing size."""

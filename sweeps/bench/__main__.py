@@ -1,0 +1,171 @@
+"""Measure what the orchestrator takes for studies of several sizes, each step in a process of its own.
+
+  python -m sweeps.bench                         3,500 and 35,000 measurements, in a temporary directory
+  python -m sweeps.bench --sizes 350000 --to DIR the results directory stays
+
+Results are made up, and written through the real store; models and texts are those inside the package. CPU seconds and
+peak memory are those of the whole process, imports included; "growth" is how much faster than the measurements the CPU
+seconds grow from the first size to the last: 1 is in proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from sweeps.bench.synthetic import Synthetic
+from sweeps.provenance import import_environment
+from sweeps.text import counted
+
+SIZES: Final = (3_500, 35_000)
+STORE: Final = "store each measurement"
+FOLD: Final = "fold"
+SAMPLES: Final = "load_samples of 100"
+_LAUNCH: Final = "from launch import main; main()"
+_FILL: Final = """
+import os
+from pathlib import Path
+from sweeps.bench.synthetic import Synthetic, fill
+from sweeps.store.parts import Store
+count = [0, 0]
+flush = os.fsync
+def counted(file):
+    count[0] += 1
+    flush(file)
+os.fsync = counted
+study = Synthetic(out=Path({out!r}), measurements={size})
+manifest = study.manifest()
+fill(Store(out=study.out), manifest)
+print(count[0] / sum(1 for _ in manifest.measurements()))
+"""
+_FOLD: Final = "from pathlib import Path; from sweeps.store.parts import Store; Store(out=Path({out!r})).fold()"
+_LOAD: Final = "import sweeps; sweeps.load_results({out!r})"
+_READ_SAMPLES: Final = """
+import time
+from pathlib import Path
+import sweeps
+from sweeps.store.parts import Store
+keys = Store(out=Path({out!r})).read(["measurement"]).column("measurement").to_pylist()
+began = time.perf_counter()
+assert len(sweeps.load_samples({out!r}, keys[:: max(1, len(keys) // 100)][:100])) == 100
+print(time.perf_counter() - began)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Took:
+    """What a process took: seconds by the clock and of CPUs, bytes at its peak; and what it said."""
+
+    seconds: float
+    cpu: float
+    peak: int
+    said: str
+
+
+def measured(command: Sequence[str]) -> Took:
+    """Run a command to its end.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    with tempfile.TemporaryFile() as said:
+        began = time.perf_counter()
+        environment = {**os.environ, **import_environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=said, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command), output=text)
+    return Took(seconds=seconds, cpu=usage.ru_utime + usage.ru_stime, peak=usage.ru_maxrss * 1024, said=text)
+
+
+def steps(study: Synthetic) -> Iterator[tuple[str, Took]]:
+    """Measure each step of a study's life, in order."""
+    python, out = [sys.executable, "-P", "-c"], str(study.out)
+
+    def launch(*arguments: str) -> Took:
+        return measured([*python, _LAUNCH, *arguments])
+
+    yield "mode=plan, nothing stored", launch("mode=plan", *study.overrides)
+    yield STORE, measured([*python, _FILL.format(out=out, size=study.measurements)])
+    yield "load_results, nothing folded", measured([*python, _LOAD.format(out=out)])
+    yield FOLD, measured([*python, _FOLD.format(out=out)])
+    yield "load_results", measured([*python, _LOAD.format(out=out)])
+    yield SAMPLES, measured([*python, _READ_SAMPLES.format(out=out)])
+    yield "mode=plan, all stored", launch("mode=plan", *study.overrides)
+    yield "launch with nothing to do", launch("report=false", *study.overrides)
+    yield "mode=status", launch("mode=status", f"out={out}")
+    yield "mode=table to=x.parquet", launch("mode=table", f"to={out}/x.parquet", f"out={out}")
+
+
+def show(found: Mapping[int, Mapping[str, Took]], console: Console) -> None:
+    """Print a row per step, with columns for each size."""
+    table = Table(title="CPU s / s / peak MB", title_justify="left")
+    table.add_column("step")
+    for size in found:
+        table.add_column(f"{size:,}", justify="right")
+    table.add_column("growth", justify="right")
+    first, last = min(found), max(found)
+    for name in found[first]:
+        took = [found[size][name] for size in found]
+        cells = [f"{t.cpu:.1f} / {t.seconds:.1f} / {t.peak / 1e6:.0f}" for t in took]
+        ratio = found[last][name].cpu / found[first][name].cpu * first / last
+        table.add_row(name, *cells, f"{ratio:.2f}" if len(found) > 1 else "")
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m sweeps.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="measurements")
+    parser.add_argument("--to", type=Path, help="keep the results directories there")
+    arguments = parser.parse_args()
+    console = Console()
+    home = arguments.to or Path(tempfile.mkdtemp(prefix="kbit-bench-"))
+    try:
+        wanted = sorted(arguments.sizes)
+        show(dict(_study(Synthetic(out=(home / str(n)).absolute(), measurements=n), console) for n in wanted), console)
+    finally:
+        if arguments.to is None:
+            shutil.rmtree(home)
+
+
+def _study(study: Synthetic, console: Console) -> tuple[int, dict[str, Took]]:
+    """Measure a study; return how many measurements it has, and what each step took."""
+    count = sum(1 for _ in study.manifest().measurements())
+    found: dict[str, Took] = {}
+    for name, took in steps(study):
+        found[name] = took
+        notes = [f"{took.cpu:.1f} CPU s, {took.peak / 1e6:.0f} MB"]
+        if name == STORE:
+            notes += [_size(study.out, "parts", count), f"{float(took.said):.2f} flushes to disk a measurement"]
+        if name == FOLD:
+            notes.append(_size(study.out, "packs", count))
+        if name == SAMPLES:
+            notes.append(f"{float(took.said):.2f} s without start and keys")
+        console.print(f"{count:,}: {name}: {'; '.join(notes)}", highlight=False, soft_wrap=True)
+    return count, found
+
+
+def _size(out: Path, where: str, count: int) -> str:
+    sizes = [path.stat().st_size for path in (out / where).glob("*.*") if not path.name.startswith(".")]
+    return f"{counted(len(sizes), 'file')} of {sum(sizes) / count:,.0f} bytes a measurement"
+
+
+if __name__ == "__main__":
+    main()
