@@ -107,7 +107,11 @@ def load_launch(out: Path, claim: Claim) -> Launch | None:
 
 
 def _add_jobs(
-    flight: InFlight, launch: Launch, claim: Claim, now: Callable[[], float], stored: Callable[[], frozenset[str]]
+    flight: InFlight,
+    launch: Launch,
+    claim: Claim,
+    now: Callable[[], float],
+    stored: Callable[[], frozenset[str] | None],
 ) -> None:
     job_log = JobLog.load(launch)
     if not job_log.settled(launch):
@@ -122,7 +126,7 @@ def _add_jobs(
             running = _measuring(entry, attempts.get(pack, []))
             _hold(flight, set(keys) - running, running)
             continue
-        if _settles(entry, now) and not stored().issuperset(keys):
+        if _settles(entry, now) and not _in_sight(keys, stored()):
             _hold(flight, keys, ())
             continue
         if entry.ended == BUDGET:
@@ -155,9 +159,18 @@ def _settles(entry: JobRecord, now: Callable[[], float]) -> bool:
     return entry.ended == "lost" and bool(entry.finished_at) and abs(now() - entry.finished_at) < SETTLE_SECONDS
 
 
-def _stored(out: Path) -> frozenset[str]:
-    """Return every measurement of which a row is in sight, whatever it says."""
-    return frozenset(row["measurement"] for row in Store(out=out).history(["measurement"]))
+def _in_sight(keys: Collection[str], stored: frozenset[str] | None) -> bool:
+    return stored is None or stored.issuperset(keys)
+
+
+def _stored(out: Path) -> frozenset[str] | None:
+    """Return every measurement of which a row is in sight, whatever it says.
+
+    None where files are damaged: what they held is in sight too, and does not come any more.
+    """
+    store = Store(out=out)
+    rows = store.history(["measurement"])
+    return None if store.damaged else frozenset(row["measurement"] for row in rows)
 
 
 def _hold(flight: InFlight, queued: Collection[str], running: Collection[str]) -> None:

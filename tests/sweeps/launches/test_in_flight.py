@@ -423,6 +423,9 @@ def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(
     assert flight.ended == {"m2": "lost", "m3": "lost"}
     Store(out=launch.out).write({"measurement": "m1", "status": "done", "finished": datetime.now(UTC)})
     assert read_flight(launch.out).held == set()
+    (rows,) = launch.out.glob("parts/*")
+    rows.write_bytes(b"damaged " * 9)
+    assert read_flight(launch.out).ended["m1"] == "lost", "nothing more comes into sight"
     shutil.rmtree(launch.out / "parts")
     later = time.time() + SETTLE_SECONDS
     monkeypatch.setattr(inflight, "clock", lambda _: later)
