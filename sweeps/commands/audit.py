@@ -66,7 +66,15 @@ def _say_whole(planned: Planned, found: Sequence[Finding], console: Console) -> 
     whole = len(planned.needed) - len(wrong & set(planned.needed))
     console.print(
         f"{whole:,} of {counted(len(planned.needed), 'planned measurement')} there once, with the identity of their "
-        "keys, their provenance, and the numbers of their samples.",
+        f"keys, their provenance, and the numbers of their samples.{_of_earlier(planned, wrong)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _of_earlier(planned: Planned, wrong: Collection[str]) -> str:
+    """Return what is to be said of measurements that only earlier launches planned, e.g. of a joined directory."""
+    earlier = planned.known.keys() - planned.needed
+    if not earlier:
+        return ""
+    return f" Of {len(earlier):,} that earlier launches alone planned, {len(earlier & set(wrong)):,} have a fault."

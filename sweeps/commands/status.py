@@ -64,6 +64,7 @@ def status(options: Options, console: Console) -> int:
 def say_left(options: Options, flight: InFlight, console: Console) -> None:
     """Say of each study what is to do, as mode=plan has it, and what was superseded, by what."""
     known = Seen(flight=flight, stored=plan_columns(Store(out=options.out))).known
+    done = {key for key, state in known.statuses.items() if State(state).is_final}
     manifests = load_manifests(options.out, options.asked_sweep)
     for name, newest in newest_launches(manifests).items():
         try:
@@ -73,7 +74,7 @@ def say_left(options: Options, flight: InFlight, console: Console) -> None:
         todo = what_is_left(part, known, retry=options.retry)[0]["to do"]
         what = f"{counted(todo, 'measurement')} to do: the same command runs them" if todo else "nothing to do"
         console.print(f"{name}: {what}.", highlight=False, soft_wrap=True)
-        for line in what_superseded([m for m in manifests if m.sweep == name]):
+        for line in what_superseded([m for m in manifests if m.sweep == name], done):
             console.print(f"[yellow]{escape(line)}.[/]", highlight=False, soft_wrap=True)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from sweeps.study.cell import Cell, ModelRef
+from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.manifest import Manifest
 from sweeps.text import counted, written
 
@@ -26,26 +26,28 @@ def planned_now(manifests: Sequence[Manifest]) -> frozenset[str]:
     return frozenset(m.key for manifest in newest_launches(manifests).values() for m in manifest.measurements())
 
 
-def what_superseded(manifests: Sequence[Manifest]) -> list[str]:
+def what_superseded(manifests: Sequence[Manifest], done: Collection[str]) -> list[str]:
     """Say, of one study, what its earlier launches planned and the newest does not, and by what that was superseded.
 
     Args:
         manifests: of the study, oldest first.
+        done: measurements that have a result, by key. Cells that are done and that no launch took back, as those of a
+            directory that was joined to this one, are not spoken of.
     """
     *earlier, newest = manifests
     now = {cell.key for cell in newest.cells}
-    gone = {cell.key: cell for manifest in earlier for cell in manifest.cells if cell.key not in now}
-    return [*_models(list(gone.values()), newest), *_evaluations(earlier, newest, now)]
+    gone = {cell.key: (cell, manifest) for manifest in earlier for cell in manifest.cells if cell.key not in now}
+    return [*_models(list(gone.values()), newest, done), *_evaluations(earlier, newest, now)]
 
 
-def _models(gone: Sequence[Cell], newest: Manifest) -> Iterator[str]:
+def _models(gone: Sequence[tuple[Cell, Manifest]], newest: Manifest, done: Collection[str]) -> Iterator[str]:
     today = {_name(cell.model): cell.model for cell in newest.cells}
     by_model: dict[ModelRef, int] = {}
     left = 0
-    for cell in gone:
+    for cell, manifest in gone:
         new = today.get(_name(cell.model))
         if new is None or new.identity == cell.model.identity:
-            left += 1
+            left += any(Measurement(cell=cell, eval=spec).key not in done for spec in manifest.evals)
         else:
             by_model[cell.model] = by_model.get(cell.model, 0) + 1
     for model, count in by_model.items():
