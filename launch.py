@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from sweeps.terminal import adapt_streams, flush, silence
@@ -68,6 +68,7 @@ def _main() -> int:
         import logging
 
         from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
 
         from sweeps.commands import run_mode
 
@@ -75,7 +76,9 @@ def _main() -> int:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
         logging.getLogger("analysis").setLevel(logging.ERROR)  # a figure that a study has no cells for is no news
         composed.append(cfg)
-        codes.append(run_mode(cfg, HydraConfig.get().overrides.task))
+        # As they were written: an interpolation in one of them is of our configuration, and not of Hydra's own.
+        arguments = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        codes.append(run_mode(cfg, cast(list[str], arguments)))
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(dispatch)()

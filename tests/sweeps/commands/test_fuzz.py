@@ -115,6 +115,14 @@ def test_what_was_found_so_is_said_in_one_line(
     assert FOUND[argument] in said
 
 
+def test_an_argument_may_take_its_value_from_another_key(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.py", "mode=table", f"out={stored}", "top=${eval.num_fewshot}", "to=-"])
+    assert launch._main() == 2
+    assert "top=0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_500_command_lines_made_by_chance(
