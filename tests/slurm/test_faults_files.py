@@ -34,7 +34,7 @@ def test_a_link_to_the_results_that_leads_elsewhere_while_a_job_runs(study: Stud
     worker.continue_()
     name = study.cluster.command("squeue", "--noheader", "--format=%j", f"--jobs={worker.job}").strip()
     study.wait(lambda: not study.cluster.command("squeue", "--noheader", "--name", name).strip())
-    assert list(second.rglob("*.parquet")) == []
+    assert list(second.rglob("*.rows")) == []
     logs = "\n".join(p.read_text() for p in first.glob("logs/*/*/*log*"))
     assert f"{study.out}" in logs
     assert "it is not the directory in which this work began" in logs

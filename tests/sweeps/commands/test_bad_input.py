@@ -57,7 +57,7 @@ def test_bad_input_is_refused_in_one_message(case: str, launch: Launch, tmp_path
     assert "Traceback" not in result.stderr
     assert result.stderr.count("error:") == 1
     assert result.stdout == ""
-    assert not list(tmp_path.glob("**/*.parquet"))
+    assert not list(tmp_path.glob("**/*.rows"))
     assert not (tmp_path / "outputs").exists()
 
 

@@ -71,4 +71,4 @@ def test_outliers_that_no_model_can_have_are_refused_before_anything_runs(
         refused = launch(f"path={paths['phi3']}", f"mode={mode}", *SETTINGS)
         assert refused.returncode == 2
         assert "outlier_fraction=0.05 is not valid: 0, since phi3 has fused projections" in refused.stderr
-    assert not list((tmp_path / "results").glob("**/*.parquet"))
+    assert not list((tmp_path / "results").glob("**/*.rows"))

@@ -45,4 +45,4 @@ def test_a_model_that_cannot_be_measured_is_refused_before_anything_runs(
     assert f"path='{directory}' is not a usable model" in result.stderr
     assert all(text in result.stderr for text in expected), result.stderr
     assert "Traceback" not in result.stderr
-    assert not list(tmp_path.glob("**/*.parquet"))
+    assert not list(tmp_path.glob("**/*.rows"))

@@ -184,5 +184,5 @@ def test_plan_and_run_refuse_what_no_way_fits_and_write_nothing(
     command = import_module(f"sweeps.commands.{mode}")
     with pytest.raises(UserError, match=r"neox-xs at 16 bits.* can't run on 1 MB of this machine's memory"):
         getattr(command, mode)(options, Console(quiet=True))
-    assert not list((tmp_path / "r").rglob("*.parquet"))
+    assert not list((tmp_path / "r").rglob("*.rows"))
     assert not (tmp_path / "r" / "claims").exists()
