@@ -115,12 +115,14 @@ def test_what_was_found_so_is_said_in_one_line(
     assert FOUND[argument] in said
 
 
-def test_an_argument_may_take_its_value_from_another_key(
-    stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interpolation_that_a_later_argument_replaces_is_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["launch.py", "mode=table", f"out={stored}", "top=${eval.num_fewshot}", "to=-"])
-    assert launch._main() == 2
-    assert "top=0" in capsys.readouterr().err
+    replaced = ['sweep.quant.0.bits="${missing}"', "sweep.quant=[{bits:3}]"]
+    monkeypatch.setattr(sys, "argv", ["launch.py", "sweep=demo", *replaced, "mode=plan"])
+    code, said = launch._main(), capsys.readouterr().err
+    assert wrong(code, said, []) == ""
+    assert "sweep.quant.0.dtype=None is not valid: must be given" in said
 
 
 @pytest.mark.slow
