@@ -19,6 +19,7 @@
     ├── JobError                    a SLURM job can't do its work
     ├── SchedulerError              a command of SLURM failed
     ├── SubmitError                 sbatch failed
+    ├── VanishedError               a file of results is not there any more: another has its rows
     └── RefusedError                W&B refuses the configuration
 
     kbit.errors.SpecError       2   a specification that can't exist
@@ -122,6 +123,10 @@ class SchedulerError(SweepError):
 
 class SubmitError(SweepError):
     """sbatch failed; the message says what it said."""
+
+
+class VanishedError(SweepError):
+    """A file of results vanished since it was listed: its rows are in another one by now."""
 
 
 class RefusedError(SweepError):

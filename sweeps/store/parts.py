@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sweeps.errors import StoreError
+from sweeps.errors import StoreError, VanishedError
 from sweeps.files import (
     list_files,
     make_directory,
@@ -34,7 +34,7 @@ from sweeps.files import (
     write_atomically,
 )
 from sweeps.store.folding import Folder, write_folded
-from sweeps.store.reading import Reader, VanishedError, current_rows, joined
+from sweeps.store.reading import Reader, current_rows, joined
 from sweeps.store.records import Writer
 from sweeps.store.samples import encode_samples
 from sweeps.store.schema import Row, arrow_schema

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sweeps.errors import StoreError
+from sweeps.errors import StoreError, VanishedError
 from sweeps.files import list_files, not_allowed
 from sweeps.status import FINAL
 from sweeps.store.records import OPEN, TAKEN, Records, read_records
@@ -36,10 +36,6 @@ PAUSES: Final = (0.0, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds before files are listed again; a listing of a network file system may be seconds old."""
 _REPORTED: Final[set[Path]] = set()
 """Damaged files that were already said to be so in this process."""
-
-
-class VanishedError(Exception):
-    """A file vanished since it was listed: its rows are in another one by now."""
 
 
 @dataclass(frozen=True, kw_only=True)
