@@ -126,7 +126,7 @@ def _add_jobs(
             running = _measuring(entry, attempts.get(pack, []))
             _hold(flight, set(keys) - running, running)
             continue
-        if _settles(entry, now) and not _in_sight(keys, stored()):
+        if _settles(entry, now) and not _in_sight(entry, keys, stored()):
             _hold(flight, keys, ())
             continue
         if entry.ended == BUDGET:
@@ -159,8 +159,12 @@ def _settles(entry: JobRecord, now: Callable[[], float]) -> bool:
     return entry.ended == "lost" and bool(entry.finished_at) and abs(now() - entry.finished_at) < SETTLE_SECONDS
 
 
-def _in_sight(keys: Collection[str], stored: frozenset[str] | None) -> bool:
-    return stored is None or stored.issuperset(keys)
+def _in_sight(entry: JobRecord, keys: Collection[str], stored: frozenset[str] | None) -> bool:
+    """Tell whether all that a finished pack stored is in sight: where its last row is, those before it are, too.
+
+    What it left to a later launch has no row. A job that measured nothing, or is of an earlier version, names none.
+    """
+    return stored is None or stored.issuperset(keys if entry.last is None else {entry.last})
 
 
 def _stored(out: Path) -> frozenset[str] | None:

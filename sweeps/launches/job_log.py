@@ -30,6 +30,7 @@ class JobRecord:
             ``BUDGET``: its share of the budget was spent, and what it did not begin is given back.
         seen: the last look that knew the job.
         finished_at: when the job said that it had finished; 0 where it didn't.
+        last: the measurement that it stored last, by its word; None where it named none.
         suspect: measurement in flight when the job died without a word; its log, and when that attempt began.
     """
 
@@ -42,6 +43,7 @@ class JobRecord:
     ended: str | None = None
     seen: float = 0.0
     finished_at: float = 0.0
+    last: str | None = None
     suspect: str | None = None
     suspect_log: str = ""
     suspect_began: float = 0.0

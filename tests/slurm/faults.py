@@ -214,9 +214,14 @@ def has_parts(study: Study) -> bool:
     return any(study.out.glob("parts/*.rows"))
 
 
-def freeze(study: Study) -> JobProcess:
-    """Stop the first job's worker in a measurement, one being stored: a cell that takes for ever, but no CPU."""
-    wait_measuring(study)
+def freeze(study: Study, *, stored: bool = True) -> JobProcess:
+    """Stop the first job's worker in a measurement, one being stored: a cell that takes for ever, but no CPU.
+
+    Args:
+        study: whose.
+        stored: not in the first, so that its file of results is open.
+    """
+    wait_measuring(study, stored=stored)
     worker = wait_process(study, "worker", job=attempts(study)[0].job)
     worker.kill(signal.SIGSTOP)
     return worker

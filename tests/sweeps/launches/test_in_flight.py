@@ -432,6 +432,17 @@ def test_a_pack_that_finished_just_now_is_held_until_its_rows_are_in_sight(
     assert read_flight(launch.out).ended["m1"] == "lost"
 
 
+def test_what_a_finished_pack_left_to_another_launch_is_not_waited_for(launch: Launch, scheduler: Scheduler) -> None:
+    Attempt.begin(launch, "p2", job="7", restart=0, host="n1", log=launch.out / "log").ended("finished", last="m2")
+    scheduler.accounting = dict([job(0, "COMPLETED"), job(1, "COMPLETED")])
+    reconcile(launch.out)
+    assert read_flight(launch.out).held >= {"m2", "m3"}
+    Store(out=launch.out).write({"measurement": "m2", "status": "done", "finished": datetime.now(UTC)})
+    flight = read_flight(launch.out)
+    assert not flight.held & {"m2", "m3"}
+    assert flight.ended["m3"] == "lost"
+
+
 def test_a_look_that_runs_beside_another_forgets_neither_an_end_nor_a_cancellation(
     launch: Launch, scheduler: Scheduler
 ) -> None:

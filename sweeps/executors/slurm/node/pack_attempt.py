@@ -62,6 +62,7 @@ class PackAttempt:
     claim: int
     _reason: str | None = None
     _measured: int = 0
+    _last: str = ""
     _withheld: str | None = None
     _retaken: bool = False
     _claims_seen: int = 0
@@ -179,7 +180,9 @@ class PackAttempt:
         return sum(1 for end in ends if end.get("load"))
 
     def _on_event(self, event: Event, worker: int) -> None:
-        self._measured += isinstance(event, Measured)
+        if isinstance(event, Measured):
+            self._measured += 1
+            self._last = str(event.row["measurement"])
         if isinstance(event, Withheld):
             self._withheld = event.why
         _print_event(event, worker)
@@ -282,7 +285,7 @@ class PackAttempt:
         if self._withheld is not None:
             self._end("data", error=self._withheld)
             return "data"
-        self._end("finished")
+        self._end("finished", **({"last": self._last} if self._last else {}))
         self._report()
         return "finished"
 

@@ -199,7 +199,7 @@ def _with_last_words(entry: JobRecord, attempts: list[Attempt]) -> JobRecord:
     if reason == BUDGET and entry.ended == "lost":
         entry = replace(entry, ended=BUDGET)
     if reason == "finished":
-        entry = replace(entry, finished_at=float(said["at"]))
+        entry = replace(entry, finished_at=float(said["at"]), last=said.get("last"))
     # A whole walltime without a measurement is as good as a death.
     died = entry.state in _DIED_AS and (last.end is None or said.get("measured") == 0)
     if died and last.measuring is not None:
