@@ -45,7 +45,7 @@ def one_shot_chart(results: Results, *, gptq: bool = False) -> Chart:
             the plain block-wise float cells of as many bits with blocks of 64 (or the block size given).
 
     Raises:
-        NoFigureError: nothing calibrates, or there are more than eight curves.
+        NoFigureError: nothing that was measured calibrates, or there are more than eight curves.
     """
     rows = results.rows
     quantized = rows[numbers(rows, "bits") < BASELINE_BITS]
@@ -55,6 +55,8 @@ def one_shot_chart(results: Results, *, gptq: bool = False) -> Chart:
     elif not calibrates.any():
         raise NotAskedError("no figure of one-shot methods: none of the cells calibrates")
     cells = points(quantized, results.metric)
+    if not cells["key"].isin(quantized.loc[quantized["calibration"].notna(), "key"]).any():
+        raise NoFigureError(f"no figure of one-shot methods: no cell that calibrates has {results.metric.column}")
     cells = pooled(cells, rows)
     # A label says first how, then on which data.
     labels = quantized.set_index("key")["label"].astype("string").str.split(", ").str[0]

@@ -41,6 +41,9 @@ def test_it_is_drawn_where_something_calibrates_and_curves_can_be_told_apart(cap
     assert "none of the cells calibrates" in caplog.text
     wide = study({0: 3.5})
     assert draw(wide) is not None
+    with caplog.at_level(logging.INFO):
+        assert draw(wide.assign(jargon_loss=wide["jargon_loss"].mask(wide["method"] == "gptq"))) is None
+    assert "no cell that calibrates has jargon_loss" in caplog.text
     plain = wide[wide["method"] == "blockwise"]
     many = [plain.assign(key=plain["key"] + f" {n}", label=f"int4 b{n}", blocksize=n) for n in range(8)]
     assert draw(pd.concat([wide, *many], ignore_index=True)) is None
