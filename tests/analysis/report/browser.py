@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -33,10 +34,10 @@ class Browser:
         offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run", f"--user-data-dir={self._profile.name}"]
 
         def pipes() -> None:
-            os.dup2(to_browser, 20)  # not over one another
-            os.dup2(from_browser, 21)
-            os.dup2(20, 3)
-            os.dup2(21, 4)
+            # To numbers that are free first, so that neither ends over the other.
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 64) for end in (to_browser, from_browser)]
+            for place, end in enumerate(ends, 3):
+                os.dup2(end, place)
 
         self._process = subprocess.Popen(
             [str(chromium()), *flags, *offline, f"--window-size={width},{height}", "about:blank"],
@@ -126,7 +127,9 @@ class Browser:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], seconds)
             assert ready, "the browser does not answer"
-            self._buffer += os.read(self._read, 1 << 20)
+            read = os.read(self._read, 1 << 20)
+            assert read, "the browser has ended"
+            self._buffer += read
         line, _, self._buffer = self._buffer.partition(b"\0")
         answer: dict[str, Any] = json.loads(line)
         return answer
