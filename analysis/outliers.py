@@ -97,7 +97,7 @@ def outliers_of(inputs: Inputs) -> Outliers:
     stored = _stored(inputs.df, inputs.long)
     if not stored:
         raise SpecError(
-            "out", inputs.name, f"results with measurements of kind {KIND}: run 'eval.kinds={{{KIND}: [SET]}}' first"
+            "out", inputs.title, f"results with measurements of kind {KIND}: run 'eval.kinds={{{KIND}: [SET]}}' first"
         )
     samples = inputs.read_samples([measurement for *_, measurement in stored])
     correlations, emergence = [], []

@@ -1,4 +1,4 @@
-"""Standard output as users have it: an encoding that lacks characters, a reader that stops early."""
+"""Standard output as users have it: its encoding lacks characters, its reader stops early, it is a terminal or not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import io
 import os
 import sys
 import unicodedata
-from typing import Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
 
 _ALIKE: Final = {"…": "...", "±": "+-", "•": "*", "×": "x", "–": "-", "—": "-", "→": "->"}  # noqa: RUF001
 _BRAILLE: Final = range(0x2800, 0x2900)
@@ -52,3 +57,21 @@ def _ascii(character: str) -> str:
         return "."
     plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
     return _ALIKE.get(character) or plain or "?"
+
+
+class LiveView:
+    """A view with a part that changes in place, within ``with``, where the output is a terminal."""
+
+    console: Console
+    _live: Live
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.__exit__(kind, error, trace)

@@ -21,15 +21,17 @@ def render_comparison(found: pd.DataFrame, console: Console) -> None:
     """
     from rich.table import Table
 
+    from analysis.tables.text import print_whole
+
     if not len(found):
         console.print("nothing to compare: no metric that can be ranked is measured of both")
         return
     table = Table(box=None)
     for name in ("metric", "a", "b", "a - b (95 % CI)", "p", "n", "could show", "verdict"):
-        table.add_column(name, no_wrap=name in ("metric", "verdict"))
+        table.add_column(name, no_wrap=True)
     for row in found.to_dict("records"):
         table.add_row(*_cells(row))
-    console.print(table, highlight=False)
+    print_whole(table, console)
     for row in found.to_dict("records"):
         console.print(_notes(row), style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print(

@@ -35,7 +35,7 @@ AFTER_A_WORD: Final[Mapping[str, str]] = {
 is, if that ends in no blank.
 
 None of the patterns has a word with a space after what is no blank, and only of blanks do they look at what follows: so
-the words of the first part are those that it has alone, and those of the second begin anew. BLOOM's takes what lies
+the first part has the words that it has alone, and the second begins with a word of its own. BLOOM's takes what lies
 between words for words too, so a word has to begin there.
 """
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep, strftime
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from rich import box
 from rich.console import Console, Group
@@ -26,6 +25,7 @@ from sweeps.results.following import Followed, Place, Progress
 from sweeps.results.progress import LINE_SECONDS
 from sweeps.status import State
 from sweeps.store.parts import Store
+from sweeps.terminal import LiveView
 from sweeps.text import counted, hours
 
 BY: Final = ("model", "bits")
@@ -62,7 +62,7 @@ def watch(options: Options, console: Console) -> int:
 
 
 @dataclass(kw_only=True)
-class _View:
+class _View(LiveView):
     """What is shown: in a terminal a picture that changes, else a line now and then."""
 
     console: Console
@@ -72,17 +72,6 @@ class _View:
 
     def __post_init__(self) -> None:
         self._live = Live(console=self.console, auto_refresh=False)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.__exit__(kind, error, trace)
 
     def show(self, progress: Progress, problems: Sequence[str]) -> None:
         if self.console.is_terminal:

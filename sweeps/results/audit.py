@@ -1,7 +1,7 @@
 """Audit a results directory: each planned measurement is there exactly once, is what its key says, and is whole.
 
-A planned measurement's key is made anew from the plan's content when the plan is read. A row that carries the key, and
-in each column that goes into it what the plan has, therefore has the identity that its key says.
+A planned measurement's key is computed again from the plan's content when the plan is read. A row that carries the
+key, and in each column that goes into it what the plan has, therefore has the identity that its key says.
 """
 
 from __future__ import annotations

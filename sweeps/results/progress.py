@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from sweeps.events import BlockDone, Crashed, Event, Measured, PackDone, Started, Withheld
 from sweeps.store.schema import Row
+from sweeps.terminal import LiveView
 
 LINE_SECONDS: Final = 15.0
 BAR_WIDTHS: Final = (8, 30)
@@ -89,7 +89,7 @@ class Line:
 
 
 @dataclass(kw_only=True)
-class RunView:
+class RunView(LiveView):
     """Live progress of a run; feed it the executor's events.
 
     Attributes:
@@ -112,17 +112,6 @@ class RunView:
         self._left = dict(self.cells)
         self._spinner = Spinner("dots" if self.console.encoding.startswith("utf") else "line")
         self._live = Live(console=self.console, get_renderable=self._drawn, refresh_per_second=4, transient=False)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.__exit__(kind, error, trace)
 
     @property
     def done(self) -> int:

@@ -41,9 +41,14 @@ def test_a_key_beside_other_words_is_refused_by_name(given: list[str], named: st
         assert "AXIS=VALUE" in str(refused.value)
 
 
-def test_axes_and_keys_alone_choose(capsys: pytest.CaptureFixture[str]) -> None:
+def test_axes_and_keys_alone_choose_and_no_number_is_cut_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
     assert compare(["bits=3", "dtype=int"], ["bits=4", "dtype=int"]) == 0
-    assert "8 and 8 cells" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 and 8 cells" in said
+    assert "…" not in said
     keys = planted(np.random.default_rng(0), few=True)["key"]
     assert compare([keys.iloc[0]], [keys.iloc[1]]) == 0
     assert "1 and 1 cells" in capsys.readouterr().out

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,10 +20,11 @@ from sweeps.launches.in_flight import InFlight, job_counts
 from sweeps.results.table import measurement_states
 from sweeps.status import FINAL
 from sweeps.study.manifest import Manifest
+from sweeps.terminal import LiveView
 
 
 @dataclass(kw_only=True)
-class WatchView:
+class WatchView(LiveView):
     """A live view of one study; where the output is no terminal, a line when something changed."""
 
     console: Console
@@ -36,17 +35,6 @@ class WatchView:
 
     def __post_init__(self) -> None:
         self._live = Live(console=self.console, auto_refresh=False, transient=False)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.__exit__(kind, error, trace)
 
     def note(self, text: str) -> None:
         """Print something that happened, above the live part."""
