@@ -16,7 +16,7 @@ from sweeps.executors.base import with_jobs
 from sweeps.launches.claimer import Seen, plan_columns
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
-from sweeps.plan.packs import what_is_left
+from sweeps.plan.packs import TO_DO, what_is_left
 from sweeps.results.state_table import StateCounts
 from sweeps.results.superseded import newest_launches, what_superseded
 from sweeps.status import FAILURES, State
@@ -71,7 +71,7 @@ def say_left(options: Options, flight: InFlight, console: Console) -> None:
             part = chosen_part(options.choice, options.out, newest)
         except UserError:
             continue  # what was chosen is of other studies, or of earlier launches
-        todo = what_is_left(part, known, retry=options.retry)[0]["to do"]
+        todo = what_is_left(part, known, retry=options.retry)[0][TO_DO]
         what = f"{counted(todo, 'measurement')} to do: the same command runs them" if todo else "nothing to do"
         console.print(f"{name}: {what}.", highlight=False, soft_wrap=True)
         for line in what_superseded([m for m in manifests if m.sweep == name], done):

@@ -20,7 +20,7 @@ from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import BudgetWatch, read_spending
 from sweeps.plan.budget import spent_text
 from sweeps.plan.cost import COLUMNS, CostModel
-from sweeps.plan.packs import Packing, Plan
+from sweeps.plan.packs import IN_FLIGHT, Packing, Plan
 from sweeps.results.progress import RunView
 from sweeps.results.report import has_report, show_results
 from sweeps.store.parts import Store
@@ -50,10 +50,10 @@ def run_here(order: Order, settings: LocalSettings) -> int:
         return _ending(order, report=False)
     if claim is None:
         console.print(f"[bold]{manifest.sweep}[/]: nothing to do. {counts_text(plan)}")
-        for line in who_holds(store) if plan.counts["in flight"] else ():
+        for line in who_holds(store) if plan.counts[IN_FLIGHT] else ():
             console.print(line, highlight=False)
         # All of it may have been measured by other studies, or by a launch that was cut before its end.
-        return _ending(order, report=not plan.counts["in flight"] and not has_report(store, manifest))
+        return _ending(order, report=not plan.counts[IN_FLIGHT] and not has_report(store, manifest))
     console.print(
         f"[bold]{manifest.sweep}[/]: {sum(len(p.items) for p in plan.packs)} cells, {plan.todo} measurements "
         f"in {len(plan.packs)} packs on {workers.count} {order.device} worker(s) with {workers.threads} thread(s). "

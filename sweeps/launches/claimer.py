@@ -127,5 +127,5 @@ class Claimer:
 
 def counts_text(plan: Plan) -> str:
     """Return the states of what a launch leaves alone, in words."""
-    known = [f"{n} {state}" for state, n in plan.counts.items() if n and state != "to do"]
+    known = [f"{n} {state}" for state, n in plan.counts.items() if n and state != TO_DO]
     return ("Of the rest: " if plan.todo else "") + ", ".join(known) + "." if known else ""

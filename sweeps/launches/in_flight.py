@@ -173,8 +173,8 @@ def _stored(out: Path) -> frozenset[str] | None:
     None where files are damaged: what they held is in sight too, and does not come any more.
     """
     store = Store(out=out)
-    rows = store.history(["measurement"])
-    return None if store.damaged else frozenset(row["measurement"] for row in rows)
+    keys = store.keys()
+    return None if store.damaged else keys
 
 
 def _hold(flight: InFlight, queued: Collection[str], running: Collection[str]) -> None:

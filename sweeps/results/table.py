@@ -115,12 +115,6 @@ def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None)
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
-def study_results(out: Path, manifest: Manifest) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(wide, long) of exactly what one launch planned, whatever else the directory holds."""
-    rows = _rows(out, [manifest])
-    return wide_frame(rows), long_frame(rows)
-
-
 def left_out(out: Path, sweep: str | None = None) -> list[str]:
     """Say, per model, which cells ``load_results`` leaves out because they are of an earlier reading, and why."""
     manifests = load_manifests(out, sweep)

@@ -200,6 +200,11 @@ class Store:
         ids = joined(self._reader.tables(["row_id"], measurements), ["row_id"]).column("row_id").to_pylist()
         return list(dict.fromkeys(ids))
 
+    def keys(self) -> frozenset[str]:
+        """Return every measurement that has a row, one that doesn't count included."""
+        tables = self._reader.tables(["measurement"])
+        return frozenset(joined(tables, ["measurement"]).column("measurement").to_pylist())
+
     def history(self, columns: Sequence[str]) -> list[Row]:
         """Return every row that was ever stored, once, dropped and superseded ones too: what was computed."""
         needed = list(dict.fromkeys([*columns, "row_id"]))

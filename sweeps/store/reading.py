@@ -126,7 +126,7 @@ class Reader:
             time.sleep(pause)
             try:
                 parts, packs = self.parts(), self.packs()
-                heads = [read for path in packs if (read := self.folded(path, ["row_id"])) is not None]
+                heads = [read for path in packs if (read := self.folded(path, [])) is not None]
                 done |= {name for read in heads for name in read.replaces}
                 for path in (*parts, *packs):
                     if self.name(path) in done:

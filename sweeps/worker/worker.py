@@ -111,7 +111,7 @@ class Worker:
         It ends early, after a whole measurement, when it is asked to stop ('asked'), or before a cell that would not
         end by ``until``, in epoch seconds ('walltime'). What was not measured is the caller's to give to another.
         """
-        in_memory, layered = by_way(pack, device=self.device, gpus=self.gpus, batch_tokens=self._batches.tokens)
+        in_memory, layered = by_way(pack, device=self.device, gpus=self.gpus, batch_tokens=self.batch_tokens)
         why = None if in_memory is None else self._run_items(in_memory, until)
         if why is None and layered is not None:
             why = self._layered(layered).run(until)

@@ -26,6 +26,7 @@ from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.plan.budget import HOUR, budget_text, spent_text
 from sweeps.plan.cost import load_seconds
+from sweeps.plan.packs import IN_FLIGHT
 from sweeps.results.report import has_report, show_results
 from sweeps.results.table import measurement_states
 from sweeps.status import UNRECORDED, State
@@ -64,7 +65,7 @@ def submit_study(order: Order, slurm: SlurmSettings) -> int:
         if code != EXIT_INTERRUPTED:
             order.mirror_tables()
         return code
-    if submitted.launch is None and submitted.plan.counts["in flight"]:
+    if submitted.launch is None and submitted.plan.counts[IN_FLIGHT]:
         console.print("mode=status says how those in flight do; watch=true follows them.", highlight=False)
     elif submitted.launch is None and not submitted.left:
         report = order.options.report and not has_report(store, manifest)
@@ -168,16 +169,16 @@ def _follow(submitter: Submitter, view: WatchView) -> bool:
         context = submitter.context
         plan = plan_study(manifest, seen, retry=submitter.retry, packing=context.packing, device=context.device)
         worn_out = plan.todo and all(tries[m] >= MOST_TRIES for m in plan.measurement_keys())
-        if worn_out and not plan.counts["in flight"]:
+        if worn_out and not plan.counts[IN_FLIGHT]:
             view.note(f"{plan.todo} measurements ended {MOST_TRIES} times without a record: not submitted again")
             return False
         if plan.todo and not worn_out:
             held = _top_up(submitter, view, tries)
-            if held and not plan.counts["in flight"]:
+            if held and not plan.counts[IN_FLIGHT]:
                 if "budget" in held:
                     view.note(held["budget"])
                 return "budget" in held
-        elif not plan.counts["in flight"]:
+        elif not plan.counts[IN_FLIGHT]:
             return False
         time.sleep(WATCH_SECONDS)
 

@@ -27,7 +27,8 @@ class Browser:
     """One page of a headless Chromium; a context manager. Pages need no network, and get none."""
 
     def __init__(self, width: int = 1280, height: int = 900) -> None:
-        self._profile = tempfile.TemporaryDirectory()
+        # Its children may still write when it is gone.
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--disable-dev-shm-usage"]

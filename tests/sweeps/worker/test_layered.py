@@ -26,6 +26,7 @@ from kbit.spec import QuantSpec, spec_of
 from sweeps import load_samples
 from sweeps.config import DEMO_DIR
 from sweeps.events import BlockDone, Stopped
+from sweeps.plan.packs import Pack
 from sweeps.study.cell import Cell
 from sweeps.worker import layered, ways, worker
 from tests import ROOT
@@ -317,3 +318,23 @@ def test_cells_that_calibrate_have_the_rows_of_the_whole_model_or_say_why_not(
     same = {row["calibration_seed"]: row for row in whole.rows()}
     for seed in (None, 0, 3):
         assert {c: rows[seed][c] for c in (*SAME, "codes_hash")} == {c: same[seed][c] for c in (*SAME, "codes_hash")}
+
+
+def test_batches_made_smaller_for_the_last_packs_model_choose_no_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def whole(pack: Pack, **settings: Any) -> tuple[Pack, None]:
+        seen.append(settings["batch_tokens"])
+        return pack, None
+
+    monkeypatch.setattr(worker, "by_way", whole)
+    bench = Bench(tmp_path)
+    bench.worker.run_pack(pack_of(BASELINE))
+    held = bench.worker._warm.holds
+    assert held is not None
+    bench.worker._batches._smaller[held] = 256
+    bench.worker.run_pack(pack_of(INT4))
+    # As each cell's own way is chosen.
+    assert seen == [bench.worker.batch_tokens] * 2
