@@ -27,7 +27,8 @@ from tests.kbit.architectures import VOCABULARY, build
 from tests.kbit.tiny_models import bits_of, identical
 
 NAMES = ("mixtral", "qwen2_moe", "gpt_oss")  # gpt_oss has its experts' matrices transposed
-TOKENS = torch.randint(0, VOCABULARY, (10, 24), generator=torch.Generator().manual_seed(5))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS = torch.randint(0, VOCABULARY, (10, 24), generator=torch.Generator().manual_seed(5)).to(DEVICE)
 
 Alone = Callable[[Tensor, Any], Tensor]
 WEIGHTS: Mapping[str, tuple[dict[str, object], Alone]] = {
@@ -66,7 +67,7 @@ def test_every_method_is_either_tried_or_refused() -> None:
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_each_experts_matrix_is_quantized_by_itself_and_comes_back(method: str, name: str) -> None:
     values, alone = WEIGHTS[method]
-    spec, model = spec_of({"method": method, **values}), build(name).half()
+    spec, model = spec_of({"method": method, **values}), build(name).half().to(DEVICE)
     before = bits_of(model)
     experts = {layer.name: layer.weight.clone() for layer in block_layers(model) if layer.stack is not None}
     assert len(experts) == 16
@@ -133,7 +134,7 @@ def true_inputs(name: str) -> dict[str, Tensor]:
 
 
 def float32(name: str) -> Any:
-    return build(name).float()
+    return build(name).float().to(DEVICE)
 
 
 @pytest.mark.parametrize(("name", "implementation"), [*((n, "grouped_mm") for n in NAMES), ("mixtral", "eager")])
@@ -149,6 +150,39 @@ def test_each_expert_calibrates_on_the_tokens_that_are_sent_to_it(name: str, imp
         seen = torch.cat(told[layer]).double()
         assert seen.shape == x.shape
         torch.testing.assert_close(seen.T @ seen, x.T @ x, rtol=1e-4, atol=1e-5 * float((x.T @ x).abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_calibrate_in_half_precision_too(name: str, dtype: torch.dtype) -> None:
+    # A GPU has products of its own in these dtypes. Tokens may go elsewhere than in float32: truth is of what enters.
+    model = build(name).to(DEVICE, dtype)
+    entering: list[tuple[Tensor, ...]] = []
+    whole, told = WholeModel(module=model), dict[str, list[Tensor]]()
+    block = next(whole.blocks())
+    experts = model.model.layers[0].mlp.experts
+    kept = whole.start(TOKENS)
+    with torch.no_grad():
+        hook = experts.register_forward_pre_hook(lambda _, given: entering.append(given))
+        block.look(kept, lambda layer, x: told.setdefault(layer.name, []).append(x))
+        hook.remove()
+        true, found = Unstacked(copy.deepcopy(experts).double()), dict[str, list[Tensor]]()
+        for kind, layers in (("gate_up", true.up), ("down", true.down)):
+            for number, layer in enumerate(layers):
+                into = found.setdefault(f"model.layers.0.mlp.experts.{kind}_proj.{number}", [])
+                layer.register_forward_pre_hook(lambda _, given, into=into: into.append(given[0]))
+        for hidden, index, weights in entering:
+            true(hidden.double(), index, weights.double())
+    for layer_name, parts in found.items():
+        x, seen = torch.cat(parts), torch.cat(told[layer_name]).double()
+        assert seen.shape == x.shape
+        near = 2e-2 if dtype == torch.bfloat16 else 2e-3
+        torch.testing.assert_close(seen.T @ seen, x.T @ x, rtol=near, atol=near * float((x.T @ x).abs().max()))
+    before = bits_of(model)
+    with calibrated(model, CALIBRATED["gptq"]) as handle:
+        assert handle.calibration_tokens[layer_name] == len(x)
+        assert all(bool(layer.working.isfinite().all()) for layer in block_layers(model))
+    assert identical(bits_of(model), before)
 
 
 def test_products_that_are_not_seen_are_an_error_by_name() -> None:
