@@ -65,10 +65,16 @@ def share_with_group(*paths: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, where missing; a group that shares the place shares them."""
+    """Make a directory and those above it, where missing, on disk when this returns; a group that shares the place
+    shares them.
+    """
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
     share_with_group(*reversed(missing))
+    for directory in reversed(missing):
+        # Without its name there, all that is in it is lost with the power. Who may not list a place can't flush it.
+        with contextlib.suppress(PermissionError):
+            sync_directory(directory.parent)
 
 
 def require_directory(out: Path, witness: str = "") -> None:
@@ -149,6 +155,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         raise LinkError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
     return True
 
 
