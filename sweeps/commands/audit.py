@@ -16,6 +16,7 @@ from sweeps.launches.in_flight import read_flight
 from sweeps.options import Options
 from sweeps.results.audit import Fault, Finding, Planned, find_faults
 from sweeps.store.parts import Store
+from sweeps.study.manifest import changed_manifests
 from sweeps.text import counted
 
 MOST_SHOWN: Final = 10
@@ -42,8 +43,12 @@ def audit(options: Options, console: Console) -> int:
     for path in dict.fromkeys(store.damaged):
         what = "is damaged: what it held counts as missing; take it away once the study's command has run"
         console.print(f"[red]{escape(str(path))}[/] {what}", highlight=False, soft_wrap=True)
+    changed = changed_manifests(options.out, options.asked_sweep)
+    for path, why in changed.items():
+        what = f"was changed: {why}. The command of that launch writes it as it was"
+        console.print(f"[red]{escape(str(path))}[/] {escape(what)}", highlight=False, soft_wrap=True)
     _say_whole(planned, found, console)
-    return EXIT_FAILED if found or store.damaged else 0
+    return EXIT_FAILED if found or store.damaged or changed else 0
 
 
 def _show(fault: Fault, findings: Sequence[Finding], console: Console) -> None:

@@ -1,7 +1,8 @@
 """Audit a results directory: each planned measurement is there exactly once, is what its key says, and is whole.
 
-A planned measurement's key is computed again from the plan's content when the plan is read. A row that carries the
-key, and in each column that goes into it what the plan has, therefore has the identity that its key says.
+Cells' keys are computed again from the content of every plan (sweeps.study.manifest.changed_manifests). A row that
+carries a planned measurement's key, and in each column that goes into it what the plan has, therefore has the identity
+that its key says.
 """
 
 from __future__ import annotations

@@ -104,10 +104,11 @@ class Followed:
         states: Counter[State] = Counter()
         failures: Counter[str] = Counter()
         cells: dict[str, tuple[Place, set[State]]] = {}
+        held = flight.held
         again = self.retry | {State.MISSING, State.RUNNING, State.QUEUED}
         for key, (cell, place, is_needed) in self._planned.items():
             row = rows.get(key)
-            if row is None and not is_needed and key not in flight.held:
+            if row is None and not is_needed and key not in held:
                 continue
             state = state_of(row, key, flight)
             states[state] += 1

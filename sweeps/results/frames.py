@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -78,38 +79,124 @@ def wide_frame(rows: pa.Table) -> pd.DataFrame:
 
 def _metric_columns(
     rows: pa.Table, cell: NDArray[np.int64], count: int, statuses: Sequence[str]
-) -> dict[str, list[Any]]:
-    """Return status, metrics, standard errors and directions by evaluation, and the mean of the paper's four tasks."""
-    groups: list[list[int]] = [[] for _ in range(count)]
-    for index, number in enumerate(cell.tolist()):
-        groups[number].append(index)
-    evals = rows.column("eval").to_pylist()
-    metrics, stderr, directions = (_mappings(rows, name) for name in ("metrics", "stderr", "higher_is_better"))
-    columns: dict[str, list[Any]] = {}
+) -> dict[str, list[Any] | NDArray[np.float64]]:
+    """Return status, metrics, standard errors and directions by evaluation, and the mean of the paper's four tasks.
 
-    def put(name: str, number: int, value: object) -> None:
-        if name not in columns:
-            columns[name] = [math.nan] * count
-        columns[name][number] = value
+    Columns stand where a reader of the rows, cell by cell, meets them first: of a cell the statuses, then each
+    evaluation's metrics with their errors and its directions, then the mean.
+    """
+    rank = np.empty(len(cell), dtype=np.int64)
+    rank[np.argsort(cell, kind="stable")] = np.arange(len(cell))
+    evals = _evaluations(rows)
+    found: dict[str, tuple[tuple[int, ...], list[Any] | NDArray[np.float64]]] = {}
 
-    for number, group in enumerate(groups):
-        for index in group:
-            put(f"{evals[index]}_status", number, statuses[index])
-        for index in group:
-            name = evals[index]
-            for metric, value in metrics[index].items():
-                put(f"{name}_{metric}", number, value)
-                if metric in stderr[index]:
-                    put(f"{name}_{metric}_stderr", number, stderr[index][metric])
-            for metric, higher in directions[index].items():
-                put(f"{name}_{metric}_higher_is_better", number, higher)
-        of_tasks = {evals[i]: i for i in group if evals[i] in ZERO_SHOT and metrics[i].get("acc") is not None}
-        if len(of_tasks) == len(ZERO_SHOT):
-            tasks = [of_tasks[task] for task in ZERO_SHOT]
-            errors = [stderr[i].get("acc", math.nan) for i in tasks]
-            put("zero_shot_mean", number, math.fsum(metrics[i]["acc"] for i in tasks) / len(tasks))
-            put("zero_shot_mean_stderr", number, math.hypot(*errors) / len(tasks))
-    return columns
+    def put(name: str, at: NDArray[np.int64], values: NDArray[Any], *place: int) -> None:
+        filled = np.full(count, math.nan, dtype=values.dtype)
+        filled[cell[at]] = values
+        first = at[np.argmin(rank[at])]
+        found[name] = ((int(cell[first]), *place), filled if values.dtype == float else filled.tolist())
+
+    def turn(at: NDArray[np.int64]) -> tuple[int, int]:
+        """Return where the first of some rows is among them, and its turn among all."""
+        first = int(np.argmin(rank[at]))
+        return first, int(rank[at[first]])
+
+    of_rows = np.array(statuses, dtype=object)
+    for name, at in evals.items():
+        put(f"{name}_status", at, of_rows[at], 0, turn(at)[1])
+    metrics, errors, directions = (_entries(rows, n, evals) for n in ("metrics", "stderr", "higher_is_better"))
+    for (name, metric), own in metrics.items():
+        first, when = turn(own.at)
+        put(f"{name}_{metric}", own.at, own.values, 1, when, int(own.position[first]), 0)
+    for (name, metric), own in errors.items():
+        of_metric = metrics.get((name, metric))
+        known = own.only(np.isin(own.at, of_metric.at)) if of_metric is not None else None
+        if of_metric is not None and known is not None and len(known.at):
+            first, when = turn(known.at)
+            position = int(of_metric.position[np.searchsorted(of_metric.at, known.at[first])])
+            put(f"{name}_{metric}_stderr", known.at, known.values, 1, when, position, 1)
+    for (name, metric), own in directions.items():
+        first, when = turn(own.at)
+        # Behind all metrics of the row.
+        put(f"{name}_{metric}_higher_is_better", own.at, own.values, 1, when, len(cell), int(own.position[first]))
+    means = _zero_shot(metrics, errors, cell)
+    for number, name in enumerate(("zero_shot_mean", "zero_shot_mean_stderr")):
+        if means:
+            filled = np.full(count, math.nan)
+            filled[list(means)] = [both[number] for both in means.values()]
+            found[name] = ((min(means), 2, number), filled)
+    return {name: values for name, (_, values) in sorted(found.items(), key=lambda item: item[1][0])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """What rows of an evaluation say of a metric.
+
+    Attributes:
+        at: the rows, ascending.
+        values: of each.
+        position: where in its row's mapping the metric is.
+    """
+
+    at: NDArray[np.int64]
+    values: NDArray[Any]
+    position: NDArray[np.int64]
+
+    def only(self, chosen: NDArray[np.bool_]) -> _Entries:
+        return _Entries(at=self.at[chosen], values=self.values[chosen], position=self.position[chosen])
+
+
+def _evaluations(rows: pa.Table) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each evaluation, ascending."""
+    codes = rows.column("eval").cast("string").combine_chunks().dictionary_encode()
+    of_row = codes.indices.to_numpy()
+    return {name: np.flatnonzero(of_row == code) for code, name in enumerate(codes.dictionary.to_pylist())}
+
+
+def _entries(rows: pa.Table, name: str, evals: Mapping[str, NDArray[np.int64]]) -> dict[tuple[str, str], _Entries]:
+    """Return what a column of mappings holds, by evaluation and metric."""
+    column = rows.column(name).combine_chunks()
+    if column.null_count == len(column):
+        return {}
+    begins, ends = (part.to_numpy() for part in (column.offsets[:-1], column.offsets[1:]))
+    lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), ends - begins, 0)
+    parent = np.repeat(np.arange(len(column)), lengths)
+    position = np.arange(len(parent)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    pairs = np.repeat(begins, lengths) + position
+    codes = column.keys.dictionary_encode()
+    of_pair = codes.indices.to_numpy()[pairs]
+    values = column.items.to_numpy(zero_copy_only=False)[pairs]
+    of_row = np.zeros(len(column), dtype=np.int64)
+    for number, at in enumerate(evals.values()):
+        of_row[at] = number
+    found = {}
+    for number, of_eval in enumerate(evals):
+        mine = np.flatnonzero(of_row[parent] == number)
+        for code, metric in enumerate(codes.dictionary.to_pylist()):
+            own = mine[of_pair[mine] == code]
+            if len(own):
+                found[of_eval, metric] = _Entries(at=parent[own], values=values[own], position=position[own])
+    return found
+
+
+def _zero_shot(
+    metrics: Mapping[tuple[str, str], _Entries], errors: Mapping[tuple[str, str], _Entries], cell: NDArray[np.int64]
+) -> dict[int, tuple[float, float]]:
+    """Return the mean accuracy of the paper's four tasks, with its standard error, of each cell that has all."""
+
+    def by_cell(known: Mapping[tuple[str, str], _Entries], task: str) -> dict[int, float]:
+        own = known.get((task, "acc"))
+        return {} if own is None else dict(zip(cell[own.at].tolist(), own.values.tolist(), strict=True))
+
+    if any((task, "acc") not in metrics for task in ZERO_SHOT):
+        return {}
+    accuracies = [by_cell(metrics, task) for task in ZERO_SHOT]
+    deviations = [by_cell(errors, task) for task in ZERO_SHOT]
+    found = {}
+    for number in sorted(set.intersection(*(set(own) for own in accuracies))):
+        mean = math.fsum(own[number] for own in accuracies) / len(ZERO_SHOT)
+        found[number] = mean, math.hypot(*(own.get(number, math.nan) for own in deviations)) / len(ZERO_SHOT)
+    return found
 
 
 def _first(cell: NDArray[np.int64], *ranks: NDArray[Any]) -> NDArray[np.int64]:
@@ -141,7 +228,7 @@ def _errors(rows: pa.Table, cell: NDArray[np.int64], count: int, statuses: Seque
     """Return error_type of the first failed row of each cell."""
     import pandas as pd
 
-    errors, found = rows.column("error_type").to_pylist(), [None] * count
+    errors, found = rows.column("error_type").cast("string").to_pylist(), [None] * count
     failed = [index for index, status in enumerate(statuses) if status == State.FAILED]
     for index in reversed(failed):
         found[cell[index]] = errors[index]
@@ -157,5 +244,6 @@ def _frame(rows: pa.Table) -> pd.DataFrame:
     import pyarrow as pa
 
     nullable = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
-    frame: pd.DataFrame = rows.to_pandas(types_mapper=nullable.get)
+    plain = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in rows.schema]
+    frame: pd.DataFrame = rows.cast(pa.schema(plain)).to_pandas(types_mapper=nullable.get)
     return frame

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sweeps.launches.in_flight import InFlight
 from sweeps.results.superseded import planned_now
 from sweeps.status import State
 from sweeps.store.rows import OOM_ERROR, measurement_row, recorded_state
-from sweeps.store.schema import Row
+from sweeps.store.schema import Row, arrow_schema
 from sweeps.study.cell import Measurement
 from sweeps.study.manifest import Manifest
 from sweeps.study.reading import superseded
@@ -32,22 +33,19 @@ def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) ->
     """
     import pyarrow as pa
 
-    now = planned_now(manifests)
-    earlier = superseded(cell.model for manifest in manifests for cell in manifest.cells)
-    rows = [(study, m) for study, m in planned(manifests).values() if m.cell.model not in earlier]
+    earlier = superseded(model for manifest in manifests for model in manifest.models)
+    rows = [(study, m) for study, m in planned(manifests).values() if not earlier or m.cell.model not in earlier]
     at = _places([m.key for _, m in rows], stored)
-    known = recorded_states(stored)
-    states = []
-    for (_, measurement), place in zip(rows, at, strict=True):
-        state = decided(None if place < 0 else known[place], measurement.key, flight)
-        if measurement.key not in now and not state.is_final and measurement.key not in flight.held:
-            state = State.SUPERSEDED
-        states.append(state)
+    states = _states(manifests, rows, at, recorded_states(stored), flight)
     # What runs again shows nothing of its last run.
-    is_new = np.array([p < 0 or s is State.RUNNING for p, s in zip(at, states, strict=True)], dtype=bool)
-    unmeasured = _unmeasured([m for (_, m), new in zip(rows, is_new, strict=True) if new], stored.schema)
+    is_new = np.array([p < 0 or s is State.RUNNING for p, s in zip(at.tolist(), states, strict=True)], dtype=bool)
+    table = stored
+    if is_new.any():
+        unmeasured = _unmeasured([m for (_, m), new in zip(rows, is_new, strict=True) if new], stored.schema)
+        table = pa.concat_tables([stored, unmeasured]).unify_dictionaries()
     place = np.where(is_new, stored.num_rows + np.cumsum(is_new) - 1, at)
-    table = pa.concat_tables([stored, unmeasured]).take(pa.array(place, pa.int64()))
+    if not np.array_equal(place, np.arange(table.num_rows)):
+        table = table.take(pa.array(place, pa.int64()))
     # Rows of before schema 4 lack the seed; the study knows.
     columns: dict[str, list[Any]] = {
         "status": [state.value for state in states],
@@ -55,9 +53,29 @@ def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) ->
         "calibration_seed": [m.cell.calibration_seed for _, m in rows],
     }
     for name, values in columns.items():
-        field = table.schema.field(name)
+        field = arrow_schema().field(name)
         table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
     return table
+
+
+def _states(
+    manifests: Sequence[Manifest],
+    rows: Sequence[tuple[str, Measurement]],
+    places: NDArray[np.int64],
+    known: Sequence[State],
+    flight: InFlight,
+) -> list[State]:
+    """Return the state of each planned measurement, by what is stored at its place."""
+    now: frozenset[str] | None = None
+    held = flight.held
+    states = []
+    for (_, measurement), place in zip(rows, places.tolist(), strict=True):
+        state = decided(None if place < 0 else known[place], measurement.key, flight)
+        if not state.is_final and measurement.key not in held:
+            now = planned_now(manifests) if now is None else now
+            state = state if measurement.key in now else State.SUPERSEDED
+        states.append(state)
+    return states
 
 
 def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
@@ -66,14 +84,14 @@ def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, M
     for manifest in manifests:
         for m in manifest.measurements():
             where = (m.cell.key, m.eval.name)
-            study = found[where][0] if where in found else manifest.sweep
-            found[where] = (study, m)
+            known = found.get(where)
+            found[where] = (manifest.sweep if known is None else known[0], m)
     return found
 
 
 def recorded_states(stored: pa.Table) -> list[State]:
     """Return what stored rows (columns status, error_type) say of their measurements."""
-    statuses, errors = (stored.column(name).to_pylist() for name in ("status", "error_type"))
+    statuses, errors = (stored.column(name).cast("string").to_pylist() for name in ("status", "error_type"))
     return [State.OOM if e == OOM_ERROR else _STATES[s] for s, e in zip(statuses, errors, strict=True)]
 
 
@@ -93,7 +111,7 @@ def decided(stored: State | None, key: str, flight: InFlight) -> State:
     return State.QUEUED if key in flight.queued else State(flight.ended.get(key, State.MISSING))
 
 
-def _places(keys: Sequence[str], stored: pa.Table) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _places(keys: Sequence[str], stored: pa.Table) -> NDArray[np.int64]:
     """Return where each measurement's row is; -1 for none."""
     import pyarrow as pa
     import pyarrow.compute as pc

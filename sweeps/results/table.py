@@ -107,7 +107,7 @@ def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None)
 
     manifests = planned_there(out, sweep)
     flight = read_flight(out)
-    stored = Store(out=out).read()
+    stored = Store(out=out).read(encoded=True)
     frames = []
     for name in newest_launches(manifests):
         rows = joined([m for m in manifests if m.sweep == name], stored, flight)
@@ -167,7 +167,7 @@ def _models(manifests: Sequence[Manifest]) -> Iterable[ModelRef]:
 def _rows(out: Path, manifests: Sequence[Manifest]) -> pa.Table:
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
-    return joined(manifests, Store(out=out).read(), flight)
+    return joined(manifests, Store(out=out).read(encoded=True), flight)
 
 
 def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[str, State]:

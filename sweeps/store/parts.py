@@ -20,9 +20,11 @@ import logging
 import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from sweeps.errors import StoreError, VanishedError
 from sweeps.files import (
@@ -143,17 +145,30 @@ class Store:
         except (OSError, StoreError, VanishedError) as error:
             log.warning("%s: its files stay as many as they are; nothing is lost: %s", self.out, error)
 
-    def read(self, columns: Sequence[str] | None = None, *, measurements: Collection[str] | None = None) -> pa.Table:
+    def read(
+        self,
+        columns: Sequence[str] | None = None,
+        *,
+        measurements: Collection[str] | None = None,
+        encoded: bool = False,
+    ) -> pa.Table:
         """Return the current row of every measurement: results before failures, then the newest; dropped rows left out.
 
         Args:
             columns: which to read; None is all but the samples.
             measurements: which to read; None is all. What is not wanted is dropped file by file.
+            encoded: text that rows share comes as Arrow's dictionaries: of all columns, in a third of time and memory.
         """
+        import pyarrow as pa
+
         wanted = [name for name in arrow_schema().names if name != "samples"] if columns is None else list(columns)
         needed = list(dict.fromkeys([*wanted, "row_id", "measurement", "status", "finished"]))
-        table = joined(self._reader.tables(needed, measurements), needed)
-        return table.take(current_rows(table, self.dropped_ids())).select(wanted)
+        reader = replace(self._reader, encoded=encoded)
+        table = joined(reader.tables(needed, measurements), needed, reader.schema)
+        rows = current_rows(table, self.dropped_ids())
+        # Nearly always all rows count, in their order.
+        is_all = np.array_equal(rows, np.arange(table.num_rows))
+        return (table if is_all else table.take(pa.array(rows))).select(wanted)
 
     def read_pack(self, pack: str, columns: Sequence[str]) -> list[Row]:
         """Return every stored row of one pack; dropped rows left out."""

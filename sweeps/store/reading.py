@@ -13,10 +13,12 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sweeps.errors import StoreError, VanishedError
 from sweeps.files import list_files, not_allowed
@@ -34,6 +36,8 @@ REPLACES: Final = b"replaces"
 """In a folded file's metadata: JSON of the files, relative to the results directory, whose rows it has."""
 PAUSES: Final = (0.0, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Seconds before files are listed again; a listing of a network file system may be seconds old."""
+_OWN: Final = ("row_id", "key", "measurement", "error")
+"""Text of which rows share little."""
 _REPORTED: Final[set[Path]] = set()
 """Damaged files that were already said to be so in this process."""
 
@@ -59,10 +63,17 @@ class Reader:
 
     Attributes:
         damaged: files that were found damaged.
+        encoded: text that many rows share comes as Arrow's dictionaries, of which each value is read once.
     """
 
     out: Path
     damaged: list[Path] = field(default_factory=list)
+    encoded: bool = False
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The types of what is read."""
+        return _encoded_schema() if self.encoded else arrow_schema()
 
     def parts(self) -> list[Path]:
         """Return the files that are not folded, those of earlier versions (one measurement each) too."""
@@ -146,7 +157,7 @@ class Reader:
         if path.suffix == ".parquet":
             return self.folded(path, columns, wanted)
         records = self.records(path)
-        return Read(table=records.table(arrow_schema(), columns, wanted), version=records.version)
+        return Read(table=records.table(self.schema, columns, wanted), version=records.version)
 
     def records(self, path: Path) -> Records:
         """Return what a file of records holds; what is damaged is left out, with a warning.
@@ -172,19 +183,33 @@ class Reader:
             VanishedError: it is not there any more.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            with self._reading(path), pq.ParquetFile(path) as file:
+            with self._reading(path), self._opened(path) as file:
                 metadata = file.schema_arrow.metadata or {}
                 return Read(
-                    table=_table(file, columns, wanted),
+                    table=_table(file, self.schema, columns, wanted),
                     replaces=frozenset(json.loads(metadata.get(REPLACES, b"[]"))),
                     version=int(metadata.get(b"schema_version", 0)),
                 )
         except (pa.ArrowInvalid, OSError) as error:
             self._report(path, error)
             return None
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[pq.ParquetFile]:
+        """Open a parquet file so that columns come with the types of ``schema``."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            known = file.schema_arrow.names
+            encoded = [f.name for f in self.schema if pa.types.is_dictionary(f.type) and f.name in known]
+            if not encoded:
+                yield file
+                return
+            with pq.ParquetFile(path, metadata=file.metadata, read_dictionary=encoded) as again:
+                yield again
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
@@ -208,7 +233,16 @@ class Reader:
             log.warning("%s is damaged and left out, so its measurements count as missing: %s", path, error)
 
 
-def _table(file: pq.ParquetFile, columns: Sequence[str] | None, wanted: pa.Array | None) -> pa.Table:
+@cache
+def _encoded_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    shared = pa.dictionary(pa.int32(), pa.string())
+    fields = [f.with_type(shared) if f.type == pa.string() and f.name not in _OWN else f for f in arrow_schema()]
+    return pa.schema(fields, metadata=arrow_schema().metadata)
+
+
+def _table(file: pq.ParquetFile, schema: pa.Schema, columns: Sequence[str] | None, wanted: pa.Array | None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -224,7 +258,6 @@ def _table(file: pq.ParquetFile, columns: Sequence[str] | None, wanted: pa.Array
         groups = [n for n in range(file.num_row_groups) if is_wanted[rows[n] : rows[n + 1]].any()]
         mask = np.concatenate([is_wanted[:0], *(is_wanted[rows[n] : rows[n + 1]] for n in groups)])
         table = file.read_row_groups(groups, columns=present).filter(pa.array(mask, pa.bool_()))
-    schema = arrow_schema()
     for name in columns:
         if name not in known:
             table = table.append_column(schema.field(name), pa.nulls(table.num_rows, schema.field(name).type))
@@ -239,14 +272,14 @@ def _check_version(path: Path, version: int) -> None:
         )
 
 
-def joined(tables: Sequence[pa.Table], columns: Sequence[str]) -> pa.Table:
-    """Return tables as one, with columns as the schema has them."""
+def joined(tables: Sequence[pa.Table], columns: Sequence[str], schema: pa.Schema | None = None) -> pa.Table:
+    """Return tables as one, with columns as the schema has them: the store's, or a reader's."""
     import pyarrow as pa
 
-    schema = pa.schema([arrow_schema().field(name) for name in columns])
+    schema = arrow_schema() if schema is None else schema
     if not tables:
-        return schema.empty_table()
-    return pa.concat_tables(tables, promote_options="default")
+        return pa.schema([schema.field(name) for name in columns]).empty_table()
+    return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
 
 
 def damaged_files(out: Path) -> list[Path]:
@@ -254,7 +287,7 @@ def damaged_files(out: Path) -> list[Path]:
     return sorted(path for path in _REPORTED if out.absolute() in path.absolute().parents and path.exists())
 
 
-def current_rows(table: pa.Table, dropped: Collection[str]) -> pa.Array:
+def current_rows(table: pa.Table, dropped: Collection[str]) -> NDArray[np.int64]:
     """Return the indices of the row that counts for each measurement, in order of the measurements' first rows.
 
     A result comes before a failure, then the newest counts, then the first.
@@ -276,4 +309,4 @@ def current_rows(table: pa.Table, dropped: Collection[str]) -> pa.Array:
     _, first = np.unique(codes[order], return_index=True)
     # Codes are in order of first rows, dropped ones included.
     best, begins = order[first], np.unique(codes, return_index=True)[1]
-    return pa.array(rows[best[np.argsort(begins)]])
+    return np.asarray(rows[best[np.argsort(begins)]], dtype=np.int64)

@@ -10,8 +10,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Final
+from functools import cache, cached_property, lru_cache
+from typing import TYPE_CHECKING, Final, Self
 
 from kbit.axes import Axis
 from kbit.calibration import Calibration
@@ -112,6 +112,29 @@ class Cell:
     quant: Spec
     calibration: Calibration | None = None
 
+    @classmethod
+    def planned(cls, model: ModelRef, data: JsonObject, key: str) -> Self:
+        """Return a cell of a plan that was frozen, with the key that the plan has for it.
+
+        Its quantization is read when it is asked for: a reader of results needs that of no cell that was measured.
+
+        Args:
+            model: the cell's.
+            data: what ``quant_to_dict`` gave.
+            key: trusted; ``mode=audit`` computes it again.
+        """
+        cell = cls.__new__(cls)
+        vars(cell).update(model=model, calibration=_calibration(data), key=key, _data=data)
+        return cell
+
+    if not TYPE_CHECKING:  # that is told of no attribute but the fields
+
+        def __getattr__(self, name: str) -> object:
+            if name != "quant" or "_data" not in vars(self):
+                raise AttributeError(name)
+            spec = vars(self)["quant"] = _spec(vars(self)["_data"])
+            return spec
+
     @cached_property
     def key(self) -> str:
         of_data = {} if self.calibration is None else {"calibration": self.calibration.canonical()}
@@ -129,7 +152,7 @@ class Cell:
     @cached_property
     def first(self) -> Measurement | None:
         """What has to be measured of its 16-bit model before it is quantized (``Spec.measures``); None for most."""
-        if self.quant.measures is None or self.calibration is None:
+        if self.calibration is None or self.quant.measures is None:
             return None
         baseline = Cell(model=self.model, quant=QuantSpec(bits=BASELINE_BITS))
         return Measurement(cell=baseline, eval=EvalSpec.of_calibration(self.quant.measures, self.calibration))
@@ -203,10 +226,23 @@ def quant_to_dict(cell: Cell) -> dict[str, object]:
 
 def cell_from_dict(model: ModelRef, data: JsonObject) -> Cell:
     """The inverse of ``quant_to_dict``."""
-    quant, about = dict(data), data.get("calibration")
-    quant.pop("calibration", None)
-    calibration = about and Calibration(**{**about, "source": source_from_dict(about["source"])})
-    return Cell(model=model, quant=spec_from_canonical(quant), calibration=calibration)
+    return Cell(model=model, quant=_spec(data), calibration=_calibration(data))
+
+
+def _spec(data: JsonObject) -> Spec:
+    return spec_from_canonical({name: value for name, value in data.items() if name != "calibration"})
+
+
+def _calibration(data: JsonObject) -> Calibration | None:
+    about = data.get("calibration")
+    return _calibration_of(canonical_json(about)) if about else None
+
+
+@lru_cache(maxsize=64)
+def _calibration_of(text: str) -> Calibration:
+    """Return the calibration that JSON describes: many cells have the same."""
+    about = json.loads(text)
+    return Calibration(**{**about, "source": source_from_dict(about["source"])})
 
 
 def model_to_dict(model: ModelRef) -> dict[str, object]:

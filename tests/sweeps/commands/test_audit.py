@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.results.audit import Fault, differs, disagrees
+from sweeps.results.table import load_results
 from sweeps.store.parts import Store
 from sweeps.store.samples import encode_samples
 from sweeps.store.schema import Row
+from sweeps.study import cell
 from sweeps.study.cell import Measurement
 from sweeps.study.manifest import load_manifests
 from tests.sweeps.commands.test_merge import EARLIER
@@ -163,6 +168,47 @@ def test_earlier_launches_need_not_be_complete_but_what_is_stored_of_them_must_b
     store.write({**stored_row(wrong), "commit": None})
     assert command("mode=audit", f"out={tmp_path}") == 1
     assert Fault.PROVENANCE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan, other: plan["keys"]["cells"].__setitem__(1, other), "the key of m-s int4 b64 is "),
+        (lambda plan, _: plan["cells"][1][1].update(bits=5), "its content is not what its name says"),
+        (lambda plan, _: plan["evals"].pop(), "its content is not what its name says"),
+    ],
+)
+def test_a_plan_that_something_changed_is_named_and_its_launch_writes_it_again(
+    change: Callable[[dict[str, Any], str], object], said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    store_study(tmp_path, study())
+    path = study().path(tmp_path)
+    whole = path.read_bytes()
+    plan = json.loads(whole)
+    change(plan, study().cells[2].key[::-1])
+    path.write_text(json.dumps(plan))
+    assert command("mode=audit", f"out={tmp_path}") == 1
+    assert f"{path} was changed: {said}" in capsys.readouterr().out
+    study().save(tmp_path)
+    assert path.read_bytes() == whole
+    assert command("mode=audit", f"out={tmp_path}") == 0
+
+
+def test_cells_keys_are_read_from_a_plan_and_made_from_its_content_where_it_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_study(tmp_path, study()).fold()
+    path = study().path(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "spec_from_canonical", None)
+        results = load_results(tmp_path)
+        assert set(results["status"]) == {"done"}
+    plan = json.loads(path.read_bytes())
+    for keys in ({}, {"keys": {**plan["keys"], "version": 0}}):
+        path.write_text(json.dumps({**{name: value for name, value in plan.items() if name != "keys"}, **keys}))
+        (earlier,) = load_manifests(tmp_path)
+        assert [m.key for m in earlier.measurements()] == [m.key for m in study().measurements()]
+        pd.testing.assert_frame_equal(load_results(tmp_path), results)
 
 
 def test_cells_can_be_chosen(tmp_path: Path, capsys: Capture) -> None:
