@@ -20,7 +20,7 @@ from kbit.evaluation.perplexity import PerplexityEval, prepare_perplexity
 from kbit.evaluation.reference import KeptHead, Reference, host_rows, sent_ahead
 from kbit.evaluation.scoring import TokenScorer, put
 from kbit.evaluation.spec import EvalResult, EvalSpec
-from kbit.kernels.logits import Summary, divergence, runs_kernels, summarize_logits, target_nats
+from kbit.kernels.logits import Summary, runs_kernels, summarize_both, summarize_logits, target_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,20 +165,23 @@ def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor, *, impl: 
         targets: int64 [n].
         impl: as of ``kbit.kernels.logits.summarize_logits``.
     """
-    now, before = (summarize_logits(x, impl=impl) for x in (logits, reference))
+    if runs_kernels(logits.device, impl):
+        now, before, kl = summarize_both(logits, reference)
+    else:
+        now, before = (summarize_logits(x, impl=impl) for x in (logits, reference))
+        kl = _divergence(_log_softmax(logits, now), _log_softmax(reference, before))
     rows = torch.arange(len(targets), device=logits.device)
     nats, nats16 = (target_nats(x, s, rows, targets) for x, s in ((logits, now), (reference, before)))
-    if runs_kernels(logits.device, impl):
-        kl = divergence(logits, reference, now, before)
-    else:
-        log_p, log_p16 = _log_softmax(logits, now), _log_softmax(reference, before)
-        p16 = log_p16.exp()
-        terms = log_p16.sub_(log_p).mul_(p16)
-        kl = terms.sum(-1)
-        if kl.isnan().any():
-            kl = terms.masked_fill_(p16 == 0, 0).sum(-1)
     same = (now[2] == before[2]).float().masked_fill_(kl.isnan(), math.nan)
     return TokenAgreement(kl=kl, top_token=same, p_change=nats.neg().exp() - nats16.neg().exp(), nats=nats)
+
+
+def _divergence(log_p: Tensor, log_p16: Tensor) -> Tensor:
+    """Return KL(p16 || p) of each row; the logarithms are used up."""
+    p16 = log_p16.exp()
+    terms = log_p16.sub_(log_p).mul_(p16)
+    kl = terms.sum(-1)
+    return terms.masked_fill_(p16 == 0, 0).sum(-1) if kl.isnan().any() else kl
 
 
 def _log_softmax(logits: Tensor, summary: Summary) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from kbit.evaluation.agreement import compare_logits
 from kbit.kernels.interpreter import interpreted
-from kbit.kernels.logits import summarize_logits
+from kbit.kernels.logits import summarize_both, summarize_logits
 from tests.kbit.kernels.interpreted import passed_in_the_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,6 +82,14 @@ def test_the_divergence_is_that_of_float64(
     np.testing.assert_allclose(found.kl.cpu(), truth, rtol=1e-4, atol=5e-7)
     if distance == 0:
         assert not found.kl.any()
+    if impl == "triton":  # perplexity's own, to the bit
+        now, before, _ = summarize_both(logits.to(DEVICE), reference.to(DEVICE))
+        for found_part, alone in zip(
+            (*now, *before),
+            (*summarize_logits(logits.to(DEVICE), impl=impl), *summarize_logits(reference.to(DEVICE), impl=impl)),
+            strict=True,
+        ):
+            assert torch.equal(found_part, alone)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
