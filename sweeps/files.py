@@ -1,4 +1,8 @@
-"""Files of a results directory: read whole, written atomically, created exclusively, shared by a group; their clock."""
+"""Files of a results directory: read whole, written atomically, created exclusively, shared by a group; their clock.
+
+A file system may fail once and then do well (a server that starts again, a quota that is raised): what can be done
+again is, a few times.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,35 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, Final, TypeAlias, TypeVar
 
 from sweeps.errors import LinkError, StoreError
 
 JsonObject: TypeAlias = Mapping[str, Any]
 """What a JSON object was read as, before its values become types."""
+PASSING: Final = frozenset({errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.EREMOTEIO})
+"""What a file system may say now and no more in a moment."""
+PAUSES: Final = (0.05, 0.2, 1.0)
+"""Seconds before it is tried again."""
+_Result = TypeVar("_Result")
+
+
+def patiently(action: Callable[[], _Result]) -> _Result:
+    """Do what can be done again, again where it failed for a reason that may pass; return what it returns.
+
+    Raises:
+        OSError: the last one, or one that doesn't pass.
+    """
+    for pause in PAUSES:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(pause)
+    return action()
 
 
 def read_json(path: Path) -> Any:
@@ -27,7 +52,7 @@ def read_json(path: Path) -> Any:
         StoreError: it is damaged; the store writes whole files, so something else did that.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(patiently(path.read_text))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}): restore it, or move it out of the results directory") from error
 
@@ -69,7 +94,7 @@ def make_directory(path: Path) -> None:
     shares them.
     """
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    patiently(lambda: path.mkdir(parents=True, exist_ok=True))
     share_with_group(*reversed(missing))
     for directory in reversed(missing):
         # Without its name there, all that is in it is lost with the power. Who may not list a place can't flush it.
@@ -112,6 +137,11 @@ def write_atomically(path: Path, data: bytes, *, modified: float | None = None) 
         modified: its time in epoch seconds; None is now.
     """
     make_directory(path.parent)
+    patiently(lambda: _write(path, data, modified))
+    sync_directory(path.parent)
+
+
+def _write(path: Path, data: bytes, modified: float | None) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -123,13 +153,22 @@ def write_atomically(path: Path, data: bytes, *, modified: float | None = None) 
             os.utime(temporary, (modified, modified))
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
-    sync_directory(path.parent)
+
+
+def _remove(temporary: Path) -> None:
+    """Remove a file that nobody misses or minds."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
     """Have the names of a directory's files on disk."""
+    patiently(lambda: _sync(path))
+
+
+def _sync(path: Path) -> None:
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -147,14 +186,15 @@ def create_exclusively(path: Path, data: bytes) -> bool:
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     write_atomically(temporary, data)
     try:
-        os.link(temporary, path)
+        patiently(lambda: os.link(temporary, path))
     except FileExistsError:
         # A network file system may repeat a link that had succeeded; then the file is ours, with two names.
-        return temporary.stat().st_nlink == 2
+        if temporary.stat().st_nlink != 2:
+            return False
     except OSError as error:
         raise LinkError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
     sync_directory(path.parent)
     return True
 
@@ -167,10 +207,21 @@ def store_time(directory: Path) -> float:
     """
     probe = directory / f".clock-{uuid.uuid4().hex}.tmp"
     try:
-        probe.touch()
+        patiently(probe.touch)
         return probe.stat().st_mtime
     finally:
-        probe.unlink(missing_ok=True)
+        _remove(probe)
+
+
+def look_anew(directory: Path) -> None:
+    """Have the next listing of a directory show what others changed in it until now, where this user may write there.
+
+    A network file system shows a directory as it was up to a minute ago, until this machine itself changes it.
+    """
+    probe = directory / f".look-{uuid.uuid4().hex}.tmp"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        patiently(probe.touch)
+    _remove(probe)
 
 
 def clock(directory: Path) -> float:

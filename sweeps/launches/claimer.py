@@ -107,6 +107,8 @@ class Claimer:
         claims = Claims(out=self.store.out)
         while True:
             number = claims.last_number() + 1
+            # What a launch on another machine stored before it ended is not measured again.
+            self.store.look_anew()
             plan = plan_study(
                 self.manifest, Seen.of(self.store), retry=self.retry, packing=self.packing, device=self.device
             )

@@ -74,7 +74,8 @@ def make_report(inputs: Inputs, places: Places, *, paper: bool = False) -> tuple
         make_directory(directory)
     report = report_of(inputs)
     files, problems = write_report(report, places, paper=inputs if paper else None)
-    if places.rows is not None:
+    # One that lacks figures is written again by the next launch.
+    if places.rows is not None and not problems:
         write_atomically(places.rows, rows_digest(inputs.long["row_id"].dropna()).encode())
     # Figures come in several formats and, of the paper, in directories: all below their place.
     share_with_group(*files, *sorted(places.figures.rglob("*")))

@@ -29,7 +29,9 @@ import numpy as np
 from sweeps.errors import StoreError, VanishedError
 from sweeps.files import (
     list_files,
+    look_anew,
     make_directory,
+    patiently,
     read_json,
     require_directory,
     store_time,
@@ -125,7 +127,13 @@ class Store:
         pa.Table.from_pylist([{**named, "samples": samples}], schema=schema)
         if not self._writer:
             self._writer.append(Writer(directory=self.out / "parts"))
-        self._writer[0].append(named, samples)
+        # Under the same id: where a try that failed is on disk all the same, it is the same row.
+        patiently(lambda: self._writer[0].append(named, samples))
+
+    def look_anew(self) -> None:
+        """Have what is read next be all that was stored until now, on whatever machine (``sweeps.files.look_anew``)."""
+        for name in ROWS_IN:
+            look_anew(self.out / name)
 
     def close(self) -> None:
         """Say that this process stores no more for now: what it stored can be folded."""
