@@ -101,14 +101,15 @@ def put_in_place(model: nn.Module, layer: Layer, make: Callable[[Tensor | None],
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module in the place of another, wherever the model has that."""
-    # nn.Module.modules() makes every module's name, which took a third of a load's time, once per layer.
+    # Once per layer, and a large part of a load's time: nn.Module.modules() makes every module's name, and most modules
+    # have no others in them.
     seen, waiting = {id(model)}, [model]
     while waiting:
         parent = waiting.pop()
         for name, child in tuple(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)
-            elif child is not None and id(child) not in seen:
+            elif child is not None and child._modules and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
 

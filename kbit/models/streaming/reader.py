@@ -29,11 +29,15 @@ THREADS: Final = 16
 
 @dataclass(kw_only=True, eq=False)
 class _Arriving:
-    """A tensor on its way: its bytes' memory, once it is there, and how many of its pieces are not yet in it."""
+    """A tensor on its way: its bytes' memory, once it is there, and how many of its pieces are not yet in it.
+
+    Threads that have a piece of it wait at ``begins`` for the memory.
+    """
 
     extent: Extent
     device: torch.device
     missing: int
+    begins: threading.Condition
     memory: Tensor | None = None
     copies: list[torch.cuda.Event] = field(default_factory=list)
 
@@ -49,14 +53,21 @@ class Reading:
     """
 
     def __init__(self, order: Sequence[tuple[Extent, torch.device]], *, ahead: int = 0, threads: int = THREADS) -> None:
+        self._lock = threading.Lock()
+        # Threads wait for one tensor's memory, and the caller for a tensor: each is woken for its own reason alone. Who
+        # is woken for nothing takes the interpreter's time, and that is what a load from memory takes.
+        self._arrives = threading.Condition(self._lock)
         self._order = [
-            _Arriving(extent=extent, device=device, missing=-(-extent.nbytes // CHUNK)) for extent, device in order
+            _Arriving(
+                extent=extent,
+                device=device,
+                missing=-(-extent.nbytes // CHUNK),
+                begins=threading.Condition(self._lock),
+            )
+            for extent, device in order
         ]
         self._pieces = self._cut()
         self._ahead = ahead
-        self._lock = threading.Lock()
-        # Threads wait for memory, and the caller for a tensor: each is woken for its own reason alone.
-        self._begins, self._arrives = threading.Condition(self._lock), threading.Condition(self._lock)
         self._begun = self._taken = 0  # tensors that have their memory, and that were given out
         self._error: BaseException | None = None
         self._ended = False
@@ -81,7 +92,8 @@ class Reading:
     ) -> None:
         with self._lock:
             self._ended = True
-            self._begins.notify_all()
+            for arriving in self._order:
+                arriving.begins.notify_all()
         for thread in self._threads:
             thread.join()
         self._files.close()
@@ -125,7 +137,7 @@ class Reading:
             with self._lock:
                 arriving.memory = memory
                 self._begun += 1
-                self._begins.notify_all()
+                arriving.begins.notify_all()
 
     def _cut(self) -> Iterator[tuple[_Arriving, int, int]]:
         """Yield the pieces in order: tensor, first byte and length within it."""
@@ -147,7 +159,7 @@ class Reading:
                     copied.synchronize()
                 self._files.read_into(chunk[:length], arriving.extent, first)
                 with self._lock:
-                    self._begins.wait_for(lambda: self._ended or arriving.memory is not None)  # noqa: B023
+                    arriving.begins.wait_for(lambda: self._ended or arriving.memory is not None)  # noqa: B023
                     memory = arriving.memory
                 if memory is None:
                     break
