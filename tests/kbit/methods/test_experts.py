@@ -206,7 +206,7 @@ def few_scales(monkeypatch: pytest.MonkeyPatch) -> None:
 def corrected(weight: Tensor, x: Tensor, groups: int) -> Tensor:
     """GPTQ of float64 [out, in] by inputs [tokens, in], by the textbook: column by column, each with a new inverse."""
     h = 2 / len(x) * x.T @ x
-    h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h)).to(h)
     upper, left = torch.linalg.cholesky(torch.linalg.inv(h), upper=True), weight.clone()
     for i in range(weight.shape[1]):
         if i % groups == 0:
