@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, Self
 
@@ -136,6 +138,11 @@ class Spec(ABC):
         values = {name: (a, getattr(self, name)) for name, a in axes_of(type(self)).items()}
         identity = {name: value for name, (a, value) in values.items() if a.is_identity(value)}
         return {"method": self.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in identity.items()}}
+
+    @cached_property
+    def canonical_text(self) -> str:
+        """The same as sorted, compact JSON, made once: the cells of all models share a spec."""
+        return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_canonical(cls, values: Mapping[str, Any]) -> Self:

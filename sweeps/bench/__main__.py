@@ -2,6 +2,8 @@
 
   python -m sweeps.bench                         3,500 and 35,000 measurements, in a temporary directory
   python -m sweeps.bench --sizes 350000 --to DIR the results directory stays
+  python -m sweeps.bench --sizes 3500 35000 350000 --figure growth.svg
+  python -m sweeps.bench --peers                 1,000 cells through Hydra's sweeper, submitit and ours instead
 
 Results are made up, and written through the real store; models and texts are those inside the package. CPU seconds and
 peak memory are those of the whole process, imports included; "growth" is how much faster than the measurements the CPU
@@ -11,22 +13,20 @@ seconds grow from the first size to the last: 1 is in proportion.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
+from sweeps.bench.growth import SUFFIXES, draw
+from sweeps.bench.measuring import Took, measured
+from sweeps.bench.peers import peers
 from sweeps.bench.synthetic import Synthetic
-from sweeps.provenance import import_environment
 from sweeps.text import counted
 
 SIZES: Final = (3_500, 35_000)
@@ -62,36 +62,6 @@ began = time.perf_counter()
 assert len(sweeps.load_samples({out!r}, keys[:: max(1, len(keys) // 100)][:100])) == 100
 print(time.perf_counter() - began)
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Took:
-    """What a process took: seconds by the clock and of CPUs, bytes at its peak; and what it said."""
-
-    seconds: float
-    cpu: float
-    peak: int
-    said: str
-
-
-def measured(command: Sequence[str]) -> Took:
-    """Run a command to its end.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    with tempfile.TemporaryFile() as said:
-        began = time.perf_counter()
-        environment = {**os.environ, **import_environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=said, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, list(command), output=text)
-    return Took(seconds=seconds, cpu=usage.ru_utime + usage.ru_stime, peak=usage.ru_maxrss * 1024, said=text)
 
 
 def steps(study: Synthetic) -> Iterator[tuple[str, Took]]:
@@ -134,12 +104,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sweeps.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="measurements")
     parser.add_argument("--to", type=Path, help="keep the results directories there")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help=f"draw the growth there: {', '.join(SUFFIXES)}")
+    parser.add_argument("--peers", action="store_true", help="Hydra's sweeper and submitit beside ours, on 1,000 cells")
     arguments = parser.parse_args()
+    if arguments.figure is not None and arguments.figure.suffix not in SUFFIXES:
+        parser.error(f"--figure {arguments.figure}: its name ends with one of {', '.join(SUFFIXES)}")
     console = Console()
+    if arguments.peers:
+        peers(console)
+        return
     home = arguments.to or Path(tempfile.mkdtemp(prefix="kbit-bench-"))
     try:
         wanted = sorted(arguments.sizes)
-        show(dict(_study(Synthetic(out=(home / str(n)).absolute(), measurements=n), console) for n in wanted), console)
+        found = dict(_study(Synthetic(out=(home / str(n)).absolute(), measurements=n), console) for n in wanted)
+        show(found, console)
+        if arguments.figure is not None:
+            draw(found, arguments.figure)
     finally:
         if arguments.to is None:
             shutil.rmtree(home)

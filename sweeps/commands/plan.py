@@ -18,6 +18,7 @@ from sweeps.executors.base import Executor, Order
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.options import Options
+from sweeps.plan import accuracy
 from sweeps.plan.accuracy import accuracy_of
 from sweeps.plan.budget import budget_text, fit
 from sweeps.plan.cost import CostModel
@@ -161,6 +162,8 @@ def _gpu_seconds(order: Order, planned: Plan, ways: Sequence[Planned]) -> dict[t
 
     A model that is spread over GPUs has one of them at work at a time, and holds them all.
     """
+    if not planned.packs:
+        return {}
     cost = CostModel.from_rows(order.stored, "cuda")
     held = {(way.model, spec): way.choice.devices for way in ways if way.choice for spec in way.specs}
     seconds: dict[tuple[ModelRef, Spec], float] = defaultdict(float)
@@ -175,7 +178,7 @@ def _gpu_seconds(order: Order, planned: Plan, ways: Sequence[Planned]) -> dict[t
 
 def _accuracy_rows(order: Order) -> list[tuple[str, str]]:
     """Return how good the predictions of the packs that are stored have been."""
-    found = accuracy_of(order.stored)
+    found = accuracy_of(order.store.read(accuracy.COLUMNS).to_pylist())
     return [] if found is None else [("predictions", found.text)]
 
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.errors import UserError
-from sweeps.launches.in_flight import read_flight
+from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
 from sweeps.results.inputs import read_inputs
 from sweeps.results.superseded import newest_launches
-from sweeps.results.table import load_results, load_tables, measurement_states, planned_there, results_by_study
+from sweeps.results.table import States, load_results, load_tables, planned_there, results_by_study
 from sweeps.status import Runs
 from sweeps.study.cell import Measurement, axis_names
 from sweeps.study.choice import MORE, Candidate, Choice
@@ -75,13 +75,13 @@ def say_notes(inputs: Inputs, console: Console) -> None:
         console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
 
 
-def chosen_by_study(options: Options) -> pd.DataFrame:
+def chosen_by_study(options: Options, flight: InFlight) -> pd.DataFrame:
     """Return the results of the chosen cells, one row for each study that planned a cell.
 
     Raises:
         UserError: nothing is chosen.
     """
-    return chosen_rows(options, results_by_study(options.out, sweep=options.asked_sweep))
+    return chosen_rows(options, results_by_study(options.out, sweep=options.asked_sweep, flight=flight))
 
 
 def chosen_rows(options: Options, results: pd.DataFrame) -> pd.DataFrame:
@@ -89,8 +89,14 @@ def chosen_rows(options: Options, results: pd.DataFrame) -> pd.DataFrame:
     return results[options.choice.of(candidates(results))] if options.choice else results
 
 
-def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
+def chosen_part(choice: Choice, out: Path, manifest: Manifest, states: States | None = None) -> Manifest:
     """Return a study restricted to the measurements that a launch may run.
+
+    Args:
+        choice: what is chosen.
+        out: the results directory.
+        manifest: the study.
+        states: of the directory's measurements; None looks.
 
     Raises:
         UserError: nothing is chosen.
@@ -98,12 +104,12 @@ def chosen_part(choice: Choice, out: Path, manifest: Manifest) -> Manifest:
     if not choice:
         return manifest
     measurements = list(manifest.measurements())
-    states = measurement_states(out, manifest, read_flight(out))
+    states = States(out=out) if states is None else states
     axes = {cell: cell.chosen_by() for cell in dict.fromkeys(m.cell for m in measurements)}
-    chosen = choice.of(Candidate(key=m.cell.key, axes=axes[m.cell], state=states[m.key]) for m in measurements)
+    chosen = choice.of(Candidate(key=m.cell.key, axes=axes[m.cell], state=states.of(m.key)) for m in measurements)
     taken = [m for m, is_chosen in zip(measurements, chosen, strict=True) if is_chosen]
     first = [m.cell.first for m in taken if m.cell.first is not None]
-    return replace(manifest, chosen=frozenset(m.key for m in [*taken, *first]))
+    return manifest.restricted(frozenset(m.key for m in [*taken, *first]))
 
 
 def planned_parts(options: Options) -> tuple[dict[str, Measurement], dict[str, Measurement]]:
@@ -113,19 +119,19 @@ def planned_parts(options: Options) -> tuple[dict[str, Measurement], dict[str, M
         UserError: nothing was planned there, or nothing of it is chosen.
     """
     manifests = planned_there(options.out, options.asked_sweep)
-    newest = newest_launches(manifests)
-    now = _measurements(options, newest.values())
-    before = _measurements(options, [m for m in manifests if newest[m.sweep] is not m])
+    newest, states = newest_launches(manifests), States(out=options.out)
+    now = _measurements(options, newest.values(), states)
+    before = _measurements(options, [m for m in manifests if newest[m.sweep] is not m], states)
     if not now and not before:
         raise UserError(f"{options.choice} chooses nothing of what was planned in out={str(options.out)!r}")
     return now, {key: m for key, m in before.items() if key not in now}
 
 
-def _measurements(options: Options, manifests: Iterable[Manifest]) -> dict[str, Measurement]:
+def _measurements(options: Options, manifests: Iterable[Manifest], states: States) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     for manifest in manifests:
         try:
-            part = chosen_part(options.choice, options.out, manifest)
+            part = chosen_part(options.choice, options.out, manifest, states)
         except UserError:
             continue  # what was chosen is of other launches
         found |= {m.key: m for m in part.wanted()}

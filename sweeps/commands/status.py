@@ -13,12 +13,13 @@ from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_resul
 from sweeps.commands.watch import watch
 from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
-from sweeps.launches.claimer import Seen, plan_columns
+from sweeps.launches.claimer import Seen
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
 from sweeps.plan.packs import TO_DO, what_is_left
 from sweeps.results.state_table import StateCounts
 from sweeps.results.superseded import newest_launches, what_superseded
+from sweeps.results.table import States
 from sweeps.status import FAILURES, State
 from sweeps.store.parts import Store
 from sweeps.study.grid import check_axes
@@ -40,7 +41,7 @@ def status(options: Options, console: Console) -> int:
     flight = observed_flight(options.out, console)
     # By study, a cell that several share counts in each; by other axes it is one cell.
     by_study = not options.by
-    results = chosen_by_study(options) if by_study else chosen_results(options)
+    results = chosen_by_study(options, flight) if by_study else chosen_results(options)
     states = [s for s in reversed(State) if (results["status"] == s).any()]
     console.print(f"Cells in {options.out}:", highlight=False, soft_wrap=True)
     StateCounts.of(results, options.by or ("sweep",), states).show(console)
@@ -63,12 +64,12 @@ def status(options: Options, console: Console) -> int:
 
 def say_left(options: Options, flight: InFlight, console: Console) -> None:
     """Say of each study what is to do, as mode=plan has it, and what was superseded, by what."""
-    known = Seen(flight=flight, stored=plan_columns(Store(out=options.out))).known
+    known = Seen.after(flight, Store(out=options.out)).known
     done = {key for key, state in known.statuses.items() if State(state).is_final}
-    manifests = load_manifests(options.out, options.asked_sweep)
+    manifests, states = load_manifests(options.out, options.asked_sweep), States(out=options.out, flight=flight)
     for name, newest in newest_launches(manifests).items():
         try:
-            part = chosen_part(options.choice, options.out, newest)
+            part = chosen_part(options.choice, options.out, newest, states)
         except UserError:
             continue  # what was chosen is of other studies, or of earlier launches
         todo = what_is_left(part, known, retry=options.retry)[0][TO_DO]

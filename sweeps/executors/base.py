@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
@@ -23,7 +23,6 @@ from sweeps.executors.settings import ExecutorSettings
 from sweeps.plan.budget import HOUR
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from rich.console import Console
 
     from sweeps.launches.in_flight import InFlight
@@ -57,23 +56,17 @@ class Order:
     progress: Callable[[str], None] = lambda _: None
 
     @cached_property
-    def stored_columns(self) -> pa.Table:
-        """Return what the store had of each measurement when it was first asked: a description looks several times."""
-        from sweeps.launches.claimer import plan_columns
-
-        return plan_columns(self.store)
-
-    @cached_property
     def stored(self) -> list[Row]:
-        """Return the same by row."""
-        rows: list[Row] = self.stored_columns.to_pylist()
-        return rows
+        """Return what predictions are made from, as the store had it when it was first asked for."""
+        from sweeps.launches.claimer import rows_to_learn_from
+
+        return rows_to_learn_from(self.store)
 
     def plan(self, packing: Packing, flight: InFlight) -> Plan:
         """Return what is left, for a description."""
         from sweeps.launches.claimer import Seen, plan_study
 
-        seen = Seen(flight=flight, stored=self.stored_columns)
+        seen = replace(Seen.after(flight, self.store), learn=lambda: self.stored)
         return plan_study(self.manifest, seen, retry=self.options.retry, packing=packing, device=self.device)
 
     def mirror_tables(self) -> None:

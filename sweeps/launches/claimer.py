@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from sweeps.errors import ClaimTakenError
 from sweeps.launches.claims import Claim, Claims
 from sweeps.launches.in_flight import InFlight, read_flight
-from sweeps.plan import accuracy, cost
+from sweeps.plan import cost
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import TO_DO, Known, Packing, Plan, make_plan, what_is_left
+from sweeps.plan.packs import TO_DO, Known, Packing, Plan, make_plan
 from sweeps.provenance import code_provenance
 from sweeps.status import State
 from sweeps.store.parts import Store
-from sweeps.store.rows import recorded_state
+from sweeps.store.rows import recorded_states
 from sweeps.store.schema import Row, Scalar
 from sweeps.study.manifest import Manifest
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _STATE = ("measurement", "status", "error_type", "oom_rung")
-_PLAN_COLUMNS = tuple(dict.fromkeys((*_STATE, *cost.COLUMNS, *accuracy.COLUMNS)))
 
 
 def new_launch() -> str:
@@ -37,53 +36,62 @@ def launch_provenance(launch: str, manifest: str) -> dict[str, Scalar]:
     return {**code_provenance(), "launch": f"{launch} ({manifest})"}
 
 
-def plan_columns(store: Store) -> pa.Table:
-    """Return of each stored measurement what plans and predictions are made from."""
-    return store.read(_PLAN_COLUMNS)
+def rows_to_learn_from(store: Store) -> list[Row]:
+    """Return of each stored measurement what predictions are made from."""
+    rows: list[Row] = store.read(cost.COLUMNS).to_pylist()
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a plan is made from: the claims on a results directory, and then its rows (``plan_columns``).
+    """What a plan is made from: the claims on a results directory, and then its rows.
 
     In that order: a launch that ends in between has then already stored what it did.
+
+    Attributes:
+        known: the state of each measurement that is stored, held or ended without a record.
+        learn: asked, where something is left, for what predictions are made from.
     """
 
-    flight: InFlight
-    stored: pa.Table
+    known: Known
+    learn: Callable[[], Sequence[Row]]
 
     @classmethod
     def of(cls, store: Store) -> Self:
         """Look at a results directory."""
-        flight = read_flight(store.out)
-        return cls(flight=flight, stored=plan_columns(store))
+        return cls.after(read_flight(store.out), store)
 
-    @cached_property
-    def rows(self) -> list[Row]:
-        """What predictions are made from."""
-        rows: list[Row] = self.stored.to_pylist()
-        return rows
+    @classmethod
+    def after(cls, flight: InFlight, store: Store) -> Self:
+        """Look at the rows of a results directory whose claims were looked at before."""
+        return cls(known=_known(flight, store.read(_STATE)), learn=partial(rows_to_learn_from, store))
 
-    @cached_property
-    def known(self) -> Known:
-        """The state of each measurement that is stored, held or ended without a record."""
-        flight, rows = self.flight, self.stored.select(_STATE).to_pylist()
-        states = {r["measurement"]: recorded_state(r) for r in rows}
-        rungs = {m: (r["oom_rung"] or 0) + 1 for r in rows if states[m := r["measurement"]] is State.OOM}
-        return Known(
-            statuses=states,
-            in_flight=flight.held,
-            ended=flight.ended,
-            rungs={m: max(rungs.get(m, 0), flight.rungs.get(m, 0)) for m in {*rungs, *flight.rungs}},
-        )
+
+def _known(flight: InFlight, stored: pa.Table) -> Known:
+    keys = stored.column("measurement").to_pylist()
+    states = dict(zip(keys, recorded_states(stored), strict=True))
+    rungs = {
+        key: (rung or 0) + 1
+        for key, rung in zip(keys, stored.column("oom_rung").to_pylist(), strict=True)
+        if states[key] is State.OOM
+    }
+    return Known(
+        statuses=states,
+        in_flight=flight.held,
+        ended=flight.ended,
+        rungs={key: max(rungs.get(key, 0), flight.rungs.get(key, 0)) for key in {*rungs, *flight.rungs}},
+    )
 
 
 def plan_study(manifest: Manifest, seen: Seen, *, retry: frozenset[str], packing: Packing, device: str) -> Plan:
     """Return what is left of a study, in packs."""
-    is_done = not what_is_left(manifest, seen.known, retry=retry)[0][TO_DO]
-    # Nothing is predicted of nothing.
-    cost = CostModel.from_rows(() if is_done else seen.rows, device)
-    return make_plan(manifest, seen.known, retry=retry, cost=cost, packing=packing)
+    return make_plan(
+        manifest,
+        seen.known,
+        retry=retry,
+        cost=lambda: CostModel.from_rows(seen.learn(), device),
+        packing=packing,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Final
@@ -206,19 +206,24 @@ class Known:
         return IN_FLIGHT if state != State.DONE and key in self.in_flight else state
 
 
-def make_plan(manifest: Manifest, known: Known, *, retry: Collection[str], cost: CostModel, packing: Packing) -> Plan:
+def make_plan(
+    manifest: Manifest, known: Known, *, retry: Collection[str], cost: Callable[[], CostModel], packing: Packing
+) -> Plan:
     """Decide what to run.
 
     Args:
         manifest: the study.
         known: of its measurements.
         retry: see ``parse_retry``.
-        cost: predicts a measurement's seconds.
+        cost: asked, where something is left, for what predicts a measurement's seconds.
         packing: how measurements are put together.
     """
     counts, todo = what_is_left(manifest, known, retry=retry)
-    packs = _pack(manifest.sweep, todo, cost, packing)
-    loads = sum(cost.load(p.model) for p in packs)
+    if not todo:
+        return Plan(counts=counts, packs=(), seconds=0.0)
+    predicting = cost()
+    packs = _pack(manifest.sweep, todo, predicting, packing)
+    loads = sum(predicting.load(p.model) for p in packs)
     return Plan(counts=counts, packs=packs, seconds=loads + sum(p.seconds for p in packs))
 
 

@@ -158,6 +158,8 @@ def check_ways(ways: Collection[Planned], memory: DeviceMemory, evals: Iterable[
 
 def _without_seed(cell: Cell) -> Cell:
     """Return a cell with its calibration's first seed: draws take alike."""
+    if not cell.calibration_seed:
+        return cell
     data = cell.calibration
     return Cell(model=cell.model, quant=cell.quant, calibration=None if data is None else data.with_seed(0))
 

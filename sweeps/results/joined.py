@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sweeps.launches.in_flight import InFlight
 from sweeps.results.superseded import planned_now
 from sweeps.status import State
-from sweeps.store.rows import OOM_ERROR, measurement_row, recorded_state
+from sweeps.store.rows import measurement_row, recorded_state, recorded_states
 from sweeps.store.schema import Row, arrow_schema
 from sweeps.study.cell import Measurement
 from sweeps.study.manifest import Manifest
@@ -19,8 +19,6 @@ from sweeps.study.reading import superseded
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_STATES: Final[Mapping[str, State]] = {state.value: state for state in State}
 
 
 def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) -> pa.Table:
@@ -87,12 +85,6 @@ def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, M
             known = found.get(where)
             found[where] = (manifest.sweep if known is None else known[0], m)
     return found
-
-
-def recorded_states(stored: pa.Table) -> list[State]:
-    """Return what stored rows (columns status, error_type) say of their measurements."""
-    statuses, errors = (stored.column(name).cast("string").to_pylist() for name in ("status", "error_type"))
-    return [State.OOM if e == OOM_ERROR else _STATES[s] for s, e in zip(statuses, errors, strict=True)]
 
 
 def state_of(row: Row | None, key: str, flight: InFlight) -> State:

@@ -13,6 +13,7 @@ from analysis.report.places import Places
 from sweeps.files import make_directory, share_with_group, write_atomically
 from sweeps.results.finishing import rows_digest
 from sweeps.results.inputs import read_inputs
+from sweeps.results.table import load_planned
 from sweeps.store.parts import Store
 from sweeps.study.manifest import Manifest
 
@@ -36,13 +37,13 @@ def show_results(store: Store, manifest: Manifest, console: Console, *, report: 
         console: where to print.
         report: write the study's report (page, figures, tables), and print its findings; else say where those are.
     """
-    inputs = read_inputs([store.out], manifest=manifest)
-    results = inputs.df
+    inputs = read_inputs([store.out], manifest=manifest) if report else None
+    results = load_planned(store.out, manifest) if inputs is None else inputs.df
     if results["finished"].notna().any():
         by_label = f"tables/{manifest.sweep}.md"
         written = report or (store.out / by_label).exists()
         _show_table(results, by_label if written else "what mode=table writes", console)
-        if report:
+        if inputs is not None:
             with console.status("comparing cells, drawing figures, writing the report"):
                 _report(inputs, Places.of_study(store.out, manifest.sweep), console)
     _show_places(store, manifest.sweep, console)

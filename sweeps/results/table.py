@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.results.frames import long_frame, wide_frame
-from sweeps.results.joined import decided, joined, planned, recorded_states
+from sweeps.results.joined import decided, joined, planned
 from sweeps.results.superseded import newest_launches
 from sweeps.status import FINAL, State
 from sweeps.store.parts import Store
+from sweeps.store.rows import recorded_states
 from sweeps.store.samples import Samples, decode_samples
 from sweeps.study.cell import ModelRef
 from sweeps.study.manifest import Manifest, load_manifests
@@ -42,6 +45,11 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     """
     rows = _rows(Path(out), planned_there(Path(out), sweep))
     return long_frame(rows) if long else wide_frame(rows)
+
+
+def load_planned(out: Path, manifest: Manifest) -> pd.DataFrame:
+    """Read the results of exactly what a launch planned: a row per cell, as ``load_results`` has them."""
+    return wide_frame(_rows(out, [manifest]))
 
 
 def load_tables(
@@ -92,13 +100,16 @@ def _each_once(rows: pa.Table) -> pa.Table:
     return rows.take(pa.array(found.values(), pa.int64()))
 
 
-def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None) -> pd.DataFrame:
+def results_by_study(
+    out: Path, long: bool = False, *, sweep: str | None = None, flight: InFlight | None = None
+) -> pd.DataFrame:
     """Read the results of each study of a directory: a cell that several studies planned has a row for each of them.
 
     Args:
         out: the results directory.
         long: one row per measurement; else one per cell.
         sweep: only this study.
+        flight: who is at what, where that was looked at just now.
 
     Raises:
         UserError: no study was ever planned there.
@@ -106,7 +117,7 @@ def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None)
     import pandas as pd
 
     manifests = planned_there(out, sweep)
-    flight = read_flight(out)
+    flight = read_flight(out) if flight is None else flight
     stored = Store(out=out).read(encoded=True)
     frames = []
     for name in newest_launches(manifests):
@@ -118,8 +129,8 @@ def results_by_study(out: Path, long: bool = False, *, sweep: str | None = None)
 def left_out(out: Path, sweep: str | None = None) -> list[str]:
     """Say, per model, which cells ``load_results`` leaves out because they are of an earlier reading, and why."""
     manifests = load_manifests(out, sweep)
-    cells = {m.cell.key: m.cell.model for _, m in planned(manifests).values()}
     earlier = superseded(_models(manifests))
+    cells = {m.cell.key: m.cell.model for _, m in planned(manifests).values()} if earlier else {}
     counts = Counter(model for model in cells.values() if model in earlier)
     return [f"{counted(n, 'cell')} of {model.label} left out: {earlier[model]}" for model, n in counts.items()]
 
@@ -161,7 +172,7 @@ def planned_there(out: Path, sweep: str | None) -> list[Manifest]:
 
 
 def _models(manifests: Sequence[Manifest]) -> Iterable[ModelRef]:
-    return (cell.model for manifest in manifests for cell in manifest.cells)
+    return (model for manifest in manifests for model in manifest.models)
 
 
 def _rows(out: Path, manifests: Sequence[Manifest]) -> pa.Table:
@@ -170,8 +181,32 @@ def _rows(out: Path, manifests: Sequence[Manifest]) -> pa.Table:
     return joined(manifests, Store(out=out).read(encoded=True), flight)
 
 
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """The state of each measurement of a results directory, which is looked at once, when it is first asked for.
+
+    Attributes:
+        out: the directory.
+        flight: who is at what; None looks.
+    """
+
+    out: Path
+    flight: InFlight | None = None
+
+    @cached_property
+    def _seen(self) -> tuple[InFlight, dict[str, State]]:
+        # Who is at it first: what ends in between has then already been stored.
+        flight = read_flight(self.out) if self.flight is None else self.flight
+        rows = Store(out=self.out).read(["measurement", "status", "error_type"])
+        return flight, dict(zip(rows.column("measurement").to_pylist(), recorded_states(rows), strict=True))
+
+    def of(self, key: str) -> State:
+        """Return the state of a measurement."""
+        flight, stored = self._seen
+        return decided(stored.get(key), key, flight)
+
+
 def measurement_states(out: Path, manifest: Manifest, flight: InFlight) -> dict[str, State]:
     """Return the state of each measurement that a launch of a study may run: all of them, unless some were chosen."""
-    rows = Store(out=out).read(["measurement", "status", "error_type"])
-    stored = dict(zip(rows.column("measurement").to_pylist(), recorded_states(rows), strict=True))
-    return {m.key: decided(stored.get(m.key), m.key, flight) for m in manifest.wanted()}
+    states = States(out=out, flight=flight)
+    return {m.key: states.of(m.key) for m in manifest.wanted()}

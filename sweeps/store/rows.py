@@ -18,15 +18,24 @@ from sweeps.study.cell import Cell, Measurement, ModelRef, canonical_json, eval_
 from sweeps.study.reading import config_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from kbit.models.quantize import QuantHandle
 
 OOM_ERROR: Final = "OutOfMemoryError"
 """error_type of a failed row that ran out of memory at the smallest batch."""
+_STATES: Final[Mapping[str, State]] = {state.value: state for state in State}
 
 
 def recorded_state(row: Row) -> State:
     """Return what a stored row (columns status, error_type) says of its measurement."""
     return State.OOM if row["error_type"] == OOM_ERROR else State(row["status"])
+
+
+def recorded_states(stored: pa.Table) -> list[State]:
+    """Return what stored rows (columns status, error_type) say of their measurements."""
+    statuses, errors = (stored.column(name).cast("string").to_pylist() for name in ("status", "error_type"))
+    return [State.OOM if e == OOM_ERROR else _STATES[s] for s, e in zip(statuses, errors, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

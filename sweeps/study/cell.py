@@ -137,8 +137,11 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        of_data = {} if self.calibration is None else {"calibration": self.calibration.canonical()}
-        return content_key({"model": self.model.identity, "quant": self.quant.canonical(), **of_data})
+        # content_key({"calibration": ..., "model": ..., "quant": ...}), whose parts many cells share.
+        data = "" if self.calibration is None else f'"calibration":{canonical_json(self.calibration.canonical())},'
+        of_model = f'"key_version":{KEY_VERSION},"model":{_identity_text(self.model)}'
+        text = f'{{{data}{of_model},"quant":{self.quant.canonical_text}}}'
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __hash__(self) -> int:
         # Grids look cells up many times, and hashing some thirty fields takes longer than all else there.
@@ -197,6 +200,11 @@ class Measurement:
 
 
 @cache
+def _identity_text(model: ModelRef) -> str:
+    return canonical_json(model.identity)
+
+
+@cache
 def _around_cell(spec: EvalSpec) -> tuple[str, str]:
     """Return the canonical JSON of a measurement before and after its cell's key."""
     text = canonical_json({"cell": "", "eval": spec.canonical(), "key_version": KEY_VERSION})
@@ -222,6 +230,11 @@ def quant_to_dict(cell: Cell) -> dict[str, object]:
         return cell.quant.canonical()
     about = {"name": cell.calibration.name, "source": source_to_dict(cell.calibration.source)}
     return {**cell.quant.canonical(), "calibration": {**cell.calibration.canonical(), **about}}
+
+
+def quant_text(cell: Cell) -> str:
+    """Return ``quant_to_dict`` as canonical JSON."""
+    return cell.quant.canonical_text if cell.calibration is None else canonical_json(quant_to_dict(cell))
 
 
 def cell_from_dict(model: ModelRef, data: JsonObject) -> Cell:

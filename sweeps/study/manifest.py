@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final
@@ -29,7 +29,7 @@ from sweeps.study.cell import (
     eval_from_dict,
     eval_to_dict,
     model_to_dict,
-    quant_to_dict,
+    quant_text,
 )
 from sweeps.study.grid import Excluded
 
@@ -74,6 +74,12 @@ class Manifest:
         """The models of its cells, each once, in their order."""
         return tuple(dict.fromkeys({id(cell.model): cell.model for cell in self.cells}.values()))
 
+    def restricted(self, chosen: frozenset[str]) -> Manifest:
+        """Return it for a launch that runs these measurements alone."""
+        part = replace(self, chosen=chosen)
+        vars(part)["_measurements"] = self._measurements  # whose keys are known
+        return part
+
     def wanted(self) -> Iterator[Measurement]:
         """Yield the measurements that a launch may run."""
         return (m for m in self.measurements() if self.chosen is None or m.key in self.chosen)
@@ -89,7 +95,19 @@ class Manifest:
 
     @cached_property
     def _content(self) -> str:
-        return canonical_json(self._as_dict())
+        """Its canonical JSON."""
+        index = {model: i for i, model in enumerate(self.models)}
+        # Cells of a model share it, and hashing its fields takes longer than asking whether it is the same.
+        places = {place: index[model] for place, model in {id(c.model): c.model for c in self.cells}.items()}
+        cells = ",".join(f"[{places[id(c.model)]},{quant_text(c)}]" for c in self.cells)
+        others = {
+            "sweep": self.sweep,
+            "models": [model_to_dict(m) for m in self.models],
+            "evals": [eval_to_dict(e) for e in self.evals],
+            "excluded": [{"axes": dict(e.axes), "reason": e.reason} for e in self.excluded],
+            "config": dict(self.config),
+        }
+        return f'{{"cells":[{cells}],{canonical_json(others)[1:]}'
 
     @property
     def name(self) -> str:
@@ -112,19 +130,6 @@ class Manifest:
             # Files of earlier versions lack keys, and one that was changed is what it was again.
             write_atomically(path, data)
         return self.name
-
-    def _as_dict(self) -> dict[str, object]:
-        index = {model: i for i, model in enumerate(self.models)}
-        # Cells of a model share it, and hashing its fields takes longer than asking whether it is the same.
-        places = {place: index[model] for place, model in {id(c.model): c.model for c in self.cells}.items()}
-        return {
-            "sweep": self.sweep,
-            "models": [model_to_dict(m) for m in self.models],
-            "cells": [[places[id(c.model)], quant_to_dict(c)] for c in self.cells],
-            "evals": [eval_to_dict(e) for e in self.evals],
-            "excluded": [{"axes": dict(e.axes), "reason": e.reason} for e in self.excluded],
-            "config": dict(self.config),
-        }
 
 
 def manifest_path(out: Path, name: str) -> Path:

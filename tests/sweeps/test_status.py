@@ -35,7 +35,7 @@ def runs(state: State, retry: object) -> bool:
         ended={KEY: state} if state in UNRECORDED else {},
     )
     cost, packing = CostModel(device="cpu"), Packing(workers=1)
-    plan = make_plan(MANIFEST, known, retry=parse_retry(retry), cost=cost, packing=packing)
+    plan = make_plan(MANIFEST, known, retry=parse_retry(retry), cost=lambda: cost, packing=packing)
     return plan.todo == 1
 
 

@@ -21,7 +21,7 @@ from sweeps.executors.slurm.settings import SlurmSettings, shape_text
 from sweeps.executors.slurm.show.logs import why_never_run
 from sweeps.executors.slurm.show.watch import WatchView
 from sweeps.executors.slurm.submit import Submitted, Submitter
-from sweeps.launches.claimer import Seen, counts_text, new_launch, plan_columns, plan_study
+from sweeps.launches.claimer import Seen, counts_text, new_launch, plan_study
 from sweeps.launches.in_flight import read_flight
 from sweeps.launches.spending import read_spending
 from sweeps.plan.budget import HOUR, budget_text, spent_text
@@ -165,7 +165,7 @@ def _follow(submitter: Submitter, view: WatchView) -> bool:
             view.note(text)
         flight = read_flight(store.out)
         view.show(flight, snapshot)
-        seen = Seen(flight=flight, stored=plan_columns(store))
+        seen = Seen.after(flight, store)
         context = submitter.context
         plan = plan_study(manifest, seen, retry=submitter.retry, packing=context.packing, device=context.device)
         worn_out = plan.todo and all(tries[m] >= MOST_TRIES for m in plan.measurement_keys())

@@ -9,7 +9,10 @@ import pytest
 from rich.console import Console
 
 from sweeps import load_results, load_samples
-from sweeps.bench.__main__ import Took, show
+from sweeps.bench.__main__ import show
+from sweeps.bench.growth import draw
+from sweeps.bench.measuring import Took
+from sweeps.bench.peers import peers
 from sweeps.bench.synthetic import DOCUMENTS, Synthetic, packs_of, results
 from sweeps.store.parts import Store
 
@@ -38,3 +41,20 @@ def test_growth_is_one_where_time_grows_as_measurements_do(capsys: pytest.Captur
     took = {n: {"load": Took(seconds=1.0, cpu=n / 100, peak=10**6, said="")} for n in (100, 1000)}
     show(took, Console(width=100))
     assert re.search(r"load[ │]+1\.0 / 1\.0 / 1[ │]+10\.0 / 1\.0 / 1[ │]+1\.00", capsys.readouterr().out)
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    took = {n: {"load": Took(seconds=1.0, cpu=n / 100, peak=10**6, said="")} for n in (100, 1000)}
+    draw(took, tmp_path / "growth.svg")
+    drawn = (tmp_path / "growth.svg").read_text()
+    assert all(f"<!-- {words} -->" in drawn for words in ("load", "in proportion", "measurements"))
+
+
+@pytest.mark.slow
+def test_others_leave_files_for_each_cell_and_we_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(peers(Console(width=120), cells=100).values())
+    hydra, submitit, ours = (kept.files for kept in found)
+    assert hydra >= 400
+    assert submitit > 100
+    assert ours < 20
+    assert "100 cells that compute nothing" in capsys.readouterr().out

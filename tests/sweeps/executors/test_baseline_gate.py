@@ -69,7 +69,7 @@ def test_what_methods_need_first_of_a_model_is_no_baseline_that_others_wait_for(
     assert first is not None
     assert _baselines(study) == {"neox-a": [Measurement(cell=baseline, eval=text).key]}
     packing = Packing(baseline_apart=True)
-    packs = make_plan(study, Known(), retry=frozenset(), cost=CostModel(device="cuda"), packing=packing).packs
+    packs = make_plan(study, Known(), retry=frozenset(), cost=lambda: CostModel(device="cuda"), packing=packing).packs
     assert [all(map(is_baseline, pack.items)) for pack in packs] == [True, False]
     assert packs[1].measurements() == [first, Measurement(cell=mixed, eval=text)]
     # Only the study's own evaluations have definitions to be frozen.

@@ -53,7 +53,9 @@ def test_the_first_prediction_of_the_demo_on_a_gpu_is_right_within_a_factor_of_t
     arguments = ["mode=plan"]
     options = Options.from_config(composed(*arguments), arguments)
     study = build_study(options.study, device="cuda", device_name=str, strict=True, progress=lambda _: None)
-    plan = make_plan(study.manifest, Known(), retry=(), cost=CostModel(device="cuda"), packing=Packing(workers=1))
+    plan = make_plan(
+        study.manifest, Known(), retry=(), cost=lambda: CostModel(device="cuda"), packing=Packing(workers=1)
+    )
     assert DEMO_GPU_SECONDS / 2 < plan.seconds < DEMO_GPU_SECONDS * 2
 
 
@@ -166,7 +168,9 @@ def test_loading_is_learned_by_model() -> None:
 
 
 def test_a_pack_is_predicted_again_by_what_is_known_when_it_begins() -> None:
-    pack, *_ = make_plan(MANIFEST, Known(), retry=(), cost=CostModel(device="cpu"), packing=Packing(cells=2)).packs
+    pack, *_ = make_plan(
+        MANIFEST, Known(), retry=(), cost=lambda: CostModel(device="cpu"), packing=Packing(cells=2)
+    ).packs
     learned = cost_of({(pack.model.label, "x", None): 12.0}, [pack.model])
     again = pack.predicted(learned)
     assert (again.id, again.items) == (pack.id, pack.items)

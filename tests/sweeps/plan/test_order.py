@@ -25,7 +25,7 @@ MANIFEST = Manifest(sweep="s", cells=GRID.cells, evals=(EVAL,), excluded=(), con
 def planned(order: str, **packing: int) -> Plan:
     cost = CostModel(device="cpu")
     packing_ = Packing(order=order, **packing)  # type: ignore[arg-type]
-    return make_plan(MANIFEST, Known(), retry=(), cost=cost, packing=packing_)
+    return make_plan(MANIFEST, Known(), retry=(), cost=lambda: cost, packing=packing_)
 
 
 def run_order(order: str, **packing: int) -> list[tuple[str, int]]:

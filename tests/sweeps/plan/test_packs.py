@@ -37,7 +37,7 @@ KEYS = [m.key for m in MANIFEST.measurements()]
 def plan(statuses: dict[str, str], retry: object = "lost", **more: object) -> Plan:
     packing = more.pop("packing", Packing(workers=2))
     known = Known(statuses=statuses, **more)  # type: ignore[arg-type]
-    return make_plan(MANIFEST, known, retry=parse_retry(retry), cost=CostModel(device="cpu"), packing=packing)  # type: ignore[arg-type]
+    return make_plan(MANIFEST, known, retry=parse_retry(retry), cost=lambda: CostModel(device="cpu"), packing=packing)  # type: ignore[arg-type]
 
 
 def test_everything_is_planned_once_at_first() -> None:
@@ -87,7 +87,7 @@ def test_an_added_evaluation_runs_alone() -> None:
 def test_a_pack_is_one_model_and_packs_are_shared_out() -> None:
     slow = {("neox-b", n, 1000): 10.0 for n in ("x", "y")}
     cost = cost_of(slow, MODELS)
-    packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(workers=2)).packs
+    packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=lambda: cost, packing=Packing(workers=2)).packs
     assert all({c.model for c, _ in p.items} == {p.model} for p in packs)
     assert len([p for p in packs if p.model.name == "neox-b"]) > 1
     assert len({p.id for p in packs}) == len(packs)
@@ -138,7 +138,9 @@ def test_a_pack_has_as_many_cells_as_asked_for() -> None:
 
 def test_a_pack_is_predicted_to_fit_its_time() -> None:
     cost = cost_of({(m, n, 1000): 30.0 for m in ("neox-a", "neox-b") for n in ("x", "y")}, MODELS)
-    packs = make_plan(MANIFEST, Known(), retry=parse_retry("lost"), cost=cost, packing=Packing(seconds=130.0)).packs
+    packs = make_plan(
+        MANIFEST, Known(), retry=parse_retry("lost"), cost=lambda: cost, packing=Packing(seconds=130.0)
+    ).packs
     assert {len(p.items) for p in packs} == {2, 1}
     assert all(p.seconds == sum(p.item_seconds) <= 130.0 for p in packs)
 
@@ -160,7 +162,7 @@ def test_what_cells_need_first_stands_before_them_in_one_pack_and_costs_apart() 
     def packs_of(statuses: dict[str, str], **packing: object) -> tuple[Pack, ...]:
         known, how = Known(statuses=statuses), Packing(**packing)  # type: ignore[arg-type]
         cost = CostModel(device="cpu")
-        return make_plan(study, known, retry=parse_retry("lost"), cost=cost, packing=how).packs
+        return make_plan(study, known, retry=parse_retry("lost"), cost=lambda: cost, packing=how).packs
 
     for order in ORDERS:
         packs = packs_of({}, seconds=1e-9, order=order)  # each cell that can be gets a pack of its own
@@ -194,7 +196,7 @@ ON_BASELINE, ON_TABLE = (
 
 def plan_mixed(statuses: dict[str, str], retry: object = "lost", **more: object) -> Plan:
     known = Known(statuses=statuses, **more)  # type: ignore[arg-type]
-    return make_plan(STUDY, known, retry=parse_retry(retry), cost=CostModel(device="cpu"), packing=Packing())
+    return make_plan(STUDY, known, retry=parse_retry(retry), cost=lambda: CostModel(device="cpu"), packing=Packing())
 
 
 def test_cells_wait_for_a_table_that_another_launch_measures() -> None:
