@@ -115,8 +115,10 @@ class Reading:
             if self._error is not None:
                 raise self._error
         self._taken += 1
-        for copy in arriving.copies:
-            torch.cuda.current_stream(arriving.device).wait_event(copy)
+        if arriving.copies:
+            current = torch.cuda.current_stream(arriving.device)
+            for copy in arriving.copies:
+                current.wait_event(copy)
         assert arriving.memory is not None
         values = arriving.extent.tensor(arriving.memory)
         arriving.memory = None
@@ -124,19 +126,22 @@ class Reading:
 
     def _begin_up_to(self, number: int) -> None:
         """Give memory to the tensors up to this one, and to those after it that may be ahead."""
-        while self._begun < len(self._order):
-            following = self._order[number + 1 : self._begun + 1]
-            if self._begun > number and sum(a.extent.nbytes for a in following) > self._ahead:
-                return
-            arriving = self._order[self._begun]
+        begun: list[tuple[_Arriving, Tensor]] = []
+        for last in range(self._begun, len(self._order)):
+            following = self._order[number + 1 : last + 1]
+            if last > number and sum(a.extent.nbytes for a in following) > self._ahead:
+                break
+            arriving = self._order[last]
             with torch.inference_mode(mode=False):  # other threads write to it
                 memory = torch.empty(arriving.extent.nbytes, dtype=torch.uint8, device=arriving.device)
-            if arriving.device.type == "cuda":
-                # What was freed before may still be read by what the current stream has to do.
-                self._streams[arriving.device].wait_stream(torch.cuda.current_stream(arriving.device))
-            with self._lock:
+            begun.append((arriving, memory))
+        for device in {arriving.device for arriving, _ in begun} & self._streams.keys():
+            # What was freed before may still be read by what the current stream has to do.
+            self._streams[device].wait_stream(torch.cuda.current_stream(device))
+        with self._lock:
+            self._begun += len(begun)
+            for arriving, memory in begun:
                 arriving.memory = memory
-                self._begun += 1
                 arriving.begins.notify_all()
 
     def _cut(self) -> Iterator[tuple[_Arriving, int, int]]:
@@ -148,6 +153,8 @@ class Reading:
     def _read(self) -> None:
         try:
             chunk = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=bool(self._streams))
+            for stream in self._streams.values():
+                torch.cuda.set_stream(stream)  # this thread's, for its device
             copied: torch.cuda.Event | None = None
             while True:
                 with self._lock:
@@ -182,9 +189,8 @@ class Reading:
         if stream is None:
             memory.copy_(chunk)
             return None
-        with torch.cuda.stream(stream):
-            memory.copy_(chunk, non_blocking=True)
-            copied: torch.cuda.Event = stream.record_event()
+        memory.copy_(chunk, non_blocking=True)  # by the thread's stream, which is this
+        copied: torch.cuda.Event = stream.record_event()
         return copied
 
 
