@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage lint slurm-up slurm-down clean
+.PHONY: help demo test test-slow soak coverage lint slurm-up slurm-down clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ test: $(VENV)/installed  ## the tests, but for the slow ones
 
 test-slow: $(VENV)/installed  ## nodes that fail, walltimes, a controller that stops: minutes of waiting
 	$(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/installed  ## thousands of cells on a SLURM of their own while all is killed at random: 20 minutes, then mode=audit
+	$(BIN)/python -m tests.slurm.soak
 
 coverage: $(VENV)/installed-dev  ## the lines that the tests reach; fails below what pyproject.toml says
 	$(BIN)/coverage erase

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 
@@ -80,12 +81,14 @@ class Study:
     def out(self) -> Path:
         return self.home / "results"
 
-    def start(self, *args: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *args: str, env: dict[str, str] | None = None, output: int | IO[str] = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         """``python launch.py`` with the small study's arguments and these, not waited for."""
         command = [sys.executable, str(ROOT / "launch.py"), f"out={self.out}", *SMALL, *unreported(args)]
         environment = {**self.cluster.environment(), "COLUMNS": "200", **(env or {})}
         return subprocess.Popen(
-            command, cwd=self.home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=self.home, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
         )
 
     def launch(self, *args: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -189,6 +189,7 @@ def test_preemption(study: Study) -> str:
     return f"ran again after {attempts(study)[1].started - stopped:.0f} s; {resume(study, *args)}"
 
 
+@pytest.mark.slow
 @side_by_side
 def test_scontrol_requeue(study: Study) -> str:
     study.submit(*TINY)
@@ -226,6 +227,7 @@ def test_results_disk_full(study: Study) -> str:
     return figures
 
 
+@pytest.mark.slow
 @side_by_side
 def test_a_worker_killed(study: Study) -> str:
     """The job starts another one, which goes on with the measurement that was in flight."""
@@ -239,6 +241,7 @@ def test_a_worker_killed(study: Study) -> str:
     return resume(study, *TINY)
 
 
+@pytest.mark.slow
 @side_by_side
 def test_a_batch_script_killed(study: Study) -> str:
     study.submit(*TINY)

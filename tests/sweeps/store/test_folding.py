@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -20,9 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sweeps import files
 from sweeps.store import folding, records
@@ -274,110 +267,6 @@ def test_a_writer_whose_disk_is_full_begins_another_file(tmp_path: Path, monkeyp
     assert not store.damaged
 
 
-class KilledError(BaseException):
-    """The process ends here."""
-
-
-@contextmanager
-def killed_at(step: int) -> Iterator[None]:
-    """End a fold before one of the steps by which it changes the directory; 0 is never."""
-    left = step
-    with pytest.MonkeyPatch.context() as patch:
-
-        def counted(change: Any) -> Any:
-            def before(*args: Any, **more: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    raise KilledError
-                return change(*args, **more)
-
-            return before
-
-        for owner, name in ((Path, "rename"), (Path, "unlink"), (Path, "replace"), (os, "link"), (os, "utime")):
-            patch.setattr(owner, name, counted(getattr(owner, name)))
-        with suppress(KilledError):
-            yield
-
-
-class Stores(RuleBasedStateMachine):
-    """Writers that look dead though they live, folds that are killed anywhere, drops: the rows are a plain list's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.out = Path(tempfile.mkdtemp())
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(records, "this_process", lambda: DEAD)
-        self.patch.setattr(folding, "this_process", lambda: DEAD)
-        self.patch.setattr(folding, "FULL_BYTES", 40_000)
-        self.patch.setattr(folding, "MOST_SMALL", 3)
-        self.patch.setattr(records, "ROTATE_BYTES", 2_000)
-        self.writers = [Store(out=self.out), Store(out=self.out)]
-        self.rows: list[dict[str, Any]] = []
-        self.dropped: list[set[str]] = []
-
-    def teardown(self) -> None:
-        self.patch.undo()
-        shutil.rmtree(self.out)
-
-    @rule(writer=st.integers(0, 1), measurement=st.integers(0, 4), status=st.sampled_from(["done", "failed"]))
-    def write(self, writer: int, measurement: int, status: str) -> None:
-        made = {"row_id": f"r{len(self.rows)}", **row(f"m{measurement}", status, minutes=len(self.rows))}
-        self.writers[writer].write(made)
-        self.rows.append(made)
-
-    @rule(writer=st.integers(0, 1))
-    def close(self, writer: int) -> None:
-        self.writers[writer].close()
-
-    @rule(writer=st.integers(0, 1))
-    def die_within_a_record(self, writer: int) -> None:
-        for each in self.writers[writer]._writer:
-            if each._file is not None:
-                os.write(each._file, records._framed(b"never acknowledged")[:-3])
-                each._close()
-        self.writers[writer] = Store(out=self.out)
-
-    @rule(step=st.integers(0, 8), grace=st.sampled_from([60.0, -1.0]))
-    def fold(self, step: int, grace: float) -> None:
-        self.patch.setattr(folding, "GRACE_SECONDS", grace)
-        with killed_at(step):
-            Store(out=self.out).fold()
-
-    @precondition(lambda self: self.rows)
-    @rule(measurement=st.integers(0, 4))
-    def drop(self, measurement: int) -> None:
-        ids = set(Store(out=self.out).row_ids({f"m{measurement}"}))
-        assert ids == {r["row_id"] for r in self.rows if r["measurement"] == f"m{measurement}"}
-        if ids:
-            Store(out=self.out).drop(ids, "wrong")
-            self.dropped.append(ids)
-
-    @precondition(lambda self: self.dropped)
-    @rule()
-    def undo(self) -> None:
-        assert Store(out=self.out).undo_drop() == (len(self.dropped.pop()), "wrong")
-
-    @invariant()
-    def reads_what_was_written(self) -> None:
-        store = Store(out=self.out)
-        history = store.history(["measurement", "status"])
-        assert sorted(r["row_id"] for r in history) == sorted(r["row_id"] for r in self.rows)
-        gone = set().union(*self.dropped) if self.dropped else set()
-        best: dict[str, tuple[bool, int, str]] = {}
-        for n, made in enumerate(self.rows):
-            if made["row_id"] not in gone:
-                rank = (made["status"] == "done", n, made["row_id"])
-                best[made["measurement"]] = max(best.get(made["measurement"], rank), rank)
-        read = {r["measurement"]: r["row_id"] for r in store.read(["measurement", "row_id"]).to_pylist()}
-        assert read == {name: rank[2] for name, rank in best.items()}
-        assert not store.damaged
-
-
-Stores.TestCase.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
-TestStores = Stores.TestCase
-
-
 def _work(out: Path, name: str, told: Connection) -> None:
     """Store and fold until killed, saying what is stored."""
     store, rest = Store(out=out), 0
@@ -423,7 +312,7 @@ def _all_is_there_once(out: Path, stored: set[str]) -> None:
 
 
 def test_what_was_acknowledged_is_read_whenever_writers_and_folds_are_killed(tmp_path: Path, no_grace: None) -> None:
-    stored = kill(tmp_path, 5, seed=0)
+    stored = kill(tmp_path, 10, seed=0)
     _all_is_there_once(tmp_path, stored)
     for _ in range(2):
         Store(out=tmp_path).fold()
