@@ -38,8 +38,18 @@ def long_frame(rows: pa.Table) -> pd.DataFrame:
     return frame[list(rows.schema.names)]
 
 
+def wide_columns() -> tuple[str, ...]:
+    """Return the columns of rows that ``wide_frame`` needs."""
+    of_rows = ("measurement", "sweep", "eval", "status", "error_type", "finished", _SUM, _MOST)
+    return tuple(dict.fromkeys((*cell_columns(), *of_rows, "metrics", "stderr", "higher_is_better", *_LAST)))
+
+
 def wide_frame(rows: pa.Table) -> pd.DataFrame:
-    """Return one row per cell, in order of the cells' first rows, with columns for the metrics of each evaluation."""
+    """Return one row per cell, in order of the cells' first rows, with columns for the metrics of each evaluation.
+
+    Args:
+        rows: with ``wide_columns()`` at least.
+    """
     import pandas as pd
     import pyarrow as pa
     import pyarrow.compute as pc

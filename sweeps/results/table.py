@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
-from sweeps.results.frames import long_frame, wide_frame
+from sweeps.results.frames import long_frame, wide_columns, wide_frame
 from sweeps.results.joined import decided, joined, planned
 from sweeps.results.superseded import newest_launches
 from sweeps.status import FINAL, State
@@ -43,13 +43,13 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     Raises:
         UserError: no study was ever planned there.
     """
-    rows = _rows(Path(out), planned_there(Path(out), sweep))
+    rows = _rows(Path(out), planned_there(Path(out), sweep), None if long else wide_columns())
     return long_frame(rows) if long else wide_frame(rows)
 
 
 def load_planned(out: Path, manifest: Manifest) -> pd.DataFrame:
     """Read the results of exactly what a launch planned: a row per cell, as ``load_results`` has them."""
-    return wide_frame(_rows(out, [manifest]))
+    return wide_frame(_rows(out, [manifest], wide_columns()))
 
 
 def load_tables(
@@ -118,7 +118,7 @@ def results_by_study(
 
     manifests = planned_there(out, sweep)
     flight = read_flight(out) if flight is None else flight
-    stored = Store(out=out).read(encoded=True)
+    stored = Store(out=out).read(None if long else wide_columns(), encoded=True)
     frames = []
     for name in newest_launches(manifests):
         rows = joined([m for m in manifests if m.sweep == name], stored, flight)
@@ -175,10 +175,11 @@ def _models(manifests: Sequence[Manifest]) -> Iterable[ModelRef]:
     return (model for manifest in manifests for model in manifest.models)
 
 
-def _rows(out: Path, manifests: Sequence[Manifest]) -> pa.Table:
+def _rows(out: Path, manifests: Sequence[Manifest], columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the row of each planned measurement, with some columns or all but the samples."""
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
-    return joined(manifests, Store(out=out).read(encoded=True), flight)
+    return joined(manifests, Store(out=out).read(columns, encoded=True), flight)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,10 @@ class Store:
         needed = list(dict.fromkeys([*wanted, "row_id", "measurement", "status", "finished"]))
         reader = replace(self._reader, encoded=encoded)
         table = joined(reader.tables(needed, measurements), needed, reader.schema)
-        rows = current_rows(table, self.dropped_ids())
+        dropped = self.dropped_ids()
+        if not table.num_rows:
+            return table.select(wanted)
+        rows = current_rows(table, dropped)
         # Nearly always all rows count, in their order.
         is_all = np.array_equal(rows, np.arange(table.num_rows))
         return (table if is_all else table.take(pa.array(rows))).select(wanted)
