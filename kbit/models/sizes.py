@@ -145,6 +145,8 @@ def parts_of(
 
 def _expert_bytes(sizes: Sizes, spec: Spec, config: Mapping[str, Any]) -> int:
     """Return the bytes of what is summed of the inputs of a block's experts, each of its own."""
+    if not spec.product_bytes:
+        return 0
     inner = first_count(of_decoder(config), ("moe_intermediate_size", "ffn_hidden_size")) or sizes.inner
     return spec.product_bytes * expert_count(config) * (sizes.hidden**2 + inner**2)
 

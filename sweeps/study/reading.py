@@ -50,8 +50,8 @@ def unfit(config: ModelConfig | None, spec: Spec) -> SpecError | None:
     misfit = _unfit_to_stored(config, spec)
     if misfit is not None:
         return misfit
-    fraction, why = spec.axis_values().get("outlier_fraction"), why_unordered(config)
-    if fraction and why is not None:
+    fraction = spec.axis_values().get("outlier_fraction")
+    if fraction and (why := why_unordered(config)) is not None:
         return SpecError("outlier_fraction", fraction, f"0, since {why}")
     if spec.replaces_layers and has_experts(config):
         why = f"one that quantizes weights alone, for {config.get('model_type')}: its experts are no layers to replace"
