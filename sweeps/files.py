@@ -128,17 +128,20 @@ def open_log(path: Path) -> IO[bytes]:
     return file
 
 
-def write_atomically(path: Path, data: bytes, *, modified: float | None = None) -> None:
+def write_atomically(path: Path, data: bytes, *, modified: float | None = None, lasting: bool = True) -> None:
     """Write ``data`` so that ``path`` is whole or absent, whatever happens, and on disk when this returns.
 
     Args:
         path: the file.
         data: what it holds.
         modified: its time in epoch seconds; None is now.
+        lasting: else a loss of power may bring back what was there before, at half of the cost: for what is told again
+            and again.
     """
     make_directory(path.parent)
     patiently(lambda: _write(path, data, modified))
-    sync_directory(path.parent)
+    if lasting:
+        sync_directory(path.parent)
 
 
 def _write(path: Path, data: bytes, modified: float | None) -> None:

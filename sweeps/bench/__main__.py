@@ -7,7 +7,8 @@
 
 Results are made up, and written through the real store; models and texts are those inside the package. CPU seconds and
 peak memory are those of the whole process, imports included; "growth" is how much faster than the measurements the CPU
-seconds grow from the first size to the last: 1 is in proportion.
+seconds grow from the first size to the last: 1 is in proportion. "launch that follows all" is a whole launch whose
+worker tells of results and measures nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -33,22 +35,42 @@ SIZES: Final = (3_500, 35_000)
 STORE: Final = "store each measurement"
 FOLD: Final = "fold"
 SAMPLES: Final = "load_samples of 100"
+FOLLOW: Final = "launch that follows all"
 _LAUNCH: Final = "from launch import main; main()"
 _FILL: Final = """
-import os
 from pathlib import Path
-from sweeps.bench.synthetic import Synthetic, fill
+from sweeps.bench.synthetic import Synthetic, counted_flushes, fill
 from sweeps.store.parts import Store
-count = [0, 0]
-flush = os.fsync
-def counted(file):
-    count[0] += 1
-    flush(file)
-os.fsync = counted
+flushes = counted_flushes()
 study = Synthetic(out=Path({out!r}), measurements={size})
 manifest = study.manifest()
 fill(Store(out=study.out), manifest)
-print(count[0] / sum(1 for _ in manifest.measurements()))
+print(flushes() / sum(1 for _ in manifest.measurements()))
+"""
+_FOLLOW: Final = """
+import os, sys, time
+from pathlib import Path
+os.environ["TTY_COMPATIBLE"] = "1"  # the view is drawn as on a terminal
+import sweeps.worker.pool
+from sweeps.worker.execution import Execution
+from sweeps.bench.synthetic import counted_flushes
+sweeps.worker.pool.WORKER = "sweeps.bench.stand_in"
+flushes, run = counted_flushes(), Execution.run
+took = []
+def timed(execution):
+    before, began, wall = flushes(), time.process_time(), time.perf_counter()
+    try:
+        return run(execution)
+    finally:
+        took[:] = time.process_time() - began, time.perf_counter() - wall, flushes() - before
+Execution.run = timed
+from launch import main
+try:
+    main()
+except SystemExit:
+    pass  # nothing was stored
+print()
+print(*took)
 """
 _FOLD: Final = "from pathlib import Path; from sweeps.store.parts import Store; Store(out=Path({out!r})).fold()"
 _LOAD: Final = "import sweeps; sweeps.load_results({out!r})"
@@ -72,6 +94,8 @@ def steps(study: Synthetic) -> Iterator[tuple[str, Took]]:
         return measured([*python, _LAUNCH, *arguments])
 
     yield "mode=plan, nothing stored", launch("mode=plan", *study.overrides)
+    elsewhere = replace(study, out=study.out / "followed").overrides
+    yield FOLLOW, measured([*python, _FOLLOW, "report=false", "executor.workers=1", *elsewhere])
     yield STORE, measured([*python, _FILL.format(out=out, size=study.measurements)])
     yield "load_results, nothing folded", measured([*python, _LOAD.format(out=out)])
     yield FOLD, measured([*python, _FOLD.format(out=out)])
@@ -134,6 +158,10 @@ def _study(study: Synthetic, console: Console) -> tuple[int, dict[str, Took]]:
         notes = [f"{took.cpu:.1f} CPU s, {took.peak / 1e6:.0f} MB"]
         if name == STORE:
             notes += [_size(study.out, "parts", count), f"{float(took.said):.2f} flushes to disk a measurement"]
+        if name == FOLLOW:
+            cpu, seconds, flushes = map(float, took.said.split()[-3:])
+            notes.append(f"{cpu:.2f} CPU s of the launcher for progress ({cpu / count * 1e6:.0f} µs a measurement)")
+            notes.append(f"{flushes:.0f} flushes to disk in {seconds:.1f} s")
         if name == FOLD:
             notes.append(_size(study.out, "packs", count))
         if name == SAMPLES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -95,14 +96,14 @@ def results(pack: str, measurements: Sequence[Measurement], seed: int = 0) -> It
         "launch": "0123456789ab (bench-0123456789abcdef)",
         "job": f"slurm/1234_{pack}",
         "host": "node1",
-        "device": "CPU",
+        "device": "cpu (x86_64)",
         "gpus": 0,
         "kernel": "torch",
         "seed": 0,
         "batch_tokens": 4096,
     }
     origin = Origin(sweep="bench", pack=pack, provenance=provenance)
-    started = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=int(pack, 16) * 3600)
+    started = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=seed)
     for number, measurement in enumerate(measurements):
         samples = _samples(measurement.eval.kind, random)
         loss = float(random.gamma(4.0))
@@ -137,6 +138,19 @@ def fill(store: Store, manifest: Manifest) -> None:
         for row in results(pack, measurements, seed=number):
             store.write(row)
     store.close()
+
+
+def counted_flushes() -> Callable[[], int]:
+    """Count this process's calls of fsync from now on; return what gives their number."""
+    count, flush = 0, os.fsync
+
+    def counted(file: int) -> None:
+        nonlocal count
+        count += 1
+        flush(file)
+
+    os.fsync = counted  # type: ignore[assignment]
+    return lambda: count
 
 
 def _samples(kind: str, random: np.random.Generator) -> dict[str, Outcomes]:

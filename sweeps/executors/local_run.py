@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.errors import EXIT_FAILED, EXIT_INTERRUPTED, PoolError
-from sweeps.events import Event, Measured
+from sweeps.events import Event, Measured, Withheld
 from sweeps.executors.base import EXECUTORS, Order
 from sweeps.executors.settings import LocalSettings
 from sweeps.launches.claimer import Claimer, counts_text, launch_provenance, new_launch
@@ -21,6 +21,7 @@ from sweeps.launches.spending import BudgetWatch, read_spending
 from sweeps.plan.budget import spent_text
 from sweeps.plan.cost import COLUMNS, CostModel
 from sweeps.plan.packs import IN_FLIGHT, Packing, Plan
+from sweeps.plan.time_left import TimeLeft
 from sweeps.results.progress import RunView
 from sweeps.results.report import has_report, show_results
 from sweeps.store.parts import Store
@@ -114,15 +115,21 @@ def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings:
     """Run packs until they are done, or until ``left`` device-seconds are spent; tell whether data had changed."""
     store, console = order.store, order.console
     claims = Claims(out=store.out)
-    view = RunView(console=console, cells=Counter(m.cell.key for p in plan.packs for m in p.measurements()))
-    watch = BudgetWatch(left=left)
     cost = CostModel.from_rows(store.read(COLUMNS).to_pylist(), order.device)
+    time_left = TimeLeft(packs=plan.packs, cost=cost, workers=workers.count)
+    cells = Counter(m.cell.key for p in plan.packs for m in p.measurements())
+    view = RunView(console=console, cells=cells, left=time_left)
+    watch = BudgetWatch(left=left)
 
     def on_event(event: Event, worker: int) -> None:
         view.on_event(event, worker)
-        if isinstance(event, Measured):
-            cost.learn(event.row)
-        if watch.is_spent(event, worker):
+        match event:
+            case Measured():
+                cost.learn(event.row)
+                time_left.measured(event.row["pack"])
+            case Withheld():
+                time_left.measured(event.pack)
+        if left < inf and watch.is_spent(event, worker):
             execution.stop(inf)
 
     execution = Execution(

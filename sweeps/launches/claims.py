@@ -131,7 +131,10 @@ class Claims:
 
     def heartbeat(self, claim: Claim, running: Sequence[str]) -> None:
         """Say that the launch is alive and what it is measuring."""
-        write_atomically(self._path(claim.number, "running"), json.dumps({"running": list(running)}).encode())
+        # Read by who asks what is running, and, for its age alone, by other machines. A machine that loses power loses
+        # the launch too: an older word, or none, then only makes the claim void a little sooner.
+        beat = json.dumps({"running": list(running)}).encode()
+        write_atomically(self._path(claim.number, "running"), beat, lasting=False)
 
     def running(self, claim: Claim) -> set[str]:
         """Measurements in flight by the last heartbeat."""

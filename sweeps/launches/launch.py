@@ -256,17 +256,18 @@ class Attempt:
 
     def at(self, measuring: str | None) -> Attempt:
         """Say that it is alive, and what it is measuring."""
-        return replace(self, measuring=measuring)._write()
+        # An older word after a loss of power only blames nothing, or what was measured before, for the node's end.
+        return replace(self, measuring=measuring)._write(lasting=False)
 
     def ended(self, reason: str, **more: Scalar) -> Attempt:
         """Say how it ended."""
         return replace(self, end={"reason": reason, "at": clock(self.launch.directory), **more})._write()
 
-    def _write(self) -> Attempt:
+    def _write(self, *, lasting: bool = True) -> Attempt:
         data = {k: getattr(self, k) for k in ("pack", "job", "restart", "host", "started", "log", "measuring", "end")}
         require_directory(self.launch.directory)
         path = self.launch.directory / "attempts" / f"{self.pack}-{self.job}-{self.restart}.json"
-        write_atomically(path, json.dumps(data).encode())
+        write_atomically(path, json.dumps(data).encode(), lasting=lasting)
         return self
 
 

@@ -9,8 +9,10 @@ practice, not peaks; they only have to be right within a factor of two, since fi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from functools import cache
 from typing import Final, Self
 
@@ -34,6 +36,10 @@ QUANTIZE_PER_SECOND: Final = {"cpu": 2e7, "cuda": 3e10}
 """Weights quantized and dequantized a second. On a GPU 1e11 beside their originals and 3e10 from page-locked memory,
 measured; fitted data types take longer the first time.
 """
+QUANTIZE_SECONDS: Final = {"cpu": 0.01, "cuda": 0.015}
+"""Whatever the size: kernels are launched layer by layer. Of a method of more effort more, but not in proportion:
+measured on models of a million parameters on an H200, 0.02 of blockwise, 0.04 of ggml, 0.17 of gptq, 0.3 of hqq.
+"""
 STEP_SECONDS: Final = {"cpu": 4e-3, "cuda": 1e-3}
 STEP_WEIGHTS_PER_SECOND: Final = {"cpu": 5e9, "cuda": 1e12}
 """A step of decoding: launches and small operations, and weights read in 16 bits."""
@@ -42,6 +48,8 @@ UNPACK_PER_SECOND: Final = {"cpu": 5e7, "cuda": 2e12}
 LOAD_BYTES_PER_SECOND: Final = 5e8
 SECONDS_PER_MEASUREMENT: Final = {"cpu": 0.2, "cuda": 0.12}
 """Whatever the size: scheduling, writing, small kernels. On a GPU as the demo took, 52 s for 387 on an H100."""
+TASK_SECONDS: Final = 0.15
+"""What a task takes besides on a CPU: 0.03 to 0.45 for 500 documents, measured."""
 COLUMNS: Final = (
     *(
         "key",
@@ -59,11 +67,12 @@ COLUMNS: Final = (
         "window",
     ),
     *("num_fewshot", "compute_dtype", "n_tokens", "seconds", "quantize_seconds", "load_seconds", "device", "finished"),
-    *("calibration", "model_id", "revision", "weights_hash"),
+    *("calibration", "model_id", "revision", "weights_hash", "job"),
 )
 """Of a row, what is learned from."""
 _DEFAULT_PARAMS: Final = 1_000_000_000
 _LOAD: Final[Sequence[Like]] = [("load",)]
+_BETWEEN: Final[Sequence[Like]] = [("between",)]
 
 
 def tokens_of(measurement: Measurement) -> int:
@@ -109,13 +118,41 @@ def load_seconds(model: ModelRef) -> float:
 
 
 @dataclass(kw_only=True)
+class _Open:
+    """The cell that a pack is at: when its last measurement ended, and what passed beside so many of them.
+
+    A pack's first is not whole: when it began is unknown.
+    """
+
+    key: object
+    end: float
+    is_whole: bool = False
+    passed: float = 0.0
+    count: int = 0
+
+
+def moment(value: datetime | str) -> float:
+    """Return a row's time in epoch seconds: a stored row has datetimes, one that a worker tells has text."""
+    return (value if isinstance(value, datetime) else datetime.fromisoformat(value)).timestamp()
+
+
+@dataclass(kw_only=True)
 class CostModel:
-    """Predicts seconds; learns from the store's rows."""
+    """Predicts seconds; learns from the store's rows.
+
+    Attributes:
+        device: 'cpu' or 'cuda'.
+        evaluating, quantizing, loading: what each takes.
+        between: what a measurement takes that is neither: it is prepared and stored.
+    """
 
     device: str
     evaluating: Part = field(default_factory=Part)
-    quantizing: Part = field(default_factory=Part)
+    # Of one pack a process may have compiled the kernels of every second cell.
+    quantizing: Part = field(default_factory=lambda: Part(settled=2))
     loading: Part = field(default_factory=Part)
+    between: Part = field(default_factory=Part)
+    _open: dict[tuple[object, ...], _Open] = field(default_factory=dict)
     _seen: set[tuple[object, ...]] = field(default_factory=set)
     _predicted: dict[tuple[object, ...], float] = field(default_factory=dict)
 
@@ -146,8 +183,10 @@ class CostModel:
             )
         )
         counted = self._counted(kind, params, tokens, bits)
-        of = ValueOf(model=model, params=params, like=like, counted=counted)
+        pack = (row.get("launch"), row.get("pack"))
+        of = ValueOf(model=model, params=params, like=like, counted=counted, pack=pack)
         self.evaluating.add(of, row["seconds"], first=self._is_first(row, row["eval"]))
+        self._learn_between(row, ValueOf(model=model, params=params, like=_BETWEEN, counted=1.0, pack=pack))
         # Shared by the rows of a cell: known by what it took, to the last bit.
         once: tuple[object, ...] = ("quantize", row.get("launch"), row.get("key"), packed, row.get("quantize_seconds"))
         if row.get("quantize_seconds") and row.get("method") != "baseline" and self._is_new(once):
@@ -156,11 +195,32 @@ class CostModel:
             first = self._is_first(row, ("quantize", packed))
             tokens = _calibrated_tokens(row)
             counted = self._counted_quantizing(params, method, tokens)
-            of = ValueOf(model=model, params=params, like=like, counted=counted)
+            of = ValueOf(model=model, params=params, like=like, counted=counted, pack=pack)
             self.quantizing.add(of, row["quantize_seconds"], first=first)
         if row.get("load_seconds") and self._is_new(("load", row.get("launch"), model, row.get("load_seconds"))):
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
             self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), row["load_seconds"])
+
+    def _learn_between(self, row: Row, of: ValueOf) -> None:
+        """Take in what passed between a cell's measurements, once the next cell of its pack has one.
+
+        Cell by cell, since evaluations that share a forward pass end one upon the other.
+        """
+        place = (row.get("launch"), row.get("pack"), row.get("job"))
+        if not row.get("finished") or None in place[:2]:
+            return
+        end, last = moment(row["finished"]), self._open.get(place)
+        is_next = last is None or last.key != row.get("key")
+        if last is None:
+            self._open[place] = _Open(key=row.get("key"), end=end)
+            return
+        passed = end - last.end - row["seconds"]
+        if is_next:
+            if last.is_whole:
+                self.between.add(of, max(0.0, last.passed) / last.count)
+            last.key, last.passed, last.count, last.is_whole = row.get("key"), 0.0, 0, True
+            passed -= row.get("quantize_seconds") or 0.0
+        last.end, last.passed, last.count = end, last.passed + passed, last.count + 1
 
     def _is_new(self, once: tuple[object, ...]) -> bool:
         """Tell whether something is seen for the first time, and remember it."""
@@ -183,9 +243,16 @@ class CostModel:
         forms = {EVALUATORS[spec.kind].packed for spec in evals}
         quantize = sum(self._quantize(cell, packed=packed, first=first) for packed in sorted(forms))
         brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
-        return quantize + sum(
-            self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
-            for spec in evals
+        of = ValueOf(model=cell.model.label, params=_params(cell.model), like=_BETWEEN, counted=1.0)
+        # Unknown it is part of what is counted for a measurement.
+        between = len(evals) * self.between.predict(of) if self.between.later.params else 0.0
+        return (
+            quantize
+            + between
+            + sum(
+                self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
+                for spec in evals
+            )
         )
 
     def seconds(self, measurement: Measurement) -> float:
@@ -195,7 +262,7 @@ class CostModel:
     def load(self, model: ModelRef) -> float:
         """Predict loading a model."""
         of = ValueOf(model=model.label, params=_params(model), like=_LOAD, counted=load_seconds(model))
-        return self.loading.predict(of, exact=1)
+        return self.loading.predict(of)
 
     def _quantize(self, cell: Cell, *, packed: bool, first: bool) -> float:
         if cell.quant.is_baseline:
@@ -206,13 +273,15 @@ class CostModel:
         tokens = calibrating_tokens(cell.calibration, context_of(cell.model)) if cell.calibration else 0
         counted = self._counted_quantizing(params, method, tokens)
         of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
-        return self.quantizing.predict(of, exact=2, first=first)
+        return self.quantizing.predict(of, first=first)
 
     def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
         of = METHODS[method] if method in METHODS else METHODS["blockwise"]
         calibrating = of.passes * 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
-        return calibrating + of.effort * params / QUANTIZE_PER_SECOND[self.device]
+        weights = of.effort * params / QUANTIZE_PER_SECOND[self.device]
+        launching = QUANTIZE_SECONDS[self.device] * math.pow(of.effort, 0.75)
+        return calibrating + weights + launching
 
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec], *, first: bool) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""
@@ -230,7 +299,7 @@ class CostModel:
             counted = self._counted(spec.kind, _params(model), tokens_of(measurement), quant.bits)
             of = ValueOf(model=model.label, params=_params(model), like=like, counted=counted)
             is_free = comes and not self.evaluating.knows(model.label, like[0])
-            self._predicted[key] = 0.0 if is_free else self.evaluating.predict(of, exact=1, first=first)
+            self._predicted[key] = 0.0 if is_free else self.evaluating.predict(of, first=first)
         return self._predicted[key]
 
     def _counted(self, kind: str, params: int, tokens: int, bits: int) -> float:
@@ -240,7 +309,8 @@ class CostModel:
         in_bits = evaluator.packed and bits < 16
         rate = (UNPACK_PER_SECOND if in_bits else STEP_WEIGHTS_PER_SECOND)[self.device]
         steps = evaluator.steps * (STEP_SECONDS[self.device] + params / rate)
-        return forward + steps + SECONDS_PER_MEASUREMENT[self.device]
+        task = TASK_SECONDS if evaluator.data == "task" else 0.0
+        return forward + steps + task + SECONDS_PER_MEASUREMENT[self.device]
 
 
 def _calibrated_tokens(row: Row) -> int:
@@ -281,7 +351,7 @@ def _like_packed(name: str, kind: str, label: object, bits: int, is_wide: bool) 
 
 
 def _like_quant(label: object, method: str, dtype: object, packed: bool) -> list[Like]:
-    return [(label, packed), (method, dtype, packed), (packed,)]
+    return [(label, packed), (method, dtype, packed), (method, packed), (packed,)]
 
 
 def _comes_with_another(spec: EvalSpec, due: Sequence[EvalSpec]) -> bool:

@@ -10,11 +10,20 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
-from statistics import median
+from statistics import fmean, median
 from typing import Final
 
 LATEST: Final = 7
 """Stored values of a kind that count: a machine's load and a job's node change."""
+LATEST_ALIKE: Final = 49
+"""The same of what is alike in a wider sense: what ran last must not stand for all."""
+SPREAD: Final = 4.0
+"""How far values of a single pack may lie from what is alike in a wider sense, as a factor, where they are not settled.
+
+What a process does for the first time takes longer, a hundred times where kernels are compiled. One pack alone can't
+tell this from what its quantizations take, unless many of them took much the same.
+"""
+MANY: Final = 5
 Like = tuple[object, ...]
 """What makes two measurements, or two quantizations, alike."""
 
@@ -28,12 +37,23 @@ class ValueOf:
         params: its parameters.
         like: from the closest likeness to the widest.
         counted: seconds that were counted for it.
+        pack: of what is stored, the pack that it was measured in.
     """
 
     model: str
     params: int
     like: Sequence[Like]
     counted: float
+    pack: object = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Middle:
+    """Of stored values the median of their seconds, their usual factor, and whether at least half are much the same."""
+
+    seconds: float
+    factor: float
+    is_even: bool
 
 
 @dataclass(kw_only=True)
@@ -41,42 +61,79 @@ class Learned:
     """Stored values, by what is like them: seconds, and factors on what was counted.
 
     Attributes:
+        settled: so many packs make a value stand by itself; of fewer it is held within ``SPREAD`` of what is alike in
+            a wider sense.
         seconds: by model and what the part is of.
         factors: the same over the count, by model and by the part's kind.
         params: of the models that have any.
+        packs: those that the values come from, as far as they count.
+        _middle: what is known of the values by now.
     """
 
-    seconds: dict[Like, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
-    factors: dict[Like, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=LATEST)))
+    settled: int = 1
+    seconds: dict[Like, deque[float]] = field(default_factory=dict)
+    factors: dict[Like, deque[float]] = field(default_factory=dict)
     params: dict[Like, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    packs: dict[Like, set[object]] = field(default_factory=lambda: defaultdict(set))
+    _middle: dict[Like, _Middle] = field(default_factory=dict)
 
     def add(self, of: ValueOf, seconds: float) -> None:
         """Take in what something took."""
-        for like in of.like:
-            self.seconds[(of.model, *like)].append(seconds)
-            self.factors[(of.model, *like)].append(seconds / of.counted)
-            self.params[like][of.model] = of.params
-
-    def own(self, of: ValueOf, *, exact: int) -> float | None:
-        """Return seconds by the model's own values: of the first ``exact`` likenesses what they took, else a factor."""
         for number, like in enumerate(of.like):
-            if number < exact and (known := self.seconds.get((of.model, *like))):
-                return median(known)
-            if known := self.factors.get((of.model, *like)):
-                return of.counted * median(known)
-        return None
+            key = (of.model, *like)
+            if key not in self.seconds:
+                latest = LATEST_ALIKE if number else LATEST
+                self.seconds[key], self.factors[key] = deque(maxlen=latest), deque(maxlen=latest)
+            self.seconds[key].append(seconds)
+            self.factors[key].append(seconds / of.counted)
+            self.params[like][of.model] = of.params
+            if len(self.packs[key]) < self.settled:
+                self.packs[key].add(of.pack)
+            self._middle.pop(key, None)
+
+    def _known(self, key: Like) -> _Middle:
+        if key not in self._middle:
+            factors = sorted(self.factors[key])
+            low, high = factors[len(factors) // 4], factors[-1 - len(factors) // 4]
+            self._middle[key] = _Middle(
+                seconds=median(self.seconds[key]),
+                factor=_usual(factors),
+                is_even=len(factors) >= MANY and high <= SPREAD * low,
+            )
+        return self._middle[key]
+
+    def own(self, of: ValueOf) -> float | None:
+        """Return seconds by the model's own values: of the closest likeness what they took, else a factor."""
+        return self._by([(of.model, like) for like in of.like], of, exact=True)
 
     def of_others(self, of: ValueOf) -> float | None:
         """Return seconds by the factor of the model nearest in size."""
-        for like in of.like:
-            if others := self.params.get(like):
-                near = min(others, key=lambda name: abs(log(max(1, others[name]) / max(1, of.params))))
-                return of.counted * self.factor(near, like)
-        return None
+
+        def near(like: Like) -> str:
+            others = self.params.get(like) or {"": 1}
+            return min(others, key=lambda name: abs(log(max(1, others[name]) / max(1, of.params))))
+
+        return self._by([(near(like), like) for like in of.like], of, exact=False)
+
+    def _by(self, chosen: Sequence[tuple[str, Like]], of: ValueOf, *, exact: bool) -> float | None:
+        """Return seconds by what is stored of models and likenesses, from the closest to the widest."""
+        found, is_widest = None, True
+        for number, (model, like) in reversed(list(enumerate(chosen))):
+            if (key := (model, *like)) not in self.seconds:
+                continue
+            known, is_widest = self._known(key), number == len(chosen) - 1
+            took = known.seconds if exact and not number else of.counted * known.factor
+            # What a model's own cells took all alike it takes; another one may have compiled for all of them.
+            stands = len(self.packs[key]) >= self.settled or (exact and known.is_even)
+            found = took if found is None or stands else _within(took, found)
+        if found is not None and is_widest and self.settled > 1:
+            # Nothing of the same method is known: what others take over their count tells little of it.
+            return _within(found, of.counted)
+        return found
 
     def factor(self, model: str, like: Like) -> float:
         """Return what a model's values were over the count."""
-        return median(self.factors[(model, *like)])
+        return self._known((model, *like)).factor
 
 
 @dataclass(kw_only=True)
@@ -84,42 +141,66 @@ class Part:
     """One part of the cost.
 
     Attributes:
+        settled: as of ``Learned``.
         first: values of what was the first of its kind in its pack.
         later: all others.
     """
 
-    first: Learned = field(default_factory=Learned)
-    later: Learned = field(default_factory=Learned)
+    settled: int = 1
+    first: Learned = field(init=False)
+    later: Learned = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first, self.later = Learned(settled=self.settled), Learned(settled=self.settled)
 
     def add(self, of: ValueOf, seconds: float, *, first: bool = False) -> None:
         """Take in what something took, and whether it was the first of its kind in its pack."""
         (self.first if first else self.later).add(of, seconds)
 
-    def predict(self, of: ValueOf, *, exact: int, first: bool = False) -> float:
+    def predict(self, of: ValueOf, *, first: bool = False) -> float:
         """Return seconds: by own values, of the same turn or the other one; by other models'; as counted.
 
         A value of the other turn is corrected by what both turns took of models that have them.
         """
         same, other = (self.first, self.later) if first else (self.later, self.first)
-        if (known := same.own(of, exact=exact)) is not None:
+        if (known := same.own(of)) is not None:
             return known
-        if (known := other.own(of, exact=exact)) is not None:
-            return known * _turns(same, other, of.like)
+        if (known := other.own(of)) is not None:
+            return self._turned(known, of, first=first)
         if (known := same.of_others(of)) is not None:
             return known
         if (known := other.of_others(of)) is not None:
-            return known * _turns(same, other, of.like)
+            return self._turned(known, of, first=first)
         return of.counted
+
+    def _turned(self, took: float, of: ValueOf, *, first: bool) -> float:
+        """Return what the other turn tells, corrected. Where nothing tells by how much, a first one tells little."""
+        same, other = (self.first, self.later) if first else (self.later, self.first)
+        turns = _turns(same, other, of.like)
+        if turns is not None:
+            return took * turns
+        return took if first else min(took, of.counted * SPREAD)
 
     def knows(self, model: str, like: Like) -> bool:
         """Tell whether a value of the model's own is stored."""
         return (model, *like) in self.first.seconds or (model, *like) in self.later.seconds
 
 
-def _turns(same: Learned, other: Learned, likenesses: Sequence[Like]) -> float:
-    """Return what one turn takes over the other: a median over models that have both; 1 where none has."""
+def _within(took: float, wider: float) -> float:
+    """Return so much of what something took as what is alike in a wider sense makes likely."""
+    return min(max(took, wider / SPREAD), wider * SPREAD)
+
+
+def _usual(values: Sequence[float]) -> float:
+    """Return the mean of what is within ``SPREAD`` of the median: many of them add up to it, as to no median."""
+    middle = median(values)
+    return fmean(value for value in values if middle / SPREAD <= value <= middle * SPREAD)
+
+
+def _turns(same: Learned, other: Learned, likenesses: Sequence[Like]) -> float | None:
+    """Return what one turn takes over the other: a median over models that have both; None where none has."""
     for like in likenesses:
         both = same.params.get(like, {}).keys() & other.params.get(like, {}).keys()
         if both:
             return median(same.factor(model, like) / other.factor(model, like) for model in both)
-    return 1.0
+    return None

@@ -6,7 +6,7 @@ Where the output is no terminal, a plain line now and then.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,7 +35,7 @@ class Line:
 
     Attributes:
         done, total: cells.
-        left: time left; '?' before anything was measured.
+        left: time left.
         rate, elapsed, failed, current: may be empty.
     """
 
@@ -94,15 +94,17 @@ class RunView(LiveView):
 
     Attributes:
         cells: to run, and how many measurements each still needs.
+        left: predicts the seconds that are left.
     """
 
     console: Console
     cells: Mapping[str, int]
+    left: Callable[[], float]
     failed: dict[str, str] = field(default_factory=dict)
     withheld: set[str] = field(default_factory=set)
     diverged: int = 0
     measured: int = 0
-    _withheld: int = 0
+    done: int = 0
     _left: dict[str, int] = field(default_factory=dict)
     _current: dict[int, str] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
@@ -110,12 +112,9 @@ class RunView(LiveView):
 
     def __post_init__(self) -> None:
         self._left = dict(self.cells)
+        self._is_terminal = self.console.is_terminal
         self._spinner = Spinner("dots" if self.console.encoding.startswith("utf") else "line")
-        self._live = Live(console=self.console, get_renderable=self._drawn, refresh_per_second=4, transient=False)
-
-    @property
-    def done(self) -> int:
-        return sum(1 for left in self._left.values() if left <= 0)
+        self._live = Live(console=self.console, get_renderable=self._drawn, refresh_per_second=1, transient=False)
 
     def on_event(self, event: Event, worker: int) -> None:
         """Take in one event of a worker."""
@@ -130,7 +129,6 @@ class RunView(LiveView):
                 if event.why not in self.withheld:
                     self.console.print(f"[yellow]not measured:[/] {escape(event.why)}", highlight=False)
                 self.withheld.add(event.why)
-                self._withheld += 1
             case PackDone():
                 self._current.pop(worker, None)
             case Crashed():
@@ -143,17 +141,17 @@ class RunView(LiveView):
             return  # what a cell needed first, and no launch had left
         self.measured += 1
         self._left[row["key"]] -= 1
+        self.done += self._left[row["key"]] == 0
         if row["status"] == "failed":
             self.failed.setdefault(row["key"], f"{row['model']} {row['label']}: {row['error_type']} in {row['eval']}")
         self.diverged += row["status"] == "diverged"
 
     def _line(self) -> Line:
         elapsed = time.monotonic() - self._began
-        to_come = sum(self.cells.values()) - self.measured - self._withheld
         return Line(
             done=self.done,
             total=len(self.cells),
-            left=_duration(elapsed / self.measured * to_come) if self.measured else "?",
+            left=_duration(self.left()),
             rate=f"{self.done / elapsed * 60:.0f}/min" if self.done else "",
             elapsed=_duration(elapsed),
             failed=f"{len(self.failed)} failed" if self.failed else "",
@@ -165,9 +163,10 @@ class RunView(LiveView):
         return self._line().drawn(self.console.width, self._spinner)
 
     def _show(self) -> None:
-        if self.console.is_terminal or time.monotonic() - self._last_line <= LINE_SECONDS:
+        now = time.monotonic()
+        if self._is_terminal or now - self._last_line <= LINE_SECONDS:
             return
-        self._last_line = time.monotonic()
+        self._last_line = now
         line = self._line()
         words = [f"{line.done}/{line.total} cells", line.rate, f"left {line.left}", line.failed, line.current]
         self.console.print("  ".join(w for w in words if w), highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import selectors
 import signal
@@ -47,7 +48,13 @@ from sweeps.worker.devices import Workers, gpus
 from sweeps.worker.settings import WorkerArguments, WorkerSettings
 
 MOST_CRASHES: Final = 2
+WORKER: Final = "sweeps.worker"
+"""The module that a worker's process runs."""
 BEAT_SECONDS: Final = 10.0
+NEWS_SECONDS: Final = 1.0
+"""What is begun is told at once, but no more often: a pack of cells that take a tenth of this each writes no file for
+each. One that kills its job sooner is not the one named, but the next job begins with it, and tells that at once.
+"""
 STOP_SECONDS: Final = 5.0
 LOG_TAIL: Final = 4000
 OOM_WORDS: Final = "was killed because memory ran out"
@@ -83,7 +90,7 @@ class WorkerPool:
         settings: how every worker measures.
         log: path of a worker's log, by its number.
         on_event: told every worker's events, and when one died.
-        beat: told what is being measured, now and then and when it changes.
+        beat: told what is being measured, now and then and when something is begun.
         until: epoch seconds; a cell that is predicted to end later is not begun.
         pin: give each worker a GPU of its own; else each sees all.
         predict: gives a pack that a worker is about to begin what is predicted for it by then.
@@ -141,7 +148,7 @@ class WorkerPool:
         self._stop_by = min(time.monotonic() + seconds, self._stop_by or float("inf"))
 
     def _loop(self, slots: Sequence[_Slot], selector: selectors.BaseSelector) -> None:
-        beaten, told = 0.0, None
+        beaten, told = -math.inf, frozenset[str]()
         while self._queue or any(s.pack for s in slots):
             if self._stopped is not None and not self._wind_down(slots):
                 return
@@ -151,8 +158,10 @@ class WorkerPool:
             for key, _ in selector.select(timeout=0.5):
                 self._receive(key.data, selector)
             running = [s.measuring for s in slots if s.measuring]
-            if running != told or time.monotonic() - beaten > BEAT_SECONDS:
-                beaten, told = time.monotonic(), running
+            silent = time.monotonic() - beaten
+            # What has ended since needs no word of its own: it is stored.
+            if silent > BEAT_SECONDS or (silent > NEWS_SECONDS and not told.issuperset(running)):
+                beaten, told = time.monotonic(), frozenset(running)
                 self._beat(running)
 
     def _wind_down(self, slots: Sequence[_Slot]) -> bool:
@@ -183,7 +192,7 @@ class WorkerPool:
         command = [
             sys.executable,
             "-m",
-            "sweeps.worker",
+            WORKER,
             "--events",
             str(write),
             "--settings",
@@ -247,7 +256,7 @@ class WorkerPool:
         *lines, slot.buffer = (slot.buffer + data).split(b"\n")
         slot.said_anything, self._silent_deaths = True, 0
         for line in lines:
-            self._take_in(slot, event_from_dict(json.loads(line)))
+            self._take_in(slot, event_from_dict(json.loads(line.decode())))
 
     def _take_in(self, slot: _Slot, event: Event) -> None:
         match event:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,60 @@ def test_stored_calibration_that_another_version_wrote_does_not_end_planning() -
     assert none < counted
     for unread in ('{"samples": 16}', json.dumps({**data, "samples": "many"}), "[16]", "16", "{"):
         assert factor(unread) == none
+
+
+def test_what_a_first_process_compiled_is_not_taken_for_what_quantizing_takes() -> None:
+    """On a GPU the first pack compiled a kernel for each `int` cell: seconds, where a cell takes a hundredth of one."""
+
+    def cells(model: ModelRef, pack: str, seconds: dict[str, float]) -> list[dict[str, Any]]:
+        made = [f"{dtype}{bits} b64" for dtype in seconds for bits in (3, 4, 5)]
+        return [
+            {
+                **row(model, "x", 1000, 0.02, device="NVIDIA H200", key=f"{pack} {label}", pack=pack, label=label),
+                "quantize_seconds": seconds[label[:-5]],
+                "dtype": label[:-5],
+            }
+            for label in made
+        ]
+
+    usual = {"float": 0.011, "dynamic": 0.013, "normal": 0.012, "quantile": 0.04}
+    compiled = cells(A, "p", {"int": 2.5, **usual})
+    of = cost(*compiled, device="cuda")
+    int6, int4 = QuantSpec(bits=6, dtype="int"), QuantSpec(bits=4, dtype="int")
+    for model, quant in ((A, int6), (B, int4)):
+        assert of._quantize(Cell(model=model, quant=quant), packed=False, first=False) < 0.5
+    # Where a second pack took as long, it takes that.
+    of = cost(*compiled, *cells(A, "q", {"int": 2.5}), device="cuda")
+    assert of._quantize(Cell(model=A, quant=int6), packed=False, first=False) == pytest.approx(2.5)
+    # So does what took much the same of many cells of the model, as fitted data types do.
+    slow = [c | {"label": f"lloyd4 b{n}", "key": str(n)} for n, c in enumerate(cells(A, "p", {"lloyd": 0.5}) * 2)]
+    of = cost(*compiled, *slow, device="cuda")
+    lloyd = Cell(model=A, quant=QuantSpec(bits=4, dtype="lloyd", blocksize=512))
+    assert of._quantize(lloyd, packed=False, first=False) == pytest.approx(0.5)
+
+
+def test_a_method_that_was_not_measured_is_counted_not_scaled_by_another() -> None:
+    gptq = Cell(model=A, quant=spec_of({"method": "gptq", "bits": 4, "dtype": "int"}))
+    guess = cost()._quantize(gptq, packed=False, first=False)
+    of = cost(*(quantized(f"int{n} b64", 1.0, pack=f"p{n}") for n in range(8)))
+    assert guess < of._quantize(gptq, packed=False, first=False) <= 4 * guess
+
+
+def test_what_passes_between_measurements_is_learned_by_cells() -> None:
+    """Two evaluations share a pass: the second ends upon the first. Storing each takes a quarter of a second."""
+    rows, at = [], datetime(2026, 1, 1, tzinfo=UTC)
+    for number in range(6):
+        at += timedelta(seconds=1.0)  # quantized
+        for name, passes in (("x_agreement", 3.25), ("x", 0.25)):
+            at += timedelta(seconds=passes)
+            kind = "agreement" if name != "x" else "perplexity"
+            stored = known(key=f"k{number}", eval=name, eval_kind=kind, seconds=1.5, pack="p", job="local/1")
+            rows.append({**stored, "label": "int4 b64", "bits": 4, "quantize_seconds": 1.0, "finished": at})
+    cell = Cell(model=A, quant=INT4)
+    assert cost(*rows).cell_seconds(cell, [TEXT, AGREEMENT]) == pytest.approx(1.0 + 3.0 + 0.5)
+    # A worker tells rows with their times as text.
+    told = [{**r, "finished": str(r["finished"])} for r in rows]
+    assert cost(*told).cell_seconds(cell, [TEXT, AGREEMENT]) == pytest.approx(4.5)
+    # The wait of a job for its requeue is no part of it.
+    later = [{**r, "job": "local/2", "finished": r["finished"] + timedelta(days=1)} for r in rows[6:]]
+    assert cost(*rows[:6], *later).cell_seconds(cell, [TEXT, AGREEMENT]) == pytest.approx(4.5)

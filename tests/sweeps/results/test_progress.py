@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import time
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.spinner import Spinner
 
-from sweeps.events import Measured, Withheld
+from sweeps.events import Measured
 from sweeps.results.progress import BAR_WIDTHS, Line, RunView
 
 RUNNING = Line(
@@ -71,32 +70,24 @@ def test_a_terminal_without_unicode_has_a_bar_too() -> None:
     assert "-----" in drawn(RUNNING, 80, "ascii")
 
 
-def view_of(cells: int, console: Console) -> RunView:
-    return RunView(console=console, cells={f"cell{n}": 2 for n in range(cells)}, _began=time.monotonic() - 10)
+def view_of(cells: int, console: Console, left: float = 0.0) -> RunView:
+    return RunView(console=console, cells={f"cell{n}": 2 for n in range(cells)}, left=lambda: left)
 
 
 def measured(cell: int) -> Measured:
     return Measured(row={"key": f"cell{cell}", "status": "done"})
 
 
-@pytest.mark.parametrize(("cells", "left"), [(1, "0:10"), (4, "1:10"), (49, "16:10"), (500, "2:46:30")])
-def test_a_time_is_shown_as_soon_as_anything_was_measured(
-    cells: int, left: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
-    view = view_of(cells, Console(file=io.StringIO()))
-    assert view._line().left == "?"
-    view.on_event(measured(0), 0)
-    assert view._line().left == left
+@pytest.mark.parametrize(("seconds", "left"), [(9.7, "0:10"), (70, "1:10"), (970, "16:10"), (9990, "2:46:30")])
+def test_a_time_is_shown_from_the_beginning(seconds: float, left: str) -> None:
+    assert view_of(3, Console(file=io.StringIO()), seconds)._line().left == left
 
 
-def test_what_was_not_measured_since_its_data_changed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+def test_a_cell_is_done_once_all_its_measurements_are() -> None:
     view = view_of(3, Console(file=io.StringIO()))
-    for cell in range(2):
+    counts = []
+    for cell in (0, 1, 1, 0, 7, 2):
         view.on_event(measured(cell), 0)
-        view.on_event(Withheld(pack="p", measurement=f"m{cell}", why="text.txt changed"), 0)
-    assert view._line().left == "0:10"
-    view.on_event(measured(2), 0)
-    view.on_event(measured(2), 0)
-    assert view._line().left == "0:00"
+        counts.append(view._line().done)
+    assert counts == [0, 0, 1, 2, 2, 2]
+    assert view.measured == 5  # of the seventh the launch had nothing left
