@@ -29,7 +29,7 @@ class Clock:
 
 
 def planned(cells: int) -> Plan:
-    return make_plan(MANIFEST, Known(), retry=(), cost=CostModel(device="cpu"), packing=Packing(cells=cells))
+    return make_plan(MANIFEST, Known(), retry=(), cost=lambda: CostModel(device="cpu"), packing=Packing(cells=cells))
 
 
 def test_before_anything_is_measured_it_is_what_the_plan_says() -> None:

@@ -27,7 +27,9 @@ def test_what_is_measured_quickly_is_told_now_and_then_and_costs_no_flush_each(
     """Hundreds of measurements in a moment, by a worker that makes them up: a few beats, each of what was begun."""
     monkeypatch.setattr(pool, "WORKER", "sweeps.bench.stand_in")
     manifest = Synthetic(out=tmp_path, measurements=1000).manifest()
-    packs = make_plan(manifest, Known(), retry=(), cost=CostModel(device="cpu"), packing=Packing(cells=90)).packs[:1]
+    packs = make_plan(
+        manifest, Known(), retry=(), cost=lambda: CostModel(device="cpu"), packing=Packing(cells=90)
+    ).packs[:1]
     expected = {m.key for pack in packs for m in pack.measurements()}
     assert len(expected) > 300
     events: Counter[str] = Counter()
