@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +17,16 @@ from sweeps.errors import RefusedError
 from sweeps.status import RECORDED, State
 
 if TYPE_CHECKING:
+    import requests
     import wandb
 
 STATUSES: Final = (*(s.value for s in RECORDED), State.SUPERSEDED.value)
 """What a run counts: what is stored, and of this apart what no table shows any more."""
 HTTP_TIMEOUT: Final = 10.0
+MOST_WAIT_SECONDS: Final = 60.0
+"""A server that is asked too often is waited for so long; then what was asked for fails, and mode=sync adds it."""
+_TOO_OFTEN: Final = (429, 503)
+_BACK_OFF: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 29.0)
 _STATE_QUERY: Final = """
 query KbitMirror($project: String!, $entity: String, $run: String!) {
   viewer { entity }
@@ -65,7 +72,7 @@ class Server:
         """
         variables = {"project": self._config["project"], "entity": self._config["entity"], "run": run_id}
         query: Any = {"query": _STATE_QUERY, "variables": variables}
-        response = self._session.post(self._url, json=query, timeout=HTTP_TIMEOUT)
+        response = self._post(query)
         if response.status_code in (401, 403):
             raise RefusedError(f"{self._url} refuses the API key (HTTP {response.status_code})")
         response.raise_for_status()
@@ -80,6 +87,21 @@ class Server:
         summary = json.loads(run["summaryMetrics"] or "{}")
         counts = {status: int(summary.get(status, 0)) for status in STATUSES}
         return RemoteRun(state=run["state"], mirrored=tuple(summary.get("mirrored", "").split()), counts=counts)
+
+    def _post(self, query: Mapping[str, Any]) -> requests.Response:
+        """Ask, and where the server is asked too often wait as long as it says, or longer and longer, and ask again."""
+        waited = 0.0
+        for wait in _BACK_OFF:
+            response = self._session.post(self._url, json=query, timeout=HTTP_TIMEOUT)
+            if response.status_code not in _TOO_OFTEN:
+                break
+            told = response.headers.get("Retry-After", "")
+            seconds = float(told) if re.fullmatch(r"\d+(\.\d+)?", told) else wait
+            if waited + seconds > MOST_WAIT_SECONDS:
+                break
+            time.sleep(seconds)
+            waited += seconds
+        return response
 
 
 def _key_from_netrc(url: str) -> str | None:

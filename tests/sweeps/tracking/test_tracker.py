@@ -17,8 +17,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -26,7 +28,9 @@ import pytest
 from kbit.errors import SpecError
 from sweeps.results.table import load_results
 from sweeps.store.parts import Store
+from sweeps.tracking import server as server_module
 from sweeps.tracking.artifact import upload_tables
+from sweeps.tracking.server import Server
 from sweeps.tracking.tracker import SyncReport, TrackedPack, Tracker, TrackingConfig, sync
 from tests.conftest import Launch
 
@@ -386,6 +390,47 @@ def test_a_wrong_key_neither_stops_nor_slows_a_study(refusing_url: str, tmp_path
     _, [warning] = study_of_100(config, close_after=10, warned=True)
     assert "refuses the API key" in warning
     assert "refuses the API key" in str(sync([stored("p", rows("p", 1))], config).error)
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Says that it is asked too often, as W&B's limits do, so many times; then that it has no such run."""
+
+    left = 3
+    asked: ClassVar[list[float]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        Busy.asked.append(time.monotonic())
+        Busy.left -= 1
+        body = b"{}" if Busy.left >= 0 else b'{"data": {"viewer": {"entity": "e"}, "model": null}}'
+        self.send_response(429 if Busy.left >= 0 else 200)
+        self.send_header("Retry-After", "0.2")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not into the tests' output."""
+
+
+def test_a_server_that_is_asked_too_often_is_asked_again_when_it_says() -> None:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    settings: Any = SimpleNamespace(base_url=f"http://127.0.0.1:{http.server_port}", api_key=KEY)
+    asking = Server(settings, {"project": "p", "entity": None})
+    assert asking.read("run").state == "missing"
+    waits = [later - earlier for earlier, later in pairwise(Busy.asked)]
+    assert len(waits) == 3
+    assert all(0.2 <= wait < 1 for wait in waits)
+    Busy.left = 10**6
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_module, "MOST_WAIT_SECONDS", 0.5)
+        with pytest.raises(OSError, match="429"):
+            asking.read("run")
+    assert time.monotonic() - began < 2
+    http.shutdown()
+    http.server_close()
 
 
 def test_without_a_key_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
