@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow soak coverage lint slurm-up slurm-down clean
+.PHONY: help demo test test-slow soak coverage lint replication slurm-up slurm-down clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo "  With another Python than python3: make demo PYTHON=python3.12"
 
 demo: $(VENV)/installed  ## the embedded study: real models, real text, a table and figures
@@ -45,6 +45,17 @@ lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+KEPT := docs/replication
+replication: $(VENV)/installed  ## docs/replication: the page, the figures and the findings, from its results.parquet alone
+	$(BIN)/python -m analysis report $(KEPT)/results.parquet --page-only --to $(KEPT) --title "The paper's shape on 13 small models"
+	$(BIN)/python -m analysis findings $(KEPT)/results.parquet --to $(KEPT)/findings.json
+	$(BIN)/python -m analysis findings $(KEPT)/results.parquet --to $(KEPT)/findings.md
+	$(BIN)/python -m analysis findings $(KEPT)/results.parquet --bits-of quantized --to $(KEPT)/findings-quantized.md
+	$(BIN)/python -m analysis figures $(KEPT)/results.parquet --columns 2 --formats svg --to $(KEPT)/figures
+	$(BIN)/python -m analysis figures $(KEPT)/results.parquet --columns 2 --formats svg --to $(KEPT)/figures/quantized \
+	  --bits-of quantized --names bit_scaling
+	$(BIN)/python -m analysis laws $(KEPT)/results.parquet > $(KEPT)/laws.txt
 
 slurm-up:  ## a test SLURM cluster on this host: real daemons, fake GPUs (tests/slurm)
 	@$(PYTHON) -m tests.slurm.cluster up

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         command = import_module(module)
         own = commands.add_parser(name, help=command.HELP, description=command.HELP)
-        own.add_argument("out", nargs="+", type=Path, metavar="OUT", help="results directories")
+        own.add_argument("out", nargs="+", type=Path, metavar="OUT", help="results directories, or files of mode=keep")
         own.add_argument("--study", help="only this study; else all that the directories hold")
         command.add_arguments(own)
     return parser

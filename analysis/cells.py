@@ -20,6 +20,9 @@ MEASURED: Final = ("done", "diverged")
 WHOLE_TENSOR: Final = 0
 """Stands for a missing block size (the whole tensor) where a number is needed."""
 
+SIZE: Final = "Total model bits"
+"""What ``total_bits`` counts, for people."""
+
 _NEEDED: Final = (
     *("key", "status", "family", "model", "model_id", "revision", "weights_hash", "params", "checkpoint"),
     *(
@@ -173,6 +176,25 @@ def points(df: pd.DataFrame, metric: Metric) -> pd.DataFrame:
         .sort_values(["family", "params", "model", "bits"], kind="stable")
         .reset_index(drop=True)
     )
+
+
+def quantized_alone(df: pd.DataFrame) -> pd.DataFrame:
+    """Return a wide table whose sizes count the bits of the quantized weights alone: no embedding, head or norms.
+
+    A small model is mostly embedding, at 16 bits whatever the precision of the rest. A model's quantized weights are
+    counted from its cells, since total bits = quantized x bits per weight + (params - quantized) x 16, and its 16-bit
+    baseline has as many. A method that also quantizes the embedding has no such size: NaN, as where sizes are unknown.
+    """
+    params, found = numbers(df, "params"), df.copy()
+    # A recipe quantizes the embedding and the head, too.
+    is_whole = df["recipe"].notna() if "recipe" in df.columns else pd.Series(False, index=df.index)
+    for total, each in (("total_bits", "bits_per_param"), ("total_bits_nominal", "bits_per_param_nominal")):
+        bits = numbers(df, each)
+        is_less = (bits < BASELINE_BITS) & ~is_whole
+        own = ((BASELINE_BITS * params - numbers(df, total)) / (BASELINE_BITS - bits)).where(is_less)
+        weights = own.groupby([df["family"], df["model"]]).transform("median")
+        found[total] = (weights * bits).where(~is_whole)
+    return found
 
 
 def with_baseline(cells: pd.DataFrame, baseline: pd.DataFrame) -> pd.DataFrame:

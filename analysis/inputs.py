@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
 
 import pandas as pd
 
+from analysis.cells import SIZE, quantized_alone
 from analysis.significance import SampleKey, Samples
 
 
@@ -33,3 +36,18 @@ class Inputs:
     def samples(self, wanted: Mapping[str, SampleKey]) -> dict[SampleKey, Samples]:
         """Return outcomes by (cell key, eval) of the measurements wanted, e.g. by ``findings.wanted_samples``."""
         return {wanted[m]: outcome for m, outcome in self.read_samples(list(wanted)).items()}
+
+
+def directory_of(out: Path) -> Path:
+    """Return where a command writes unless it is told: into a results directory, or beside a file of results."""
+    return out if out.is_dir() else out.parent
+
+
+BITS_OF: Final = "what sizes count: the model (default), or the quantized weights alone, without embedding and head"
+
+
+def counting(inputs: Inputs, bits_of: str) -> tuple[Inputs, str]:
+    """Return inputs whose sizes count what ``--bits-of`` asks for, 'model' or 'quantized', and what to call them."""
+    if bits_of == "model":
+        return inputs, SIZE
+    return replace(inputs, df=quantized_alone(inputs.df)), "Bits of the quantized weights"

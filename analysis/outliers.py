@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from analysis.cells import MEASURED, baselines, measured
 from analysis.figures.outliers import draw_correlations, draw_emergence, layer_order
 from analysis.figures.saving import save
-from analysis.inputs import Inputs
+from analysis.inputs import Inputs, directory_of
 from analysis.metrics import primary_loss
 from analysis.mixtures import mixture_warnings
 from analysis.report.parts import Section, TablePart
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
         print(f"note: {warning}")
     print(correlations_markdown(found.correlations))
     print(emergence_markdown(found.emergence))
-    directory = arguments.to or arguments.out[0] / "reports" / inputs.name
+    directory = arguments.to or directory_of(arguments.out[0]) / "reports" / inputs.name
     for path in write_outliers(found, directory, arguments.study):
         print(path)
     return 0

@@ -164,6 +164,7 @@ class Config:
     margins: Raw = None
     format: str | None = None
     long: bool = False
+    samples: Raw = None
     watch: bool = False
     script: bool = False
     report: bool = True

@@ -42,6 +42,7 @@ class Options:
         budget: device-seconds that the study may spend; None is without end.
         a, b: what mode=compare compares.
         margins: what is too small to matter: loss (nats per token), points (of accuracies).
+        samples: names of the outcomes that mode=keep writes; None is all.
         format: in which mode=export writes a cell (kbit.exporting.base).
         script: whether mode=plan shows the scripts of jobs.
         report: whether a study ends in its report.
@@ -70,6 +71,7 @@ class Options:
     margins: Mapping[str, float]
     format: str | None
     long: bool
+    samples: tuple[str, ...] | None
     watch: bool
     script: bool
     report: bool
@@ -117,6 +119,7 @@ class Options:
             margins=_margins(given["margins"]),
             format=given["format"],
             long=given["long"],
+            samples=None if given["samples"] is None else _names(given["samples"], "samples"),
             watch=given["watch"],
             script=given["script"],
             report=given["report"],

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.chance import chance_level
 from analysis.figures import style
-from analysis.figures.drawing import X_LABEL, Drawing, change_edge, compress
+from analysis.figures.drawing import Drawing, change_edge, compress
 from analysis.figures.results import NoFigureError, Results
 from analysis.figures.sheet import Sheet
 from analysis.figures.showing import Drawable
@@ -46,7 +46,7 @@ class Chart(Drawable):
     changes: str = ""
     side: str = ""
     x: str = "total_bits"
-    x_label: str = X_LABEL
+    x_label: str = ""
     notes: str = ""
 
     def _drawn(self) -> Figure:
@@ -95,7 +95,7 @@ def _panel(chart: Chart, drawing: Drawing, sheet: Sheet, i: int, own: pd.DataFra
     if single:
         parts[-1].set_xlabel(f"{chart.side} ({own['model'].iloc[0]})")
     else:
-        parts[-1].set_xlabel(chart.x_label if sheet.is_last(i) else "")
+        parts[-1].set_xlabel((chart.x_label or chart.results.size) if sheet.is_last(i) else "")
 
 
 def _slant(names: list[str], sheet: Sheet) -> dict[str, Any]:

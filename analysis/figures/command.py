@@ -12,7 +12,7 @@ from analysis.figures.registry import FIGURES, figure_metrics
 from analysis.figures.results import CUT, Results
 from analysis.figures.saving import FORMATS
 from analysis.findings.judging import compared_samples
-from analysis.inputs import Inputs
+from analysis.inputs import BITS_OF, Inputs, counting
 from analysis.paper import write_paper
 
 HELP: Final = "write the paper's figures and tables, by its numbers, as wide as one or two columns of a page"
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, help="other bits than the paper's")
     parser.add_argument("--blocksize", type=int, help="other blocks than most cells have; 0 is the whole tensor")
     parser.add_argument("--dtype", help="another data type than most cells have")
+    parser.add_argument("--bits-of", choices=("model", "quantized"), default="model", help=BITS_OF)
     parser.add_argument("--all-metrics", action="store_true", help="of each text set and task, not of the first alone")
     parser.add_argument("--cut", type=float, default=CUT, help="perplexity from which an axis is compressed; 0: none")
 
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, inputs: Inputs) -> int:
     """Write figures and tables, and print where they are and what is missing."""
     samples = compared_samples(inputs)
+    inputs, size = counting(inputs, arguments.bits_of)
     results = Results.of(inputs.df, sweep=inputs.name, samples=samples, cut=arguments.cut or None)
+    results = replace(results, size=size)
     results = replace(results, bits=arguments.bits, blocksize=arguments.blocksize, dtype=arguments.dtype)
     if arguments.all_metrics:
         results = replace(results, metrics=figure_metrics(inputs.df))

@@ -26,8 +26,6 @@ LOSS_CAP: Final = float(np.log(CUT))
 C.5). The data aren't cut."""
 _MOST_NAMED: Final = 8
 
-X_LABEL: Final = "Total model bits"
-
 
 @dataclass(kw_only=True)
 class Drawing:

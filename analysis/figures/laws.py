@@ -67,7 +67,7 @@ def _draw(chart: Laws) -> Figure:
         shown |= _curves(above, own, law)
         _effective(below, own, metric)
         above.set_title(style.family_name(family))
-        above.set_xlabel("Total model bits")
+        above.set_xlabel(chart.results.size)
         below.set_xlabel("Bits per weight" if sheet.is_last(i) else "")
         if sheet.is_left(i):
             above.set_ylabel(sheet.wrapped(metric.label))

@@ -15,7 +15,7 @@ from analysis.figures.showing import shown
 from analysis.metrics import Metric
 from analysis.replicates import pooled
 from kbit.data_types import EXPONENT_RULES
-from kbit.specs.base import BASELINE_BITS
+from kbit.specs.base import BASELINE_BITS, ROW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def one_shot_chart(results: Results, *, gptq: bool = False) -> Chart:
             baseline: style.bits_style(BASELINE_BITS),
             **dict(zip(formats, style.ordinal_styles(len(formats)), strict=True)),
         },
-        title=f"{results.metric.name} against total model bits, one-shot and zero-shot",
+        title=f"{results.metric.name} against {results.size.lower()}, one-shot and zero-shot",
         legend="Quantization",
     )
 
@@ -103,6 +103,10 @@ def _figure_5(results: Results, quantized: pd.DataFrame) -> pd.DataFrame:
     rank = beside["exponent_bits"].ne(beside["bits"].map(EXPONENT_RULES["paper"]))
     first = beside.assign(_rank=rank).sort_values("_rank", kind="stable")
     beside = first.drop_duplicates(["family", "model", "bits"]).drop(columns="_rank")
+    if gptq["label"].nunique() + beside["bits"].nunique() > MOST_FORMATS:
+        # Too many curves to tell apart: of the data type of most cells whole rows, and blocks as small as the float's.
+        gptq = gptq[gptq["dtype"] == gptq["dtype"].value_counts(sort=False).idxmax()]
+        gptq = gptq[gptq["blocksize"].isin([ROW, blocksize])]
     return pd.concat([gptq, beside])
 
 

@@ -45,10 +45,11 @@ def _one_family(chart: Callable[[Results], Chart], family: str) -> Callable[[Res
 
 
 def _four_families(results: Results) -> Chart:
-    """Figure 2 has four families; where the study has other families only, it has those."""
+    """Figure 2 has four families: the paper's that the study has, then those of most models."""
     found = bit_scaling_chart(results)
-    of_paper = found.cells[found.cells["family"].isin(_FIGURE_2)]
-    return replace(found, cells=_used(of_paper)) if len(of_paper) else found
+    models = found.cells.drop_duplicates(["family", "model"])["family"].value_counts(sort=False)
+    ranked = sorted(models.index, key=lambda family: (family not in _FIGURE_2, -models[family]))
+    return replace(found, cells=_used(found.cells[found.cells["family"].isin(ranked[: len(_FIGURE_2)])]))
 
 
 def _used(cells: pd.DataFrame) -> pd.DataFrame:

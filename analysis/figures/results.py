@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import pandas as pd
 
-from analysis.cells import WHOLE_TENSOR, baselines, block_name, measured, plain, points
+from analysis.cells import SIZE, WHOLE_TENSOR, baselines, block_name, measured, plain, points
 from analysis.metrics import Metric, ranked_metrics
 from analysis.significance.pairs import SampleKey, Samples
 
@@ -46,6 +46,7 @@ class Results:
         columns: of a page that a figure is as wide as (1: 3.25 inches, 2: 6.75 inches), without its title and notes,
             which belong into the caption; None for the screen.
         cut: perplexity beyond which the axis of losses is compressed; None for an axis that isn't.
+        size: what ``total_bits`` counts, as the axis says it.
         bits, blocksize, dtype: what a figure holds fixed (``blocksize`` 0 is the whole tensor, -1 the whole row); None
             takes what most of the study's cells have.
     """
@@ -56,6 +57,7 @@ class Results:
     samples: SamplesByCell | None
     columns: int | None = None
     cut: float | None = CUT
+    size: str = SIZE
     bits: int | None = None
     blocksize: int | None = None
     dtype: str | None = None

@@ -66,7 +66,7 @@ def bit_scaling_chart(results: Results, *, one_family: bool = False) -> Chart:
         results=results,
         cells=curves.assign(panel=curves["family"].map(style.family_name), curve=curves["bits"].map(named)),
         looks={named[b]: style.bits_style(b) for b in order if b in named},
-        title=f"{results.metric.name} against total model bits, by precision ({dtype}, {block_text(blocksize)})",
+        title=f"{results.metric.name} against {results.size.lower()}, by precision ({dtype}, {block_text(blocksize)})",
         legend="Precision",
     )
 

@@ -91,6 +91,17 @@ def to_json(findings: Sequence[Finding], *, name: str, margins: Margins) -> str:
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def to_markdown(findings: Sequence[Finding]) -> str:
+    """Return a table of the claims: what the paper says and where, the verdict, and the effect with its interval."""
+    lines = ["| the paper says | verdict | effect (95 % interval over models) |", "| --- | --- | --- |"]
+    for own in _by_claim(findings).values():
+        head = next((f for f in own if f.headline), own[0])
+        effect = effect_text(head).partition(", p ")[0] or "not measured"
+        about = f"{head.statement} ({head.source})"
+        lines.append(f"| {about} | **{head.verdict}** | {effect.replace('95 % CI ', '')} |")
+    return "\n".join(lines) + "\n"
+
+
 def _by_claim(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {}
     for f in findings:

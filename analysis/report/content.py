@@ -41,7 +41,7 @@ class Report:
         name: of the study; names files, and stands in the notes of figures.
         summary: what was measured, in a sentence or two.
         warnings: what must be known before numbers are compared.
-        verdicts: judged claims, as JSON-ready mappings (``analysis.findings``).
+        verdicts: judged claims, as JSON-ready mappings (``analysis.findings``), with the effect in words (said).
         sentences: what the data say, with their numbers.
         cells: the measured cells.
         sections: laws, references, what is missing, provenance.
@@ -113,8 +113,9 @@ def build_report(
 def _verdicts(df: pd.DataFrame, samples: Mapping[SampleKey, Samples]) -> list[dict[str, Any]]:
     """The paper's claims held against the data: headlines first, and what could be decided before what could not."""
     from analysis.findings import judge
+    from analysis.findings.text import effect_text
 
-    found = [f.as_dict() for f in judge(df, samples)]
+    found = [{**f.as_dict(), "said": effect_text(f)} for f in judge(df, samples)]
     return sorted(found, key=lambda f: (not f["headline"], f["verdict"] not in ("holds", "fails")))
 
 

@@ -20,6 +20,7 @@ from analysis.metrics import headline_metrics
 from analysis.report.cells import PLAIN
 from analysis.report.content import Report
 from analysis.report.parts import Section, TablePart
+from analysis.significance import LEVEL, Margins
 
 _SCRIPTS: Final = ("decode.js", "study.js", "marks.js", "chart.js", "table.js", "main.js")
 _MANY: Final = 1500
@@ -27,6 +28,14 @@ _MANY: Final = 1500
 _MOST_ROWS: Final = 200
 _FIRST: Final = 20
 """Verdicts that are shown open where none is a headline."""
+_MUCH: Final = 240
+"""Characters of a claim's evidence beyond which it is folded below the effect that decides."""
+_HOW: Final = (
+    "Each card holds a claim of the paper (Dettmers and Zettlemoyer, 2023) against what is stored here. It holds or "
+    f"fails with {LEVEL:.0%} confidence over models, adjusted for the number of claims; else the data can't tell. The "
+    "number is that of the comparison that decides: every part of a claim must hold. Less than "
+    f"{Margins().loss:g} nats per token or {Margins().points:g} points of accuracy is no effect."
+)
 _VERDICTS: Final = {"holds": "holds", "fails": "fails"}
 
 
@@ -107,7 +116,12 @@ def _findings(report: Report) -> str:
     more = _folded(
         f"{len(others)} more findings, of single families and other metrics", "\n".join(map(_finding, others))
     )
-    return cards + (more if others else "") + (_folded("The numbers in sentences", f'<ul class="plain">{items}</ul>'))
+    return (
+        f'<p class="note">{_HOW}</p>'
+        + cards
+        + (more if others else "")
+        + (_folded("The numbers in sentences", f'<ul class="plain">{items}</ul>'))
+    )
 
 
 def _folded(title: str, content: str) -> str:
@@ -118,10 +132,14 @@ def _finding(found: Mapping[str, Any]) -> str:
     verdict = str(found["verdict"])
     about = [str(found[name]) for name in ("source", "scope", "metric") if found.get(name)]
     needs = f"<p>To tell: {escape(str(found['needs']))}</p>" if found.get("needs") else ""
+    said = f"<p>{escape(str(found['said']))}</p>" if found.get("said") else ""
+    evidence = f"<p>{escape(str(found['evidence']))}</p>" if found["evidence"] else ""
+    if said and len(evidence) > _MUCH:
+        evidence = _folded("Each comparison", evidence)
     return (
         f'<article class="finding {_VERDICTS.get(verdict, "unclear")}">'
         f'<p><span class="verdict">{escape(verdict)}</span> {escape(str(found["statement"]))}</p>'
-        f"<p>{escape(str(found['evidence']))}</p>{needs}"
+        f"{said}{evidence}{needs}"
         f'<p class="scope">{escape("; ".join(about))}</p></article>'
     )
 

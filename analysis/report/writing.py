@@ -43,12 +43,26 @@ def write_report(report: Report, places: Places | Path, *, paper: Inputs | None 
         write = partial(_write_paper, paper, report, places)
         tables += parts.made("the paper's figures and tables", write, none)
     beside = [(_name(path, places), os.path.relpath(path, places.page.parent)) for path in (*figures, *tables)]
+    return [write_page(report, places, beside, parts.problems), *figures, *tables], parts.problems
+
+
+def write_page(
+    report: Report, places: Places, beside: Sequence[tuple[str, str]] = (), problems: Sequence[str] = ()
+) -> Path:
+    """Write the page alone; return its file.
+
+    Args:
+        report: what to write.
+        places: where.
+        beside: names of files that it links, and where they are from there.
+        problems: what of them went wrong.
+    """
     places.page.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: somebody may be reading the one of before.
     temporary = places.page.with_name(f".{places.page.name}.{os.getpid()}.tmp")
-    temporary.write_text(page(report, figures=beside, problems=parts.problems))
+    temporary.write_text(page(report, figures=beside, problems=problems))
     temporary.replace(places.page)
-    return [places.page, *figures, *tables], parts.problems
+    return places.page
 
 
 def _name(path: Path, places: Places) -> str:

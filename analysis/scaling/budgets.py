@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -165,7 +165,9 @@ def _confidence(best: pd.DataFrame, texts: tuple[list[int], Floats, int] | None)
         share[i] = float((values.argmin(axis=1) == place).mean())
         if pd.notna(second):
             ahead = values[:, precisions.index(int(second))] - values[:, place]
-            low[i], high[i] = np.quantile(ahead, [tail, 1 - tail])
+            # Between two infinities (a cell that diverged) nothing can be interpolated.
+            method: Literal["linear", "inverted_cdf"] = "linear" if np.isfinite(ahead).all() else "inverted_cdf"
+            low[i], high[i] = np.quantile(ahead, [tail, 1 - tail], method=method)
     return low, high, share, windows
 
 

@@ -122,10 +122,12 @@ def _say(tables: dict[str, pd.DataFrame], metric: Metric, laws: pd.DataFrame) ->
             cells = f"{law['held_out_cells']} cells of {law['held_out']}"
             print(f"  off by {law['held_out_error']:.4f} on average on {cells}, left out of the fit")
         if pd.notna(law["drift"]):
-            interval = f"[{law['drift_low']:+.4f}, {law['drift_high']:+.4f}]"
+            is_tested = pd.notna(law["parallel_p"])
+            test = f"F test p = {law['parallel_p']:.2g}" if is_tested else "too few cells for an F test"
+            interval = f" [{law['drift_low']:+.4f}, {law['drift_high']:+.4f}]" if pd.notna(law["drift_low"]) else ""
             print(
-                f"  parallel: F test p = {law['parallel_p']:.2g}; over the sizes, {law['drift_bits']} bits move by "
-                f"{law['drift']:+.4f} {interval} against the others"
+                f"  parallel: {test}; over the sizes, {law['drift_bits']} bits move by {law['drift']:+.4f}{interval} "
+                "against the others"
             )
         if law["note"]:
             print(f"  {law['note']}")

@@ -27,6 +27,7 @@ MODES: Final[Mapping[str, str]] = {
     "export": "sweeps.commands.export:export",
     "audit": "sweeps.commands.audit:audit",
     "merge": "sweeps.commands.merge:merge",
+    "keep": "sweeps.commands.keep:keep",
     "sync": "sweeps.commands.sync:sync",
 }
 """Mode to what it runs, imported when it is asked for."""

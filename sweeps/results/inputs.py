@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps.errors import UserError
+from sweeps.results.kept import is_kept
 from sweeps.results.table import left_out, load_samples, load_tables
 from sweeps.store.reading import damaged_files
 from sweeps.store.samples import Samples
@@ -20,7 +21,7 @@ def read_inputs(outs: Sequence[Path], *, sweep: str | None = None, manifest: Man
     """Read the results of one or several directories; a cell that several hold counts once, a measured one first.
 
     Args:
-        outs: results directories.
+        outs: results directories, or files that ``mode=keep`` wrote.
         sweep: only this study.
         manifest: exactly what this launch planned, whatever else the directory holds.
 
@@ -30,8 +31,11 @@ def read_inputs(outs: Sequence[Path], *, sweep: str | None = None, manifest: Man
     from analysis.inputs import Inputs
 
     for out in outs:
-        if not out.is_dir():
-            raise UserError(f"out={str(out)!r} is no directory: name one that a study wrote, e.g. out=results")
+        if not out.is_dir() and not is_kept(out):
+            raise UserError(
+                f"out={str(out)!r} is no directory: name one that a study wrote, e.g. out=results, or a .parquet file "
+                "that mode=keep wrote"
+            )
     df, long = load_tables(outs, sweep=sweep, manifest=manifest)
 
     def read_samples(measurements: Sequence[str]) -> dict[str, Samples]:
@@ -41,10 +45,11 @@ def read_inputs(outs: Sequence[Path], *, sweep: str | None = None, manifest: Man
         return found
 
     name = manifest.sweep if manifest is not None else sweep or "all"
-    notes = [note for out in outs for note in left_out(out, name if name != "all" else None)]
+    directories = [out for out in outs if not is_kept(out)]
+    notes = [note for out in directories for note in left_out(out, name if name != "all" else None)]
     notes += [
         f"{path} is damaged and left out: what it held counts as missing, and the study's command measures it again"
-        for out in outs
+        for out in directories
         for path in damaged_files(out)
     ]
     title = name if name != "all" else f"All studies of {', '.join(out.absolute().name for out in outs)}"

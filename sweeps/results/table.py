@@ -13,6 +13,7 @@ from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
 from sweeps.results.frames import long_frame, wide_columns, wide_frame
 from sweeps.results.joined import decided, joined, planned
+from sweeps.results.kept import is_kept, kept_rows, kept_samples
 from sweeps.results.superseded import newest_launches
 from sweeps.status import FINAL, State
 from sweeps.store.parts import Store
@@ -32,7 +33,7 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     """Read the results of a directory as a table.
 
     Args:
-        out: the results directory.
+        out: the results directory, or a file that ``mode=keep`` wrote.
         long: one row per measurement; else one row per planned cell, with a column ``{eval}_{metric}`` and
             ``{eval}_{metric}_stderr`` for each metric, ``{eval}_{metric}_higher_is_better`` where only the task's
             definition says it, ``{eval}_status``, and ``zero_shot_mean`` where the paper's four tasks are there. Where
@@ -43,7 +44,7 @@ def load_results(out: str | Path, long: bool = False, *, sweep: str | None = Non
     Raises:
         UserError: no study was ever planned there.
     """
-    rows = _rows(Path(out), planned_there(Path(out), sweep), None if long else wide_columns())
+    rows = rows_of(Path(out), sweep, None if long else wide_columns())
     return long_frame(rows) if long else wide_frame(rows)
 
 
@@ -60,7 +61,7 @@ def load_tables(
     A measurement that several directories planned is the one that is done; of several, the first.
 
     Args:
-        outs: results directories.
+        outs: results directories, or files that ``mode=keep`` wrote.
         sweep: only what this study planned, in those that hold it.
         manifest: exactly what this launch planned.
 
@@ -73,13 +74,11 @@ def load_tables(
     problems: list[UserError] = []
     for out in outs:
         try:
-            manifests = [manifest] if manifest is not None else planned_there(out, sweep)
+            tables.append(rows_of(out, sweep) if manifest is None else _rows(out, [manifest]))
         except StoreError:
             raise
         except UserError as problem:
             problems.append(problem)
-            continue
-        tables.append(_rows(out, manifests))
     if not tables:
         raise problems[0]
     rows = tables[0] if len(tables) == 1 else _each_once(pa.concat_tables(tables))
@@ -151,6 +150,8 @@ def superseded_measurements(out: Path) -> frozenset[str]:
 
 def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, Samples]:
     """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
+    if is_kept(Path(out)):
+        return {key: decode_samples(samples or []) for key, samples in kept_samples(Path(out), measurements).items()}
     table = Store(out=Path(out)).read(["measurement", "samples"], measurements=set(measurements))
     pairs = zip(table.column("measurement").to_pylist(), table.column("samples").to_pylist(), strict=True)
     return {key: decode_samples(samples or []) for key, samples in pairs}
@@ -173,6 +174,20 @@ def planned_there(out: Path, sweep: str | None) -> list[Manifest]:
 
 def _models(manifests: Sequence[Manifest]) -> Iterable[ModelRef]:
     return (model for manifest in manifests for model in manifest.models)
+
+
+def rows_of(out: Path, sweep: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the row of each planned measurement of a directory, or of a file that ``mode=keep`` wrote, as Arrow.
+
+    Args:
+        out: the directory, or the file.
+        sweep: only what this study planned.
+        columns: some of the schema; None is all but the samples.
+
+    Raises:
+        UserError: no study was ever planned there, or none of that name.
+    """
+    return kept_rows(out, sweep) if is_kept(out) else _rows(out, planned_there(out, sweep), columns)
 
 
 def _rows(out: Path, manifests: Sequence[Manifest], columns: Sequence[str] | None = None) -> pa.Table:

@@ -145,7 +145,7 @@ class Reader:
                     read = self._either(path, columns)
                     done.add(self.name(path))
                     if read is not None:
-                        _check_version(path, read.version)
+                        check_version(path, read.version)
                         yield read.table
             except VanishedError:
                 continue
@@ -264,7 +264,7 @@ def _table(file: pq.ParquetFile, schema: pa.Schema, columns: Sequence[str] | Non
     return table.select(columns)
 
 
-def _check_version(path: Path, version: int) -> None:
+def check_version(path: Path, version: int) -> None:
     if version > SCHEMA_VERSION:
         raise StoreError(
             f"{path} was written by a newer version of kbit-sweep (schema {version}; this one knows {SCHEMA_VERSION}): "

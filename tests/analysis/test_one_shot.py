@@ -32,6 +32,21 @@ def test_each_quantization_is_a_curve_whatever_its_method_and_blocks() -> None:
     assert "over 2 seeds of the calibration data" in written(fig)
 
 
+def test_figure_5_leaves_out_blocks_where_there_are_more_curves_than_can_be_told_apart() -> None:
+    wide = by_row(study({0: 3.5}))
+    wide = wide.assign(dtype=wide["dtype"].mask(wide["method"] == "blockwise", "float"))
+    gptq = wide[(wide["method"] == "gptq") & (wide["blocksize"] == 64)]
+    more = [
+        gptq.assign(key=gptq["key"] + f" {n}", blocksize=n, label=f"gptq int4 b{n}, seed 0")
+        for n in (16, *range(128, 1024, 128))
+    ]
+    fig = FIGURES["fig05_gptq"].draw(
+        Results(df=pd.concat([wide, *more], ignore_index=True), metrics=[LOSS], sweep=None, samples=None)
+    )
+    assert fig is not None
+    assert set(curves(fig.axes[0])) == {"16-bit", "int4 b64", "gptq int4 b64", "gptq int4 row"}
+
+
 def test_it_is_drawn_where_something_calibrates_and_curves_can_be_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     def draw(wide: pd.DataFrame) -> object:
         return FIGURES["one_shot"].draw(Results(df=wide, metrics=[LOSS], sweep=None, samples=None))

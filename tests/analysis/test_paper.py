@@ -298,3 +298,20 @@ def test_panels_that_share_an_axis_show_the_highest_of_each_family(study: Study)
     highest = max(float(np.nanmax(y)) for ax in axes for _, y in curves(ax).values())
     assert highest == max(float(np.nanmax(y)) for _, y in curves(axes[0]).values())
     assert all(ax.get_ylim()[1] > highest for ax in axes)
+
+
+def test_figure_2_has_four_families_the_papers_first(study: Study) -> None:
+    names = ("neox", "llama", "opt", "bloom", "tiny")
+    sizes = {"tiny": 1}
+    wide = pd.concat(
+        [
+            study.wide[study.wide["model"].isin(list(MODELS)[: sizes.get(name, 3)])].assign(
+                family=name, key=study.wide["key"] + name
+            )
+            for name in names
+        ],
+        ignore_index=True,
+    )
+    fig = FIGURES["fig02_bit_scaling"].draw(Results(df=wide, metrics=[LOSS], sweep=None, samples=None))
+    assert fig is not None
+    assert {ax.get_title(loc="left") for ax in fig.axes} - {""} == {"OPT", "BLOOM", "NeoX", "llama"}

@@ -45,6 +45,7 @@ VALUES: Mapping[str, str] = {
     "b": "3fa9",
     "margins": "{loss: 0.02}",
     "format": "gguf",
+    "samples": "[nats]",
     "from": "[other]",
     "prefer": "mine",
     "long": "true",
@@ -169,6 +170,7 @@ def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
         "drop",
         "export",
         "audit",
+        "keep",
     }
     assert modes == set(CHOOSING)
     study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
@@ -186,6 +188,8 @@ def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     assert "to do  0" in launch(*study, "mode=plan", where).stdout
     assert run_mode(configured("mode=audit", f"out={small}", where), []) == 0
     assert capsys.readouterr().out.startswith("2 of 2 planned measurements there once")
+    assert run_mode(configured("mode=keep", f"out={small}", where, f"to={tmp_path}/k.parquet"), []) == 0
+    assert capsys.readouterr().out.startswith("2 measurements, ")
     assert "Retired 2 measurement" in launch(*study, "mode=drop", where, "yes=true").stdout
     again = launch(*study, "mode=drop", where, "yes=true")
     assert again.returncode == 2

@@ -1,0 +1,41 @@
+"""``mode=keep``: write the chosen results as one file, to publish or to send; analysis reads it like a directory."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from sweeps.commands.selection import chosen_rows
+from sweeps.errors import UserError
+from sweeps.files import make_directory, share_with_group
+from sweeps.options import Options
+from sweeps.results.frames import long_frame
+from sweeps.results.kept import SUFFIX, write_kept
+from sweeps.results.table import rows_of
+from sweeps.store.parts import Store
+
+
+def keep(options: Options, console: Console) -> int:
+    """Write each planned measurement's row, and outcomes of its samples.
+
+    Raises:
+        UserError: nothing is chosen, ``to=`` is missing or can't be written, or ``samples=`` names what no sample has.
+    """
+    import pyarrow as pa
+
+    if options.to is None or options.to.suffix.lower() != SUFFIX:
+        given = "null" if options.to is None else repr(str(options.to))
+        raise UserError(f"to={given} is not valid with mode=keep: name a file that ends in {SUFFIX}")
+    rows = rows_of(options.out, options.asked_sweep)
+    if options.choice:
+        chosen = chosen_rows(options, long_frame(rows))
+        rows = rows.take(pa.array(chosen.index.to_numpy(), pa.int64()))
+    try:
+        make_directory(options.to.parent)
+        write_kept(rows, Store(out=options.out), options.to, options.samples)
+        share_with_group(options.to)
+    except OSError as error:
+        raise UserError(f"to={str(options.to)!r} can't be written: {error.strerror or error}") from error
+    size = options.to.stat().st_size / 1e6
+    console.print(f"{len(rows):,} measurements, {size:.1f} MB: {options.to}", highlight=False, soft_wrap=True)
+    console.print(f"python -m analysis report {options.to} reads it, as do sweeps.load_results and load_samples.")
+    return 0
