@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sweeps import load_results
 from sweeps.launches.spending import read_spending
 from sweeps.store.parts import Store
@@ -20,7 +22,7 @@ def test_jobs_are_submitted_as_far_as_the_budget_goes(studies: Studies) -> None:
     first = study.run(NO_PREFLIGHT, f"budget={BUDGET}")
     assert first.returncode == 0, first.stderr
     (launch,) = study.launches()
-    assert sum(launch.settings.allowances.values()) == 3600 * BUDGET
+    assert sum(launch.settings.allowances.values()) == pytest.approx(3600 * BUDGET, rel=1e-12)
     assert "3 jobs submitted for 12 cells" in first.stdout
     assert "pays for no more" in first.stdout
     assert "1 measurement left. The same command with a larger budget= goes on." in " ".join(first.stdout.split())
