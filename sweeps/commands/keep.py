@@ -37,5 +37,6 @@ def keep(options: Options, console: Console) -> int:
         raise UserError(f"to={str(options.to)!r} can't be written: {error.strerror or error}") from error
     size = options.to.stat().st_size / 1e6
     console.print(f"{len(rows):,} measurements, {size:.1f} MB: {options.to}", highlight=False, soft_wrap=True)
-    console.print(f"python -m analysis report {options.to} reads it, as do sweeps.load_results and load_samples.")
+    how = f"python -m analysis report {options.to} reads it, as do sweeps.load_results and load_samples."
+    console.print(how, highlight=False, soft_wrap=True)
     return 0

@@ -155,11 +155,13 @@ def _relative(a: float, b: float) -> float:
 
 def _show_conflicts(conflicts: list[Conflict], prefer: Side | None, console: Console) -> None:
     """Print what disagrees, what differs most first, and what was done about it."""
+    from analysis.tables.text import print_whole
+
     found = sorted(((_difference(c), c.mine) for c in conflicts), key=lambda pair: -pair[0].size)
     shown = found[:MOST_SHOWN] if console.is_terminal else found
     table = Table(box=None, pad_edge=False)
     for name in ("measurement", "model", "cell", "evaluation", "differs", "mine", "theirs", "relative"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=True)
     for difference, row in shown:
         relative = f"{difference.size:.1e}" if math.isfinite(difference.size) else "-"
         words = (row["measurement"][:10], row["model"], row["label"], row["eval"], difference.what)
@@ -172,6 +174,6 @@ def _show_conflicts(conflicts: list[Conflict], prefer: Side | None, console: Con
     many = f"{counted(len(found), 'measurement')} of both with different numbers"
     style = "red" if prefer is None else "yellow"
     console.print(f"[{style}]{many}:[/] {done[prefer]}.", highlight=False, soft_wrap=True)
-    console.print(table)
+    print_whole(table, console)
     if len(found) > len(shown):
         console.print(f"{len(found) - len(shown):,} more, which differ less: in a pipe (| cat) all are listed")

@@ -105,7 +105,7 @@ def _read(path: Path, columns: list[str], wanted: pa.Array | None = None) -> pa.
     except VanishedError as error:
         raise UserError(f"{str(path)!r} is not there") from error
     if read is None:
-        raise UserError(f"{str(path)!r} is damaged, or no parquet file: give a results directory, or get it anew")
+        raise UserError(f"{str(path)!r} is damaged, or no parquet file: fetch it again, or give a results directory")
     if not read.version:
         raise UserError(
             f"{str(path)!r} is no file of results: mode=keep writes one (mode=table writes tables for other programs)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -86,8 +87,9 @@ def test_several_real_studies_come_along_as_they_are(tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize(("prefer", "code"), [("null", 1), ("mine", 0), ("theirs", 0)])
 def test_other_numbers_of_one_measurement_are_named_and_decided_by_the_user_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], prefer: str, code: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, prefer: str, code: int
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     manifest = study()
     store_study(tmp_path / "a", manifest, seed=1, wanted=is_text)
     store_study(tmp_path / "b", manifest, seed=2)
@@ -96,7 +98,9 @@ def test_other_numbers_of_one_measurement_are_named_and_decided_by_the_user_alon
     said = capsys.readouterr().out
     assert "3 measurements of both with different numbers" in said
     for measurement in filter(is_text, manifest.measurements()):
-        assert measurement.key[:10] in said
+        # On one line, however narrow the terminal: a number that is cut over lines can't be copied.
+        (line,) = (line for line in said.splitlines() if line.startswith(measurement.key[:10]))
+        assert re.search(r"jargon +\S+ +[\d.]+ +[\d.]+ +\d\.\de[-+]\d\d *$", line), line
     assert numbers(tmp_path / "a") == (theirs if prefer == "theirs" else theirs | mine)
     if prefer == "theirs":
         assert command("mode=drop", f"out={tmp_path}/a", "undo=true") == 0
