@@ -15,6 +15,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, TypeAlias, TypeVar
 
@@ -99,7 +100,7 @@ def make_directory(path: Path) -> None:
     for directory in reversed(missing):
         # Without its name there, all that is in it is lost with the power. Who may not list a place can't flush it.
         with contextlib.suppress(PermissionError):
-            sync_directory(directory.parent)
+            patiently(partial(sync_directory, directory.parent))
 
 
 def require_directory(out: Path, witness: str = "") -> None:
@@ -138,10 +139,15 @@ def write_atomically(path: Path, data: bytes, *, modified: float | None = None, 
         lasting: else a loss of power may bring back what was there before, at half of the cost: for what is told again
             and again.
     """
+
+    def write() -> None:
+        _write(path, data, modified)
+        if lasting:
+            sync_directory(path.parent)
+
     make_directory(path.parent)
-    patiently(lambda: _write(path, data, modified))
-    if lasting:
-        sync_directory(path.parent)
+    # All of it again: that a flush failed is told once, and the next one may say yes to what is not on disk.
+    patiently(write)
 
 
 def _write(path: Path, data: bytes, modified: float | None) -> None:
@@ -167,11 +173,11 @@ def _remove(temporary: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names of a directory's files on disk."""
-    patiently(lambda: _sync(path))
+    """Have the names of a directory's files on disk.
 
-
-def _sync(path: Path) -> None:
+    Raises:
+        OSError: it is unknown whether they are; what made the names is to be done again.
+    """
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -187,7 +193,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         OSError: it can't be written.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    write_atomically(temporary, data)
+    write_atomically(temporary, data, lasting=False)
     try:
         patiently(lambda: os.link(temporary, path))
     except FileExistsError:
@@ -198,7 +204,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         raise LinkError(error.errno, error.strerror, str(path)) from error
     finally:
         _remove(temporary)
-    sync_directory(path.parent)
+    patiently(lambda: sync_directory(path.parent))
     return True
 
 
@@ -221,10 +227,8 @@ def look_anew(directory: Path) -> None:
 
     A network file system shows a directory as it was up to a minute ago, until this machine itself changes it.
     """
-    probe = directory / f".look-{uuid.uuid4().hex}.tmp"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        patiently(probe.touch)
-    _remove(probe)
+        store_time(directory)
 
 
 def clock(directory: Path) -> float:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from sweeps.commands.selection import candidates, chosen_inputs, say_notes
+from sweeps.commands.writing import write_to
 from sweeps.errors import UserError
-from sweeps.files import make_directory, share_with_group
 from sweeps.options import Options
 from sweeps.study.choice import Choice
 from sweeps.text import counted, written
@@ -43,8 +43,7 @@ def compare(options: Options, console: Console) -> int:
     found = compare_cells(inputs.df, pairing, samples, margins=Margins(**options.margins))
     say_notes(inputs, console)
     if options.to is not None:
-        make_directory(options.to.parent)
-        share_with_group(write_table(found, options.to))
+        write_to(lambda to: write_table(found, to), options.to)
         console.print(f"{counted(len(found), 'comparison')}: {options.to}", highlight=False, soft_wrap=True)
         return 0
     _say_pairs(pairing, inputs.df, (a, b), console)

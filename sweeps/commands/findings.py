@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from sweeps.commands.selection import chosen_inputs, say_notes
+from sweeps.commands.writing import write_to
 from sweeps.errors import UserError
-from sweeps.files import make_directory, share_with_group, write_atomically
+from sweeps.files import write_atomically
 from sweeps.options import Options
 
 
@@ -28,11 +29,7 @@ def findings(options: Options, console: Console) -> int:
     if options.to is None:
         render_findings(found, console, margins=margins)
         return 0
-    try:
-        make_directory(options.to.parent)
-        write_atomically(options.to, to_json(found, name=inputs.title, margins=margins).encode())
-        share_with_group(options.to)
-    except OSError as error:
-        raise UserError(f"to={str(options.to)!r} can't be written: {error.strerror or error}") from error
+    text = to_json(found, name=inputs.title, margins=margins)
+    write_to(lambda to: write_atomically(to, text.encode()), options.to)
     console.print(f"{len(found)} findings: {options.to}", highlight=False, soft_wrap=True)
     return 0

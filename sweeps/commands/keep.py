@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from sweeps.commands.selection import chosen_rows
+from sweeps.commands.writing import write_to
 from sweeps.errors import UserError
-from sweeps.files import make_directory, share_with_group
 from sweeps.options import Options
 from sweeps.results.frames import long_frame
 from sweeps.results.kept import SUFFIX, write_kept
@@ -29,12 +29,7 @@ def keep(options: Options, console: Console) -> int:
     if options.choice:
         chosen = chosen_rows(options, long_frame(rows))
         rows = rows.take(pa.array(chosen.index.to_numpy(), pa.int64()))
-    try:
-        make_directory(options.to.parent)
-        write_kept(rows, Store(out=options.out), options.to, options.samples)
-        share_with_group(options.to)
-    except OSError as error:
-        raise UserError(f"to={str(options.to)!r} can't be written: {error.strerror or error}") from error
+    write_to(lambda to: write_kept(rows, Store(out=options.out), to, options.samples), options.to)
     size = options.to.stat().st_size / 1e6
     console.print(f"{len(rows):,} measurements, {size:.1f} MB: {options.to}", highlight=False, soft_wrap=True)
     how = f"python -m analysis report {options.to} reads it, as do sweeps.load_results and load_samples."

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.commands.selection import chosen_results, chosen_tables
+from sweeps.commands.writing import write_to
 from sweeps.errors import UserError
-from sweeps.files import make_directory, share_with_group
 from sweeps.options import Options
 from sweeps.results.table import left_out
 
@@ -94,16 +94,10 @@ def _measured_with(options: Options, long: pd.DataFrame) -> pd.DataFrame:
 
 
 def _written(write: Callable[[Path], Path], target: Path) -> Path:
-    from analysis.tables import TABLE_SUFFIXES
+    from analysis.tables.files import check_suffix
 
-    try:
-        if target.suffix.lower() in TABLE_SUFFIXES:
-            make_directory(target.parent)
-        path = write(target)
-        share_with_group(path)
-    except OSError as error:
-        raise UserError(f"to={str(target)!r} can't be written: {error.strerror or error}") from error
-    return path
+    check_suffix(target)
+    return write_to(write, target)
 
 
 def _say_about(options: Options, long: pd.DataFrame, rows: pd.DataFrame, console: Console) -> None:

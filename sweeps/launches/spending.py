@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import pairwise
 from typing import Final
 
@@ -19,6 +18,7 @@ from sweeps.launches.job_log import JobLog, JobRecord
 from sweeps.launches.launch import Attempt, Launch, launches
 from sweeps.plan.cost import load_seconds
 from sweeps.store.parts import Store
+from sweeps.store.rows import moment
 from sweeps.store.schema import Row
 
 COLUMNS: Final = (
@@ -41,7 +41,7 @@ class Meter:
     def add(self, row: Row) -> None:
         """Count a row (``COLUMNS`` but for the study)."""
         devices, launch = max(1, row.get("gpus") or 0), row.get("launch")
-        took = max(0.0, (_moment(row["finished"]) - _moment(row["started"])).total_seconds())
+        took = max(0.0, (moment(row["finished"]) - moment(row["started"])).total_seconds())
         parts = [("load", launch, row["model"], row.get("load_seconds"))]
         parts += [("quantize", launch, row["key"], row.get("quantize_seconds"))]
         if row.get("seconds") is None:
@@ -112,11 +112,6 @@ def read_spending(store: Store, sweep: str) -> Spending:
         of_launch = _jobs_spending(launch)
         spent, held = spent + of_launch.spent, held + of_launch.held
     return Spending(spent=spent, held=held)
-
-
-def _moment(value: datetime | str) -> datetime:
-    """Return a row's time, also where it came through a worker's pipe as text."""
-    return value if isinstance(value, datetime) else datetime.fromisoformat(value)
 
 
 def _jobs_spending(launch: Launch) -> Spending:

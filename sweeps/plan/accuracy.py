@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 
 import numpy as np
 
+from sweeps.store.rows import moment
 from sweeps.store.schema import Row
 from sweeps.text import counted
 
@@ -59,12 +59,8 @@ def compared(rows: Iterable[Row]) -> list[tuple[float, float]]:
             packs[row["launch"], row["pack"]].append(row)
     found = []
     for of_pack in packs.values():
-        first = min(of_pack, key=lambda row: _moment(row["started"]))
-        end = max(_moment(row["finished"]) for row in of_pack)
-        took = (end - _moment(first["started"])).total_seconds() + (first.get("quantize_seconds") or 0.0)
+        first = min(of_pack, key=lambda row: moment(row["started"]))
+        end = max(moment(row["finished"]) for row in of_pack)
+        took = (end - moment(first["started"])).total_seconds() + (first.get("quantize_seconds") or 0.0)
         found.append((end, sum(row["predicted_seconds"] for row in of_pack), took))
     return [(predicted, took) for _, predicted, took in sorted(found, key=lambda pack: pack[0])]
-
-
-def _moment(value: datetime | str) -> datetime:
-    return value if isinstance(value, datetime) else datetime.fromisoformat(value)

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import datetime
 from functools import cache
 from typing import Final, Self
 
@@ -24,6 +23,7 @@ from kbit.models.limits import DEPTHS, as_namespace, first_count, named_context,
 from kbit.models.readings import expert_count
 from kbit.spec import METHODS
 from sweeps.plan.learned import Like, Part, ValueOf
+from sweeps.store.rows import moment
 from sweeps.store.schema import Row
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.reading import config_of
@@ -131,11 +131,6 @@ class _Open:
     count: int = 0
 
 
-def moment(value: datetime | str) -> float:
-    """Return a row's time in epoch seconds: a stored row has datetimes, one that a worker tells has text."""
-    return (value if isinstance(value, datetime) else datetime.fromisoformat(value)).timestamp()
-
-
 @dataclass(kw_only=True)
 class CostModel:
     """Predicts seconds; learns from the store's rows.
@@ -186,41 +181,48 @@ class CostModel:
         pack = (row.get("launch"), row.get("pack"))
         of = ValueOf(model=model, params=params, like=like, counted=counted, pack=pack)
         self.evaluating.add(of, row["seconds"], first=self._is_first(row, row["eval"]))
-        self._learn_between(row, ValueOf(model=model, params=params, like=_BETWEEN, counted=1.0, pack=pack))
-        # Shared by the rows of a cell: known by what it took, to the last bit.
+        # Shared by the rows of a cell, or a process: known by what it took, to the last bit.
         once: tuple[object, ...] = ("quantize", row.get("launch"), row.get("key"), packed, row.get("quantize_seconds"))
-        if row.get("quantize_seconds") and row.get("method") != "baseline" and self._is_new(once):
+        quantized = row["quantize_seconds"] if row.get("quantize_seconds") and self._is_new(once) else 0.0
+        once = ("load", row.get("launch"), model, row.get("load_seconds"))
+        loaded = row["load_seconds"] if row.get("load_seconds") and self._is_new(once) else 0.0
+        between = ValueOf(model=model, params=params, like=_BETWEEN, counted=1.0, pack=pack)
+        self._learn_between(row, between, known=row["seconds"] + quantized + loaded)
+        if quantized and row.get("method") != "baseline":
             method = str(row.get("method"))
             like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
             first = self._is_first(row, ("quantize", packed))
             tokens = _calibrated_tokens(row)
             counted = self._counted_quantizing(params, method, tokens)
             of = ValueOf(model=model, params=params, like=like, counted=counted, pack=pack)
-            self.quantizing.add(of, row["quantize_seconds"], first=first)
-        if row.get("load_seconds") and self._is_new(("load", row.get("launch"), model, row.get("load_seconds"))):
+            self.quantizing.add(of, quantized, first=first)
+        if loaded:
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
-            self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), row["load_seconds"])
+            self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), loaded)
 
-    def _learn_between(self, row: Row, of: ValueOf) -> None:
+    def _learn_between(self, row: Row, of: ValueOf, known: float) -> None:
         """Take in what passed between a cell's measurements, once the next cell of its pack has one.
 
         Cell by cell, since evaluations that share a forward pass end one upon the other.
+
+        Args:
+            row: a measurement.
+            of: what is learned of.
+            known: seconds that the measurement took, and what was quantized and loaded for it.
         """
         place = (row.get("launch"), row.get("pack"), row.get("job"))
         if not row.get("finished") or None in place[:2]:
             return
-        end, last = moment(row["finished"]), self._open.get(place)
+        end, last = moment(row["finished"]).timestamp(), self._open.get(place)
         is_next = last is None or last.key != row.get("key")
         if last is None:
             self._open[place] = _Open(key=row.get("key"), end=end)
             return
-        passed = end - last.end - row["seconds"]
         if is_next:
             if last.is_whole:
                 self.between.add(of, max(0.0, last.passed) / last.count)
             last.key, last.passed, last.count, last.is_whole = row.get("key"), 0.0, 0, True
-            passed -= row.get("quantize_seconds") or 0.0
-        last.end, last.passed, last.count = end, last.passed + passed, last.count + 1
+        last.end, last.passed, last.count = end, last.passed + end - last.end - known, last.count + 1
 
     def _is_new(self, once: tuple[object, ...]) -> bool:
         """Tell whether something is seen for the first time, and remember it."""

@@ -101,7 +101,8 @@ def _metric_columns(
     found: dict[str, tuple[tuple[int, ...], list[Any] | NDArray[np.float64]]] = {}
 
     def put(name: str, at: NDArray[np.int64], values: NDArray[Any], *place: int) -> None:
-        filled = np.full(count, math.nan, dtype=values.dtype)
+        # Cells without a value have NaN, which booleans can't hold.
+        filled = np.full(count, math.nan, dtype=float if values.dtype == float else object)
         filled[cell[at]] = values
         first = at[np.argmin(rank[at])]
         found[name] = ((int(cell[first]), *place), filled if values.dtype == float else filled.tolist())

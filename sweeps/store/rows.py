@@ -27,6 +27,11 @@ OOM_ERROR: Final = "OutOfMemoryError"
 _STATES: Final[Mapping[str, State]] = {state.value: state for state in State}
 
 
+def moment(value: datetime | str) -> datetime:
+    """Return a row's time: a stored row has datetimes, one that came through a worker's pipe has text."""
+    return value if isinstance(value, datetime) else datetime.fromisoformat(value)
+
+
 def recorded_state(row: Row) -> State:
     """Return what a stored row (columns status, error_type) says of its measurement."""
     return State.OOM if row["error_type"] == OOM_ERROR else State(row["status"])

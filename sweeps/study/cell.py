@@ -44,11 +44,6 @@ def canonical_json(value: Mapping[str, object]) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def content_key(value: Mapping[str, object]) -> str:
-    """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
-    return hashlib.sha256(canonical_json({"key_version": KEY_VERSION, **value}).encode()).hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
     """A model: from the hub at a commit, or a local directory with the hash of its contents.
@@ -137,7 +132,7 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        # content_key({"calibration": ..., "model": ..., "quant": ...}), whose parts many cells share.
+        # Of canonical_json({"calibration", "key_version", "model", "quant"}), whose parts many cells share.
         data = "" if self.calibration is None else f'"calibration":{canonical_json(self.calibration.canonical())},'
         of_model = f'"key_version":{KEY_VERSION},"model":{_identity_text(self.model)}'
         text = f'{{{data}{of_model},"quant":{self.quant.canonical_text}}}'
@@ -194,7 +189,7 @@ class Measurement:
 
     @cached_property
     def key(self) -> str:
-        # content_key({"cell": ..., "eval": ...}), of which all but the cell's key is the same for thousands.
+        # Of canonical_json({"cell", "eval", "key_version"}), of which all but the cell's key is the same for thousands.
         before, after = _around_cell(self.eval)
         return hashlib.sha256(f"{before}{self.cell.key}{after}".encode()).hexdigest()
 

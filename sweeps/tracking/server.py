@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -91,7 +92,7 @@ class Server:
     def _post(self, query: Mapping[str, Any]) -> requests.Response:
         """Ask, and where the server is asked too often wait as long as it says, or longer and longer, and ask again."""
         waited = 0.0
-        for wait in _BACK_OFF:
+        for wait in chain(_BACK_OFF, repeat(_BACK_OFF[-1])):
             response = self._session.post(self._url, json=query, timeout=HTTP_TIMEOUT)
             if response.status_code not in _TOO_OFTEN:
                 break

@@ -148,7 +148,8 @@ class WorkerPool:
         self._stop_by = min(time.monotonic() + seconds, self._stop_by or float("inf"))
 
     def _loop(self, slots: Sequence[_Slot], selector: selectors.BaseSelector) -> None:
-        beaten, told = -math.inf, frozenset[str]()
+        beaten = news = -math.inf
+        told = frozenset[str]()
         while self._queue or any(s.pack for s in slots):
             if self._stopped is not None and not self._wind_down(slots):
                 return
@@ -158,10 +159,12 @@ class WorkerPool:
             for key, _ in selector.select(timeout=0.5):
                 self._receive(key.data, selector)
             running = [s.measuring for s in slots if s.measuring]
-            silent = time.monotonic() - beaten
+            now = time.monotonic()
             # What has ended since needs no word of its own: it is stored.
-            if silent > BEAT_SECONDS or (silent > NEWS_SECONDS and not told.issuperset(running)):
-                beaten, told = time.monotonic(), frozenset(running)
+            is_news = not told.issuperset(running)
+            if now - beaten > BEAT_SECONDS or (is_news and now - news > NEWS_SECONDS):
+                beaten, told = now, frozenset(running)
+                news = now if is_news else news
                 self._beat(running)
 
     def _wind_down(self, slots: Sequence[_Slot]) -> bool:

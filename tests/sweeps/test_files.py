@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sweeps import files
 from sweeps.errors import LinkError, StoreError
-from sweeps.files import create_exclusively, require_directory, store_time
+from sweeps.files import create_exclusively, require_directory, store_time, write_atomically
 from sweeps.launches.claims import Claims
 
 
@@ -72,3 +74,34 @@ def test_a_directory_that_another_took_the_place_of_is_not_taken_for_it(tmp_path
     with pytest.raises(FileNotFoundError, match="it has no mine"):
         require_directory(out, "mine")
     require_directory(out)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is flushed to disk, of which the first directory fails."""
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        is_directory = stat.S_ISDIR(os.fstat(file).st_mode)
+        flushed.append("directory" if is_directory else "file")
+        if is_directory and flushed.count("directory") == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0, 0.0))
+    return flushed
+
+
+def test_what_could_not_be_flushed_is_written_again_and_not_flushed_alone(tmp_path: Path, failing: list[str]) -> None:
+    # The system tells a failure once: the next flush of the same names would say yes.
+    write_atomically(tmp_path / "a", b"x")
+    assert failing == ["file", "directory", "file", "directory"]
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_a_claim_flushes_its_own_name_alone(tmp_path: Path, failing: list[str]) -> None:
+    failing.append("directory")  # the one that fails was before
+    assert create_exclusively(tmp_path / "claim", b"x")
+    assert failing == ["directory", "file", "directory"]

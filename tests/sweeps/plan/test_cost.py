@@ -312,3 +312,19 @@ def test_what_passes_between_measurements_is_learned_by_cells() -> None:
     # The wait of a job for its requeue is no part of it.
     later = [{**r, "job": "local/2", "finished": r["finished"] + timedelta(days=1)} for r in rows[6:]]
     assert cost(*rows[:6], *later).cell_seconds(cell, [TEXT, AGREEMENT]) == pytest.approx(4.5)
+
+
+def test_what_is_quantized_within_a_cell_does_not_pass_between_its_measurements() -> None:
+    """A latency is of the packed form, which is made when its turn comes."""
+    rows, at = [], datetime(2026, 1, 1, tzinfo=UTC)
+    for number in range(6):
+        for spec, quantizing, seconds in ((TEXT, 1.0, 3.0), (TIMED, 20.0, 2.0)):
+            at += timedelta(seconds=quantizing + seconds + 0.25)
+            about = {"eval": spec.name, "eval_kind": spec.kind, "quantize_seconds": quantizing + number / 100}
+            stored = known(key=f"k{number}", seconds=seconds, pack="p", job="local/1", label="int4 b64", bits=4)
+            rows.append({**stored, **about, "finished": at})
+    learned = cost(*rows)
+    between = learned.cell_seconds(Cell(model=A, quant=INT4), [TEXT, TIMED])
+    learned.between = type(learned.between)()
+    learned._predicted.clear()
+    assert between - learned.cell_seconds(Cell(model=A, quant=INT4), [TEXT, TIMED]) == pytest.approx(0.5, abs=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from sweeps.plan.notices import notices
 from sweeps.results.table import left_out, load_results
 from sweeps.store.parts import Store
 from sweeps.store.rows import Origin, run_row
-from sweeps.study.cell import Cell, ModelRef, content_key, model_to_dict
+from sweeps.study.cell import KEY_VERSION, Cell, ModelRef, canonical_json, model_to_dict
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
 from sweeps.study.reading import (
@@ -70,6 +71,11 @@ def test_the_configuration_says_which_reading_a_model_has(config: dict[str, obje
     found, reason = reading_of(config)
     assert found == reading
     assert (reason is None) == (reading == 1)
+
+
+def content_key(value: dict[str, object]) -> str:
+    """The definition, which ``Cell.key`` computes from parts."""
+    return hashlib.sha256(canonical_json({"key_version": KEY_VERSION, **value}).encode()).hexdigest()
 
 
 def test_only_a_later_reading_is_part_of_a_key(tmp_path: Path) -> None:

@@ -422,6 +422,9 @@ def test_a_server_that_is_asked_too_often_is_asked_again_when_it_says() -> None:
     waits = [later - earlier for earlier, later in pairwise(Busy.asked)]
     assert len(waits) == 3
     assert all(0.2 <= wait < 1 for wait in waits)
+    Busy.left, Busy.asked = 9, []
+    assert asking.read("run").state == "missing"
+    assert len(Busy.asked) == 10  # as long as there is time
     Busy.left = 10**6
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
