@@ -132,7 +132,7 @@ def high_bits_unimproved(evidence: Evidence) -> list[Finding]:
         own = plain(cells)
         types = sorted({str(c.axis("dtype")) for c in own})
         reference = "int" if "int" in types else next(iter(types), "int")
-        parts = []
+        tried: dict[str, list[Part]] = {"data types": [], "block sizes": []}
         for bits in sorted({c.bits for c in own}):
             here = at(own, bits=bits)
             size = main_block(here)
@@ -140,16 +140,21 @@ def high_bits_unimproved(evidence: Evidence) -> list[Finding]:
             for dtype in types:
                 if dtype != reference:
                     between = _types(evidence, metric, of_block, dtype, reference)
-                    parts.append(
+                    tried["data types"].append(
                         _part(evidence, metric, f"{bits} bits: {dtype} than {reference}", between, "not better")
                     )
-            parts += _block_parts(evidence, metric, [bits], "not better")
-        parts += _switched(evidence, metric, cells, "center", "not better")
-        parts += _switched(evidence, metric, cells, "outlier_fraction", "not better")
+            tried["block sizes"] += _block_parts(evidence, metric, [bits], "not better")
+        tried["centring"] = _switched(evidence, metric, cells, "center", "not better")
+        tried["outlier dimensions"] = _switched(evidence, metric, cells, "outlier_fraction", "not better")
+        missing = [name for name, own_parts in tried.items() if not any(p.effect.n for p in own_parts)]
+        parts = [p for own_parts in tried.values() for p in own_parts]
         parts = [p for p in parts if p.effect.n] or parts
         bits_there = ", ".join(str(b) for b in sorted({c.bits for c in own})) or "6 to 8"
         scope = f"{families(own)}, {bits_there} bits"
-        found.append(finding(metric, HIGH_BITS, parts, scope=scope, headline=i == 0))
+        said = finding(metric, HIGH_BITS, parts, scope=scope, headline=i == 0)
+        if said.evidence and missing:
+            said = replace(said, evidence=f"{said.evidence} Not measured: {', '.join(missing)}.")
+        found.append(said)
     return found
 
 

@@ -93,7 +93,7 @@ def to_json(findings: Sequence[Finding], *, name: str, margins: Margins) -> str:
 
 def to_markdown(findings: Sequence[Finding]) -> str:
     """Return a table of the claims: what the paper says and where, the verdict, and the effect with its interval."""
-    lines = ["| the paper says | verdict | effect (95 % interval over models) |", "| --- | --- | --- |"]
+    lines = ["| the paper says | verdict | effect (95 % interval) |", "| --- | --- | --- |"]
     for own in _by_claim(findings).values():
         head = next((f for f in own if f.headline), own[0])
         effect = effect_text(head).partition(", p ")[0] or "not measured"

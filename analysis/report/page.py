@@ -31,10 +31,10 @@ _FIRST: Final = 20
 _MUCH: Final = 240
 """Characters of a claim's evidence beyond which it is folded below the effect that decides."""
 _HOW: Final = (
-    "Each card holds a claim of the paper (Dettmers and Zettlemoyer, 2023) against what is stored here. It holds or "
-    f"fails with {LEVEL:.0%} confidence over models, adjusted for the number of claims; else the data can't tell. The "
-    "number is that of the comparison that decides: every part of a claim must hold. Less than "
-    f"{Margins().loss:g} nats per token or {Margins().points:g} points of accuracy is no effect."
+    "Each card checks a claim of the paper (Dettmers and Zettlemoyer, 2023) on what is stored here. It holds or fails "
+    f"with {LEVEL:.0%} confidence over models, adjusted for the number of claims; else the data can't tell. Every part "
+    "of a claim must hold, so the number is that of its weakest part, or of the part that fails; its interval is not "
+    f"adjusted. Less than {Margins().loss:g} nats per token or {Margins().points:g} points of accuracy is no effect."
 )
 _VERDICTS: Final = {"holds": "holds", "fails": "fails"}
 

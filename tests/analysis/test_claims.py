@@ -319,3 +319,10 @@ def test_an_improvement_of_just_the_margin_is_seldom_said_to_be_none() -> None:
         of_both = CLAIMS["centering_never_helps"](evidence(planted(rng, noise=0.01, worse=worse, few=True)))[0]
         wrong += of_both.p_holds < 0.05
     assert wrong <= studies * (0.05 + 2.6 * math.sqrt(0.05 * 0.95 / studies))
+
+
+def test_what_a_claim_names_and_a_study_lacks_is_said(study: Study) -> None:
+    said = headlines(judge(study.wide))["high_bits_unimproved"].evidence
+    assert said.endswith(". Not measured: block sizes, centring, outlier dimensions.")
+    more = headlines(judge(planted(np.random.default_rng(5))))["high_bits_unimproved"].evidence
+    assert more.endswith(". Not measured: centring, outlier dimensions.")

@@ -87,7 +87,7 @@ class CellTable {
     this.page = Math.max(0, Math.min(pages - 1, this.page));
     const arrow = (c) => (c.id === this.sort.column ? (this.sort.down ? " ▼" : " ▲") : "");
     const state = (c) => (c.id === this.sort.column ? (this.sort.down ? "descending" : "ascending") : "none");
-    const head = columns.map((c) => `<th scope="col" aria-sort="${state(c)}"${c.isNumber ? ' class="number"' : ""}><button type="button" data-column="${escaped(c.id)}">${escaped(c.name)}${arrow(c)}</button></th>`);
+    const head = columns.map((c) => `<th scope="col" aria-sort="${state(c)}"${c.isNumber ? ' class="number"' : ""}><button type="button" data-column="${escaped(c.id)}">${escaped(c.name).replace(/[_/]/g, "$&<wbr>")}${arrow(c)}</button></th>`);
     const shown = this.rows.slice(this.page * PAGE, (this.page + 1) * PAGE);
     const body = shown.map((row) => `<tr>${columns.map((c) => `<td${c.isNumber ? ' class="number"' : ""}>${escaped(c.text(row))}</td>`).join("")}</tr>`);
     this.part("thead").innerHTML = `<tr>${head.join("")}</tr>`;

@@ -162,6 +162,17 @@ def test_the_table_sorts_searches_and_copies(browser: Browser, small: Path, stud
 
 
 @needs_browser
+def test_a_long_metrics_values_stand_in_sight(browser: Browser, study: Study, tmp_path: Path) -> None:
+    named = {c: c.replace("jargon_loss", "commoncrawl_sample_loss") for c in study.wide}
+    report = build_report(study.wide.rename(columns=named), study.long, {}, title="demo")
+    path = tmp_path / "index.html"
+    path.write_text(page(report))
+    browser.open(path)
+    head = "document.querySelector('[data-column=commoncrawl_sample_loss]').closest('th').getBoundingClientRect().right"
+    assert browser.run(head) <= browser.run("document.querySelector('#table .scroll').getBoundingClientRect().right")
+
+
+@needs_browser
 def test_a_phone_scrolls_in_one_direction_only(browser: Browser, small: Path, tmp_path: Path) -> None:
     browser.resize(390, 800)
     try:
