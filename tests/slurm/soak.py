@@ -73,11 +73,14 @@ class Soak:
         table = Store(out=self.study.out).read(["status"]) if self.study.out.exists() else None
         return 0 if table is None else sum(s in FINAL for s in table.column("status").to_pylist())
 
-    def strike_for(self, seconds: float) -> None:
-        """Keep the study launched and do one fault after another, for so long or until all is measured."""
+    def strike_for(self, seconds: float, kinds: int | None = None) -> None:
+        """Keep the study launched and do one fault after another.
+
+        Stop after so many seconds, when all is measured, or when so many kinds of fault were done.
+        """
         until = time.monotonic() + seconds
         try:
-            while time.monotonic() < until and self.done() < self.cells:
+            while time.monotonic() < until and self.done() < self.cells and len(self.struck) != kinds:
                 if self._launch is None or self._launch.poll() is not None:
                     self._start()
                 time.sleep(self.choose.uniform(*self.pause))
