@@ -14,6 +14,7 @@ from sweeps.commands.watch import watch
 from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
 from sweeps.launches.claimer import Seen
+from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
 from sweeps.plan.packs import TO_DO, what_is_left
@@ -47,7 +48,8 @@ def status(options: Options, console: Console) -> int:
     StateCounts.of(results, options.by or ("sweep",), states).show(console)
     say_left(options, flight, console)
     for claim in flight.local:
-        console.print(f"{claim.sweep} is running: launch {claim.launch}, process {claim.pid} on {claim.host}")
+        who = Claims(out=options.out).holder(claim)
+        console.print(f"{claim.sweep} is running: {who}", highlight=False, soft_wrap=True)
     executors = with_jobs(options.out)
     for executor in executors:
         executor.show(flight, console)

@@ -103,7 +103,8 @@ def _say_spent(order: Order, left: int) -> None:
 def who_holds(store: Store) -> list[str]:
     """Return a sentence for each launch that may be at work."""
     flight = read_flight(store.out)
-    here = [f"{c.sweep} is being run by launch {c.launch}, process {c.pid} on {c.host}." for c in flight.local]
+    claims = Claims(out=store.out)
+    here = [f"{c.sweep} is being run by {claims.holder(c)}." for c in flight.local]
     for launch, _ in flight.launches:
         name = flight.executors[launch.id]
         title = EXECUTORS[name].title if name in EXECUTORS else name

@@ -4,9 +4,10 @@ A claim is a numbered file that names measurements, created by an atomic hard li
 number. A launch reads the claims up to n, plans what none of the live ones holds, and creates number n + 1; if somebody
 else was faster it reads and plans again (compare and swap). Nothing is locked, so nothing can stay locked.
 
-A claim of workers on this machine ends when its launch releases it, or is void when its owner is known to be gone: on
-the same machine by its process, from another machine only after its heartbeat has been silent for long. A claim of
-jobs that outlive their launch ends pack by pack, by what is written down of them (sweeps.launches.in_flight).
+A claim of workers on one machine ends when its launch releases it, or is void when its owner is known to be gone: where
+its process can be seen (sweeps.processes), by that; from elsewhere only after its heartbeat has been silent for long.
+A claim of jobs that outlive their launch ends pack by pack, by what is written down of them
+(sweeps.launches.in_flight).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.errors import ClaimTakenError, LinkError, StoreError
-from sweeps.files import clock, create_exclusively, list_files, read_json, write_atomically
+from sweeps.files import JsonObject, clock, create_exclusively, list_files, read_json, write_atomically
 from sweeps.launches.launch import launches
-from sweeps.processes import process_start, this_process
+from sweeps.processes import is_running, seconds_since_restart, this_process
 
 log = logging.getLogger(__name__)
 
 SILENT_SECONDS: Final = 900.0
 """A claim of another machine is void after this long without a heartbeat (by the store's own clock)."""
+RESTARTED_SECONDS: Final = 60.0
+"""One of this machine is void sooner where the machine has started again since, and several beats would have come."""
 
 _REPORTED: Final[set[Path]] = set()
 """Damaged claims that were already said to be so in this process."""
@@ -41,7 +43,7 @@ class Claim:
 
     Attributes:
         executor: 'local' where the work ends with the process that launched it; else whose jobs outlive it.
-        host, pid, pid_started: the process that launched it.
+        owner: what tells the process that launched it from all others, as ``this_process`` said it.
         packs: measurement keys by pack.
     """
 
@@ -49,9 +51,7 @@ class Claim:
     launch: str
     sweep: str
     executor: str
-    host: str
-    pid: int
-    pid_started: str
+    owner: JsonObject
     packs: Mapping[str, tuple[str, ...]]
 
     @property
@@ -178,9 +178,7 @@ class Claims:
                 launch=launch.id,
                 sweep=launch.sweep,
                 executor="slurm",  # whose launches have such files
-                host="",
-                pid=0,
-                pid_started="",
+                owner={"host": "", "pid": 0, "pid_started": ""},
                 packs={p: tuple(m.key for m in launch.pack(p).measurements()) for c in launch.chunks for p in c.packs},
             )
             for launch in orphans
@@ -189,15 +187,40 @@ class Claims:
     def _load(self, number: int) -> Claim:
         data = read_json(self._path(number, "json"))
         packs = {pack: tuple(keys) for pack, keys in data.pop("packs").items()}
-        return Claim(number=number, packs=packs, **data)
+        about = {name: data.pop(name) for name in ("launch", "sweep", "executor")}
+        return Claim(number=number, **about, owner=data, packs=packs)
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.directory / f"{number:08d}.{suffix}"
 
     def is_alive(self, claim: Claim) -> bool:
         """Tell whether the process that launched it may still be at work."""
-        if claim.host == socket.gethostname():
-            return process_start(claim.pid) == claim.pid_started
-        beat = self._path(claim.number, "running")
-        last = (beat if beat.exists() else self._path(claim.number, "json")).stat().st_mtime
-        return clock(self.directory) - last < SILENT_SECONDS
+        runs = is_running(claim.owner)
+        return self._silence(claim) < _patience(claim.owner) if runs is None else runs
+
+    def holder(self, claim: Claim) -> str:
+        """Return in words whose a claim is; of one that can't be seen from here, too, when it would be void."""
+        who = f"launch {claim.launch}, process {claim.owner['pid']} on {claim.owner['host']}"
+        if is_running(claim.owner) is not None:
+            return who
+        return (
+            f"{who}, which can't be seen from here: last heard of {self._silence(claim):.0f} s ago, and over after "
+            f"{_patience(claim.owner):.0f} s of silence"
+        )
+
+    def _silence(self, claim: Claim) -> float:
+        """Seconds since its last heartbeat, or since it was made."""
+        try:
+            last = self._path(claim.number, "running").stat().st_mtime
+        except FileNotFoundError:  # it has not begun, or is released just now
+            last = self._path(claim.number, "json").stat().st_mtime
+        return clock(self.directory) - last
+
+
+def _patience(owner: JsonObject) -> float:
+    """Seconds of silence after which a process that can't be seen from here is gone.
+
+    A machine of this one's name that beats is another one; what fell silent before this one started may be of it.
+    """
+    restarted = seconds_since_restart(owner)
+    return SILENT_SECONDS if restarted is None else min(SILENT_SECONDS, max(RESTARTED_SECONDS, restarted))

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from sweeps.files import (
     store_time,
     write_atomically,
 )
-from sweeps.processes import process_start, this_process
+from sweeps.processes import is_running, this_process
 from sweeps.store.reading import REPLACES, Reader
 from sweeps.store.records import TAKEN
 from sweeps.store.schema import SCHEMA_VERSION, arrow_schema
@@ -262,9 +261,8 @@ def _batches(files: Sequence[Path]) -> Iterator[list[Path]]:
 
 def _is_gone(process: JsonObject, path: Path, now: float) -> bool:
     """Tell whether the process that keeps a file is dead, or silent for so long that it may be."""
-    if process.get("host") == socket.gethostname():
-        return process_start(process["pid"]) != str(process["pid_started"])
-    return _age(path, now) > SILENT_SECONDS
+    runs = is_running(process) if process else None
+    return _age(path, now) > SILENT_SECONDS if runs is None else not runs
 
 
 def _age(path: Path, now: float) -> float:

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sweeps import processes
 from sweeps.errors import ClaimTakenError, StoreError
 from sweeps.launches import claims as claims_module
 from sweeps.launches.claims import Claims
 from sweeps.launches.in_flight import read_flight
+from sweeps.processes import FIRST_NAMESPACE, this_process
 from tests import ROOT
 
 
@@ -89,6 +92,24 @@ def test_a_claim_of_another_machine_lives_while_its_heart_beats(
     assert not claims.is_alive(claims.open()[0])
     claims.heartbeat(claim, [])
     assert claims.is_alive(claims.open()[0])
+
+
+@pytest.mark.parametrize(
+    ("up", "silent", "alive"), [(600, 595, True), (600, 601, False), (9, 55, True), (9, 61, False)]
+)
+def test_a_claim_from_before_this_machine_started_again_is_void_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up: float, silent: float, alive: bool
+) -> None:
+    """One that beat since is of another machine of this name; several beats must have failed to come."""
+    claims = Claims(out=tmp_path)
+    claims.create(1, launch="a", sweep="s", packs={"p": ["m1"]})
+    claim = replace(claims.open()[0], owner={**this_process(), "machine": f"before {FIRST_NAMESPACE}"})
+    monkeypatch.setattr(processes, "this_machine", lambda: f"now {FIRST_NAMESPACE}")
+    monkeypatch.setattr(processes.time, "clock_gettime", lambda _: up)
+    path = tmp_path / "claims" / "00000001.json"
+    os.utime(path, (path.stat().st_mtime - silent,) * 2)
+    assert claims.is_alive(claim) is alive
+    assert "can't be seen from here" in claims.holder(claim)
 
 
 def test_a_later_claim_of_lost_work_holds_it(tmp_path: Path) -> None:

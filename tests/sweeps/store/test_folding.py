@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import time
 from datetime import timedelta
 from multiprocessing import get_context
@@ -18,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweeps import files
+from sweeps.processes import this_process
 from sweeps.store import folding, records
 from sweeps.store.folding import MOST_SMALL, write_folded
 from sweeps.store.parts import Store
 from sweeps.store.schema import arrow_schema
 from tests.sweeps.store.test_parts import NOW, earlier_part, row, rows_of
 
-DEAD = {"host": socket.gethostname(), "pid": 2**30, "pid_started": "1"}
+DEAD = {**this_process(), "pid": 2**30, "pid_started": "1"}
 AWAY = {"host": "another-machine", "pid": 1, "pid_started": "1"}
 
 
@@ -178,7 +178,7 @@ def test_one_process_folds_at_a_time_and_a_dead_ones_lease_is_void(
     store.close()
     lease = tmp_path / "packs" / ".lease"
     lease.parent.mkdir()
-    lease.write_text(json.dumps(folding.this_process()))
+    lease.write_text(json.dumps(this_process()))
     store.fold()
     assert not list(tmp_path.glob("packs/*.parquet"))
     lease.write_text(json.dumps(DEAD))

@@ -19,6 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sweeps import processes
 from sweeps.launches import claims as claims_module
 from sweeps.launches.claimer import Claimer, Seen
 from sweeps.launches.claims import Claim, Claims
@@ -95,8 +96,7 @@ class Interleavings(RuleBasedStateMachine):
         self.alive: set[int] = set()
         for module in (records, folding, claims_module):
             self.patch.setattr(module, "this_process", lambda: self.process)
-        for module in (folding, claims_module):
-            self.patch.setattr(module, "process_start", lambda pid: "1" if pid in self.alive else "")
+        self.patch.setattr(processes, "process_start", lambda pid: "1" if pid in self.alive else "")
         self.patch.setattr(folding, "FULL_BYTES", 40_000)
         self.patch.setattr(folding, "MOST_SMALL", 3)
         self.patch.setattr(records, "ROTATE_BYTES", 2_000)
