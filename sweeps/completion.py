@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from hydra.plugins.completion_plugin import CompletionPlugin
 
-from sweeps.commands import MODES
+from sweeps.commands.modes import MODES
 from sweeps.config import Config
 from sweeps.status import RETRY, State
 from sweeps.worker.devices import DEVICES

@@ -20,7 +20,8 @@ from kbit.compression.figure import write_figure
 from kbit.compression.measure import Compression, TensorReport, measure
 from kbit.errors import SpecError
 from kbit.evaluation.calibration import calibration_windows
-from kbit.models.loading import LoadedModel, load_model
+from kbit.models.loadable import LoadedModel
+from kbit.models.loading import load_model
 from kbit.models.quantize import Calibrated
 from kbit.sources import LocalFile
 from kbit.spec import Spec, spec_of

@@ -11,7 +11,7 @@ from kbit.doors import Door
 from kbit.errors import SpecError
 
 if TYPE_CHECKING:
-    from kbit.models.loading import LoadedModel
+    from kbit.models.loadable import LoadedModel
     from kbit.models.quantize import Calibrated, QuantHandle
     from kbit.spec import Spec
 

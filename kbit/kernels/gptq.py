@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kbit.kernels.gptq_jit import round_columns
 from kbit.kernels.launching import on
-from kbit.quantizer.gptq import Grids
+from kbit.quantizer.grids import Grids
 from kbit.quantizer.storage import FLOAT16_MAX
 from kbit.specs.gptq import LAZY_COLUMNS
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kbit.kernels.launching import on
 from kbit.kernels.lloyd_jit import cut_at_midpoints
-from kbit.quantizer.lloyd import CHUNK, HIGH_BITS, LOW_BITS, SortedValues
+from kbit.quantizer.sorted_values import CHUNK, HIGH_BITS, LOW_BITS, SortedValues
 
 
 def lloyd_rounds(in_order: SortedValues, values: Tensor, rounds: int) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kbit.quantizer.absmax import load_absmax, stored_absmax
 from kbit.quantizer.blocks import Blocks
-from kbit.quantizer.lloyd import LEAST_CHANGE, MOST_ROUNDS, as_codebook, quantiles_of
+from kbit.quantizer.lloyd import LEAST_CHANGE, MOST_ROUNDS, as_codebook
+from kbit.quantizer.sorted_values import quantiles_of
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import columns_of, mean16, storage_dtype_of
 from kbit.spec import QuantSpec

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from sweeps.bench.synthetic import results
 from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, Started, event_to_dict
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.rows import told_part
 from sweeps.study.cell import Measurement
 

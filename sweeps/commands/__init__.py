@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from sweeps.commands.modes import MODES
 from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-MODES: Final[Mapping[str, str]] = {
-    "run": "sweeps.commands.run:run",
-    "plan": "sweeps.commands.plan:plan",
-    "status": "sweeps.commands.status:status",
-    "table": "sweeps.commands.table:table",
-    "best": "sweeps.commands.best:best",
-    "report": "sweeps.commands.report:report",
-    "findings": "sweeps.commands.findings:findings",
-    "compare": "sweeps.commands.compare:compare",
-    "logs": "sweeps.commands.logs:logs",
-    "cancel": "sweeps.commands.cancel:cancel",
-    "fetch": "sweeps.commands.fetch:fetch",
-    "drop": "sweeps.commands.drop:drop",
-    "export": "sweeps.commands.export:export",
-    "audit": "sweeps.commands.audit:audit",
-    "merge": "sweeps.commands.merge:merge",
-    "keep": "sweeps.commands.keep:keep",
-    "sync": "sweeps.commands.sync:sync",
-}
-"""Mode to what it runs, imported when it is asked for."""
 
 
 def run_mode(cfg: DictConfig, overrides: Sequence[str]) -> int:

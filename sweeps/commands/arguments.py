@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from sweeps.commands import MODES
+from sweeps.commands.modes import MODES
 from sweeps.config import config_dirs, options_of
 from sweeps.errors import UserError, did_you_mean
 

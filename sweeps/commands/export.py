@@ -23,7 +23,7 @@ from sweeps.worker.execution import batch_tokens
 
 if TYPE_CHECKING:
     from kbit.evaluation.spec import EvalSpec
-    from kbit.models.loading import LoadedModel
+    from kbit.models.loadable import LoadedModel
     from kbit.models.quantize import Calibrated, QuantHandle
     from sweeps.study.cell import Cell
     from sweeps.worker.model_cache import Warm

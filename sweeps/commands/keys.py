@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from omegaconf import OmegaConf
 
-from sweeps.commands import MODES
+from sweeps.commands.modes import MODES
 from sweeps.config import Config, asked_keys
 from sweeps.errors import UserError
 from sweeps.text import written

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
     from sweeps.options import Options
-    from sweeps.plan.packs import Pack, Packing, Plan
+    from sweeps.plan.pack import Pack
+    from sweeps.plan.packs import Packing, Plan
     from sweeps.plan.ways import DeviceMemory
     from sweeps.store.parts import Store
     from sweeps.store.schema import Row

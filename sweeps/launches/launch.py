@@ -27,7 +27,7 @@ from typing import Final
 
 from sweeps.files import JsonObject, clock, list_files, read_json, require_directory, write_atomically
 from sweeps.launches.job_settings import JobSettings
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.schema import Scalar
 
 JOB_PREFIX: Final = "kbit"

@@ -12,7 +12,8 @@ from typing import Final
 
 from sweeps.errors import UserError
 from sweeps.plan.cost import load_seconds
-from sweeps.plan.packs import Pack, first_items
+from sweeps.plan.pack import Pack
+from sweeps.plan.packs import first_items
 from sweeps.text import counted
 
 HOUR: Final = 3600.0

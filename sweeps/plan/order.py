@@ -9,7 +9,7 @@ from kbit.evaluation.evaluators import EVALUATORS
 from sweeps.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from sweeps.plan.packs import Item, Pack
+    from sweeps.plan.pack import Item, Pack
 
 
 CHEAPEST: Final = "cheapest"

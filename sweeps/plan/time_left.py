@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sweeps.plan.cost import CostModel
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.study.cell import ModelRef
 
 SAMPLE: Final = 16

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from sweeps.files import create_exclusively, make_directory
 from sweeps.provenance import ROOT
 from sweeps.store.parts import Store
+from sweeps.store.rows import rows_digest
 from sweeps.study.manifest import Manifest, load_manifest, manifest_path
 
 REPORT_SECONDS: Final = 120.0
@@ -65,11 +64,6 @@ def finish_study(store: Store, manifest: str, *, code: str, until: float) -> str
         why = (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         return f"warning: no report ({why}); mode=report writes it"
     return ended.stdout.strip()
-
-
-def rows_digest(row_ids: Iterable[str]) -> str:
-    """Return what tells the rows that a report is made of from all others: no clock does, of several machines."""
-    return hashlib.sha256("\n".join(sorted(row_ids)).encode()).hexdigest()[:16]
 
 
 def _rows_if_whole(store: Store, manifest: Manifest) -> str | None:

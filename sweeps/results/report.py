@@ -11,10 +11,10 @@ from rich.markup import escape
 
 from analysis.report.places import Places
 from sweeps.files import make_directory, share_with_group, write_atomically
-from sweeps.results.finishing import rows_digest
 from sweeps.results.inputs import read_inputs
 from sweeps.results.table import load_planned
 from sweeps.store.parts import Store
+from sweeps.store.rows import rows_digest
 from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:

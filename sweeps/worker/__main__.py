@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.events import Event, event_to_dict
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.provenance import PROJECT, package_versions
 from sweeps.store.parts import Store
 from sweeps.store.schema import Scalar

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from sweeps.events import Event, SmallerBatch
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.study.cell import ModelRef
 from sweeps.worker.model_cache import Warm, recover
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from sweeps.errors import UserError
 from sweeps.events import Event, Measured, OnEvent, PackDone, Started, Stopped
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
 from sweeps.store.schema import Row, Scalar
 from sweeps.tracking.config import TrackingConfig

@@ -20,7 +20,7 @@ from kbit.specs.base import BASELINE_BITS
 from sweeps.errors import DataChangedError
 from sweeps.events import BlockDone, Event, Loaded, Measuring, Started
 from sweeps.files import make_directory
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.rows import handle_columns, result_columns, run_row
 from sweeps.study.cell import Cell, Measurement
 from sweeps.study.devices import check_device
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kbit.layered.cells import PassCell
     from kbit.layered.hollow import Hollow
     from kbit.layered.run import LayeredPass
-    from kbit.models.loading import LoadedModel
+    from kbit.models.loadable import LoadedModel
     from kbit.models.places import Room
 
 PASSES: Final = "passes"

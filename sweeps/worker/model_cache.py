@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kbit.calibration import Calibration
     from kbit.evaluation.prepared import ComparingEval, PreparedEval
     from kbit.layered.blocks import Blocks
-    from kbit.models.loading import LoadedModel
+    from kbit.models.loadable import LoadedModel
     from kbit.models.originals import Originals
     from kbit.models.streaming.packing import Packing
 

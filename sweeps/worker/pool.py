@@ -37,7 +37,7 @@ from sweeps.events import (
     event_from_dict,
 )
 from sweeps.files import open_log, require_directory
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.provenance import import_environment
 from sweeps.store.parts import Store
 from sweeps.store.rows import OOM_ERROR, Origin, failed_row, told_part

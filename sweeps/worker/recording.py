@@ -10,7 +10,7 @@ from typing import Final
 
 from sweeps.errors import EXIT_IO, DataChangedError, NotYetError, StoreError
 from sweeps.events import Event, Measured, Withheld
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
 from sweeps.store.rows import Origin, error_text, error_type, failed_row, told_part
 from sweeps.store.schema import Row, Scalar

@@ -15,7 +15,7 @@ from sweeps.worker.devices import usable_memory
 
 if TYPE_CHECKING:
     from kbit.models.sizes import Sizes
-    from sweeps.plan.packs import Pack
+    from sweeps.plan.pack import Pack
     from sweeps.study.cell import Cell, ModelRef
 
 

@@ -20,7 +20,7 @@ from kbit.models.ways import Way
 from sweeps.errors import EXIT_LOAD, DataChangedError, NotYetError
 from sweeps.events import Event, Loaded, Measuring, PackDone, Started, Stopped
 from sweeps.plan.cost import load_seconds
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import LOOSE, Store
 from sweeps.store.rows import handle_columns, result_columns, run_row
 from sweeps.store.schema import Scalar
@@ -36,7 +36,7 @@ from sweeps.worker.time_budget import Pace
 from sweeps.worker.ways import by_way, way_of
 
 if TYPE_CHECKING:
-    from kbit.models.loading import LoadedModel
+    from kbit.models.loadable import LoadedModel
     from kbit.models.quantize import QuantHandle
     from sweeps.worker.layered import LayeredRun
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.commands import MODES
+from sweeps.commands.modes import MODES
 from tests import ROOT
 
 

@@ -27,7 +27,7 @@ from kbit.specs.checkpoint import STORED_BITS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kbit.models.loading import Checkpoint
+    from kbit.models.loadable import Checkpoint
 
 _STORED: Final = 16
 """Bits of a weight that the files do not quantize, as all is counted."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from kbit.errors import CheckpointError, NotStreamableError
 from kbit.models.architectures import block_layers
 from kbit.models.checkpoint import weights_among
-from kbit.models.loading import Checkpoint, LoadedModel, find_checkpoint
+from kbit.models.loadable import Checkpoint, LoadedModel
+from kbit.models.loading import find_checkpoint
 from kbit.models.streaming.extents import Extent, extents_of
 from kbit.models.streaming.reader import THREADS, Reading
 from kbit.models.streaming.skeleton import Part, Skeleton, build, tie_equal

@@ -12,7 +12,8 @@ from sweeps.executors.slurm.settings import SlurmSettings
 from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Shape
 from sweeps.plan.order import CHEAPEST
-from sweeps.plan.packs import Pack, Packing
+from sweeps.plan.pack import Pack
+from sweeps.plan.packs import Packing
 from sweeps.provenance import ROOT
 from sweeps.store.parts import Store
 from sweeps.study.cell import ModelRef

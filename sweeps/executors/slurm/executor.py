@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from sweeps.launches.in_flight import InFlight
     from sweeps.launches.launch import Launch
-    from sweeps.plan.packs import Pack, Plan
+    from sweeps.plan.pack import Pack
+    from sweeps.plan.packs import Plan
     from sweeps.plan.ways import DeviceMemory
     from sweeps.study.cell import ModelRef
 

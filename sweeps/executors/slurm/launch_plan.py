@@ -20,7 +20,8 @@ from sweeps.launches.launch import Chunk, Launch, Shape, line_offsets
 from sweeps.launches.spending import read_spending
 from sweeps.plan.budget import fit
 from sweeps.plan.order import is_baseline
-from sweeps.plan.packs import Pack, Plan
+from sweeps.plan.pack import Pack
+from sweeps.plan.packs import Plan
 from sweeps.store.schema import Row
 from sweeps.study.manifest import Manifest
 from sweeps.study.snapshot import freeze_evals

@@ -18,7 +18,8 @@ from kbit import QuantSpec, SpecError, quantize_model
 from kbit.exporting.base import EXPORTS, Export
 from kbit.exporting.compressed_tensors import settings_of
 from kbit.models.architectures import block_layers
-from kbit.models.loading import LoadedModel, load_model
+from kbit.models.loadable import LoadedModel
+from kbit.models.loading import load_model
 from kbit.models.quantize import Calibrated, QuantHandle
 from kbit.spec import Spec, spec_of
 from kbit.specs.checkpoint import CheckpointSpec

@@ -21,7 +21,8 @@ from kbit.ggml.recipes import RECIPES
 from kbit.gguf.export import read_gguf, rows_of, write_gguf
 from kbit.gguf.file import Entry, read_file, write_file
 from kbit.gguf.vocabulary import vocabulary_of
-from kbit.models.loading import LoadedModel, load_model
+from kbit.models.loadable import LoadedModel
+from kbit.models.loading import load_model
 from kbit.spec import Spec
 from kbit.specs.ggml import GgmlSpec
 from sweeps.config import DEMO_DIR

@@ -16,7 +16,8 @@ from kbit.gguf.__main__ import main
 from kbit.gguf.export import rows_of, write_gguf
 from kbit.gguf.unpack import unpack
 from kbit.gguf.vocabulary import CUTS, tokenizer_of, vocabulary_of
-from kbit.models.loading import LoadedModel, load_model
+from kbit.models.loadable import LoadedModel
+from kbit.models.loading import load_model
 from kbit.models.originals import Originals
 from kbit.spec import spec_from_canonical, spec_of
 from kbit.specs.checkpoint import CheckpointSpec

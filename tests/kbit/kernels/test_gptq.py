@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kbit.kernels.interpreter import interpreted
-from kbit.quantizer.gptq import Grids, quantize_corrected, round_by_definition
+from kbit.quantizer.gptq import quantize_corrected, round_by_definition
+from kbit.quantizer.grids import Grids
 from kbit.quantizer.hessian import correction
 from kbit.spec import spec_of
 from kbit.specs.gptq import GptqSpec

@@ -16,8 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from sweeps import load_results
-from sweeps.commands import MODES, run_mode
+from sweeps.commands import run_mode
 from sweeps.commands.keys import CHOOSING, EVERY, OBEYED, check_keys
+from sweeps.commands.modes import MODES
 from sweeps.config import register, schema, unknown_keys
 from sweeps.errors import UserError
 from tests.conftest import ROOT, Launch

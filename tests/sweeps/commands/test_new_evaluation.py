@@ -19,7 +19,7 @@ from sweeps import load_results
 from sweeps.config import DEMO_DIR
 from sweeps.errors import UserError
 from sweeps.executors.base import chosen
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.devices import cpu_name, is_device, local_device_name

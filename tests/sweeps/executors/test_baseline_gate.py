@@ -16,7 +16,8 @@ from sweeps.executors.slurm.launch_plan import _baselines, _frozen
 from sweeps.executors.slurm.node.baseline_gate import gate_problem
 from sweeps.plan.cost import CostModel
 from sweeps.plan.order import is_baseline
-from sweeps.plan.packs import Known, Pack, Packing, make_plan
+from sweeps.plan.pack import Pack
+from sweeps.plan.packs import Known, Packing, make_plan
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from sweeps.study.manifest import Manifest
 

@@ -16,7 +16,7 @@ from sweeps.executors.slurm.node import pack_attempt as packrun
 from sweeps.executors.slurm.node.owners import lease_pack
 from sweeps.executors.slurm.node.pack_attempt import PackAttempt
 from sweeps.launches.launch import Attempt, Chunk, Launch, Shape, line_offsets
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
 from sweeps.store.rows import measurement_row
 from sweeps.tracking.tracker import CLOSE_SECONDS

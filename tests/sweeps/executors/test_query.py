@@ -23,8 +23,8 @@ from sweeps.executors.slurm.query import (
 )
 from sweeps.executors.slurm.query.accounting import parse_minutes
 from sweeps.executors.slurm.query.command import one_line
+from sweeps.executors.slurm.query.feasibility import parse_gpus
 from sweeps.executors.slurm.query.jobs import array_elements, read_accounting, read_queue, without_parents
-from sweeps.executors.slurm.query.request import parse_gpus
 
 
 def printed(text: str) -> str:

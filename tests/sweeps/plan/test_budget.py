@@ -7,7 +7,8 @@ import pytest
 from sweeps.errors import UserError
 from sweeps.plan.budget import fit, parse_budget
 from sweeps.plan.cost import load_seconds
-from sweeps.plan.packs import Known, Pack, Packing, make_plan
+from sweeps.plan.pack import Pack
+from sweeps.plan.packs import Known, Packing, make_plan
 from tests.sweeps.plan.known_costs import cost_of
 from tests.sweeps.plan.test_order import EVAL, MANIFEST, MODELS
 

@@ -12,7 +12,8 @@ from kbit.evaluation.spec import EvalSpec
 from sweeps.errors import UserError
 from sweeps.plan.cost import CostModel
 from sweeps.plan.order import ORDERS
-from sweeps.plan.packs import Known, Pack, Packing, Plan, make_plan, parse_retry
+from sweeps.plan.pack import Pack
+from sweeps.plan.packs import Known, Packing, Plan, make_plan, parse_retry
 from sweeps.status import UNRECORDED
 from sweeps.study.cell import Measurement, ModelRef
 from sweeps.study.grid import expand

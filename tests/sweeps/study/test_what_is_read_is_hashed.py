@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kbit.errors import SpecError
 from kbit.evaluation.generation import generate
 from kbit.evaluation.requests import RequestEncoder
-from kbit.models.loading import LoadedModel, load_model
+from kbit.models.loadable import LoadedModel
+from kbit.models.loading import load_model
 from kbit.models.obeyed import obeyed_files
 from sweeps.errors import HubError
 from sweeps.study.hub import local_model

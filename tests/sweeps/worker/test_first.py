@@ -23,7 +23,7 @@ from kbit.specs.mixed import MixedSpec
 from sweeps.commands.selection import chosen_part
 from sweeps.errors import UserError
 from sweeps.events import Withheld
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.results.table import load_samples
 from sweeps.store.first import stored_slopes
 from sweeps.store.rows import OOM_ERROR

@@ -26,7 +26,7 @@ from kbit.spec import QuantSpec, spec_of
 from sweeps import load_samples
 from sweeps.config import DEMO_DIR
 from sweeps.events import BlockDone, Stopped
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.study.cell import Cell
 from sweeps.worker import layered, ways, worker
 from tests import ROOT

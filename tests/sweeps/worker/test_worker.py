@@ -28,7 +28,7 @@ from kbit.spec import QuantSpec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import EXIT_IO, EXIT_LOAD
 from sweeps.events import Event, Stopped, Withheld
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.definitions import definition_of
@@ -440,7 +440,7 @@ import json, resource, sys
 from pathlib import Path
 import torch, pyarrow.parquet
 from sweeps.events import event_to_dict
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
 from sweeps.worker.worker import Worker
 

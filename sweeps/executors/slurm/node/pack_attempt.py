@@ -23,7 +23,7 @@ from sweeps.launches.claims import Claims
 from sweeps.launches.job_log import BUDGET
 from sweeps.launches.launch import Attempt, Chunk, Launch
 from sweeps.launches.spending import allowance_ends
-from sweeps.plan.packs import Pack
+from sweeps.plan.pack import Pack
 from sweeps.results.finishing import finish_study
 from sweeps.store.parts import Store
 from sweeps.store.schema import Scalar

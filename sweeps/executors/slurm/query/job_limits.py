@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from sweeps.errors import SchedulerError, UserError
 from sweeps.executors.slurm.query.accounting import (
@@ -16,9 +16,7 @@ from sweeps.executors.slurm.query.accounting import (
     read_config,
     read_standing,
 )
-
-if TYPE_CHECKING:
-    from sweeps.executors.slurm.query.request import Request
+from sweeps.executors.slurm.query.request import Request
 
 _KINDS: Final = (
     ("MaxWall", "MaxWall"),
