@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweeps.config import CONFIG_DIR, BlockConfig, MemberConfig, config_dirs, options_of, schema
 from sweeps.errors import did_you_mean
+from sweeps.files import JsonObject
 from sweeps.study.grid import block_axes
 
 _KINDS: Final = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
@@ -152,7 +153,7 @@ def _explain_offender(error: Exception) -> str:
 def _members(family: str, member: str | None) -> str:
     """Say which models there are, and how to add one."""
     cfg, _ = _composed([a for a in _overrides() if not a.lstrip("+~").startswith("models.")])
-    families: Mapping[str, Any] = cfg.models if cfg is not None else {}
+    families: JsonObject = cfg.models if cfg is not None else {}
     add = "path=DIR measures a local model, --config-dir DIR with DIR/model/FAMILY.yaml adds a family"
     if family not in families:
         return f"the families of this study are {', '.join(families)} (model= chooses others); {add}"

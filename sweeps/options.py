@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweeps.errors import UserError, did_you_mean
+from sweeps.files import JsonObject
 from sweeps.plan.budget import parse_budget
 from sweeps.plan.order import parse_order
 from sweeps.plan.packs import parse_retry
@@ -82,7 +83,7 @@ class Options:
     trust_remote_code: bool
     asked_sweep: str | None
     study: StudyConfig
-    executor: Mapping[str, Any]
+    executor: JsonObject
     tracking: TrackingConfig
 
     @classmethod
@@ -172,11 +173,11 @@ def _out(value: str) -> Path:
     return path
 
 
-def _names(value: Any, key: str) -> tuple[str, ...]:
+def _names(value: object, key: str) -> tuple[str, ...]:
     return tuple(str(name) for name in as_list(value, key))
 
 
-def _parts_of_where(where: Any, mode: str) -> tuple[Any, Mapping[str, object]]:
+def _parts_of_where(where: object, mode: str) -> tuple[object, Mapping[str, object]]:
     """Return what chooses cells, in every mode, and what chooses measurements, in a table alone."""
     if mode != "table" or not isinstance(where, Mapping):
         return where, {}
@@ -188,7 +189,7 @@ def _parts_of_where(where: Any, mode: str) -> tuple[Any, Mapping[str, object]]:
     return {k: v for k, v in where.items() if k in axes}, {k: v for k, v in where.items() if k not in axes}
 
 
-def _tracking(given: Mapping[str, Any], out: Path) -> TrackingConfig:
+def _tracking(given: JsonObject, out: Path) -> TrackingConfig:
     """W&B's files go into the results directory unless ``tracking.dir`` says otherwise."""
     directory = Path(given["dir"]).expanduser().absolute() if given["dir"] else out / "wandb"
     return TrackingConfig(**{**given, "dir": directory})
@@ -201,7 +202,7 @@ def _prefixes(key: str, overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("", "null"))
 
 
-def _side(name: str, value: Any, overrides: Sequence[str]) -> Choice | None:
+def _side(name: str, value: object, overrides: Sequence[str]) -> Choice | None:
     """Return what ``a=`` or ``b=`` says: axis values, or the first characters of a cell's key."""
     if value is None:
         return None
@@ -217,7 +218,7 @@ def _side(name: str, value: Any, overrides: Sequence[str]) -> Choice | None:
     return Choice(cells=prefixes)
 
 
-def _margins(value: Any) -> Mapping[str, float]:
+def _margins(value: object) -> Mapping[str, float]:
     given = {} if value is None else value
     if not isinstance(given, Mapping):
         raise UserError(f"margins={written(value)} is not valid: e.g. 'margins={{loss: 0.01, points: 0.5}}'")
@@ -231,6 +232,6 @@ def _margins(value: Any) -> Mapping[str, float]:
     return {str(name): float(margin) for name, margin in given.items()}
 
 
-def _asked_sweep(sweep: Mapping[str, Any], overrides: Sequence[str]) -> str | None:
+def _asked_sweep(sweep: JsonObject, overrides: Sequence[str]) -> str | None:
     named = any(o.startswith(("sweep=", "sweep.name=")) for o in overrides)
     return str(sweep["name"]) if named else None

@@ -31,6 +31,28 @@ def commands(page: str) -> list[str]:
     return [line.removeprefix("python launch.py ") for line in lines if line.startswith("python launch.py ")]
 
 
+def tree_of(readme: str) -> dict[str, str]:
+    """The README's annotated tree: path to its words."""
+    start = readme.index("\nlaunch.py  ") + 1
+    found: dict[str, str] = {}
+    stack: list[str] = []
+    for line in readme[start : readme.index("```", start)].splitlines():
+        indent, name, words = re.fullmatch(r"( *)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
+        stack[len(indent) // 2 :] = [name.rstrip("/")]
+        found["/".join(stack)] = words
+    return found
+
+
+def test_the_readmes_tree_is_that_of_the_files() -> None:
+    """Each file that has a purpose of its own stands in it, with at most eight words."""
+    tree = tree_of((ROOT / "README.md").read_text())
+    assert not [path for path in tree if not (ROOT / path).exists()]
+    files = [p for package in ("kbit", "sweeps", "analysis") for p in (ROOT / package).rglob("*.py")]
+    named = {str(p.relative_to(ROOT)) for p in files if p.name != "__init__.py"}
+    assert not named - tree.keys()
+    assert not [f"{path}: {words}" for path, words in tree.items() if len(words.split()) > 8]
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A directory with what the pages name: my_conf with their files, models and data."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 from kbit.doors import Door
 from sweeps.errors import UserError, did_you_mean
 from sweeps.executors.settings import ExecutorSettings
+from sweeps.files import JsonObject
 from sweeps.plan.budget import HOUR
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ EXECUTORS: Final[Door[type[Executor[Any]]]] = Door(
 )
 
 
-def chosen(keys: Mapping[str, Any]) -> Executor[Any]:
+def chosen(keys: JsonObject) -> Executor[Any]:
     """Return the executor that a configuration names, with its settings.
 
     Raises:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
+
+from sweeps.files import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class ExecutorSettings:
     batch_tokens: int | str = "auto"
 
     @classmethod
-    def from_config(cls, executor: Mapping[str, Any]) -> Self:
+    def from_config(cls, executor: JsonObject) -> Self:
         """Check and convert.
 
         Raises:

@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from kbit.axes import Axis
 from kbit.doors import load
 from kbit.evaluation.evaluators import EVALUATORS
 from kbit.spec import axes
+from sweeps.files import JsonObject
 from sweeps.launches.in_flight import InFlight
 from sweeps.results.joined import state_of
 from sweeps.status import FINAL, State
@@ -220,7 +221,7 @@ def disagrees(row: Row) -> str:
     return ""
 
 
-def _bytes_of(item: Mapping[str, Any]) -> int:
+def _bytes_of(item: JsonObject) -> int:
     return (item["count"] + 7) // 8 if item["dtype"] == "bits" else 4 * int(item["count"])
 
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.machinery import PathFinder
 from pathlib import Path, PurePath
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
 from sweeps.errors import TaskError
+from sweeps.files import JsonObject
 from sweeps.provenance import ROOT
 from sweeps.study.hashes import file_hash, tree_hash
 from sweeps.study.task_index import load_task_yaml
@@ -90,7 +91,7 @@ def definition_of(file: Path) -> Definition:
     return Definition(file=file, relative={p: f for p, f in found.files.items() if p not in fixed}, fixed=fixed)
 
 
-def task_data_files(config: Mapping[str, Any]) -> list[Path]:
+def task_data_files(config: JsonObject) -> list[Path]:
     """List the local files that a task of the user's own reads by itself (``dataset_kwargs.data_files``), in order."""
     named = (config.get("dataset_kwargs") or {}).get("data_files")
     values = named.values() if isinstance(named, Mapping) else [named]

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from kbit.calibration import Calibration
 from kbit.compute_dtypes import COMPUTE_DTYPES
@@ -19,6 +19,7 @@ from kbit.evaluation.evaluators import EVALUATORS, Data
 from kbit.evaluation.spec import EvalSpec
 from kbit.sources import DEFAULT_FIELD, HubData, LocalFile, NamedFiles, Source, TaskSource, documents_of
 from sweeps.errors import UserError, did_you_mean
+from sweeps.files import JsonObject
 from sweeps.study import hub, task_index
 from sweeps.study.definitions import definition_of, is_own, task_data_files
 
@@ -62,7 +63,7 @@ class Finder:
         commits: of the hub.
     """
 
-    settings: Mapping[str, Any]
+    settings: JsonObject
     data_dir: Path | None
     commits: Commits
 
@@ -160,7 +161,7 @@ def _other_calibration(there: Sequence[str], tested: Sequence[str]) -> str:
 
 
 def resolve_evals(
-    settings: Mapping[str, Any], commits: Commits, device: str, device_name: Callable[[], str]
+    settings: JsonObject, commits: Commits, device: str, device_name: Callable[[], str]
 ) -> list[EvalSpec]:
     """Resolve every evaluation that the configuration asks for.
 
@@ -211,7 +212,7 @@ def resolve_evals(
 
 
 def resolve_calibrations(
-    calibration: Mapping[str, Any], settings: Mapping[str, Any], commits: Commits, what: str
+    calibration: JsonObject, settings: JsonObject, commits: Commits, what: str
 ) -> tuple[Calibration, ...]:
     """Resolve the data of a method that calibrates, once for each seed.
 

@@ -6,13 +6,14 @@ Commits are resolved here, once, and never invented; a plan made without a netwo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from sweeps.errors import UnreachableError, UserError, did_you_mean
+from sweeps.files import JsonObject
 from sweeps.study import hub
 from sweeps.study.begins import check_begins
 from sweeps.study.cell import UNRESOLVED, ModelRef
@@ -27,11 +28,11 @@ from sweeps.study.windows import check_texts, check_windows
 class StudyConfig:
     """The part of a configuration that describes its study, in plain values, without where it runs."""
 
-    sweep: Mapping[str, Any]
-    models: Mapping[str, Any]
+    sweep: JsonObject
+    models: JsonObject
     path: Any
-    eval: Mapping[str, Any]
-    calibration: Mapping[str, Any]
+    eval: JsonObject
+    calibration: JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def _check_sizes(sizes: list[object], known: list[str]) -> None:
 
 
 def _member(
-    family: str, name: str, member: Mapping[str, Any], resolver: Resolver, progress: Callable[[str], None]
+    family: str, name: str, member: JsonObject, resolver: Resolver, progress: Callable[[str], None]
 ) -> ModelRef:
     checkpoint = member["checkpoint"]
     if member["path"]:

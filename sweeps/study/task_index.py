@@ -17,6 +17,7 @@ from typing import Any, Final
 import yaml
 
 from sweeps.errors import TaskError, did_you_mean
+from sweeps.files import JsonObject
 
 _NAMED: Final = re.compile(rb"^[\"']?(task|group)[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.MULTILINE)
 _TAG: Final = re.compile(rb"^[\"']?tag[\"']?[ \t]*:", re.MULTILINE)
@@ -53,7 +54,7 @@ class TaskEntry:
     dataset_name: str | None
     split: str | None
     output_type: str
-    dataset_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dataset_kwargs: JsonObject = field(default_factory=dict)
 
 
 def find_task(name: str, extra_dirs: Iterable[str | Path] = ()) -> TaskEntry:

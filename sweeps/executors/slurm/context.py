@@ -9,6 +9,7 @@ from typing import Any
 from sweeps.errors import UserError
 from sweeps.executors.base import Order
 from sweeps.executors.slurm.settings import SlurmSettings
+from sweeps.files import JsonObject
 from sweeps.launches.job_settings import JobSettings
 from sweeps.launches.launch import Shape
 from sweeps.plan.order import CHEAPEST
@@ -36,7 +37,7 @@ class LaunchContext:
     manifest: Manifest
     slurm: SlurmSettings
     device: str
-    overrides: Mapping[str, Mapping[str, Any]]
+    overrides: Mapping[str, JsonObject]
     job_settings: JobSettings
     progress: Callable[[str], None]
     order: str = CHEAPEST

@@ -21,7 +21,7 @@ from sweeps.executors.slurm.query import query_jobs
 from sweeps.executors.slurm.query.command import COMMAND_SECONDS, own_environment
 from sweeps.files import make_directory
 from sweeps.launches.claims import Claim, Claims
-from sweeps.launches.launch import Chunk, Launch
+from sweeps.launches.launch import Chunk, Launch, Shape
 from sweeps.plan.packs import Plan
 from sweeps.provenance import ROOT
 from sweeps.study.snapshot import job_setup, snapshot_path
@@ -165,7 +165,7 @@ def planned_scripts(context: LaunchContext, plan: Plan) -> list[str]:
 
     LAUNCH and PREFLIGHT stand for ids that are known when it is sent.
     """
-    by_shape: dict[Any, list[str]] = {}
+    by_shape: dict[Shape, list[str]] = {}
     for pack in plan.packs:
         by_shape.setdefault(context.shape(pack.model, pack.rung), []).append(pack.id)
     slurm, out = context.slurm, context.store.out

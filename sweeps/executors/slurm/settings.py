@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from sweeps.errors import UserError
 from sweeps.executors.settings import ExecutorSettings, setting
+from sweeps.files import JsonObject
 from sweeps.text import counted
 from sweeps.worker.devices import MODEL_BYTES_PER_PARAM, WORKER_BYTES
 
@@ -90,7 +91,7 @@ class SlurmSettings(ExecutorSettings):
     max_parallel: int | None = None
     cells_per_job: int | None = setting()
     setup: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
     requeues: int = 3
     signal_seconds: int = 120
     preflight: bool = True
@@ -99,7 +100,7 @@ class SlurmSettings(ExecutorSettings):
     baseline_tolerance: float = 0.02
 
     @classmethod
-    def from_config(cls, executor: Mapping[str, Any]) -> Self:
+    def from_config(cls, executor: JsonObject) -> Self:
         """Check and convert.
 
         Raises:
@@ -141,7 +142,7 @@ class SlurmSettings(ExecutorSettings):
         said = re.search(r"(\d+)_?gb?$", kind)
         return float(said[1]) if said else GPU_GB.get(kind.removeprefix("nvidia_"))
 
-    def shape(self, model: ModelRef, device: str, rung: int, overrides: Mapping[str, Any]) -> Shape:
+    def shape(self, model: ModelRef, device: str, rung: int, overrides: JsonObject) -> Shape:
         """Return the resources of a job for a model.
 
         Args:

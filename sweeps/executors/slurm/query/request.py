@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from sweeps.files import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Request:
     mem_gb: float
     minutes: int
     constraint: str | None
-    extra: Mapping[str, Any]
+    extra: JsonObject
     exclude: str | None
 
     def parameters(self) -> dict[str, Any]:
