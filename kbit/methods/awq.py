@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kbit.methods.inputs import BlockInputs, InputSums
-from kbit.methods.protocol import Block, ModelPass, Undo
+from kbit.methods.protocol import Block, ModelPass, Undo, naming
 from kbit.models.activations import Activations
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite, trying
@@ -184,12 +184,11 @@ def _output_error(block: Block, before: Activations, after: Activations) -> Tens
 def _stored_values(layer: Layer, dtype: torch.dtype) -> Tensor:
     """Return a layer's weight cast to 16 bits, as float32."""
     weight = layer.weight
-    check_weight(weight)
-    values = weight.detach().to(dtype).float()
-    if not bool(values.isfinite().all()):
-        error = non_finite("weight", dtype)
-        error.add_note(f"in layer {layer.name}")
-        raise error
+    with naming(layer):
+        check_weight(weight)
+        values = weight.detach().to(dtype).float()
+        if not bool(values.isfinite().all()):
+            raise non_finite("weight", dtype)
     return values
 
 

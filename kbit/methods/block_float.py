@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kbit.methods.protocol import ModelPass, Undo
+from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
 from kbit.quantizer.block_float import BlockFloatTensor, dequantize_block_float, quantize_block_float
@@ -48,9 +48,6 @@ def quantize_layers(
     """
     for block in model.blocks():
         for layer in block.layers:
-            try:
+            with naming(layer):
                 q = quantize_block_float(layer.weight, spec, storage_dtype=model.storage_dtype)
-            except ValueError as error:
-                error.add_note(f"in layer {layer.name}")
-                raise
             yield layer, StoredBlockFloat(tensor=q)

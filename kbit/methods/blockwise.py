@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kbit.data_types import data_type
 from kbit.methods.inputs import BlockInputs
-from kbit.methods.protocol import ModelPass, Undo
+from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
 from kbit.packed.replacing import pack_layer
@@ -125,15 +125,12 @@ def quantize_layer(
     # What is fitted by calibration data is of this cell alone; so is what kept columns of calibration data leave.
     is_shared = is_data_dependent(spec) and not spec.calibrates
     fitted = model.fitted.get(key) if is_shared else None
-    try:
+    with naming(layer):
         if weights is not None:
             fitted = weighted_codebook(
                 layer.weight, spec, weights, outlier_columns=columns, storage_dtype=model.storage_dtype
             )
         q = quantize(layer.weight, spec, outlier_columns=columns, storage_dtype=model.storage_dtype, fitted=fitted)
-    except ValueError as error:
-        error.add_note(f"in layer {layer.name}")
-        raise
     if is_shared and key not in model.fitted:
         model.fitted[key] = q.codebook.to("cpu", copy=True)
     return q

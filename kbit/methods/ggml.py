@@ -13,7 +13,7 @@ from kbit.errors import ArchitectureError
 from kbit.ggml.formats import FORMATS
 from kbit.ggml.quantize import ggml_dequantize, ggml_quantize
 from kbit.ggml.recipes import RECIPES, About, Kind, fitting, format_for
-from kbit.methods.protocol import ModelPass, Undo
+from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer, decoder_blocks, text_config
 from kbit.models.overwriting import rewrite
 from kbit.models.roles import ATTENTION_OUT, FFN_2, KEY, QKV, VALUE, role_of
@@ -130,8 +130,5 @@ def _stored(layer: Layer, name: str, model: ModelPass) -> StoredRows:
     weight = layer.weight.to(dtype)
     if FORMATS[name].bits > 8:
         return StoredRows(format=name, rows=weight, storage_dtype=dtype)
-    try:
+    with naming(layer):
         return StoredRows(format=name, rows=ggml_quantize(weight, name), storage_dtype=dtype)
-    except ValueError as error:
-        error.add_note(f"in layer {layer.name}")
-        raise

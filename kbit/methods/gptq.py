@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kbit.errors import ArchitectureError
 from kbit.methods.blockwise import StoredCodes, what_fits
 from kbit.methods.inputs import SharedInputs
-from kbit.methods.protocol import Block, ModelPass, Undo
+from kbit.methods.protocol import Block, ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
 from kbit.quantizer.blockwise import dequantize, quantize
@@ -87,14 +87,11 @@ def quantize_block(
     factors: dict[str, Correction] = {}
     for layer in block.layers:
         source = moments.shared.get(layer.name)
-        try:
+        with naming(layer):
             if source is not None and source not in factors:
                 factors[source] = correction(moments.take(source), act_order=spec.act_order, rotation=spec.rotation)
             by = None if source is None else factors[source]
             stored = _quantized(model, layer, spec, by, moments.tokens.get(layer.name, 0))
-        except ValueError as error:
-            error.add_note(f"in layer {layer.name}")
-            raise
         left[source] -= 1
         if not left[source]:
             factors.pop(str(source), None)

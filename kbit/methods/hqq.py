@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kbit.methods.protocol import ModelPass, Undo
+from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
 from kbit.quantizer.hqq import HqqTensor, dequantize_hqq, quantize_hqq
@@ -40,9 +40,6 @@ def quantize_layers(
     """
     for block in model.blocks():
         for layer in block.layers:
-            try:
+            with naming(layer):
                 q = quantize_hqq(layer.weight, spec, storage_dtype=model.storage_dtype)
-            except ValueError as error:
-                error.add_note(f"in layer {layer.name}")
-                raise
             yield layer, StoredHqq(tensor=q)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kbit.methods.protocol import ModelPass, Undo
+from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.packed.int8 import Int8Linear, sequences_of
 from kbit.packed.replacing import put_in_place
@@ -51,9 +51,6 @@ def quantize_layers(
     """
     for block in model.blocks():
         for layer in block.layers:
-            try:
+            with naming(layer):
                 rows = quantize_rows(layer.weight, storage_dtype=model.storage_dtype)
-            except ValueError as error:
-                error.add_note(f"in layer {layer.name}")
-                raise
             yield layer, StoredInt8(rows=rows, threshold=spec.threshold)

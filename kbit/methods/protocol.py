@@ -9,7 +9,7 @@ block's inputs are those of the quantized model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -22,6 +22,16 @@ from kbit.models.originals import Fitted
 from kbit.spec import Spec
 
 Undo = Callable[[], None]
+
+
+@contextmanager
+def naming(layer: Layer) -> Iterator[None]:
+    """Have what is wrong with a layer's weight (ValueError) say which layer it is."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(f"in layer {layer.name}")
+        raise
 
 
 class Stored(Protocol):
