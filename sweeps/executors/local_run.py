@@ -184,10 +184,11 @@ def workers_for(order: Order, settings: LocalSettings) -> Workers:
     """Return how this machine is used for a study.
 
     Raises:
-        UserError: executor.workers is not valid.
+        UserError: executor.workers or executor.threads is not valid.
     """
     workers = settings.workers
     if workers == "auto" and order.device == "cpu" and any(e.device is not None for e in order.manifest.evals):
         # What is timed has the machine for itself.
         workers = 1
-    return plan_workers(order.device, workers, max(c.model.params or 0 for c in order.manifest.wanted_cells()))
+    largest = max(c.model.params or 0 for c in order.manifest.wanted_cells())
+    return plan_workers(order.device, workers, settings.threads, largest)

@@ -40,6 +40,7 @@ class LocalSettings(ExecutorSettings):
     """Keys of conf/executor/local.yaml."""
 
     workers: int | str = "auto"
+    threads: int | str = "auto"
 
 
 def setting(default: Any = None, *, key: str | None = None) -> Any:

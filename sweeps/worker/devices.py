@@ -74,29 +74,39 @@ def resolve_device(asked: str) -> str:
     return asked if asked != "auto" else "cuda" if gpus() else "cpu"
 
 
-def plan_workers(device: str, asked: object, largest_params: int) -> Workers:
+def plan_workers(device: str, asked: object, threads: object, largest_params: int) -> Workers:
     """Plan one worker per GPU, or on a CPU as many as cores and memory allow, which share the cores.
 
+    Args:
+        device: 'cpu' or 'cuda'.
+        asked: executor.workers.
+        threads: executor.threads.
+        largest_params: of the study's models.
+
     Raises:
-        UserError: ``asked`` is neither 'auto' nor a whole number of at least 1.
+        UserError: ``asked`` or ``threads`` is neither 'auto' nor a whole number from 1 to what this machine has.
     """
-    if asked != "auto" and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
-        raise UserError(f"executor.workers={asked!r} is not valid: auto, or a whole number of at least 1")
     cores = usable_cores()
     most, what = (len(gpus()), "GPU") if device == "cuda" else (cores, "core")
-    if isinstance(asked, int) and asked > most:
-        raise UserError(
-            f"executor.workers={asked} is not valid: this machine has {counted(most, what)} to use, and a worker takes "
-            f"at least one: auto, or from 1 to {most}"
-        )
-    if device == "cuda":
-        count = asked if isinstance(asked, int) else len(gpus())
-        return Workers(device=device, count=count, threads=max(1, cores // count))
-    if isinstance(asked, int):
-        return Workers(device=device, count=asked, threads=max(1, cores // asked))
-    fit = usable_memory() // (WORKER_BYTES + MODEL_BYTES_PER_PARAM * largest_params)
-    count = max(1, min(cores, MOST_CPU_WORKERS, fit))
-    return Workers(device=device, count=count, threads=max(1, cores // count))
+    count = _number("workers", asked, f"{counted(most, what)} to use, and a worker takes at least one", most)
+    of_each = _number("threads", threads, f"{counted(cores, 'core')} to use", cores)
+    if count is None and device == "cuda":
+        count = len(gpus())
+    if count is None:
+        fit = usable_memory() // (WORKER_BYTES + MODEL_BYTES_PER_PARAM * largest_params)
+        count = max(1, min(cores // (of_each or 1), MOST_CPU_WORKERS, fit))
+    return Workers(device=device, count=count, threads=of_each or max(1, cores // count))
+
+
+def _number(key: str, value: object, has: str, most: int) -> int | None:
+    """Return what a key of the executor says; None for 'auto'."""
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"executor.{key}={value!r} is not valid: auto, or a whole number of at least 1")
+    if value > most:
+        raise UserError(f"executor.{key}={value} is not valid: this machine has {has}: auto, or from 1 to {most}")
+    return value
 
 
 def usable_cores() -> int:

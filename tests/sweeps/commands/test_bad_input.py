@@ -40,6 +40,7 @@ CASES = {
     "an unknown retry": (["retry=everything"], ["retry='everything'", "failed"]),
     "an unknown device": (["executor.device=tpu"], ["executor.device='tpu'", "cuda"]),
     "no workers": (["executor.workers=0"], ["executor.workers=0", "auto"]),
+    "no threads": (["executor.threads=none"], ["executor.threads='none'", "auto"]),
     "an unknown size": (["sweep.sizes=[neox-xl]"], ["sweep.sizes='neox-xl'", "neox-m"]),
     "a table of nothing": (["mode=table"], ["holds no study"]),
     "an axis to count by": (["mode=status", "by=[bit]"], ["'bit' is not an axis", "Did you mean bits"]),

@@ -174,6 +174,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "a project with a slash": (["tracking.project=a/b"], ["tracking.project='a/b'", "without /"]),
     "a server that is none": (["tracking.base_url=wandb"], ["tracking.base_url='wandb'", "https://"]),
     "too many workers": (["executor.workers=500"], ["executor.workers=500", "auto, or from 1 to"]),
+    "too many threads": (["executor.threads=500"], ["executor.threads=500", "auto, or from 1 to"]),
     "batches of nothing": (["executor.batch_tokens=0"], ["executor.batch_tokens=0", "at least 1"]),
     "results in a file": (["out=file"], ["out='file' is a file", "name a directory"]),
     "results under a file": (["out=file/results"], ["file/results' can't be written", "Give a directory"]),

@@ -73,7 +73,7 @@ def test_the_least_limit_of_a_group_and_those_above_it_counts(tmp_path: Path) ->
     assert memory_limit(tmp_path / "no such process") is None
 
 
-PLAN = "from sweeps.worker.devices import plan_workers as p; w = p('cpu', 'auto', 0); print(w.count, w.threads)"
+PLAN = "from sweeps.worker.devices import plan_workers as p; w = p('cpu', 'auto', 'auto', 0); print(w.count, w.threads)"
 
 
 def test_workers_are_counted_by_the_quota_of_a_container(tmp_path: Path) -> None:
@@ -92,10 +92,12 @@ def test_workers_are_counted_by_the_quota_of_a_container(tmp_path: Path) -> None
 def test_workers_fit_into_the_memory_of_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "memory_limit", lambda: int(1.6e9))
     monkeypatch.setattr(devices, "usable_cores", lambda: 8)
-    assert plan_workers("cpu", "auto", 0) == Workers(device="cpu", count=1, threads=8)
-    assert plan_workers("cpu", "auto", 10**9).count == 1
+    assert plan_workers("cpu", "auto", "auto", 0) == Workers(device="cpu", count=1, threads=8)
+    assert plan_workers("cpu", "auto", "auto", 10**9).count == 1
     monkeypatch.setattr(devices, "memory_limit", lambda: int(4.6e9))
-    assert plan_workers("cpu", "auto", 0) == Workers(device="cpu", count=3, threads=2)
+    assert plan_workers("cpu", "auto", "auto", 0) == Workers(device="cpu", count=3, threads=2)
+    assert plan_workers("cpu", "auto", 4, 0) == Workers(device="cpu", count=2, threads=4)
+    assert plan_workers("cpu", 1, 1, 0) == Workers(device="cpu", count=1, threads=1)
 
 
 def test_without_a_memory_controller_there_is_no_count(tmp_path: Path) -> None:
