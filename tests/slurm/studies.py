@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,7 @@ import pandas as pd
 from sweeps import load_results
 from sweeps.launches.launch import Launch, launches
 from sweeps.store.parts import Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, unreported
 from tests.slurm.cluster import Cluster
 
 SMALL = (
@@ -38,12 +38,6 @@ SMALL = (
 """13 cells of a tenth of a second each, in 4 jobs."""
 CELLS = 13
 COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "sinfo", "sacctmgr")
-
-
-def unreported(args: Sequence[str]) -> list[str]:
-    """A command's arguments with ``report=false`` where it runs a study and says nothing of that: they take seconds."""
-    is_said = any(a.startswith(("mode=", "report=")) for a in args)
-    return list(args) if is_said else [*args, "report=false"]
 
 
 @dataclass(frozen=True, kw_only=True)

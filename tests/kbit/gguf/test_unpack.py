@@ -24,7 +24,7 @@ from kbit.specs.checkpoint import CheckpointSpec
 from kbit.specs.ggml import GgmlSpec
 from sweeps import load_results
 from sweeps.config import DEMO_DIR
-from tests.sweeps.commands.test_messages import Ask, ask
+from tests.sweeps.commands.conftest import Ask, ask
 
 __all__ = ["ask"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Launch
+from tests.sweeps.commands.conftest import Ask, Said
 
 CASES = {
     "an unknown key": (["foo=1"], ["'foo'", "Allowed", "retry"]),
@@ -48,18 +49,32 @@ CASES = {
 }
 
 
+AS_A_USER = ("an unknown key", "a bare comma list", "an unknown task", "a table of nothing")
+"""Found by Hydra, before it, by planning and by another mode: these through a process of their own."""
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_refused_in_one_message(case: str, launch: Launch, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_message(case: str, ask: Ask, tmp_path: Path) -> None:
     arguments, expected = CASES[case]
-    result = launch(*arguments)
-    assert result.returncode == 2, result.stdout + result.stderr
+    refused_in_one_message(ask(*arguments), expected, tmp_path)
+
+
+@pytest.mark.parametrize("case", AS_A_USER)
+def test_a_user_sees_the_message_and_the_exit_code(case: str, launch: Launch, tmp_path: Path) -> None:
+    arguments, expected = CASES[case]
+    ended = launch(*arguments)
+    refused_in_one_message(Said(ended.returncode, ended.stdout, ended.stderr), expected, tmp_path)
+
+
+def refused_in_one_message(said: Said, expected: list[str], home: Path) -> None:
+    assert said.code == 2, said
     for text in expected:
-        assert text in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("error:") == 1
-    assert result.stdout == ""
-    assert not list(tmp_path.glob("**/*.rows"))
-    assert not (tmp_path / "outputs").exists()
+        assert text in said.error
+    assert "Traceback" not in said.error
+    assert said.error.count("error:") == 1
+    assert said.out == ""
+    assert not list(home.glob("**/*.rows"))
+    assert not (home / "outputs").exists()
 
 
 def test_a_text_file_without_text_is_refused(launch: Launch, tmp_path: Path) -> None:

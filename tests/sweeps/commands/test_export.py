@@ -12,9 +12,7 @@ from kbit.gguf.file import read_file
 from sweeps import load_results
 from sweeps.commands.export import TOLERANCE
 from tests.conftest import Launch
-from tests.sweeps.commands.test_messages import Ask, Said, ask
-
-__all__ = ["ask"]
+from tests.sweeps.commands.conftest import Ask, Said
 
 STUDY = (
     *(

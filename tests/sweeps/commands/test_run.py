@@ -19,7 +19,7 @@ from sweeps.config import DEMO_DIR
 from sweeps.results.report import MOST_OTHERS_SHOWN
 from sweeps.store.parts import Store
 from sweeps.text import counted
-from tests.conftest import ROOT, Launch
+from tests.conftest import ROOT, Launch, unreported
 
 SMALL = [
     "sweep.sizes=[neox-xs]",
@@ -30,9 +30,15 @@ SMALL = [
 """13 cells of a tenth of a second each."""
 
 
+@pytest.fixture
+def launch(launch: Launch) -> Launch:
+    """The command; a study's report takes longer than its cells, and is written only where it is asked for."""
+    return lambda *args, **more: launch(*unreported(args), **more)
+
+
 def start(out: Path, *args: str) -> subprocess.Popen[str]:
     """The command, as a terminal would start it: in a process group of its own."""
-    command = [sys.executable, str(ROOT / "launch.py"), f"out={out}", *args]
+    command = [sys.executable, str(ROOT / "launch.py"), f"out={out}", *unreported(args)]
     return subprocess.Popen(
         command, cwd=out.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -74,7 +80,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
         "{bits: 4, dtype: [float, dynamic, quantile], exponent_bits: 2}, "
         "{bits: 4, dtype: int, blocksize: [16, 256, 1024]}]"
     )
-    process = start(out, "sweep.sizes=[neox-s]", quant, "eval.limit=20")
+    process = start(out, "sweep.sizes=[neox-s]", quant, "eval.limit=20", "report=true")
     text, _ = process.communicate(timeout=300)
     return out, subprocess.CompletedProcess(process.args, process.returncode, text)
 
@@ -165,7 +171,7 @@ def test_running_again_does_nothing_and_says_so(demo: tuple[Path, subprocess.Com
 
 def test_a_study_stops_when_its_budget_is_spent_and_a_larger_one_goes_on(tmp_path: Path, launch: Launch) -> None:
     study = [f"out={tmp_path / 'r'}", *SMALL]
-    some = launch(*study, "budget=0.0005")
+    some = launch(*study, "budget=0.0005", "report=true")
     assert some.returncode == 0, some.stdout + some.stderr
     done = load_results(tmp_path / "r").query("status == 'done'")
     assert 1 <= len(done) < 13
@@ -261,7 +267,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path, launch:
     _put_nan_into(broken / "model.safetensors")
     arguments = [a for a in SMALL if not a.startswith("sweep.sizes")]
     arguments += [f"path=[{broken},{DEMO_DIR / 'models' / 'neox-xs'}]", f"out={tmp_path / 'r'}"]
-    result = launch(*arguments)
+    result = launch(*arguments, "report=true")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "12 cell(s) failed" in result.stdout
     assert "mode=logs" in result.stdout

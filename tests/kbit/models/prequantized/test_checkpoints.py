@@ -24,7 +24,7 @@ from sweeps import load_results
 from sweeps.config import DEMO_DIR
 from sweeps.study import hub
 from tests.kbit import architectures
-from tests.sweeps.commands.test_messages import Ask, ask
+from tests.sweeps.commands.conftest import Ask, ask
 
 __all__ = ["ask"]
 
