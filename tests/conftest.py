@@ -17,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Beside the tests on SLURM, threads of one operation would wait for each other, spinning: more than twice the work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A worker alone on this machine sets more threads, which would spin while they wait for a core that others use: between
+# two and three times the work of the same study.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell makes what it runs in the background deaf to Ctrl-C, and so what that starts: tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
