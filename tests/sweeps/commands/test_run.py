@@ -231,26 +231,33 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_doubled(tmp_path: Pa
     assert_whole(out, 13)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
-def test_a_killed_study_goes_on_where_it_stopped(tmp_path: Path, how: signal.Signals) -> None:
-    out = tmp_path / "r"
-    process = start(out, *SMALL)
-    wait_for_parts(out, 3, process)
-    workers = workers_of(process)
-    os.kill(process.pid, how)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 130), text
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{w}/stat").exists() and "(python" in Path(f"/proc/{w}/stat").read_text() for w in workers):
-        assert time.monotonic() < deadline, "a worker outlived its launcher"
-        time.sleep(0.1)
-    stored = set(all_row_ids(out).index)
-    assert 3 <= len(stored) < 13
-    process = start(out, *SMALL)
+def test_a_study_that_is_killed_again_and_again_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out, stored = tmp_path / "r", set[str]()
+    many = [*SMALL, SMALL[-1].replace("quantile]", "quantile], blocksize: [32, 64, 128]")]
+    for how in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        process = start(out, *many)
+        wait_for_parts(out, len(stored) + 3, process)
+        workers = workers_of(process)
+        os.kill(process.pid, how)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if how is signal.SIGKILL else 130), text
+        deadline = time.monotonic() + 30
+        while any(is_python(worker) for worker in workers):
+            assert time.monotonic() < deadline, f"a worker outlived its launcher, killed by {how.name}"
+            time.sleep(0.1)
+        before, stored = stored, set(all_row_ids(out).index)
+        assert before < stored
+        assert len(before) + 3 <= len(stored) < 37
+    process = start(out, *many)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert stored < set(all_row_ids(out).index)
-    assert_whole(out, 13)
+    assert_whole(out, 37)
+
+
+def is_python(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and "(python" in stat.read_text()
 
 
 def test_two_launches_at_once_never_measure_twice(tmp_path: Path) -> None:
