@@ -117,4 +117,5 @@ def event_to_dict(event: Event) -> dict[str, object]:
 
 def event_from_dict(data: JsonObject) -> Event:
     """Return the event that ``event_to_dict`` made plain."""
-    return _KINDS[data["event"]](**{name: value for name, value in data.items() if name != "event"})
+    values = dict(data)
+    return _KINDS[values.pop("event")](**values)

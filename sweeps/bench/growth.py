@@ -44,7 +44,15 @@ def draw(found: Mapping[int, Mapping[str, Took]], path: Path) -> None:
 
 
 def _curves(axes: Axes, found: Mapping[int, Mapping[str, Took]], value: Callable[[Took], float]) -> None:
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
     sizes = sorted(found)
     for marker, name in zip(_MARKERS, found[sizes[0]], strict=False):
         axes.plot(sizes, [value(found[size][name]) for size in sizes], marker=marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel="measurements")
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        # Matplotlib's own powers of ten take fonts of mathematics, and warn of each that an installation lacks.
+        axis.set_major_formatter(lambda number, _: f"{number:,.6g}")

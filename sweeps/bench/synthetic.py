@@ -104,6 +104,8 @@ def results(pack: str, measurements: Sequence[Measurement], seed: int = 0) -> It
     }
     origin = Origin(sweep="bench", pack=pack, provenance=provenance)
     started = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=seed)
+    # One quantization is shared by all evaluations of a cell.
+    quantizing = {key: float(random.gamma(2.0)) for key in dict.fromkeys(m.cell.key for m in measurements)}
     for number, measurement in enumerate(measurements):
         samples = _samples(measurement.eval.kind, random)
         loss = float(random.gamma(4.0))
@@ -124,7 +126,7 @@ def results(pack: str, measurements: Sequence[Measurement], seed: int = 0) -> It
             "total_bits": float(measurement.cell.model.params or 0) * (measurement.cell.quant.bits_per_param_nominal),
             "total_bits_nominal": 1e9,
             "seconds": float(random.gamma(2.0)),
-            "quantize_seconds": float(random.gamma(2.0)),
+            "quantize_seconds": quantizing[measurement.cell.key],
             "load_seconds": 1.5,
             "predicted_seconds": 2.0,
             "peak_memory_bytes": 123456789,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
 from sweeps.results.inputs import read_inputs
 from sweeps.results.superseded import newest_launches
-from sweeps.results.table import States, load_results, load_tables, planned_there, results_by_study
+from sweeps.results.table import States, load_results, load_states, load_tables, planned_there
 from sweeps.status import Runs
 from sweeps.study.cell import Measurement, axis_names
 from sweeps.study.choice import MORE, Candidate, Choice
@@ -75,13 +75,21 @@ def say_notes(inputs: Inputs, console: Console) -> None:
         console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
 
 
-def chosen_by_study(options: Options, flight: InFlight) -> pd.DataFrame:
-    """Return the results of the chosen cells, one row for each study that planned a cell.
+def chosen_states(options: Options, columns: Collection[str], flight: InFlight, *, by_study: bool) -> pd.DataFrame:
+    """Return the states of the chosen cells, with some of their columns (``sweeps.results.frames.state_frame``).
+
+    Args:
+        options: with the choice.
+        columns: of cells.
+        flight: who is at what.
+        by_study: a cell has a row for each study that planned it, else one.
 
     Raises:
         UserError: nothing is chosen.
     """
-    return chosen_rows(options, results_by_study(options.out, sweep=options.asked_sweep, flight=flight))
+    needed = dict.fromkeys([*columns, *(_choosing() if options.choice else ())])
+    states = load_states(options.out, needed, by_study=by_study, sweep=options.asked_sweep, flight=flight)
+    return chosen_rows(options, states)
 
 
 def chosen_rows(options: Options, results: pd.DataFrame) -> pd.DataFrame:
@@ -150,10 +158,15 @@ def say_what_stays(options: Options, console: Console) -> None:
 
 def candidates(results: pd.DataFrame) -> Iterator[Candidate]:
     """Yield the cells of a wide table, for a choice."""
-    names = [*axis_names(), *MORE]
+    names = _choosing()
     axes = results[names].astype(object).where(results[names].notna(), None)
     # A label ends with its calibration in words; the column has the data's identity.
     words = axes["label"].astype("string").str.partition(", ")[2]
     axes["calibration"] = words.astype(object).where(axes["calibration"].notna(), None)
     for key, state, row in zip(results["key"], results["status"], axes.itertuples(index=False), strict=True):
         yield Candidate(key=key, axes=dict(zip(names, row, strict=True)), state=state)
+
+
+def _choosing() -> list[str]:
+    """Return the columns of cells that choices go by."""
+    return [*axis_names(), *MORE]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sweeps.commands.ask import observed_flight
-from sweeps.commands.selection import chosen_by_study, chosen_part, chosen_results
+from sweeps.commands.selection import chosen_part, chosen_results, chosen_states
 from sweeps.commands.watch import watch
 from sweeps.errors import UserError
 from sweeps.executors.base import with_jobs
@@ -41,11 +41,11 @@ def status(options: Options, console: Console) -> int:
         return watch(options, console)
     flight = observed_flight(options.out, console)
     # By study, a cell that several share counts in each; by other axes it is one cell.
-    by_study = not options.by
-    results = chosen_by_study(options, flight) if by_study else chosen_results(options)
+    by = options.by or ("sweep",)
+    results = chosen_states(options, by, flight, by_study=not options.by)
     states = [s for s in reversed(State) if (results["status"] == s).any()]
     console.print(f"Cells in {options.out}:", highlight=False, soft_wrap=True)
-    StateCounts.of(results, options.by or ("sweep",), states).show(console)
+    StateCounts.of(results, by, states).show(console)
     say_left(options, flight, console)
     for claim in flight.local:
         who = Claims(out=options.out).holder(claim)

@@ -150,6 +150,7 @@ class CostModel:
     _open: dict[tuple[object, ...], _Open] = field(default_factory=dict)
     _seen: set[tuple[object, ...]] = field(default_factory=set)
     _predicted: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _evaluated: dict[tuple[object, ...], ValueOf] = field(default_factory=dict)
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row], device: str) -> Self:
@@ -161,44 +162,44 @@ class CostModel:
 
     def learn(self, row: Row) -> None:
         """Take in a row; one of a failure, or of another kind of device, says nothing."""
-        on_cpu = str(row.get("device") or "").startswith("cpu")
-        if row.get("seconds") is None or on_cpu != (self.device == "cpu") or row.get("eval_kind") not in EVALUATORS:
+        get = row.get
+        seconds, kind, on_cpu = get("seconds"), str(get("eval_kind")), str(get("device") or "").startswith("cpu")
+        if seconds is None or on_cpu != (self.device == "cpu") or kind not in EVALUATORS:
             return
         self._predicted.clear()
-        kind, model, params = str(row["eval_kind"]), str(row["model"]), row.get("params") or _DEFAULT_PARAMS
-        packed = EVALUATORS[kind].packed
-        is_wide = row.get("compute_dtype") == "float32"
-        bits = row.get("bits") or 0
-        tokens = row.get("n_tokens") or 0
-        like = (
-            _like_packed(row["eval"], kind, row.get("label"), bits, is_wide)
-            if packed
-            else _like_eval(
-                row["eval"], kind, (row.get("limit"), row.get("window"), row.get("num_fewshot") or 0), is_wide
-            )
-        )
-        counted = self._counted(kind, params, tokens, bits)
-        pack = (row.get("launch"), row.get("pack"))
-        of = ValueOf(model=model, params=params, like=like, counted=counted, pack=pack)
-        self.evaluating.add(of, row["seconds"], first=self._is_first(row, row["eval"]))
+        model, params, launch = str(row["model"]), get("params") or _DEFAULT_PARAMS, get("launch")
+        pack, packed = (launch, get("pack")), EVALUATORS[kind].packed
+        of = self._of_eval(row, kind, model, params)
+        self.evaluating.add(of, seconds, pack=pack, first=self._is_first(pack, row["eval"]))
         # Shared by the rows of a cell, or a process: known by what it took, to the last bit.
-        once: tuple[object, ...] = ("quantize", row.get("launch"), row.get("key"), packed, row.get("quantize_seconds"))
-        quantized = row["quantize_seconds"] if row.get("quantize_seconds") and self._is_new(once) else 0.0
-        once = ("load", row.get("launch"), model, row.get("load_seconds"))
-        loaded = row["load_seconds"] if row.get("load_seconds") and self._is_new(once) else 0.0
-        between = ValueOf(model=model, params=params, like=_BETWEEN, counted=1.0, pack=pack)
-        self._learn_between(row, between, known=row["seconds"] + quantized + loaded)
-        if quantized and row.get("method") != "baseline":
-            method = str(row.get("method"))
-            like = _like_quant(row.get("label"), method, row.get("dtype"), packed)
-            first = self._is_first(row, ("quantize", packed))
-            tokens = _calibrated_tokens(row)
-            counted = self._counted_quantizing(params, method, tokens)
-            of = ValueOf(model=model, params=params, like=like, counted=counted, pack=pack)
-            self.quantizing.add(of, quantized, first=first)
+        quantized, loaded = get("quantize_seconds") or 0.0, get("load_seconds") or 0.0
+        if quantized and not self._is_new(("quantize", launch, get("key"), packed, quantized)):
+            quantized = 0.0
+        if loaded and not self._is_new(("load", launch, model, loaded)):
+            loaded = 0.0
+        self._learn_between(row, _between(model, params), known=seconds + quantized + loaded)
+        method = str(get("method"))
+        if quantized and method != "baseline":
+            counted = self._counted_quantizing(params, method, _calibrated_tokens(row))
+            like = _like_quant(get("label"), method, get("dtype"), packed)
+            of = ValueOf(model=model, params=params, like=like, counted=counted)
+            self.quantizing.add(of, quantized, pack=pack, first=self._is_first(pack, ("quantize", packed)))
         if loaded:
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
             self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), loaded)
+
+    def _of_eval(self, row: Row, kind: str, model: str, params: int) -> ValueOf:
+        """Return what the seconds of a row are of: alike for all cells of a model, unless they are held in k bits."""
+        is_wide, bits, tokens = row.get("compute_dtype") == "float32", row.get("bits") or 0, row.get("n_tokens") or 0
+        if EVALUATORS[kind].packed:
+            like = _like_packed(row["eval"], kind, row.get("label"), bits, is_wide)
+            return ValueOf(model=model, params=params, like=like, counted=self._counted(kind, params, tokens, bits))
+        sizes = (row.get("limit"), row.get("window"), row.get("num_fewshot") or 0)
+        key = (model, params, row["eval"], kind, sizes, is_wide, tokens)
+        if key not in self._evaluated:
+            like, counted = _like_eval(row["eval"], kind, sizes, is_wide), self._counted(kind, params, tokens, bits)
+            self._evaluated[key] = ValueOf(model=model, params=params, like=like, counted=counted)
+        return self._evaluated[key]
 
     def _learn_between(self, row: Row, of: ValueOf, known: float) -> None:
         """Take in what passed between a cell's measurements, once the next cell of its pack has one.
@@ -220,19 +221,19 @@ class CostModel:
             return
         if is_next:
             if last.is_whole:
-                self.between.add(of, max(0.0, last.passed) / last.count)
+                self.between.add(of, max(0.0, last.passed) / last.count, pack=place[:2])
             last.key, last.passed, last.count, last.is_whole = row.get("key"), 0.0, 0, True
         last.end, last.passed, last.count = end, last.passed + end - last.end - known, last.count + 1
 
     def _is_new(self, once: tuple[object, ...]) -> bool:
         """Tell whether something is seen for the first time, and remember it."""
-        is_new = once not in self._seen
+        before = len(self._seen)
         self._seen.add(once)
-        return is_new
+        return len(self._seen) > before
 
-    def _is_first(self, row: Row, what: object) -> bool:
-        """Tell whether a row, of those in the order of their ends, is its pack's first with something."""
-        return row.get("pack") is not None and self._is_new(("first", row.get("launch"), row["pack"], what))
+    def _is_first(self, pack: tuple[object, object], what: object) -> bool:
+        """Tell whether something is the first of its kind in a pack of a launch, of rows in the order of their ends."""
+        return pack[1] is not None and self._is_new(("first", pack, what))
 
     def cell_seconds(self, cell: Cell, evals: Sequence[EvalSpec], *, first: bool = False) -> float:
         """Predict quantizing, once for each form of the layers, and evaluating.
@@ -245,17 +246,24 @@ class CostModel:
         forms = {EVALUATORS[spec.kind].packed for spec in evals}
         quantize = sum(self._quantize(cell, packed=packed, first=first) for packed in sorted(forms))
         brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
-        of = ValueOf(model=cell.model.label, params=_params(cell.model), like=_BETWEEN, counted=1.0)
-        # Unknown it is part of what is counted for a measurement.
-        between = len(evals) * self.between.predict(of) if self.between.later.params else 0.0
         return (
             quantize
-            + between
+            + len(evals) * self._pass_between(cell.model)
             + sum(
                 self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
                 for spec in evals
             )
         )
+
+    def _pass_between(self, model: ModelRef) -> float:
+        """Predict what passes beside a measurement; 0 where that is unknown: then it is part of what is counted."""
+        if not self.between.later.params:
+            return 0.0
+        of = _between(model.label, _params(model))
+        key = (of.model, *_BETWEEN)
+        if key not in self._predicted:
+            self._predicted[key] = self.between.predict(of)
+        return self._predicted[key]
 
     def seconds(self, measurement: Measurement) -> float:
         """Predict a measurement by itself."""
@@ -341,6 +349,11 @@ def _calibrated_tokens(row: Row) -> int:
 
 def _params(model: ModelRef) -> int:
     return model.params or _DEFAULT_PARAMS
+
+
+@cache
+def _between(model: str, params: int) -> ValueOf:
+    return ValueOf(model=model, params=params, like=_BETWEEN, counted=1.0)
 
 
 def _like_eval(name: str, kind: str, sizes: tuple[object, ...], is_wide: bool) -> list[Like]:

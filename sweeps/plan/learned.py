@@ -6,7 +6,7 @@ A baseline's pack has nothing but firsts, so without this a model's next pack wa
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
@@ -37,14 +37,17 @@ class ValueOf:
         params: its parameters.
         like: from the closest likeness to the widest.
         counted: seconds that were counted for it.
-        pack: of what is stored, the pack that it was measured in.
+        keys: the likenesses, of this model.
     """
 
     model: str
     params: int
     like: Sequence[Like]
     counted: float
-    pack: object = None
+    keys: Sequence[Like] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", [(self.model, *like) for like in self.like])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,46 @@ class _Middle:
     is_even: bool
 
 
+@dataclass(kw_only=True, slots=True)
+class _Values:
+    """Stored values of a model and a likeness.
+
+    Attributes:
+        latest: so many count.
+        params: of the model.
+        seconds: of each.
+        factors: the same over the count.
+        packs: those that the values come from, as far as they count.
+    """
+
+    latest: int
+    params: int = 0
+    # Lists of a few: there are as many as cells, and a deque takes ten times the memory.
+    seconds: list[float] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    packs: list[object] = field(default_factory=list)
+    _middle: _Middle | None = None
+
+    def add(self, seconds: float, factor: float) -> None:
+        if len(self.seconds) == self.latest:
+            del self.seconds[0], self.factors[0]
+        self.seconds.append(seconds)
+        self.factors.append(factor)
+        self._middle = None
+
+    @property
+    def middle(self) -> _Middle:
+        if self._middle is None:
+            factors = sorted(self.factors)
+            low, high = factors[len(factors) // 4], factors[-1 - len(factors) // 4]
+            self._middle = _Middle(
+                seconds=median(self.seconds),
+                factor=_usual(factors),
+                is_even=len(factors) >= MANY and high <= SPREAD * low,
+            )
+        return self._middle
+
+
 @dataclass(kw_only=True)
 class Learned:
     """Stored values, by what is like them: seconds, and factors on what was counted.
@@ -63,48 +106,30 @@ class Learned:
     Attributes:
         settled: so many packs make a value stand by itself; of fewer it is held within ``SPREAD`` of what is alike in
             a wider sense.
-        seconds: by model and what the part is of.
-        factors: the same over the count, by model and by the part's kind.
+        values: by model and what the part is of.
         params: of the models that have any.
-        packs: those that the values come from, as far as they count.
-        _middle: what is known of the values by now.
     """
 
     settled: int = 1
-    seconds: dict[Like, deque[float]] = field(default_factory=dict)
-    factors: dict[Like, deque[float]] = field(default_factory=dict)
+    values: dict[Like, _Values] = field(default_factory=dict)
     params: dict[Like, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    packs: dict[Like, set[object]] = field(default_factory=lambda: defaultdict(set))
-    _middle: dict[Like, _Middle] = field(default_factory=dict)
 
-    def add(self, of: ValueOf, seconds: float) -> None:
-        """Take in what something took."""
-        for number, like in enumerate(of.like):
-            key = (of.model, *like)
-            if key not in self.seconds:
-                latest = LATEST_ALIKE if number else LATEST
-                self.seconds[key], self.factors[key] = deque(maxlen=latest), deque(maxlen=latest)
-            self.seconds[key].append(seconds)
-            self.factors[key].append(seconds / of.counted)
-            self.params[like][of.model] = of.params
-            if len(self.packs[key]) < self.settled:
-                self.packs[key].add(of.pack)
-            self._middle.pop(key, None)
-
-    def _known(self, key: Like) -> _Middle:
-        if key not in self._middle:
-            factors = sorted(self.factors[key])
-            low, high = factors[len(factors) // 4], factors[-1 - len(factors) // 4]
-            self._middle[key] = _Middle(
-                seconds=median(self.seconds[key]),
-                factor=_usual(factors),
-                is_even=len(factors) >= MANY and high <= SPREAD * low,
-            )
-        return self._middle[key]
+    def add(self, of: ValueOf, seconds: float, pack: object) -> None:
+        """Take in what something took, and in which pack."""
+        factor = seconds / of.counted
+        for number, key in enumerate(of.keys):
+            values = self.values.get(key)
+            if values is None:
+                values = self.values[key] = _Values(latest=LATEST_ALIKE if number else LATEST)
+            if values.params != of.params:
+                values.params = self.params[of.like[number]][of.model] = of.params
+            values.add(seconds, factor)
+            if len(values.packs) < self.settled and pack not in values.packs:
+                values.packs.append(pack)
 
     def own(self, of: ValueOf) -> float | None:
         """Return seconds by the model's own values: of the closest likeness what they took, else a factor."""
-        return self._by([(of.model, like) for like in of.like], of, exact=True)
+        return self._by(of.keys, of, exact=True)
 
     def of_others(self, of: ValueOf) -> float | None:
         """Return seconds by the factor of the model nearest in size."""
@@ -113,18 +138,19 @@ class Learned:
             others = self.params.get(like) or {"": 1}
             return min(others, key=lambda name: abs(log(max(1, others[name]) / max(1, of.params))))
 
-        return self._by([(near(like), like) for like in of.like], of, exact=False)
+        return self._by([(near(like), *like) for like in of.like], of, exact=False)
 
-    def _by(self, chosen: Sequence[tuple[str, Like]], of: ValueOf, *, exact: bool) -> float | None:
+    def _by(self, chosen: Sequence[Like], of: ValueOf, *, exact: bool) -> float | None:
         """Return seconds by what is stored of models and likenesses, from the closest to the widest."""
         found, is_widest = None, True
-        for number, (model, like) in reversed(list(enumerate(chosen))):
-            if (key := (model, *like)) not in self.seconds:
+        for number, key in reversed(list(enumerate(chosen))):
+            values = self.values.get(key)
+            if values is None:
                 continue
-            known, is_widest = self._known(key), number == len(chosen) - 1
+            known, is_widest = values.middle, number == len(chosen) - 1
             took = known.seconds if exact and not number else of.counted * known.factor
             # What a model's own cells took all alike it takes; another one may have compiled for all of them.
-            stands = len(self.packs[key]) >= self.settled or (exact and known.is_even)
+            stands = len(values.packs) >= self.settled or (exact and known.is_even)
             found = took if found is None or stands else _within(took, found)
         if found is not None and is_widest and self.settled > 1:
             # Nothing of the same method is known: what others take over their count tells little of it.
@@ -133,7 +159,7 @@ class Learned:
 
     def factor(self, model: str, like: Like) -> float:
         """Return what a model's values were over the count."""
-        return self._known((model, *like)).factor
+        return self.values[model, *like].middle.factor
 
 
 @dataclass(kw_only=True)
@@ -153,9 +179,9 @@ class Part:
     def __post_init__(self) -> None:
         self.first, self.later = Learned(settled=self.settled), Learned(settled=self.settled)
 
-    def add(self, of: ValueOf, seconds: float, *, first: bool = False) -> None:
-        """Take in what something took, and whether it was the first of its kind in its pack."""
-        (self.first if first else self.later).add(of, seconds)
+    def add(self, of: ValueOf, seconds: float, *, pack: object = None, first: bool = False) -> None:
+        """Take in what something took, in which pack, and whether it was the first of its kind there."""
+        (self.first if first else self.later).add(of, seconds, pack)
 
     def predict(self, of: ValueOf, *, first: bool = False) -> float:
         """Return seconds: by own values, of the same turn or the other one; by other models'; as counted.
@@ -183,7 +209,7 @@ class Part:
 
     def knows(self, model: str, like: Like) -> bool:
         """Tell whether a value of the model's own is stored."""
-        return (model, *like) in self.first.seconds or (model, *like) in self.later.seconds
+        return (model, *like) in self.first.values or (model, *like) in self.later.values
 
 
 def _within(took: float, wider: float) -> float:

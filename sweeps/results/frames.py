@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +21,7 @@ ZERO_SHOT: Final = ("lambada_openai", "winogrande", "hellaswag", "piqa")
 """The paper's four tasks; zero_shot_mean is the mean of their accuracies (section 4)."""
 # What a cell's row in the wide table says of the run, besides its metrics: summed, or the latest measurement's.
 _SUM: Final = "seconds"
+_KNOWN: Final = "total_bits"
 _MOST: Final = "peak_memory_bytes"
 _LAST: Final = (
     *("compute_dtype", "commit", "dirty", "versions", "device", "kernel", "seed", "launch", "pack", "job", "host"),
@@ -44,6 +45,31 @@ def wide_columns() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*cell_columns(), *of_rows, "metrics", "stderr", "higher_is_better", *_LAST)))
 
 
+def state_columns(asked: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns of rows that ``state_frame`` needs.
+
+    Args:
+        asked: columns of cells that its table has.
+    """
+    return tuple(dict.fromkeys(("key", "measurement", "sweep", "status", "error_type", _KNOWN, *asked)))
+
+
+def state_frame(rows: pa.Table, asked: Iterable[str]) -> pd.DataFrame:
+    """Return the state of each cell: a row with key, sweep, status, error_type and the columns that are asked for.
+
+    Args:
+        rows: with ``state_columns(asked)`` at least.
+        asked: columns of cells.
+    """
+    import pyarrow as pa
+
+    cells = _Cells.of(rows)
+    statuses = rows.column("status").to_pylist()
+    of_best = _frame(rows.select(list(dict.fromkeys(("key", "sweep", *asked)))).take(pa.array(cells.best(rows))))
+    found = {"status": cells.states(statuses), "error_type": _errors(rows, cells.number, cells.count, statuses)}
+    return of_best.assign(**found)
+
+
 def wide_frame(rows: pa.Table) -> pd.DataFrame:
     """Return one row per cell, in order of the cells' first rows, with columns for the metrics of each evaluation.
 
@@ -54,27 +80,21 @@ def wide_frame(rows: pa.Table) -> pd.DataFrame:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    codes = rows.column("key").combine_chunks().dictionary_encode()
-    cell: NDArray[np.int64] = codes.indices.to_numpy().astype(np.int64)
-    count = len(codes.dictionary)
+    cells = _Cells.of(rows)
+    cell, count = cells.number, cells.count
     is_finished = pc.is_valid(rows.column("finished")).to_numpy()
     finished = pc.fill_null(rows.column("finished").cast(pa.int64()), 0).to_numpy()
-    # A measured row knows more of the cell (its counted bits) than a planned one.
-    best = _first(cell, ~pc.is_valid(rows.column("total_bits")).to_numpy())
+    best = cells.best(rows)
     last = _first(cell, ~is_finished, -finished)
     has_finished = is_finished[last]
     last = np.where(has_finished, last, best)
     of_best = _frame(rows.select([*cell_columns(), "sweep"]).take(pa.array(best)))
     of_last = _frame(rows.select([*_LAST, "finished"]).take(pa.array(last)))
-    order = {state.value: rank for rank, state in enumerate(State)}
-    ranks = np.full(count, len(order))
     statuses = rows.column("status").to_pylist()
-    np.minimum.at(ranks, cell, np.array([order[s] for s in statuses], dtype=ranks.dtype))
-    states = list(order)
     fixed = {
         cell_columns()[0]: of_best[cell_columns()[0]],
         "sweep": of_best["sweep"],
-        "status": pd.Series([states[rank] for rank in ranks], dtype="str"),
+        "status": cells.states(statuses),
         **{name: of_best[name] for name in cell_columns()[1:]},
     }
     ends = {
@@ -85,6 +105,40 @@ def wide_frame(rows: pa.Table) -> pd.DataFrame:
         "error_type": _errors(rows, cell, count, statuses),
     }
     return pd.DataFrame({**fixed, **_metric_columns(rows, cell, count, statuses), **ends})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cells:
+    """The cells of some rows.
+
+    Attributes:
+        number: of each row's, in order of the cells' first rows.
+        count: of cells.
+    """
+
+    number: NDArray[np.int64]
+    count: int
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> _Cells:
+        codes = rows.column("key").combine_chunks().dictionary_encode()
+        return cls(number=codes.indices.to_numpy().astype(np.int64), count=len(codes.dictionary))
+
+    def best(self, rows: pa.Table) -> NDArray[np.int64]:
+        """Return the row that knows most of each: a measured one knows its counted bits, a planned one doesn't."""
+        import pyarrow.compute as pc
+
+        return _first(self.number, ~pc.is_valid(rows.column(_KNOWN)).to_numpy())
+
+    def states(self, statuses: Sequence[str]) -> pd.Series[str]:
+        """Return the state of each: of its rows' the first in the order of ``State``."""
+        import pandas as pd
+
+        order = {state.value: rank for rank, state in enumerate(State)}
+        ranks = np.full(self.count, len(order))
+        np.minimum.at(ranks, self.number, np.array([order[s] for s in statuses], dtype=ranks.dtype))
+        states = list(order)
+        return pd.Series([states[rank] for rank in ranks], dtype="str")
 
 
 def _metric_columns(

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) -> pa.Table:
-    """Return a row for each planned measurement, in the schema's columns but for the samples.
+    """Return a row for each planned measurement, in the columns of ``stored``.
 
     Args:
         manifests: what was planned, oldest first; models of an earlier reading are left out.
-        stored: the rows that count (``Store.read``).
+        stored: the rows that count (``Store.read``), with measurement, status, error_type and sweep at least.
         flight: who is at what.
     """
     import pyarrow as pa
@@ -51,6 +51,8 @@ def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) ->
         "calibration_seed": [m.cell.calibration_seed for _, m in rows],
     }
     for name, values in columns.items():
+        if name not in table.schema.names:
+            continue
         field = arrow_schema().field(name)
         table = table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
     return table

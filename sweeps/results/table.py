@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sweeps.errors import StoreError, UserError
 from sweeps.launches.in_flight import InFlight, read_flight
-from sweeps.results.frames import long_frame, wide_columns, wide_frame
+from sweeps.results.frames import long_frame, state_columns, state_frame, wide_columns, wide_frame
 from sweeps.results.joined import decided, joined, planned
 from sweeps.results.kept import is_kept, kept_rows, kept_samples
 from sweeps.results.superseded import newest_launches
@@ -99,14 +99,15 @@ def _each_once(rows: pa.Table) -> pa.Table:
     return rows.take(pa.array(found.values(), pa.int64()))
 
 
-def results_by_study(
-    out: Path, long: bool = False, *, sweep: str | None = None, flight: InFlight | None = None
+def load_states(
+    out: Path, columns: Collection[str], *, by_study: bool, sweep: str | None = None, flight: InFlight | None = None
 ) -> pd.DataFrame:
-    """Read the results of each study of a directory: a cell that several studies planned has a row for each of them.
+    """Read the states of cells (``state_frame``), without what was measured: of a large study a fifth of the memory.
 
     Args:
         out: the results directory.
-        long: one row per measurement; else one per cell.
+        columns: of cells, that the table has beside its own.
+        by_study: a cell that several studies planned has a row for each, by the state of what that one planned.
         sweep: only this study.
         flight: who is at what, where that was looked at just now.
 
@@ -117,11 +118,10 @@ def results_by_study(
 
     manifests = planned_there(out, sweep)
     flight = read_flight(out) if flight is None else flight
-    stored = Store(out=out).read(None if long else wide_columns(), encoded=True)
-    frames = []
-    for name in newest_launches(manifests):
-        rows = joined([m for m in manifests if m.sweep == name], stored, flight)
-        frames.append(long_frame(rows) if long else wide_frame(rows))
+    stored = Store(out=out).read(state_columns(columns), encoded=True)
+    names = newest_launches(manifests)
+    studies = [[m for m in manifests if m.sweep == name] for name in names] if by_study else [manifests]
+    frames = [state_frame(joined(of_study, stored, flight), columns) for of_study in studies]
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 

@@ -185,7 +185,7 @@ class Reader:
         import pyarrow as pa
 
         try:
-            with self._reading(path), self._opened(path) as file:
+            with self._reading(path), self._opened(path, columns) as file:
                 metadata = file.schema_arrow.metadata or {}
                 return Read(
                     table=_table(file, self.schema, columns, wanted),
@@ -196,20 +196,18 @@ class Reader:
             self._report(path, error)
             return None
 
-    @contextmanager
-    def _opened(self, path: Path) -> Iterator[pq.ParquetFile]:
+    def _opened(self, path: Path, columns: Sequence[str] | None) -> pq.ParquetFile:
         """Open a parquet file so that columns come with the types of ``schema``."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(path) as file:
-            known = file.schema_arrow.names
-            encoded = [f.name for f in self.schema if pa.types.is_dictionary(f.type) and f.name in known]
-            if not encoded:
-                yield file
-                return
-            with pq.ParquetFile(path, metadata=file.metadata, read_dictionary=encoded) as again:
-                yield again
+        asked = self.schema.names if columns is None else columns
+        encoded = [name for name in asked if pa.types.is_dictionary(self.schema.field(name).type)]
+        try:
+            return pq.ParquetFile(path, read_dictionary=encoded)
+        except KeyError:  # an earlier version's, which lacks columns
+            known = set(pq.read_schema(path).names)
+            return pq.ParquetFile(path, read_dictionary=[name for name in encoded if name in known])
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 OOM_ERROR: Final = "OutOfMemoryError"
 """error_type of a failed row that ran out of memory at the smallest batch."""
+_UNTOLD: Final = frozenset(
+    {
+        *("samples", "error", "versions", "commit", "dirty", "kernel", "host", "seed", "batch_tokens", "oom_rung"),
+        *("dataset", "dataset_hash", "eval_definition", "codebook_hash", "codes_hash", "allocation_hash"),
+    }
+)
+"""Columns that are long, or that nobody who is told of a row needs: views, predictions, budgets and W&B's mirror."""
 _STATES: Final[Mapping[str, State]] = {state.value: state for state in State}
 
 
@@ -168,8 +175,8 @@ def handle_columns(handle: QuantHandle) -> Row:
 
 
 def told_part(row: Row) -> Row:
-    """Return what is told of a stored row: nothing long."""
-    return {name: value for name, value in row.items() if name not in ("samples", "error", "versions")}
+    """Return what is told of a stored row: nothing null, as most axes are, and nothing of ``_UNTOLD``."""
+    return {name: value for name, value in row.items() if value is not None and name not in _UNTOLD}
 
 
 def error_type(error: Exception) -> str:

@@ -9,6 +9,9 @@ from typing import get_args
 import pytest
 
 from sweeps.events import Event, Measured, event_from_dict, event_to_dict
+from sweeps.launches import spending
+from sweeps.plan import cost
+from sweeps.store.rows import told_part
 from sweeps.worker.settings import WorkerArguments, WorkerSettings
 
 VALUES = {
@@ -24,6 +27,12 @@ def test_each_kind_of_event_comes_back_from_json(kind: type[Event]) -> None:
     event = kind(**{field.name: VALUES[str(field.type)] for field in fields(kind)})
     assert event_from_dict(json.loads(json.dumps(event_to_dict(event)))) == event
     assert event_to_dict(event)["event"] == kind.name
+
+
+def test_what_is_told_of_a_row_is_all_that_listeners_read() -> None:
+    read = {*cost.COLUMNS, *spending.COLUMNS, "measurement", "error_type", "metrics", "stderr"}
+    assert told_part(dict.fromkeys([*read, "samples", "error"], 1)) == dict.fromkeys(read, 1)
+    assert told_part({"key": "k", "blocksize": None, "clip": False, "versions": "{}"}) == {"key": "k", "clip": False}
 
 
 def test_kinds_have_names_of_their_own() -> None:

@@ -246,8 +246,8 @@ def test_stored_calibration_that_another_version_wrote_does_not_end_planning() -
 
     def factor(calibration: str) -> float:
         learned = cost(quantized("int4", 8.0, method="gptq", calibration=calibration))
-        (known, *_) = learned.quantizing.later.factors.values()
-        return 8.0 / known[0]
+        (known, *_) = learned.quantizing.later.values.values()
+        return 8.0 / known.factors[0]
 
     counted = factor(json.dumps(data))
     assert factor(json.dumps({**data, "drawn_by": "length"})) == counted
