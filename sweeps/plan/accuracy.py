@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from sweeps.store.rows import moment
-from sweeps.store.schema import Row
 from sweeps.text import counted
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 COLUMNS: Final = ("launch", "pack", "started", "finished", "quantize_seconds", "predicted_seconds")
 """Of a row, what is compared."""
@@ -39,7 +38,7 @@ class Accuracy:
         )
 
 
-def accuracy_of(rows: Iterable[Row]) -> Accuracy | None:
+def accuracy_of(rows: pa.Table) -> Accuracy | None:
     """Compare stored rows (``COLUMNS``) by launch and pack; None where no prediction is stored."""
     errors = [abs(predicted - took) / took for predicted, took in compared(rows) if took > 0]
     if not errors:
@@ -48,19 +47,29 @@ def accuracy_of(rows: Iterable[Row]) -> Accuracy | None:
     return Accuracy(packs=len(errors), median=float(middle), p95=float(most))
 
 
-def compared(rows: Iterable[Row]) -> list[tuple[float, float]]:
+def compared(rows: pa.Table) -> list[tuple[float, float]]:
     """Return predicted and measured seconds of each pack of each launch, without loading, in the order they ended.
 
     What it took is from the beginning of its first quantization to the end of its last measurement.
     """
-    packs: dict[tuple[object, object], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.get("predicted_seconds") is not None and row.get("started") is not None:
-            packs[row["launch"], row["pack"]].append(row)
-    found = []
-    for of_pack in packs.values():
-        first = min(of_pack, key=lambda row: moment(row["started"]))
-        end = max(moment(row["finished"]) for row in of_pack)
-        took = (end - moment(first["started"])).total_seconds() + (first.get("quantize_seconds") or 0.0)
-        found.append((end, sum(row["predicted_seconds"] for row in of_pack), took))
-    return [(predicted, took) for _, predicted, took in sorted(found, key=lambda pack: pack[0])]
+    if not rows.num_rows:
+        return []
+    import pyarrow.compute as pc
+
+    is_told = pc.and_(pc.is_valid(rows.column("predicted_seconds")), pc.is_valid(rows.column("started")))
+    # By columns: as rows of Python those of a large study take more memory than all else in a plan.
+    packs = rows.filter(is_told).sort_by("started").group_by(["launch", "pack"], use_threads=False)
+    of_first = pc.ScalarAggregateOptions(skip_nulls=False)
+    found = packs.aggregate(
+        [
+            *(("started", "first"), ("quantize_seconds", "first", of_first)),
+            *(("finished", "max"), ("predicted_seconds", "sum")),
+        ]
+    )
+    return [
+        (
+            pack["predicted_seconds_sum"],
+            (pack["finished_max"] - pack["started_first"]).total_seconds() + (pack["quantize_seconds_first"] or 0.0),
+        )
+        for pack in found.sort_by("finished_max").to_pylist()
+    ]

@@ -6,9 +6,11 @@ import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from kbit.calibration import Calibration
@@ -17,11 +19,13 @@ from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec, spec_of
 from kbit.specs.mixed import MixedSpec
 from sweeps.options import Options
+from sweeps.plan import accuracy
 from sweeps.plan.accuracy import accuracy_of, compared
 from sweeps.plan.cost import CostModel, load_seconds, tokens_of
 from sweeps.plan.learned import LATEST
 from sweeps.plan.packs import Known, Packing, make_plan
 from sweeps.store.rows import cell_row
+from sweeps.store.schema import arrow_schema
 from sweeps.study.cell import Cell, ModelRef
 from sweeps.study.resolve import build_study
 from tests.conftest import Launch
@@ -181,18 +185,18 @@ def test_a_pack_is_predicted_again_by_what_is_known_when_it_begins() -> None:
 
 def test_errors_are_of_what_packs_took_from_their_first_quantization_to_their_last_result() -> None:
     def stored(pack: str, start: int, end: int, predicted: float | None) -> dict[str, Any]:
-        at = "2026-01-01T00:00:{:02}+00:00".format
-        return {"launch": "l", "pack": pack, "started": at(start), "finished": at(end), "quantize_seconds": 2.0} | {
-            "predicted_seconds": predicted
-        }
+        at = partial(datetime, 2026, 1, 1, tzinfo=UTC)
+        times = {"started": at(second=start), "finished": at(second=end)}
+        return {"launch": "l", "pack": pack, **times, "quantize_seconds": 2.0, "predicted_seconds": predicted}
 
-    rows = [stored("a", 0, 4, 5.0), stored("a", 5, 8, 5.0), stored("b", 10, 18, 20.0), stored("c", 20, 30, None)]
+    measured = [stored("b", 10, 18, 20.0), stored("a", 5, 8, 5.0), stored("a", 0, 4, 5.0), stored("c", 20, 30, None)]
+    rows = pa.Table.from_pylist(measured, pa.schema([arrow_schema().field(name) for name in accuracy.COLUMNS]))
     assert compared(rows) == [(10.0, 10.0), (20.0, 10.0)]
     found = accuracy_of(rows)
     assert found is not None
     assert (found.packs, found.median) == (2, 0.5)
     assert found.text.startswith("median error 50%, 95th percentile 95% of the time that 2 packs took")
-    assert accuracy_of(rows[-1:]) is None
+    assert accuracy_of(rows.slice(3)) is None
 
 
 def test_what_methods_need_first_is_predicted_apart_from_their_cells() -> None:
