@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,29 +21,34 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def joined(manifests: Sequence[Manifest], stored: pa.Table, flight: InFlight) -> pa.Table:
-    """Return a row for each planned measurement, in the columns of ``stored``.
+def joined(manifests: Sequence[Manifest], read: Callable[[], pa.Table], flight: InFlight) -> pa.Table:
+    """Return a row for each planned measurement, in the columns of what is read.
 
     Args:
         manifests: what was planned, oldest first; models of an earlier reading are left out.
-        stored: the rows that count (``Store.read``), with measurement, status, error_type and sweep at least.
+        read: gives the rows that count (``Store.read``), with measurement, status, error_type and sweep at least. If
+            nobody else holds them, each column is let go as soon as the joined one is made.
         flight: who is at what.
     """
     import pyarrow as pa
 
+    stored = read()
     earlier = superseded(model for manifest in manifests for model in manifest.models)
     rows = [(study, m) for study, m in planned(manifests).values() if not earlier or m.cell.model not in earlier]
     at = _places([m.key for _, m in rows], stored)
     states = _states(manifests, rows, at, recorded_states(stored), flight)
     # What runs again shows nothing of its last run.
     is_new = np.array([p < 0 or s is State.RUNNING for p, s in zip(at.tolist(), states, strict=True)], dtype=bool)
-    table = stored
+    place = np.where(is_new, stored.num_rows + np.cumsum(is_new) - 1, at)
     if is_new.any():
         unmeasured = _unmeasured([m for (_, m), new in zip(rows, is_new, strict=True) if new], stored.schema)
-        table = pa.concat_tables([stored, unmeasured]).unify_dictionaries()
-    place = np.where(is_new, stored.num_rows + np.cumsum(is_new) - 1, at)
-    if not np.array_equal(place, np.arange(table.num_rows)):
-        table = table.take(pa.array(place, pa.int64()))
+        stored = pa.concat_tables([stored, unmeasured]).unify_dictionaries()
+    schema, arrays = stored.schema, stored.columns[::-1]
+    if not np.array_equal(place, np.arange(stored.num_rows)):
+        del stored
+        order = pa.array(place, pa.int64())
+        arrays = [arrays.pop().take(order) for _ in schema][::-1]
+    table = pa.Table.from_arrays(arrays[::-1], schema=schema)
     # Rows of before schema 4 lack the seed; the study knows.
     columns: dict[str, list[Any]] = {
         "status": [state.value for state in states],

@@ -121,7 +121,7 @@ def load_states(
     stored = Store(out=out).read(state_columns(columns), encoded=True)
     names = newest_launches(manifests)
     studies = [[m for m in manifests if m.sweep == name] for name in names] if by_study else [manifests]
-    frames = [state_frame(joined(of_study, stored, flight), columns) for of_study in studies]
+    frames = [state_frame(joined(of_study, lambda: stored, flight), columns) for of_study in studies]
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
@@ -194,7 +194,7 @@ def _rows(out: Path, manifests: Sequence[Manifest], columns: Sequence[str] | Non
     """Return the row of each planned measurement, with some columns or all but the samples."""
     # Who is at it first: what ends in between has then already been stored.
     flight = read_flight(out)
-    return joined(manifests, Store(out=out).read(columns, encoded=True), flight)
+    return joined(manifests, lambda: Store(out=out).read(columns, encoded=True), flight)
 
 
 @dataclass(frozen=True, kw_only=True)
