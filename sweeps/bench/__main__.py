@@ -105,6 +105,8 @@ def steps(study: Synthetic) -> Iterator[tuple[str, Took]]:
     yield "launch with nothing to do", launch("report=false", *study.overrides)
     yield "mode=status", launch("mode=status", f"out={out}")
     yield "mode=table to=x.parquet", launch("mode=table", f"to={out}/x.parquet", f"out={out}")
+    places = ["by=[model,bits]", "columns=[dtype]"]
+    yield "mode=table as a pivot", launch("mode=table", *places, f"to={out}/pivot.csv", f"out={out}")
 
 
 def show(found: Mapping[int, Mapping[str, Took]], console: Console) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES: Final = (".svg", ".png", ".pdf")
-_MARKERS: Final = "os^vDP*Xd<>"
+_MARKERS: Final = "os^vDP*Xd<>hp"
 
 
 def draw(found: Mapping[int, Mapping[str, Took]], path: Path) -> None:

@@ -43,12 +43,13 @@ def joined(manifests: Sequence[Manifest], read: Callable[[], pa.Table], flight: 
     if is_new.any():
         unmeasured = _unmeasured([m for (_, m), new in zip(rows, is_new, strict=True) if new], stored.schema)
         stored = pa.concat_tables([stored, unmeasured]).unify_dictionaries()
-    schema, arrays = stored.schema, stored.columns[::-1]
+    schema, arrays = stored.schema, stored.columns
     if not np.array_equal(place, np.arange(stored.num_rows)):
         del stored
         order = pa.array(place, pa.int64())
-        arrays = [arrays.pop().take(order) for _ in schema][::-1]
-    table = pa.Table.from_arrays(arrays[::-1], schema=schema)
+        arrays.reverse()
+        arrays = [arrays.pop().take(order) for _ in schema]
+    table = pa.Table.from_arrays(arrays, schema=schema)
     # Rows of before schema 4 lack the seed; the study knows.
     columns: dict[str, list[Any]] = {
         "status": [state.value for state in states],

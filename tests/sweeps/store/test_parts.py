@@ -115,7 +115,7 @@ def test_a_damaged_file_is_reported_and_an_unreadable_one_is_not_taken_for_missi
     assert str(path) in caplog.text
     store.write(row("m2"))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     for where in ("pyarrow.parquet.ParquetFile", "sweeps.store.reading.read_records"):
