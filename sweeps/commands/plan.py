@@ -179,7 +179,7 @@ def _gpu_seconds(order: Order, planned: Plan, ways: Sequence[Planned]) -> dict[t
 def _accuracy_rows(order: Order) -> list[tuple[str, str]]:
     """Return how good the predictions of the packs that are stored have been."""
     found = accuracy_of(order.store.read(accuracy.COLUMNS, encoded=True))
-    return [] if found is None else [("predictions", found.text)]
+    return [] if found is None else [("predictions", found)]
 
 
 def _say_unresolved(study: Study, console: Console) -> None:

@@ -184,19 +184,23 @@ def test_a_pack_is_predicted_again_by_what_is_known_when_it_begins() -> None:
 
 
 def test_errors_are_of_what_packs_took_from_their_first_quantization_to_their_last_result() -> None:
-    def stored(pack: str, start: int, end: int, predicted: float | None) -> dict[str, Any]:
+    def stored(pack: str, start: int, end: int, predicted: float | None, model: str = "m") -> dict[str, Any]:
         at = partial(datetime, 2026, 1, 1, tzinfo=UTC)
-        times = {"started": at(second=start), "finished": at(second=end)}
-        return {"launch": "l", "pack": pack, **times, "quantize_seconds": 2.0, "predicted_seconds": predicted}
+        about = {"launch": "l", "pack": pack, "model": model, "quantize_seconds": 2.0, "predicted_seconds": predicted}
+        return {**about, "started": at(second=start), "finished": at(second=end)}
 
-    measured = [stored("b", 10, 18, 20.0), stored("a", 5, 8, 5.0), stored("a", 0, 4, 5.0), stored("c", 20, 30, None)]
+    measured = [stored("b", 14, 22, 20.0), stored("a", 7, 12, 7.0), stored("a", 2, 6, 5.0), stored("c", 20, 30, None)]
+    # One that began before the model's first had ended, and another model's, knew of none.
+    measured += [stored("d", 13, 23, 24.0), stored("e", 40, 48, 9.0, model="other")]
     rows = pa.Table.from_pylist(measured, pa.schema([arrow_schema().field(name) for name in accuracy.COLUMNS]))
-    assert compared(rows) == [(10.0, 10.0), (20.0, 10.0)]
-    found = accuracy_of(rows)
-    assert found is not None
-    assert (found.packs, found.median) == (2, 0.5)
-    assert found.text.startswith("median error 50%, 95th percentile 95% of the time that 2 packs took")
-    assert accuracy_of(rows.slice(3)) is None
+    first, later, d, other = compared(rows)
+    assert (first.predicted, first.took, first.is_first) == (12.0, 12.0, True)
+    assert (d.took, d.is_first, later.took, later.is_first, other.is_first) == (12.0, True, 10.0, False, True)
+    assert accuracy_of(rows) == (
+        "median error and 95th percentile of the time taken here: "
+        "100% and 100% of 1 pack after a model's first; 10% and 91% of 3 packs before one of their model had ended"
+    )
+    assert accuracy_of(rows.slice(3, 1)) is None
 
 
 def test_what_methods_need_first_is_predicted_apart_from_their_cells() -> None:
