@@ -143,7 +143,7 @@ def _execute(order: Order, plan: Plan, claim: Claim, workers: Workers, settings:
         warn=lambda text: console.print(f"[yellow]{escape(text)}[/]"),
         log=worker_log(store.out / "logs" / claim.launch),
         beat=lambda running: claims.heartbeat(claim, running),
-        predict=lambda pack: pack.predicted(cost),
+        predict=lambda pack, warm: pack.predicted(cost, warm=warm),
     )
     previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -68,7 +68,10 @@ def compared(rows: pa.Table) -> list[Compared]:
     ended: dict[str, datetime] = {}
     result = []
     for pack in found.sort_by("finished_max").to_pylist():
-        end, began = pack["finished_max"], pack["started_first"] - timedelta(seconds=pack["quantize_seconds_first"] or 0)
+        end, began = (
+            pack["finished_max"],
+            pack["started_first"] - timedelta(seconds=pack["quantize_seconds_first"] or 0),
+        )
         is_first = began < ended.setdefault(pack["model"], end)
         took = (end - began).total_seconds()
         result.append(Compared(predicted=pack["predicted_seconds_sum"], took=took, is_first=is_first))

@@ -40,6 +40,12 @@ QUANTIZE_SECONDS: Final = {"cpu": 0.01, "cuda": 0.015}
 """Whatever the size: kernels are launched layer by layer. Of a method of more effort more, but not in proportion:
 measured on models of a million parameters on an H200, 0.02 of blockwise, 0.04 of ggml, 0.17 of gptq, 0.3 of hqq.
 """
+CALIBRATE_SECONDS: Final = {"cpu": 0.0, "cuda": 0.1}
+"""Of a cell that calibrates, whatever the size: 0.13 to 0.19 more than one that doesn't, on an H200 beside others."""
+NOISE_SECONDS: Final = {"cpu": 0.0, "cuda": 0.12}
+"""A pass over calibration windows with noise in a layer, whatever the size: 0.12 to 0.17 for models of 0.5 to 16
+million parameters, measured.
+"""
 STEP_SECONDS: Final = {"cpu": 4e-3, "cuda": 1e-3}
 STEP_WEIGHTS_PER_SECOND: Final = {"cpu": 5e9, "cuda": 1e12}
 """A step of decoding: launches and small operations, and weights read in 16 bits."""
@@ -82,20 +88,20 @@ def tokens_of(measurement: Measurement) -> int:
     if EVALUATORS[spec.kind].of_methods:  # windows as they are, cut to the context
         whole, cut = (calibrating_tokens(spec.calibration, c) for c in (None, context_of(measurement.cell.model)))
         tokens = tokens * cut // whole
-        tokens = round(tokens * _layers_of_mixture(measurement.cell.model))
+        tokens = round(tokens * _noise_of(measurement.cell.model))
     return tokens
 
 
 @cache
-def _layers_of_mixture(model: ModelRef) -> float:
-    """Return how many times the layers of noise's prediction a mixture of experts has, as config.json tells; else 1.
+def _noise_of(model: ModelRef) -> float:
+    """Return how many times the layers of noise's prediction a model has, as config.json tells; else 1.
 
-    Of its matrices nearly all are experts', two of each.
+    Of a mixture of experts' matrices nearly all are experts', two of each.
     """
     config = config_of(model, ask=False)
-    experts = 0 if config is None else expert_count(config)
-    if config is None or not experts:
+    if config is None:
         return 1.0
+    experts = expert_count(config)
     depth = first_count(of_decoder(config), DEPTHS) or NOISE_BLOCKS
     return depth / NOISE_BLOCKS * (NOISE_LAYERS + 2 * experts) / NOISE_LAYERS
 
@@ -170,7 +176,7 @@ class CostModel:
         model, params, launch = str(row["model"]), get("params") or _DEFAULT_PARAMS, get("launch")
         pack, packed = (launch, get("pack")), EVALUATORS[kind].packed
         of = self._of_eval(row, kind, model, params)
-        self.evaluating.add(of, seconds, pack=pack, first=self._is_first(pack, row["eval"]))
+        self.evaluating.add(of, seconds, pack=pack, first=self._is_first(row, model))
         # Shared by the rows of a cell, or a process: known by what it took, to the last bit.
         quantized, loaded = get("quantize_seconds") or 0.0, get("load_seconds") or 0.0
         if quantized and not self._is_new(("quantize", launch, get("key"), packed, quantized)):
@@ -181,9 +187,10 @@ class CostModel:
         method = str(get("method"))
         if quantized and method != "baseline":
             counted = self._counted_quantizing(params, method, _calibrated_tokens(row))
-            like = _like_quant(get("label"), method, get("dtype"), packed)
+            like = _like_quant(get("label"), method, get("dtype"), bool(get("calibration")), packed)
             of = ValueOf(model=model, params=params, like=like, counted=counted)
-            self.quantizing.add(of, quantized, pack=pack, first=self._is_first(pack, ("quantize", packed)))
+            # The first of a label may have compiled kernels, once on a machine.
+            self.quantizing.add(of, quantized, pack=pack, exact=not self._is_new(("label", get("label"), packed)))
         if loaded:
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
             self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), loaded)
@@ -198,6 +205,7 @@ class CostModel:
         key = (model, params, row["eval"], kind, sizes, is_wide, tokens)
         if key not in self._evaluated:
             like, counted = _like_eval(row["eval"], kind, sizes, is_wide), self._counted(kind, params, tokens, bits)
+            counted += self._noises(kind, tokens, row.get("limit"))
             self._evaluated[key] = ValueOf(model=model, params=params, like=like, counted=counted)
         return self._evaluated[key]
 
@@ -231,9 +239,13 @@ class CostModel:
         self._seen.add(once)
         return len(self._seen) > before
 
-    def _is_first(self, pack: tuple[object, object], what: object) -> bool:
-        """Tell whether something is the first of its kind in a pack of a launch, of rows in the order of their ends."""
-        return pack[1] is not None and self._is_new(("first", pack, what))
+    def _is_first(self, row: Row, model: str) -> bool:
+        """Tell whether a row, of those in the order of their ends, is the first of a model's evaluation in its process.
+
+        Not in its pack: what a process has prepared it keeps, and its next pack of the model is as fast.
+        """
+        process = row.get("job") or row.get("pack")
+        return process is not None and self._is_new(("first", row.get("launch"), process, model, row["eval"]))
 
     def cell_seconds(self, cell: Cell, evals: Sequence[EvalSpec], *, first: bool = False) -> float:
         """Predict quantizing, once for each form of the layers, and evaluating.
@@ -241,10 +253,10 @@ class CostModel:
         Args:
             cell: the cell.
             evals: its evaluations.
-            first: it is its pack's first.
+            first: it is the first of its model in its process.
         """
         forms = {EVALUATORS[spec.kind].packed for spec in evals}
-        quantize = sum(self._quantize(cell, packed=packed, first=first) for packed in sorted(forms))
+        quantize = sum(self._quantize(cell, packed=packed) for packed in sorted(forms))
         brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
         return (
             quantize
@@ -274,21 +286,23 @@ class CostModel:
         of = ValueOf(model=model.label, params=_params(model), like=_LOAD, counted=load_seconds(model))
         return self.loading.predict(of)
 
-    def _quantize(self, cell: Cell, *, packed: bool, first: bool) -> float:
+    def _quantize(self, cell: Cell, *, packed: bool) -> float:
         if cell.quant.is_baseline:
             return 0.0
         params = _params(cell.model)
         method = cell.quant.method
-        like = _like_quant(cell.quant_label, method, cell.quant.axis_values().get("dtype"), packed)
+        dtype = cell.quant.axis_values().get("dtype")
+        like = _like_quant(cell.quant_label, method, dtype, cell.calibration is not None, packed)
         tokens = calibrating_tokens(cell.calibration, context_of(cell.model)) if cell.calibration else 0
         counted = self._counted_quantizing(params, method, tokens)
         of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
-        return self.quantizing.predict(of, first=first)
+        return self.quantizing.predict(of)
 
     def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
         of = METHODS[method] if method in METHODS else METHODS["blockwise"]
         calibrating = of.passes * 2.0 * params * tokens / OPERATIONS_PER_SECOND[self.device]
+        calibrating += CALIBRATE_SECONDS[self.device] if tokens else 0.0
         weights = of.effort * params / QUANTIZE_PER_SECOND[self.device]
         launching = QUANTIZE_SECONDS[self.device] * math.pow(of.effort, 0.75)
         return calibrating + weights + launching
@@ -306,7 +320,9 @@ class CostModel:
                 like = _like_packed(spec.name, spec.kind, measurement.cell.quant_label, quant.bits, is_wide)
             else:
                 like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
-            counted = self._counted(spec.kind, _params(model), tokens_of(measurement), quant.bits)
+            tokens = tokens_of(measurement)
+            counted = self._counted(spec.kind, _params(model), tokens, quant.bits)
+            counted += self._noises(spec.kind, tokens, spec.limit)
             of = ValueOf(model=model.label, params=_params(model), like=like, counted=counted)
             is_free = comes and not self.evaluating.knows(model.label, like[0])
             self._predicted[key] = 0.0 if is_free else self.evaluating.predict(of, first=first)
@@ -321,6 +337,17 @@ class CostModel:
         steps = evaluator.steps * (STEP_SECONDS[self.device] + params / rate)
         task = TASK_SECONDS if evaluator.data == "task" else 0.0
         return forward + steps + task + SECONDS_PER_MEASUREMENT[self.device]
+
+    def _noises(self, kind: str, tokens: int, windows: int | None) -> float:
+        """Count what passes with noise take whatever the model's size.
+
+        Args:
+            kind: of the evaluation.
+            tokens: of all passes.
+            windows: tokens of one.
+        """
+        passes = tokens / windows if EVALUATORS[kind].of_methods and windows else 0.0
+        return passes * NOISE_SECONDS[self.device]
 
 
 def _calibrated_tokens(row: Row) -> int:
@@ -365,8 +392,8 @@ def _like_packed(name: str, kind: str, label: object, bits: int, is_wide: bool) 
     return [(name, label, is_wide), (kind, bits, is_wide), (kind, bits < 16, is_wide), (kind,)]
 
 
-def _like_quant(label: object, method: str, dtype: object, packed: bool) -> list[Like]:
-    return [(label, packed), (method, dtype, packed), (method, packed), (packed,)]
+def _like_quant(label: object, method: str, dtype: object, calibrates: bool, packed: bool) -> list[Like]:
+    return [(label, packed), (method, dtype, calibrates, packed), (method, calibrates, packed), (packed,)]
 
 
 def _comes_with_another(spec: EvalSpec, due: Sequence[EvalSpec]) -> bool:

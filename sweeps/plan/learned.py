@@ -1,6 +1,6 @@
-"""Seconds that stored measurements took, by what is like them; what each pack does first apart from the rest.
+"""Seconds that stored measurements took, by what is like them; what each process does first apart from the rest.
 
-The first of a kind in a pack takes longer: kernels are compiled, sharing beginnings is tried, originals are kept.
+A process's first evaluation of a kind takes longer: requests are encoded, kernels compiled, sharing beginnings tried.
 A baseline's pack has nothing but firsts, so without this a model's next pack was predicted several times too long.
 """
 
@@ -114,10 +114,12 @@ class Learned:
     values: dict[Like, _Values] = field(default_factory=dict)
     params: dict[Like, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
 
-    def add(self, of: ValueOf, seconds: float, pack: object) -> None:
-        """Take in what something took, and in which pack."""
+    def add(self, of: ValueOf, seconds: float, pack: object, *, exact: bool) -> None:
+        """Take in what something took, and in which pack; of the closest likeness it tells if ``exact``."""
         factor = seconds / of.counted
         for number, key in enumerate(of.keys):
+            if not number and not exact:
+                continue
             values = self.values.get(key)
             if values is None:
                 values = self.values[key] = _Values(latest=LATEST_ALIKE if number else LATEST)
@@ -168,7 +170,7 @@ class Part:
 
     Attributes:
         settled: as of ``Learned``.
-        first: values of what was the first of its kind in its pack.
+        first: values of what was the first of its kind in its process.
         later: all others.
     """
 
@@ -179,9 +181,17 @@ class Part:
     def __post_init__(self) -> None:
         self.first, self.later = Learned(settled=self.settled), Learned(settled=self.settled)
 
-    def add(self, of: ValueOf, seconds: float, *, pack: object = None, first: bool = False) -> None:
-        """Take in what something took, in which pack, and whether it was the first of its kind there."""
-        (self.first if first else self.later).add(of, seconds, pack)
+    def add(self, of: ValueOf, seconds: float, *, pack: object = None, first: bool = False, exact: bool = True) -> None:
+        """Take in what something took.
+
+        Args:
+            of: what it is.
+            seconds: it took.
+            pack: it was done in.
+            first: it was the first of its kind in its process.
+            exact: it tells of the closest likeness too.
+        """
+        (self.first if first else self.later).add(of, seconds, pack, exact=exact)
 
     def predict(self, of: ValueOf, *, first: bool = False) -> float:
         """Return seconds: by own values, of the same turn or the other one; by other models'; as counted.
@@ -218,9 +228,12 @@ def _within(took: float, wider: float) -> float:
 
 
 def _usual(values: Sequence[float]) -> float:
-    """Return the mean of what is within ``SPREAD`` of the median: many of them add up to it, as to no median."""
-    middle = median(values)
-    return fmean(value for value in values if middle / SPREAD <= value <= middle * SPREAD)
+    """Return the mean of sorted values that are at most ``SPREAD`` times their lower quartile.
+
+    A mean, since many of them add up to it as to no median; the quartile, since half may have compiled something.
+    """
+    low = values[len(values) // 4]
+    return fmean(value for value in values if value <= low * SPREAD)
 
 
 def _turns(same: Learned, other: Learned, likenesses: Sequence[Like]) -> float | None:

@@ -73,9 +73,14 @@ class Pack:
             rung=data["rung"],
         )
 
-    def predicted(self, cost: CostModel) -> Pack:
-        """Return the pack with what is predicted for it now."""
-        seconds = tuple(cost.cell_seconds(cell, evals, first=not n) for n, (cell, evals) in enumerate(self.items))
+    def predicted(self, cost: CostModel, *, warm: bool) -> Pack:
+        """Return the pack with what is predicted for it now.
+
+        Args:
+            cost: predicts.
+            warm: the process that runs it has run a pack of its model before.
+        """
+        seconds = tuple(cost.cell_seconds(c, evals, first=not (n or warm)) for n, (c, evals) in enumerate(self.items))
         return replace(self, item_seconds=seconds, seconds=sum(seconds))
 
     def without(self, measurements: Collection[str]) -> Pack | None:

@@ -48,7 +48,7 @@ class Execution:
     ends: float | None = None
     until: float | None = None
     pin: bool = True
-    predict: Callable[[Pack], Pack] = lambda pack: pack
+    predict: Callable[[Pack, bool], Pack] = lambda pack, _: pack
     _pool: WorkerPool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ from sweeps.plan.pack import Pack
 from sweeps.provenance import import_environment
 from sweeps.store.parts import Store
 from sweeps.store.rows import OOM_ERROR, Origin, failed_row, told_part
-from sweeps.study.cell import Measurement
+from sweeps.study.cell import Measurement, ModelRef
 from sweeps.worker.batches import MIN_BATCH_TOKENS
 from sweeps.worker.cgroup import oom_kills
 from sweeps.worker.devices import Workers, gpus
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class _Slot:
-    """One worker's place: its process, and what it is doing."""
+    """One worker's place: its process, what it is doing, and the models of packs that it was given."""
 
     number: int
     log: Path
@@ -72,6 +72,7 @@ class _Slot:
     events: int | None = None
     buffer: bytes = b""
     pack: Pack | None = None
+    models: set[ModelRef] = field(default_factory=set)
     measuring: str | None = None
     cell: str | None = None
     measured: set[str] = field(default_factory=set)
@@ -93,7 +94,8 @@ class WorkerPool:
         beat: told what is being measured, now and then and when something is begun.
         until: epoch seconds; a cell that is predicted to end later is not begun.
         pin: give each worker a GPU of its own; else each sees all.
-        predict: gives a pack that a worker is about to begin what is predicted for it by then.
+        predict: gives a pack that a worker is about to begin what is predicted for it by then; told whether the worker
+            has run a pack of its model before.
     """
 
     store: Store
@@ -104,7 +106,7 @@ class WorkerPool:
     beat: Callable[[Sequence[str]], None]
     until: float | None = None
     pin: bool = True
-    predict: Callable[[Pack], Pack] = lambda pack: pack
+    predict: Callable[[Pack, bool], Pack] = lambda pack, _: pack
     _queue: deque[Pack] = field(default_factory=deque)
     _crashes: Counter[str] = field(default_factory=Counter)
     _silent_deaths: int = 0
@@ -220,7 +222,7 @@ class WorkerPool:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(write)
         slot.events, slot.buffer, slot.said_anything, slot.told_to_stop = read, b"", False, False
-        slot.oom_kills = oom_kills() or 0
+        slot.oom_kills, slot.models = oom_kills() or 0, set()
         selector.register(read, selectors.EVENT_READ, slot)
 
     def _environment(self, number: int) -> dict[str, str]:
@@ -242,7 +244,9 @@ class WorkerPool:
     def _feed(self, slot: _Slot, selector: selectors.BaseSelector) -> None:
         assert slot.process is not None
         assert slot.process.stdin is not None
-        slot.pack, slot.measured, slot.measuring = self.predict(self._queue.popleft()), set(), None
+        pack = self._queue.popleft()
+        slot.pack, slot.measured, slot.measuring = self.predict(pack, pack.model in slot.models), set(), None
+        slot.models.add(pack.model)
         try:
             message = {**slot.pack.to_dict(), "until": self.until}
             slot.process.stdin.write(json.dumps(message).encode() + b"\n")

@@ -14,6 +14,7 @@ from sweeps.bench.synthetic import Synthetic, counted_flushes
 from sweeps.events import Event
 from sweeps.launches.claims import Claims
 from sweeps.plan.cost import CostModel
+from sweeps.plan.pack import Pack
 from sweeps.plan.packs import Known, Packing, make_plan
 from sweeps.store.parts import Store
 from sweeps.worker import pool
@@ -28,12 +29,13 @@ def test_what_is_measured_quickly_is_told_now_and_then_and_costs_no_flush_each(
     monkeypatch.setattr(pool, "WORKER", "sweeps.bench.stand_in")
     manifest = Synthetic(out=tmp_path, measurements=1000).manifest()
     packs = make_plan(
-        manifest, Known(), retry=(), cost=lambda: CostModel(device="cpu"), packing=Packing(cells=90)
-    ).packs[:1]
+        manifest, Known(), retry=(), cost=lambda: CostModel(device="cpu"), packing=Packing(cells=45)
+    ).packs[:2]
     expected = {m.key for pack in packs for m in pack.measurements()}
     assert len(expected) > 300
     events: Counter[str] = Counter()
     beats: list[Sequence[str]] = []
+    warm: list[bool] = []
 
     def take(event: Event, worker: int) -> None:
         events[event.name] += 1
@@ -45,6 +47,10 @@ def test_what_is_measured_quickly_is_told_now_and_then_and_costs_no_flush_each(
         beats.append(running)
         claims.heartbeat(claim, running)
 
+    def predict(pack: Pack, is_warm: bool) -> Pack:
+        warm.append(is_warm)
+        return pack
+
     monkeypatch.setattr(os, "fsync", os.fsync)  # is put back
     working = pool.WorkerPool(
         store=Store(out=tmp_path),
@@ -53,10 +59,12 @@ def test_what_is_measured_quickly_is_told_now_and_then_and_costs_no_flush_each(
         log=lambda _: tmp_path / "log",
         on_event=take,
         beat=beat,
+        predict=predict,
     )
     flushes, began = counted_flushes(), time.monotonic()
     assert working.run(packs) == "finished"
-    assert (events["measured"], events["pack_done"]) == (len(expected), 1)
+    assert (events["measured"], events["pack_done"]) == (len(expected), 2)
+    assert warm == [False, packs[0].model == packs[1].model]
     assert len(beats) <= 2 + (time.monotonic() - began) / pool.NEWS_SECONDS
     assert flushes() == len(beats)
     named = [key for beat in beats for key in beat]
