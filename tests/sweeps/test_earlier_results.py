@@ -252,7 +252,7 @@ def test_a_study_that_was_killed_goes_on_with_what_was_lost_or_dropped(earlier: 
 
 def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, launch: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(launch(*SETTINGS, *HERE, *SLURM_PART))
+    said = succeeded(launch(*SETTINGS, *HERE, *SLURM_PART, "report=false"))
     assert "slurm_part: 2 cells, 3 measurements in 1 packs" in said
     assert added(earlier, before) == not_done("slurm_part")
     assert set(load_results(earlier, sweep="slurm_part")["status"]) == {"done"}
@@ -260,10 +260,10 @@ def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, lau
 
 def test_a_failed_measurement_runs_again_when_that_is_asked_for(earlier: Path, launch: Launch) -> None:
     before = rows_on_disk(earlier)
-    again = launch(*SETTINGS, *HERE, *LOCAL_WRONG)
+    again = launch(*SETTINGS, *HERE, *LOCAL_WRONG, "report=false")
     assert again.returncode == 1, again.stdout + again.stderr
     assert "local_wrong: nothing to do." in again.stdout
     assert added(earlier, before) == []
-    succeeded(launch(*SETTINGS, *HERE, *LOCAL_WRONG, "retry=[failed]"))
+    succeeded(launch(*SETTINGS, *HERE, *LOCAL_WRONG, "retry=[failed]", "report=false"))
     assert added(earlier, before) == not_done("local_wrong")
     assert set(load_results(earlier, sweep="local_wrong")["status"]) == {"done"}
