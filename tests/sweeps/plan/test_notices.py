@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sweeps.config import DEMO_DIR
-from tests.conftest import Launch
+from tests.conftest import Launch, unreported
 
 QUANT = "sweep.quant=[{bits: 16}, {bits: [3, 4], dtype: int}]"
 
@@ -26,7 +26,7 @@ def study(tmp_path: Path) -> list[str]:
 
 
 def said(launch: Launch, *args: str) -> str:
-    done = launch(*args)
+    done = launch(*unreported(args))
     assert done.returncode == 0, done.stdout + done.stderr
     return " ".join(done.stdout.split())
 
