@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -82,17 +82,16 @@ class Folder:
 
     def _fold(self, least: int, held: Path) -> None:
         now = store_time(self.out)
-        packs: dict[Path, _Pack] = {}
-        for path in self.reader.packs():
-            read = self.reader.folded(path, ["row_id"])
-            if read is not None:
-                packs[path] = _Pack(ids=frozenset(read.table.column("row_id").to_pylist()), replaces=read.replaces)
-        self._remove_replaced(packs, now)
-        replaced = {name for pack in packs.values() for name in pack.replaces}
-        packs = {path: pack for path, pack in packs.items() if self.reader.name(path) not in replaced}
+        heads = {path: read.replaces for path in self.reader.packs() if (read := self.reader.folded(path, []))}
+        self._remove_replaced(heads, now)
+        replaced = {name for replaces in heads.values() for name in replaces}
+        counting = [path for path in heads if self.reader.name(path) not in replaced]
         parts = [path for path in self.reader.parts() if self.reader.name(path) not in replaced]
         loose = [ready for path in parts for ready in self._ready(path, now)]
-        for batch in _batches(self._chosen(loose if len(loose) >= least else [], list(packs))):
+        chosen = self._chosen(loose if len(loose) >= least else [], counting)
+        # Nearly always nothing is: then no rows are looked at.
+        packs = {path: pack for path in counting if (pack := self._pack(path)) is not None} if chosen else {}
+        for batch in _batches(chosen):
             self._merge(batch, packs)
             os.utime(held)
         self._remove_leftovers(now)
@@ -170,11 +169,18 @@ class Folder:
         read = self.reader.folded(path, None)
         return None if read is None or read.version > SCHEMA_VERSION else read.table
 
-    def _remove_replaced(self, packs: dict[Path, _Pack], now: float) -> None:
-        for path, pack in packs.items():
-            if pack.replaces and now - path.stat().st_mtime >= GRACE_SECONDS:
-                for name in pack.replaces:
-                    (self.out / name).unlink(missing_ok=True)
+    def _pack(self, path: Path) -> _Pack | None:
+        """Return what a folded file holds; None of a damaged one."""
+        read = self.reader.folded(path, ["row_id"])
+        if read is None:
+            return None
+        return _Pack(ids=frozenset(read.table.column("row_id").to_pylist()), replaces=read.replaces)
+
+    def _remove_replaced(self, heads: Mapping[Path, frozenset[str]], now: float) -> None:
+        # Ages first: of two folds, what the first one wrote may be among what the second one replaces.
+        old = [path for path, replaces in heads.items() if replaces and now - path.stat().st_mtime >= GRACE_SECONDS]
+        for name in (name for path in old for name in heads[path]):
+            (self.out / name).unlink(missing_ok=True)
 
     def _remove_leftovers(self, now: float) -> None:
         """Remove what writers left that were killed long ago, and directories of parts of earlier versions."""

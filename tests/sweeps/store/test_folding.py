@@ -39,7 +39,7 @@ def ids_on_disk(out: Path) -> list[str]:
 
 
 def test_folding_changes_no_row_and_what_it_replaced_goes_when_no_listing_shows_it_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(out=tmp_path)
     for i in range(5):
@@ -52,17 +52,26 @@ def test_folding_changes_no_row_and_what_it_replaced_goes_when_no_listing_shows_
     assert sorted(ids_on_disk(tmp_path)) == ids
     assert len(list(tmp_path.glob("packs/*"))) == 1
     assert len(list(tmp_path.glob("parts/*.rows"))) == 1
+    monkeypatch.setattr(folding, "MOST_SMALL", 1)
+    for later in ("m6", "m8", "m9"):
+        store.write(row(later))
+        store.close()
+        store.fold()
     monkeypatch.setattr(folding, "GRACE_SECONDS", -1.0)
-    store.write(row("m6"))
-    store.close()
+    # What a fold wrote and a later one replaced goes with what it had replaced itself.
     store.fold()
     assert not list(tmp_path.glob("parts/p1/*"))
+    assert not caplog.records
     store.fold()
     store.write(row("m7"))
     store.close()
     store.fold()
-    assert {r["measurement"] for r in store.read_pack("p1", ["measurement"])} == {"m1", "m3", "m5", "m6", "m7"}
-    assert len(ids_on_disk(tmp_path)) == 8
+    assert {r["measurement"] for r in store.read_pack("p1", ["measurement"])} == {
+        "m1",
+        "m3",
+        *(f"m{n}" for n in range(5, 10)),
+    }
+    assert len(ids_on_disk(tmp_path)) == 10
 
 
 def test_a_file_is_folded_when_its_writer_has_ended_or_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
