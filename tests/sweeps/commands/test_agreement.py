@@ -14,7 +14,7 @@ def test_a_study_has_the_columns_and_a_finished_one_measures_agreement_alone(tmp
     small = ["sweep.sizes=[neox-xs]", "eval.tasks=[]", "eval.tokens=2048", "out=r"]
     small += ["sweep.quant=[{bits: 16}, {bits: [3, 4], dtype: [int, float], exponent_bits: 2}]"]
     kinds = "eval.kinds={agreement: [jargon]}"
-    before = launch(*small)
+    before = launch(*small, "report=false")
     assert before.returncode == 0, before.stderr
     done = launch(*small, kinds)
     assert done.returncode == 0, done.stdout + done.stderr
