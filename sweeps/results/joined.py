@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def joined(manifests: Sequence[Manifest], read: Callable[[], pa.Table], flight: 
 
     stored = read()
     earlier = superseded(model for manifest in manifests for model in manifest.models)
-    rows = [(study, m) for study, m in planned(manifests).values() if not earlier or m.cell.model not in earlier]
+    rows = [(study, m) for study, m in _each_once(manifests) if not earlier or m.cell.model not in earlier]
     at = _places([m.key for _, m in rows], stored)
     states = _states(manifests, rows, at, recorded_states(stored), flight)
     # What runs again shows nothing of its last run.
@@ -82,6 +82,13 @@ def _states(
             state = state if measurement.key in now else State.SUPERSEDED
         states.append(state)
     return states
+
+
+def _each_once(manifests: Sequence[Manifest]) -> Iterable[tuple[str, Measurement]]:
+    """Return the values of ``planned``; a single launch plans each only once, but for what methods need first."""
+    if len(manifests) == 1 and all(cell.first is None for cell in manifests[0].cells):
+        return ((manifests[0].sweep, m) for m in manifests[0].measurements())
+    return planned(manifests).values()
 
 
 def planned(manifests: Sequence[Manifest]) -> dict[tuple[str, str], tuple[str, Measurement]]:
