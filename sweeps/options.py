@@ -192,8 +192,7 @@ def _parts_of_where(where: object, mode: str) -> tuple[object, Mapping[str, obje
 def _tracking(given: JsonObject, out: Path) -> TrackingConfig:
     """W&B's files go into the results directory unless ``tracking.dir`` says otherwise."""
     directory = Path(given["dir"]).expanduser().absolute() if given["dir"] else out / "wandb"
-    by = None if given["by"] is None else _names(given["by"], "tracking.by")
-    return TrackingConfig(**{**given, "dir": directory, "by": by})
+    return TrackingConfig(**{**given, "dir": directory})
 
 
 def _prefixes(key: str, overrides: Sequence[str]) -> tuple[str, ...]:

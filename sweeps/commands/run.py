@@ -19,7 +19,6 @@ from sweeps.plan.ways import check_ways, planned_ways
 from sweeps.store.parts import Store
 from sweeps.study.resolve import build_study
 from sweeps.text import counted
-from sweeps.tracking.runs import division, settled
 
 
 def run(options: Options, console: Console) -> int:
@@ -56,9 +55,6 @@ def run(options: Options, console: Console) -> int:
         order = replace(order, manifest=chosen_part(options.choice, options.out, study.manifest))
     store.check_writable()
     say_what_stays(options, console)
-    if options.tracking.mode != "disabled":
-        by = settled(store.out, study.manifest.sweep, options.tracking.by, (c.axes() for c in study.manifest.cells))
-        console.print(division(study.manifest, by), highlight=False)
     for notice in notices(store, order.manifest):
         console.print(f"[yellow]{escape(notice)}[/]", highlight=False)
     # A directory that can't be read is refused before anything in it changes.

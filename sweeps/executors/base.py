@@ -79,7 +79,7 @@ class Order:
         files = [
             f for kind in ("parquet", "csv", "md") if (f := self.store.out / "tables" / f"{sweep}.{kind}").is_file()
         ]
-        problem = upload_tables(self.options.tracking, self.store.out, sweep, files)
+        problem = upload_tables(self.options.tracking, sweep, files)
         if problem:
             self.console.print(problem, style="yellow", markup=False, highlight=False)
 

@@ -19,8 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sweeps.files import list_files, store_time, write_atomically
-from sweeps.leases import is_gone, lease
+from sweeps.errors import StoreError
+from sweeps.files import (
+    JsonObject,
+    create_exclusively,
+    list_files,
+    make_directory,
+    read_json,
+    store_time,
+    write_atomically,
+)
+from sweeps.processes import is_running, this_process
 from sweeps.store.reading import REPLACES, Reader
 from sweeps.store.records import TAKEN
 from sweeps.store.schema import SCHEMA_VERSION, arrow_schema
@@ -30,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SILENT_SECONDS: Final = 900.0
+"""A writer on another machine that stored nothing for so long may be dead, and its file is taken from it. No network
+file system shows an old name for so long, so it finds out if it lives."""
 GRACE_SECONDS: Final = 60.0
 """What was replaced stays for so long: network file systems show directories as they were up to a minute ago."""
 LEFTOVER_SECONDS: Final = 86400.0
@@ -40,6 +52,7 @@ MOST_SMALL: Final = 32
 """Folded files that are not full: when there are so many, all become fewer."""
 ROW_GROUP: Final = 1024
 """Rows that are read together where some of them are wanted."""
+_LEASE: Final = ".lease"
 _NOT_ALIKE: Final = ("row_id", "measurement", "metrics", "stderr", "samples")
 """Columns in which values hardly repeat."""
 
@@ -76,11 +89,11 @@ class Folder:
         small = [path for path in packs if path.stat().st_size < FULL_BYTES // 2]
         if len(self.reader.parts()) < least and len(small) < MOST_SMALL:
             return
-        with lease(self.out / "packs") as held:
-            if held is not None:
-                self._fold(least, held)
+        with _lease(self.out / "packs") as lease:
+            if lease is not None:
+                self._fold(least, lease)
 
-    def _fold(self, least: int, held: Path) -> None:
+    def _fold(self, least: int, lease: Path) -> None:
         now = store_time(self.out)
         heads = {path: read.replaces for path in self.reader.packs() if (read := self.reader.folded(path, []))}
         self._remove_replaced(heads, now)
@@ -93,7 +106,7 @@ class Folder:
         packs = {path: pack for path in counting if (pack := self._pack(path)) is not None} if chosen else {}
         for batch in _batches(chosen):
             self._merge(batch, packs)
-            os.utime(held)
+            os.utime(lease)
         self._remove_leftovers(now)
 
     def _chosen(self, loose: list[Path], packs: list[Path]) -> list[Path]:
@@ -122,7 +135,7 @@ class Folder:
             return []
         if path.suffix == TAKEN or records.ended:
             return [path]
-        if not is_gone(records.writer, path, now):
+        if not _is_gone(records.writer, path, now):
             return []
         taken = path.with_suffix(TAKEN)
         path.rename(taken)
@@ -252,5 +265,40 @@ def _batches(files: Sequence[Path]) -> Iterator[list[Path]]:
         yield batch
 
 
+def _is_gone(process: JsonObject, path: Path, now: float) -> bool:
+    """Tell whether the process that keeps a file is dead, or silent for so long that it may be."""
+    runs = is_running(process) if process else None
+    return _age(path, now) > SILENT_SECONDS if runs is None else not runs
+
+
 def _age(path: Path, now: float) -> float:
     return now - path.stat().st_mtime
+
+
+@contextlib.contextmanager
+def _lease(directory: Path) -> Iterator[Path | None]:
+    """Hold the lease of a directory's folds, a file; None where another process has it."""
+    make_directory(directory)
+    path = directory / _LEASE
+    mine = {**this_process(), "id": uuid.uuid4().hex}
+    if _holder(path) and not _is_gone(_holder(path), path, store_time(directory)):
+        yield None
+        return
+    path.unlink(missing_ok=True)
+    if not create_exclusively(path, json.dumps(mine).encode()):
+        yield None
+        return
+    try:
+        yield path
+    finally:
+        if _holder(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> JsonObject:
+    """Return the process that has a lease; nothing where there is none, or nobody can tell."""
+    try:
+        found: JsonObject = read_json(path)
+    except (FileNotFoundError, StoreError):
+        return {}
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.tracking.config import TrackingConfig
-from sweeps.tracking.messages import Answer, Fatal, Job, Trouble, Uploaded
+from sweeps.tracking.messages import Answer, Artifact, Finished
 from sweeps.tracking.process import MirrorProcess
 
 ARTIFACT_SECONDS: Final = 60.0
@@ -15,13 +15,12 @@ ARTIFACT_SECONDS: Final = 60.0
 
 
 def upload_tables(
-    config: TrackingConfig, out: Path, sweep: str, files: Sequence[Path], *, seconds: float = ARTIFACT_SECONDS
+    config: TrackingConfig, sweep: str, files: Sequence[Path], *, seconds: float = ARTIFACT_SECONDS
 ) -> str | None:
     """Add a version of the artifact ``SWEEP-results``, where its files are not those of the last.
 
     Args:
         config: where to; 'offline' leaves it for ``wandb sync``.
-        out: the results directory.
         sweep: the study's name.
         files: its tables.
         seconds: how long this may take.
@@ -32,12 +31,11 @@ def upload_tables(
     if config.mode == "disabled" or not files:
         return None
     answers: list[Answer] = []
-    process = MirrorProcess(
-        Job(tracking=config.message(), out=str(out), tables={sweep: [str(f) for f in files]}), answers.append
-    )
+    process = MirrorProcess(config.message(), answers.append)
+    process.send(Artifact(sweep=sweep, files=[str(f) for f in files]))
     in_time = process.close(seconds)
-    if any(isinstance(said, Uploaded) for said in answers):
+    if any(isinstance(said, Finished) for said in answers):
         return None
-    reasons = [said.reason for said in answers if isinstance(said, Trouble | Fatal)]
+    reasons = [said.reason for said in answers if not isinstance(said, Finished)]
     why = reasons[0] if reasons else f"see {process.log_file}" if in_time else f"not within {seconds:g} s"
     return f"W&B: the tables of {sweep} are not known to be uploaded ({why}); run the same command with mode=sync"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from kbit.errors import SpecError
-from sweeps.study.cell import axis_names
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -24,7 +22,6 @@ class TrackingConfig:
         entity: W&B's user or team; None is the key's default.
         base_url: the server; None is wandb's own default (WANDB_BASE_URL, its settings file, the public server).
         dir: for wandb's files and the mirror's log; None is ./wandb.
-        by: axes in which the cells of a run are alike; None is as many as a bounded number of runs allows.
 
     Raises:
         SpecError: the mode doesn't exist, or the project has no name.
@@ -35,7 +32,6 @@ class TrackingConfig:
     entity: str | None = None
     base_url: str | None = None
     dir: Path | str | None = None
-    by: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -48,11 +44,7 @@ class TrackingConfig:
         if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
             raise SpecError("tracking.base_url", self.base_url, "a URL with http:// or https://, or null")
 
-        unknown = [name for name in self.by or () if name not in axis_names()]
-        if unknown:
-            raise SpecError("tracking.by", unknown[0], f"one of {', '.join(axis_names())}")
-
-    def message(self) -> dict[str, Any]:
+    def message(self) -> dict[str, str | None]:
         """Return it in JSON's types, for the process that talks to W&B."""
         return {**asdict(self), "dir": str(Path(self.dir or "wandb").absolute())}
 

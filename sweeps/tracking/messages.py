@@ -1,64 +1,56 @@
-"""What a study and its mirror's process tell each other: lines of JSON, the first of which is the job."""
+"""Messages between a study and its mirror's process: one line of JSON each, after the configuration's."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields
 from typing import Final, get_args
 
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the process is to do.
-
-    Attributes:
-        tracking: what ``TrackingConfig.message`` returns.
-        out: the results directory.
-        sweep: the study to mirror; None is each that has results.
-        every: seconds between two looks at the store, until the input ends; None is one look.
-        tables: files by study: instead of measurements, these are uploaded.
-    """
-
-    tracking: Mapping[str, str | list[str] | None]
-    out: str
-    sweep: str | None = None
-    every: float | None = None
-    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def to_line(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
+from sweeps.store.schema import Row, Scalar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """So many runs of a look are done."""
+class Start:
+    """Open a pack's run, or take it up again. Of a pack that is ``whole``, all rows come from the store."""
 
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mirrored:
-    """A look at the store is over.
-
-    Attributes:
-        runs, measurements: of the store.
-        whole: measurements that W&B holds, as read back from it.
-        added: of these, the ones that were added now.
-    """
-
-    runs: int
-    measurements: int
-    whole: int
-    added: int
+    pack: str
+    sweep: str
+    name: str
+    config: Mapping[str, Scalar]
+    whole: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uploaded:
-    """W&B holds a study's tables."""
+class Log:
+    """Mirror one measurement of a pack that was started."""
+
+    pack: str
+    row: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """No more measurements of a pack will come."""
+
+    pack: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """Upload the tables of a study."""
 
     sweep: str
+    files: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """W&B holds so many of a pack's measurements, of which so many were added; or so many files of an artifact."""
+
+    pack: str
+    mirrored: int
+    added: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +67,21 @@ class Fatal:
     reason: str
 
 
-Answer = Progress | Mirrored | Uploaded | Trouble | Fatal
+Message = Start | Log | Finish | Artifact
+Answer = Finished | Trouble | Fatal
+_MESSAGES: Final[Mapping[str, Callable[..., Message]]] = {kind.__name__: kind for kind in get_args(Message)}
 _ANSWERS: Final[Mapping[str, Callable[..., Answer]]] = {kind.__name__: kind for kind in get_args(Answer)}
 
 
-def to_line(said: Answer) -> str:
-    """Return an answer as a line of JSON."""
-    return json.dumps([type(said).__name__, asdict(said)]) + "\n"
+def to_line(said: Message | Answer) -> str:
+    """Return a message or an answer as a line of JSON."""
+    return json.dumps([type(said).__name__, {field.name: getattr(said, field.name) for field in fields(said)}]) + "\n"
+
+
+def message(line: str) -> Message:
+    """Return the message of a line."""
+    kind, values = json.loads(line)
+    return _MESSAGES[kind](**values)
 
 
 def answer(line: str) -> Answer:

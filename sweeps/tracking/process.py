@@ -1,21 +1,22 @@
-"""The mirror's process as the study holds it: nothing waits, whatever the process does."""
+"""The mirror's process as the study holds it: sending never waits, whatever the process does."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from sweeps.files import open_log
-from sweeps.leases import end_lease
 from sweeps.provenance import import_environment
-from sweeps.tracking.messages import Answer, Job, Trouble, answer
+from sweeps.tracking.messages import Answer, Message, Trouble, answer, to_line
 
 _OF_ONE_RUN: Final = (
     *("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_JOB_TYPE", "WANDB_SWEEP_ID"),
@@ -25,18 +26,21 @@ _OF_ONE_RUN: Final = (
 
 
 class MirrorProcess:
-    """``sweeps.tracking.mirror`` as a child.
+    """``sweeps.tracking.mirror`` as a child, fed by a thread through a queue without bound.
 
     Args:
-        job: what it does; the directory of its configuration is where it logs.
+        config: its first message; 'dir' is where it logs.
         on_answer: called with what it says, from a thread of its own.
     """
 
-    def __init__(self, job: Job, on_answer: Callable[[Answer], None]) -> None:
-        self.log_file = Path(str(job.tracking["dir"])) / "mirror.log"
-        self._place = Path(job.out) / "tracking"
-        self._on_answer = on_answer
+    def __init__(self, config: Mapping[str, str | None], on_answer: Callable[[Answer], None]) -> None:
+        folder = Path(str(config["dir"]))
+        self.log_file = folder / "mirror.log"
+        self._config, self._on_answer = config, on_answer
+        self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._child: subprocess.Popen[str] | None = None
+        self._listening = False
         try:
             with open_log(self.log_file) as log:
                 self._child = subprocess.Popen(
@@ -51,43 +55,46 @@ class MirrorProcess:
         except OSError as error:
             on_answer(Trouble(reason=f"the mirror's process can't start: {error}"))
             return
-        self._thread = threading.Thread(target=self._read, args=(self._child,), daemon=True)
-        self._thread.start()
-        self._say(job.to_line())
+        self._listening = True
+        for target in (self._write, self._read):
+            self._threads.append(threading.Thread(target=target, args=(self._child,), daemon=True))
+            self._threads[-1].start()
+
+    def send(self, message: Message) -> None:
+        if self._listening:
+            self._queue.put(message)
 
     def close(self, timeout: float) -> bool:
-        """Have it end; return whether it was done within `timeout` seconds."""
-        child = self._child
-        if child is None:
+        """Ends it; whether it was done within `timeout` seconds."""
+        if self._child is None:
             return True
-        self._say(f"{timeout}\n", end=True)
+        self._queue.put(None)
         try:
-            child.wait(timeout)
+            self._child.wait(timeout)
             return True
         except subprocess.TimeoutExpired:
-            kill_with_children(child.pid)
-            child.wait()
-            with contextlib.suppress(OSError):
-                end_lease(self._place, child.pid)
+            kill_with_children(self._child.pid)
             return False
         finally:
-            self._thread.join(5)
+            for thread in self._threads:
+                thread.join(5)
 
-    def _say(self, line: str, *, end: bool = False) -> None:
-        """Write a line, which a pipe takes at once."""
-        assert self._child is not None
-        assert self._child.stdin is not None
+    def _write(self, child: subprocess.Popen[str]) -> None:
+        assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended; the reader tells
-            self._child.stdin.write(line)
-            self._child.stdin.flush()
-        if end:
-            with contextlib.suppress(BrokenPipeError):
-                self._child.stdin.close()
+            child.stdin.write(json.dumps(self._config) + "\n")
+            while (message := self._queue.get()) is not None:
+                child.stdin.write(to_line(message))
+                child.stdin.flush()
+        self._listening = False
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
 
     def _read(self, child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None
         for line in child.stdout:
             self._on_answer(answer(line))
+        self._listening = False
         if child.wait() > 0:  # negative is our own kill
             reason = f"the mirror's process ended with exit code {child.returncode}, see {self.log_file}"
             self._on_answer(Trouble(reason=reason))

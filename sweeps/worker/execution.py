@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from sweeps.errors import UserError
-from sweeps.events import OnEvent
+from sweeps.events import Event, Measured, OnEvent, PackDone, Started, Stopped
 from sweeps.plan.pack import Pack
 from sweeps.store.parts import Store
+from sweeps.store.schema import Row, Scalar
 from sweeps.tracking.config import TrackingConfig
 from sweeps.tracking.tracker import CLOSE_SECONDS, Tracker
 from sweeps.worker.devices import Workers
@@ -27,7 +28,7 @@ END_SECONDS: Final = 10.0
 
 @dataclass(kw_only=True)
 class Execution:
-    """Runs packs of a study, and mirrors the study meanwhile.
+    """Runs packs and mirrors what they measure.
 
     Attributes:
         store, workers, settings, log, beat, until, pin, predict: as for ``WorkerPool``.
@@ -49,15 +50,18 @@ class Execution:
     until: float | None = None
     pin: bool = True
     predict: Callable[[Pack, bool], Pack] = lambda pack, _: pack
+    _tracker: Tracker | None = None
+    _waiting: dict[str, Pack] = field(init=False)
     _pool: WorkerPool = field(init=False)
 
     def __post_init__(self) -> None:
+        self._waiting = {pack.id: pack for pack in self.packs}
         self._pool = WorkerPool(
             store=self.store,
             workers=self.workers,
             settings=self.settings,
             log=self.log,
-            on_event=self.on_event,
+            on_event=self._on_event,
             beat=self.beat,
             until=self.until,
             pin=self.pin,
@@ -66,11 +70,11 @@ class Execution:
 
     def run(self) -> str:
         """Run all packs; return and raise as ``WorkerPool.run``."""
-        tracker = Tracker(self.tracking, out=self.store.out, sweep=self.packs[0].sweep, warn=self.warn)
+        self._tracker = Tracker(self.tracking, warn=self.warn)
         try:
             return self._pool.run(self.packs)
         finally:
-            warning = tracker.close(close_seconds(self.ends, time.time()))
+            warning = self._tracker.close(close_seconds(self.ends, time.time()))
             if warning:
                 self.warn(warning)
 
@@ -85,10 +89,38 @@ class Execution:
             self.ends = min(ends, self.ends or ends)
         self._pool.stop(seconds)
 
+    def _on_event(self, event: Event, worker: int) -> None:
+        assert self._tracker is not None
+        self.on_event(event, worker)
+        match event:
+            case Started():
+                # A run is opened when its pack begins: a large study has more packs than W&B likes to have open.
+                pack = self._waiting.pop(event.pack, None)
+                if pack is not None:
+                    config = run_config(pack)
+                    self._tracker.start_pack(pack.id, sweep=pack.sweep, name=run_name(pack.id, config), config=config)
+            case Measured():
+                self._tracker.log(event.row)
+            case PackDone() | Stopped():
+                self._tracker.finish_pack(event.pack)
+
 
 def close_seconds(ends: float | None, now: float) -> float:
     """Return how long W&B's mirror may take to close."""
     return CLOSE_SECONDS if ends is None else min(CLOSE_SECONDS, max(0.0, ends - now - END_SECONDS))
+
+
+def run_config(pack: Pack | Row) -> dict[str, Scalar]:
+    """Return what a pack's W&B run says of itself, from a pack or from one of its rows."""
+    if isinstance(pack, Pack):
+        model = pack.model
+        return {"family": model.family, "model": model.label, "params": model.params}
+    return {name: pack[name] for name in ("family", "model", "params")}
+
+
+def run_name(pack_id: str, config: Mapping[str, Scalar]) -> str:
+    """Return what people see in W&B: the model and the first characters of the pack's id."""
+    return f"{config['model']} {pack_id[:4]}"
 
 
 def batch_tokens(value: object, device: str) -> int:

@@ -14,7 +14,7 @@ from tests import ROOT
 from tests.sweeps.commands.test_run import SMALL
 
 ORDER = (
-    *("errors", "files", "processes", "leases", "status", "text", "terminal", "provenance"),
+    *("errors", "files", "processes", "status", "text", "terminal", "provenance"),
     *("study", "store", "events", "plan", "launches", "results", "tracking", "worker"),
     *("options", "executors", "config", "hydra_errors", "commands", "completion", "bench"),
 )

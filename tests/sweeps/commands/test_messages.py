@@ -121,7 +121,6 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no project": (["tracking=online", "tracking.project="], ["tracking.project=''", "1 to 128 characters"]),
     "a blank project": (["tracking.project=' '"], ["tracking.project=' '", "1 to 128 characters"]),
     "a project with a slash": (["tracking.project=a/b"], ["tracking.project='a/b'", "without /"]),
-    "runs by what is no axis": (["tracking.by=[bit]"], ["tracking.by='bit'", "one of family, model", "bits"]),
     "a server that is none": (["tracking.base_url=wandb"], ["tracking.base_url='wandb'", "https://"]),
     "too many workers": (["executor.workers=500"], ["executor.workers=500", "auto, or from 1 to"]),
     "too many threads": (["executor.threads=500"], ["executor.threads=500", "auto, or from 1 to"]),

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sweeps import files, leases
+from sweeps import files
 from sweeps.processes import this_process
 from sweeps.store import folding, records
 from sweeps.store.folding import MOST_SMALL, write_folded
@@ -101,7 +101,7 @@ def test_a_writer_on_another_machine_is_left_alone_until_it_is_silent(
     store.fold()
     assert not list(tmp_path.glob("packs/*"))
     (path,) = tmp_path.glob("parts/*.rows")
-    long_ago = time.time() - leases.SILENT_SECONDS - 60
+    long_ago = time.time() - folding.SILENT_SECONDS - 60
     os.utime(path, (long_ago, long_ago))
     store.fold()
     assert len(list(tmp_path.glob("packs/*"))) == 1

@@ -19,7 +19,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sweeps import leases, processes
+from sweeps import processes
 from sweeps.launches import claims as claims_module
 from sweeps.launches.claimer import Claimer, Seen
 from sweeps.launches.claims import Claim, Claims
@@ -94,7 +94,7 @@ class Interleavings(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.process: dict[str, str | int] = DEAD
         self.alive: set[int] = set()
-        for module in (records, leases, claims_module):
+        for module in (records, folding, claims_module):
             self.patch.setattr(module, "this_process", lambda: self.process)
         self.patch.setattr(processes, "process_start", lambda pid: "1" if pid in self.alive else "")
         self.patch.setattr(folding, "FULL_BYTES", 40_000)

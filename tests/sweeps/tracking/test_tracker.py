@@ -3,37 +3,99 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import os
+import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
 
 from kbit.errors import SpecError
-from sweeps.leases import lease
 from sweeps.results.table import load_results
 from sweeps.store.parts import Store
-from sweeps.tracking import mirror as mirror_module
 from sweeps.tracking import server as server_module
 from sweeps.tracking.artifact import upload_tables
-from sweeps.tracking.config import TrackingConfig
-from sweeps.tracking.messages import Job
-from sweeps.tracking.mirror import Ending, Mirror
-from sweeps.tracking.server import RemoteRun, Server
-from sweeps.tracking.tracker import SyncReport, Tracker, sync
+from sweeps.tracking.server import Server
+from sweeps.tracking.tracker import SyncReport, TrackedPack, Tracker, TrackingConfig, sync
 from tests.conftest import Launch
-from tests.sweeps.tracking.wandb_server import KEY, WandbServer, busy, free_port
+
+KEY = "x" * 40
+"""openwandb lets any key in, and spends a quarter of a second a request on its own."""
+
+
+@dataclass
+class WandbServer:
+    """A running server and its database, which is where the tests look."""
+
+    url: str
+    data: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        host, port = self.url.removeprefix("http://").split(":")
+        command = [sys.executable, "-m", "openwandb", "serve", "--host", host, "--port", port]
+        with open(self.data / "server.log", "a") as log:
+            self.process = subprocess.Popen([*command, "--data-dir", str(self.data)], stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/login", timeout=1).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, (self.data / "server.log").read_text()
+                assert time.monotonic() < deadline, "openwandb doesn't answer"
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def _query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        connection = sqlite3.connect(self.data / "openwandb.db", timeout=30)
+        try:
+            return connection.execute(sql, values).fetchall()
+        finally:
+            connection.close()
+
+    def losses(self, run: str) -> list[tuple[int, float]]:
+        """(step, value) of every 'pile_cc/loss' that the run's history holds, duplicates and all."""
+        sql = "SELECT step, value FROM metrics WHERE run_id = ? AND key = 'pile_cc/loss' ORDER BY step, value"
+        return self._query(sql, run)
+
+    def run(self, run: str) -> dict[str, Any]:
+        sql = "SELECT display_name, state, config_json, summary_json FROM runs WHERE run_id = ?"
+        [(name, state, config, summary)] = self._query(sql, run)
+        configured = {k: v["value"] for k, v in json.loads(config).items()}
+        return {"name": name, "state": state, "config": configured, "summary": json.loads(summary)}
+
+    def everything(self) -> tuple[int, list[tuple[Any, ...]]]:
+        [(points,)] = self._query("SELECT count(*) FROM metrics")
+        return points, self._query("SELECT run_id, state, config_json, summary_json FROM runs ORDER BY run_id")
+
+    def artifacts(self, name: str) -> list[tuple[str, str]]:
+        """(name, type) of the artifacts of a run."""
+        return self._query("SELECT name, artifact_type FROM artifacts WHERE run_id = ?", name)  # type: ignore[return-value]
+
+    def digests(self, name: str) -> list[str]:
+        """Digests of an artifact's versions, by the server's log: openwandb takes note of artifacts, and no files."""
+        log = (self.data / "server.log").read_text()
+        return re.findall(rf"createArtifact: run={name}, type=results, collection={name}, digest=(\w+)", log)
 
 
 def digest_of(name: str, *files: Path) -> str:
@@ -44,6 +106,32 @@ def digest_of(name: str, *files: Path) -> str:
     for file in files:
         artifact.add_file(str(file))
     return str(artifact.digest)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
+    if importlib.util.find_spec("openwandb") is None:
+        pytest.skip("openwandb, the W&B server of these tests, isn't installed (pip install openwandb)")
+    server = WandbServer(f"http://127.0.0.1:{free_port()}", tmp_path_factory.mktemp("openwandb"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user with a key and nothing else of W&B's, and no home in which tests could leave things."""
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NETRC", raising=False)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -63,158 +151,167 @@ def processes_naming(text: object) -> list[str]:
     return found
 
 
-def write(out: Path, sweep: str, *numbers: int, **more: Any) -> None:
-    """Store measurements of cells of one model, some of which were there: W&B gets a run of them."""
-    store = Store(out=out)
-    for i in numbers:
-        row = {
-            "measurement": f"{sweep}-{i}",
-            "key": f"{sweep}-cell-{i:02}",
-            "pack": "p",
-            "sweep": sweep,
+def rows(pack: str, count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    return [
+        {
+            "measurement": f"{pack}-{i}",
+            "key": f"cell-{i}",
+            "pack": pack,
+            "sweep": "demo",
             "family": "neox",
             "model": "neox-s",
             "params": 1_000_000,
-            "method": "blockwise",
             "bits": 4,
             "dtype": "int",
             "blocksize": 64,
-            "label": "int4 b64",
+            "exponent_bits": None,
             "eval": "pile_cc",
             "status": "done",
             "metrics": {"loss": 3.0 + i / 8, "perplexity": float("inf")},
             "stderr": {"loss": 0.01},
             "seconds": 1.5,
-            "finished": datetime.now(UTC),
         }
-        store.write({**row, **more})
-    store.close()
+        for i in range(first, first + count)
+    ]
 
 
-def places(*numbers: int) -> list[tuple[int, float]]:
-    """(step, loss) of cells that are steps in this order."""
-    return [(step, 3.0 + i / 8) for step, i in enumerate(numbers)]
+def track(tracker: Tracker, pack: str, these: list[dict[str, Any]], *, finish: bool = True) -> None:
+    tracker.start_pack(pack, sweep="demo", name="neox-s #1", config={"model": "neox-s", "versions": {"torch": "2"}})
+    for row in these:
+        tracker.log(row)
+    if finish:
+        tracker.finish_pack(pack)
 
 
-def report(runs: int, measurements: int, added: int) -> SyncReport:
-    return SyncReport(runs=runs, measurements=measurements, whole=measurements, added=added)
+def stored(pack: str, these: list[dict[str, Any]]) -> TrackedPack:
+    config = {"model": "neox-s", "versions": {"torch": "2"}}
+    return TrackedPack(id=pack, sweep="demo", name="neox-s #1", config=config, rows=these)
 
 
-def test_a_study_is_mirrored_while_it_runs(server: WandbServer, tmp_path: Path) -> None:
+def test_online_runs_stream_side_by_side_while_the_packs_run(server: WandbServer, tmp_path: Path) -> None:
     warnings: list[str] = []
     config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path / "wandb")
-    write(tmp_path, "stream", 0, 1)
-    write(tmp_path, "another", 0)
-    tracker = Tracker(config, out=tmp_path, sweep="stream", warn=warnings.append, every=0.2)
-    wait_for(lambda: len(server.losses("stream")) == 2)
-    write(tmp_path, "stream", 2)
-    write(tmp_path, "stream", 3, bits=3, label="int3 b64")
+    tracker = Tracker(config, warn=warnings.append)
+    track(tracker, "stream-a", rows("stream-a", 2), finish=False)
+    track(tracker, "stream-b", rows("stream-b", 1), finish=False)
+    wait_for(lambda: len(server.losses("stream-a")) == 2 and len(server.losses("stream-b")) == 1)
+    assert server.run("stream-a")["state"] == "running"
+    tracker.log(rows("stream-a", 1, first=2)[0])
+    tracker.finish_pack("stream-a")
     assert tracker.close(30) is None
     assert warnings == []
 
-    assert server.losses("another") == []
-    runs = {run["config"]["bits"]: run for run in map(server.run, server.runs("stream"))}
-    assert sorted(server.losses("stream")) == sorted([*places(0, 1, 2), *[(0, 3.375)]])
-    run = runs[4]
-    assert (run["name"], run["state"]) == ("neox-s int4 b64", "finished")
-    about = {"sweep": "stream", "model": "neox-s", "method": "blockwise", "bits": 4, "dtype": "int", "blocksize": 64}
-    assert about.items() <= run["config"].items()
-    assert runs[3]["config"]["bits"] == 3
-    assert "total_bits" in {metric.get("1") for metric in run["config"]["_wandb"]["m"]}  # what charts are drawn over
-    counts = {"cells": 3, "measurements": 3, "done": 3, "failed": 0}
-    assert {**counts, "pile_cc/loss": 3.125}.items() <= run["summary"].items()
+    assert server.losses("stream-a") == [(0, 3.0), (1, 3.125), (2, 3.25)]
+    assert server.losses("stream-b") == [(0, 3.0)]
+    run = server.run("stream-a")
+    assert (run["name"], run["state"]) == ("neox-s #1", "finished")
+    assert run["config"]["sweep"] == "demo"
+    assert run["config"]["versions"] == {"torch": "2"}
+    assert (run["summary"]["measurements"], run["summary"]["done"], run["summary"]["failed"]) == (3, 3, 0)
+    assert server.run("stream-b")["state"] == "finished"
     assert list((tmp_path / "wandb").glob("run-*")), "wandb's files belong under dir"
 
 
-def test_a_study_mirrored_again_adds_only_what_is_new_whoever_does_it(server: WandbServer, tmp_path: Path) -> None:
-    """Machines take turns: what another one added since is seen on the server."""
+def test_a_pack_tracked_again_adds_only_what_is_new(server: WandbServer, tmp_path: Path) -> None:
     config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path)
-    write(tmp_path, "turns", 0)
-    trackers = [Tracker(config, out=tmp_path, sweep="turns", every=0.2) for _ in range(2)]
-    wait_for(lambda: len(server.losses("turns")) == 1)
-    write(tmp_path, "turns", 1)
-    wait_for(lambda: len(server.losses("turns")) == 2)
-    write(tmp_path, "turns", 2)
-    wait_for(lambda: len(server.losses("turns")) == 3)
-    write(tmp_path, "turns", 3)
-    assert [tracker.close(30) for tracker in trackers] == [None, None]
-    assert server.losses("turns") == places(0, 1, 2, 3)
-    assert server.only("turns")["summary"]["measurements"] == 4
+    for count in (2, 3):  # a requeued job starts over with what its run already holds
+        tracker = Tracker(config)
+        track(tracker, "again", rows("again", count))
+        assert tracker.close(30) is None
+    assert server.losses("again") == [(0, 3.0), (1, 3.125), (2, 3.25)]
+    assert server.run("again")["summary"]["measurements"] == 3
+    tables = list((server.data / "files").glob("**/again/media/table/*.table.json"))
+    data = [json.loads(t.read_text()) for t in tables]
+    column = data[0]["columns"].index("pile_cc/loss")
+    assert [3.0, 3.125, 3.25] in [[row[column] for row in d["data"]] for d in data]
+
+
+def test_offline_runs_reach_the_server_by_sync_from_the_store(server: WandbServer, tmp_path: Path) -> None:
+    config = TrackingConfig(mode="offline", base_url=server.url, dir=tmp_path / "wandb")
+    tracker = Tracker(config)
+    track(tracker, "off-1", rows("off-1", 2))
+    track(tracker, "off-2", rows("off-2", 1), finish=False)
+    assert tracker.close(30) is None
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    assert server.losses("off-1") == []
+
+    packs = [stored("off-1", rows("off-1", 2)), stored("off-2", rows("off-2", 1))]
+    seen: list[tuple[int, int]] = []
+    report = sync(packs, config, progress=lambda done, total: seen.append((done, total)))
+    assert report == SyncReport(packs=2, measurements=3, whole=3, added=3)
+    assert seen == [(1, 2), (2, 2)]
+    assert server.losses("off-1") == [(0, 3.0), (1, 3.125)]
+    assert server.losses("off-2") == [(0, 3.0)]
 
 
 def test_offline_runs_reach_the_server_by_wandbs_own_sync(server: WandbServer, tmp_path: Path) -> None:
     config = TrackingConfig(mode="offline", base_url=server.url, dir=tmp_path / "wandb")
-    for numbers in ((0, 1), (2,), ()):  # the second launch adds a cell, the third has nothing to do
-        write(tmp_path, "offline", *numbers)
-        tracker = Tracker(config, out=tmp_path, sweep="offline")
-        assert tracker.close(30) is None
-        [run] = (tmp_path / "wandb").glob("offline-run-*")  # it has all of it: W&B would replace one by the other
-        assert server.runs("offline") == []
+    tracker = Tracker(config)
+    track(tracker, "own-sync", rows("own-sync", 2))
+    assert tracker.close(30) is None
+    [run] = (tmp_path / "wandb").glob("offline-run-*")
     env = {**os.environ, "WANDB_BASE_URL": server.url}
     command = [sys.executable, "-m", "wandb", "sync", str(run)]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert server.losses("offline") == places(0, 1, 2)
+    assert server.losses("own-sync") == [(0, 3.0), (1, 3.125)]
     before = server.everything()
-    assert sync(tmp_path, config) == report(1, 3, 0)
+    assert sync([stored("own-sync", rows("own-sync", 2))], config).added == 0
     assert server.everything() == before
-    write(tmp_path, "offline", 3)
-    assert sync(tmp_path, config) == report(1, 4, 1)
-    assert server.losses("offline") == places(0, 1, 2, 3)
 
 
 def test_sync_after_an_outage_makes_runs_whole_and_twice_changes_nothing(server: WandbServer, tmp_path: Path) -> None:
     config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path)
-    write(tmp_path, "away", 0, 1)
-    tracker = Tracker(config, out=tmp_path, sweep="away", every=0.2)
+    tracker = Tracker(config)
+    track(tracker, "outage", rows("outage", 2), finish=False)
     # The summary too: openwandb commits it after the history, and killed in between it would know half of a request.
-    wait_for(lambda: server.only("away")["summary"].get("measurements") == 2)
-    wait_for(lambda: server.only("away")["state"] == "finished")
+    wait_for(lambda: len(server.losses("outage")) == 2 and server.run("outage")["summary"].get("measurements") == 2)
     server.stop()
-    write(tmp_path, "away", 2, 3)
-    write(tmp_path, "away", 1, metrics={"loss": 9.0})  # measured again with another outcome
+    for row in rows("outage", 2, first=2):
+        tracker.log(row)
+    tracker.finish_pack("outage")
     assert "mode=sync" in str(tracker.close(1))
     wait_for(lambda: not processes_naming(tmp_path), 10)  # wandb's own process would go on trying for hours
     server.start()
 
-    write(tmp_path, "away", 4, status="failed", metrics={}, stderr={}, error_type="OSError")
-    write(tmp_path, "never-seen", 0, 1)
-    seen: list[tuple[int, int]] = []
-    assert sync(tmp_path, config, progress=lambda done, total: seen.append((done, total))) == report(2, 7, 6)
-    assert seen == [(1, 2), (2, 2)]
-    assert server.losses("away") == [*places(0, 1), (2, 9.0), (3, 3.25), (4, 3.375)]
-    assert server.losses("never-seen") == places(0, 1)
-    assert {"measurements": 5, "done": 4, "failed": 1, "pile_cc/loss": 3.3125}.items() <= server.only("away")[
-        "summary"
-    ].items()
+    failed = {**rows("outage", 1, first=4)[0], "status": "failed", "metrics": {}, "stderr": {}, "error_type": "OSError"}
+    packs = [stored("outage", [*rows("outage", 4), failed]), stored("never-seen", rows("never-seen", 2))]
+    assert sync(packs, config) == SyncReport(packs=2, measurements=7, whole=7, added=5)
+    assert server.losses("outage") == [(0, 3.0), (1, 3.125), (2, 3.25), (3, 3.375)]
+    assert server.losses("never-seen") == [(0, 3.0), (1, 3.125)]
+    summary = server.run("outage")["summary"]
+    assert (summary["measurements"], summary["done"], summary["failed"]) == (5, 4, 1)
 
     before = server.everything()
-    assert sync(tmp_path, config) == report(2, 7, 0)
+    assert sync(packs, config) == SyncReport(packs=2, measurements=7, whole=7, added=0)
     assert server.everything() == before
 
 
-def test_where_w_and_b_is_asked_too_often_nothing_is_lost_or_doubled(server: WandbServer, tmp_path: Path) -> None:
-    write(tmp_path, "often", 0, 1)
-    write(tmp_path, "often", 2, bits=3)
-    with busy(server, graphql=3, file_stream=3) as (url, refused):
-        config = TrackingConfig(mode="online", base_url=url, dir=tmp_path)
-        assert sync(tmp_path, config) == report(2, 3, 3)
-        assert refused == {"graphql": 3, "file_stream": 3}
-    assert sorted(server.losses("often")) == [*places(0), (0, 3.25), (1, 3.125)]
+def test_a_measurement_redone_with_other_numbers_is_added_and_counted_once(server: WandbServer, tmp_path: Path) -> None:
+    config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path)
+    sync([stored("redone", rows("redone", 2))], config)
+    redone = [rows("redone", 1)[0], {**rows("redone", 1, first=1)[0], "metrics": {"loss": 9.0}}]
+    assert sync([stored("redone", redone)], config).added == 1
+    assert server.losses("redone") == [(0, 3.0), (1, 3.125), (2, 9.0)]
+    assert server.run("redone")["summary"]["measurements"] == 2
+
+
+def test_what_was_superseded_since_is_marked_and_in_no_count_or_table(server: WandbServer, tmp_path: Path) -> None:
+    config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path)
+    these = rows("late", 3)
+    assert sync([stored("late", these)], config).added == 3
+    these[1] = {**these[1], "status": "superseded"}
+    assert sync([stored("late", these)], config) == SyncReport(packs=1, measurements=3, whole=3, added=1)
+    summary = server.run("late")["summary"]
+    assert (summary["done"], summary["superseded"], summary["measurements"]) == (2, 1, 3)
+    # History can't be taken back: a step without numbers says that the one before it doesn't count.
+    assert server.losses("late") == [(0, 3.0), (1, 3.125), (2, 3.25)]
+    tables = [json.loads(t.read_text()) for t in (server.data / "files").glob("**/late/media/table/*.table.json")]
+    column = tables[0]["columns"].index("measurement")
+    assert ["late-0", "late-2"] in [[row[column] for row in table["data"]] for table in tables]
     before = server.everything()
-    assert sync(tmp_path, replace(config, base_url=server.url)) == report(2, 3, 0)
+    assert sync([stored("late", these)], config).added == 0
     assert server.everything() == before
-
-
-def test_one_process_mirrors_a_directory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror_module, "LEASE_SECONDS", 0.1)
-    write(tmp_path, "taken", 0)
-    job = Job(tracking=TrackingConfig(mode="offline", dir=tmp_path / "wandb").message(), out=str(tmp_path))
-    mirror = Mirror(job, lambda said: pytest.fail(str(said)), Ending(iter([])))
-    with lease(tmp_path / "tracking"):
-        mirror.look(last=False)
-        with pytest.raises(OSError, match=f"process {os.getpid()} on {socket.gethostname()} mirrors {tmp_path} now"):
-            mirror.look(last=True)
 
 
 class Refuses(BaseHTTPRequestHandler):
@@ -255,12 +352,12 @@ def silent_url() -> Iterator[str]:
         yield f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
-def unmirrored(config: TrackingConfig, out: Path, *, close_after: float, warned: bool) -> tuple[str, list[str]]:
+def study_of_100(config: TrackingConfig, *, close_after: float, warned: bool) -> tuple[str, list[str]]:
     """A study that nothing may slow: what close said, and the warnings before (waits for one, if it is to come)."""
     warnings: list[str] = []
-    write(out, "p", 0, 1)
     start = time.monotonic()
-    tracker = Tracker(config, out=out, sweep="p", warn=warnings.append)
+    tracker = Tracker(config, warn=warnings.append)
+    track(tracker, "p", rows("p", 100))
     assert time.monotonic() - start < 1
     if warned:
         wait_for(lambda: bool(warnings))
@@ -268,63 +365,91 @@ def unmirrored(config: TrackingConfig, out: Path, *, close_after: float, warned:
     message = tracker.close(close_after)
     assert time.monotonic() - start < close_after + 1
     assert message is not None
-    assert "not all of p is known to be mirrored" in message
+    assert "100 of 100 measurements not known to be mirrored" in message
     assert "mode=sync" in message
     return message, warnings
 
 
 def test_a_server_that_is_down_neither_stops_nor_slows_a_study(tmp_path: Path) -> None:
     config = TrackingConfig(mode="online", base_url=f"http://127.0.0.1:{free_port()}", dir=tmp_path)
-    _, warnings = unmirrored(config, tmp_path, close_after=10, warned=True)
+    _, warnings = study_of_100(config, close_after=10, warned=True)
     assert len(warnings) == 1
-    said = sync(tmp_path, config)
-    assert (said.whole, said.added) == (0, 0)
-    assert "run mode=sync again" in str(said.error)
+    report = sync([stored("p", rows("p", 2))], config)
+    assert (report.whole, report.added) == (0, 0)
+    assert "run mode=sync again" in str(report.error)
 
 
 def test_a_server_that_never_answers_is_given_up_at_close(silent_url: str, tmp_path: Path) -> None:
     config = TrackingConfig(mode="online", base_url=silent_url, dir=tmp_path)
-    message, _ = unmirrored(config, tmp_path, close_after=2, warned=False)
+    message, _ = study_of_100(config, close_after=2, warned=False)
     assert "W&B didn't take them within 2 s" in message
 
 
 def test_a_wrong_key_neither_stops_nor_slows_a_study(refusing_url: str, tmp_path: Path) -> None:
     config = TrackingConfig(mode="online", base_url=refusing_url, dir=tmp_path)
-    _, [warning] = unmirrored(config, tmp_path, close_after=10, warned=True)
+    _, [warning] = study_of_100(config, close_after=10, warned=True)
     assert "refuses the API key" in warning
-    assert "refuses the API key" in str(sync(tmp_path, config).error)
+    assert "refuses the API key" in str(sync([stored("p", rows("p", 1))], config).error)
 
 
-def test_a_server_that_is_asked_too_often_is_asked_again_when_it_says(server: WandbServer) -> None:
-    def ask(url: str) -> RemoteRun:
-        settings: Any = SimpleNamespace(base_url=url, api_key=KEY)
-        return Server(settings, {"project": "p", "entity": None}).read(["none"])["none"]
+class Busy(BaseHTTPRequestHandler):
+    """Says that it is asked too often, as W&B's limits do, so many times; then that it has no such run."""
 
-    with busy(server, graphql=2) as (url, refused):
-        began = time.monotonic()
-        assert ask(url).state == "missing"
-        assert 2 <= time.monotonic() - began < 5
-        assert refused == {"graphql": 2}
-    with busy(server, graphql=10**6) as (url, refused), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_module, "MOST_WAIT_SECONDS", 1.5)
+    left = 3
+    asked: ClassVar[list[float]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        Busy.asked.append(time.monotonic())
+        Busy.left -= 1
+        body = b"{}" if Busy.left >= 0 else b'{"data": {"viewer": {"entity": "e"}, "model": null}}'
+        self.send_response(429 if Busy.left >= 0 else 200)
+        self.send_header("Retry-After", "0.2")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not into the tests' output."""
+
+
+def test_a_server_that_is_asked_too_often_is_asked_again_when_it_says() -> None:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    settings: Any = SimpleNamespace(base_url=f"http://127.0.0.1:{http.server_port}", api_key=KEY)
+    asking = Server(settings, {"project": "p", "entity": None})
+    assert asking.read("run").state == "missing"
+    waits = [later - earlier for earlier, later in pairwise(Busy.asked)]
+    assert len(waits) == 3
+    assert all(0.2 <= wait < 1 for wait in waits)
+    Busy.left, Busy.asked = 9, []
+    assert asking.read("run").state == "missing"
+    assert len(Busy.asked) == 10  # as long as there is time
+    Busy.left = 10**6
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_module, "MOST_WAIT_SECONDS", 0.5)
         with pytest.raises(OSError, match="429"):
-            ask(url)
-        assert refused == {"graphql": 2}
+            asking.read("run")
+    assert time.monotonic() - began < 2
+    http.shutdown()
+    http.server_close()
 
 
 def test_without_a_key_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     config = TrackingConfig(mode="online", base_url="http://127.0.0.1:9", dir=tmp_path)
-    _, [warning] = unmirrored(config, tmp_path, close_after=10, warned=True)
+    _, [warning] = study_of_100(config, close_after=10, warned=True)
     assert "no API key" in warning
     assert "set WANDB_API_KEY or run `wandb login --host http://127.0.0.1:9`" in warning
     assert "\n" not in warning
 
 
 def test_disabled_starts_no_process_and_writes_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(TrackingConfig(mode="disabled", dir=tmp_path / "wandb"), out=tmp_path, sweep="none")
+    tracker = Tracker(TrackingConfig(mode="disabled", dir=tmp_path / "wandb"))
+    track(tracker, "none", rows("none", 1))
     assert tracker.close() is None
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "wandb").exists()
 
 
 def test_the_study_itself_never_imports_wandb() -> None:
@@ -336,8 +461,6 @@ def test_the_study_itself_never_imports_wandb() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(SpecError, match=r"tracking\.mode='on' is not valid: one of online, offline, disabled"):
         TrackingConfig(mode="on")
-    with pytest.raises(SpecError, match=r"tracking\.by='bit' is not valid: one of family, model, .*bits"):
-        TrackingConfig(by=["method", "bit"])
 
 
 STUDY = (
@@ -352,7 +475,7 @@ def test_a_studys_tables_are_an_artifact_of_the_study(server: WandbServer, launc
     online = ("sweep.name=tables", "tracking=online", f"tracking.base_url={server.url}")
     done = launch("out=a", *STUDY, *online)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("W&B") == 1
+    assert "W&B" not in done.stdout
     made = tmp_path / "a" / "tables" / "tables.parquet"
     assert len(pd.read_parquet(made)) == 3
     assert server.artifacts("tables-results") == [("tables-results", "results")]
@@ -369,7 +492,7 @@ def test_tables_that_did_not_arrive_are_said_and_sync_brings_them(
     for url, why in ((f"http://127.0.0.1:{free_port()}", "refused"), (refusing_url, "refuses the API key")):
         config = TrackingConfig(mode="online", base_url=url, dir=tmp_path / "wandb")
         began = time.monotonic()
-        said = upload_tables(config, tmp_path, "late", [table])
+        said = upload_tables(config, "late", [table])
         assert time.monotonic() - began < 30
         assert said is not None
         assert "the tables of late are not known to be uploaded" in said
@@ -377,9 +500,9 @@ def test_tables_that_did_not_arrive_are_said_and_sync_brings_them(
         assert "run the same command with mode=sync" in said
     assert server.artifacts("late-results") == []
     config = TrackingConfig(mode="online", base_url=server.url, dir=tmp_path / "wandb")
-    assert upload_tables(config, tmp_path, "late", [table]) is None
+    assert upload_tables(config, "late", [table]) is None
     assert server.digests("late-results") == [digest_of("late-results", table)]
-    assert upload_tables(TrackingConfig(mode="disabled"), tmp_path, "late", [table]) is None
+    assert upload_tables(TrackingConfig(mode="disabled"), "late", [table]) is None
 
 
 def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbServer, launch: Launch) -> None:
@@ -387,23 +510,17 @@ def test_a_study_is_mirrored_while_it_runs_and_made_whole_by_sync(server: WandbS
     down = ("tracking=online", f"tracking.base_url=http://127.0.0.1:{free_port()}")
     first = launch("out=a", *STUDY, *online)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert [line for line in first.stdout.splitlines() if "W&B" in line] == [
-        "W&B: demo is 3 runs by method, bits, dtype, blocksize"
-    ]
-    assert {server.run(run)["config"]["bits"] for run in server.runs("demo")} == {3, 4, 16}
-    other = launch("out=a", *STUDY, *online, "tracking.by=[model]")
-    assert other.returncode == 2
-    assert "take another tracking.project" in other.stderr
+    assert "W&B" not in first.stdout
     whole = launch("out=a", "mode=sync", *online)
     assert whole.returncode == 0, whole.stdout
-    assert "W&B holds 3 of 3 measurements in 3 runs, 0 added now" in whole.stdout
+    assert "W&B holds 3 of 3 measurements in 1 packs, 0 added now" in whole.stdout
 
     outage = launch("out=b", *STUDY, "sweep.name=outage", *down)
     assert outage.returncode == 0, outage.stdout + outage.stderr
     assert "mode=sync" in outage.stdout
     added = launch("out=b", "mode=sync", *online)
     assert added.returncode == 0
-    assert "W&B holds 3 of 3 measurements in 3 runs, 3 added now" in added.stdout
+    assert "W&B holds 3 of 3 measurements in 1 packs, 3 added now" in added.stdout
     assert server.artifacts("outage-results") == [("outage-results", "results")]
 
 
@@ -414,13 +531,11 @@ def test_a_sync_knows_what_no_table_of_a_study_shows_any_more(
     for tokens in (512, 1024):
         done = launch("out=a", *STUDY, "sweep.name=again", f"eval.tokens={tokens}", "report=false")
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "W&B holds 6 of 6 measurements in 3 runs" in launch("out=a", "mode=sync", *online).stdout
-    runs = [server.run(run)["summary"] for run in server.runs("again")]
-    assert [(of["cells"], of["done"], of["superseded"]) for of in runs] == [(1, 1, 1)] * 3
-    now = load_results(tmp_path / "a", long=True)
-    # History can't be taken back; what a run says of itself is of what counts.
-    assert sorted(of["jargon/loss"] for of in runs) == pytest.approx(sorted(m["loss"] for m in now["metrics"]))
-    assert list(now["limit"]) == [1024] * 3
+        made = {row["pack"]: row["limit"] for row in Store(out=tmp_path / "a").read().to_pylist()}
+    assert "W&B holds 6 of 6 measurements in 2 packs" in launch("out=a", "mode=sync", *online).stdout
+    counts = {limit: server.run(pack)["summary"] for pack, limit in made.items()}
+    assert {limit: (of["done"], of["superseded"]) for limit, of in counts.items()} == {512: (0, 3), 1024: (3, 0)}
+    assert list(load_results(tmp_path / "a", long=True)["limit"]) == [1024] * 3
 
 
 def test_a_study_without_a_key_runs_untracked_and_asks_for_no_login(
