@@ -11,7 +11,7 @@ from typing import Any, Final
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sweeps.config import CONFIG_DIR, BlockConfig, MemberConfig, config_dirs, options_of, schema
 from sweeps.errors import did_you_mean
@@ -29,9 +29,16 @@ def explain(error: Exception) -> str:
     unreadable = _unreadable_argument()
     if unreadable is not None:
         return _explain_unreadable(unreadable)
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        return explain_unknown(unknown.group(1))
+    asked = unknown.group(1) if unknown else ""
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.object_type is BlockConfig:
+        # A block that is written whole doesn't know its place in the list.
+        return explain_unknown(asked if asked.startswith("sweep.quant.") else f"sweep.quant.N.{cause.key}")
+    if asked:
+        # The key itself, or one within the mapping that it is given.
+        within = str(getattr(cause, "full_key", None) or "")
+        return explain_unknown(within if within.startswith(f"{asked}.") else asked)
     missing = re.search(r"Could not (?:find|load) '([^/'\s]+)/([^'\s]+)'", text)
     if missing:
         return _explain_option(missing.group(1), missing.group(2))
@@ -45,7 +52,6 @@ def explain(error: Exception) -> str:
         return (
             f"{added.group(1)} has a value already, which '+' doesn't change: write {added.group(1)}=VALUE without it"
         )
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         return _explain_value(text, cause)
     if not isinstance(error, HydraException):
@@ -70,7 +76,7 @@ def explain_unknown(key: str) -> str:
             f"'where={{{key}: VALUE}}' chooses cells by it"
         )
     known = list(_known_keys(OmegaConf.structured(schema()), ""))
-    block = re.match(r"(sweep\.quant\.\d+)\.", key)
+    block = re.match(r"(sweep\.quant\.(?:\d+|N))\.", key)
     if block:
         known += [f"{block.group(1)}.{name}" for name in OmegaConf.structured(BlockConfig)]
     parent = key.rpartition(".")[0]

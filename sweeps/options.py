@@ -192,7 +192,7 @@ def _parts_of_where(where: object, mode: str) -> tuple[object, Mapping[str, obje
 def _tracking(given: JsonObject, out: Path) -> TrackingConfig:
     """W&B's files go into the results directory unless ``tracking.dir`` says otherwise."""
     directory = Path(given["dir"]).expanduser().absolute() if given["dir"] else out / "wandb"
-    return TrackingConfig(**{**given, "dir": directory})
+    return TrackingConfig(**{**given, "dir": str(directory)})
 
 
 def _prefixes(key: str, overrides: Sequence[str]) -> tuple[str, ...]:

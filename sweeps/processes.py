@@ -2,7 +2,7 @@
 
 A pid means something where it was given: under one running kernel, in one namespace of pids. Names of machines don't
 say that: containers and machines made from one image have one name and give the same pids, and one that starts again
-gives them anew. So a process is known by the kernel's boot id and its namespace, too, and where these differ nobody
+gives them again. So a process is known by the kernel's boot id and its namespace, too, and where these differ nobody
 can say from here whether it runs.
 """
 

@@ -31,7 +31,7 @@ class TrackingConfig:
     project: str = "kbit-sweep"
     entity: str | None = None
     base_url: str | None = None
-    dir: Path | str | None = None
+    dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):

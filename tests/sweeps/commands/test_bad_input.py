@@ -44,6 +44,12 @@ CASES = {
     "no threads": (["executor.threads=none"], ["executor.threads='none'", "auto"]),
     "an unknown size": (["sweep.sizes=[neox-xl]"], ["sweep.sizes='neox-xl'", "neox-m"]),
     "a table of nothing": (["mode=table"], ["holds no study"]),
+    "an unknown axis of a block": (
+        ["sweep.quant=[{bits: 4, dtype: int, blocksiz: 64}]"],
+        ["'sweep.quant.N.blocksiz' is not a key", "Did you mean sweep.quant.N.blocksize"],
+    ),
+    "an unknown axis of one block": (["sweep.quant.1.blocksiz=64"], ["'sweep.quant.1.blocksiz' is not a key"]),
+    "an unknown key of a mapping": (["eval={limt: 3}"], ["'eval.limt' is not a key", "Did you mean eval.limit"]),
     "an axis to count by": (["mode=status", "by=[bit]"], ["'bit' is not an axis", "Did you mean bits"]),
     "no choice to drop": (["mode=drop"], ["cell=", "where="]),
 }
