@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar, Final, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Final, get_args
 
-from sweeps.files import JsonObject
 from sweeps.store.schema import Row
 
 
@@ -115,7 +115,39 @@ def event_to_dict(event: Event) -> dict[str, object]:
     return {"event": event.name, **{field.name: getattr(event, field.name) for field in fields(event)}}
 
 
-def event_from_dict(data: JsonObject) -> Event:
-    """Return the event that ``event_to_dict`` made plain."""
-    values = dict(data)
-    return _KINDS[values.pop("event")](**values)
+@dataclass(kw_only=True)
+class Teller:
+    """Writes the events of a process as lines: of a row only what differs from the one before, since most is alike."""
+
+    _row: Row = field(default_factory=dict)
+
+    def line(self, event: Event) -> str:
+        """Return an event as a line of JSON, with its end."""
+        said = event_to_dict(event)
+        if isinstance(event, Measured):
+            before, self._row = self._row, event.row
+            said["row"] = {n: value for n, value in event.row.items() if n not in before or before[n] != value}
+            said["without"] = [name for name in before if name not in event.row]
+        return json.dumps(said, default=str) + "\n"
+
+
+@dataclass(kw_only=True)
+class Listener:
+    """Reads what one ``Teller`` wrote, in pieces of any length."""
+
+    _row: Row = field(default_factory=dict)
+    _rest: bytes = b""
+
+    def events(self, data: bytes) -> list[Event]:
+        """Return the events that end in a piece."""
+        lines, end, self._rest = (self._rest + data).rpartition(b"\n")
+        return [self._event(said) for said in json.loads(b"[%s]" % lines.replace(b"\n", b","))] if end else []
+
+    def _event(self, said: dict[str, Any]) -> Event:
+        kind = _KINDS[said.pop("event")]
+        if kind is Measured:
+            self._row = row = {**self._row, **said["row"]}
+            for name in said["without"]:
+                del row[name]
+            return Measured(row=row)
+        return kind(**said)

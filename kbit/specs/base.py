@@ -152,5 +152,7 @@ class Spec(ABC):
 
     def _words(self, *said: str) -> list[str]:
         """Words of a label for each axis that isn't neutral, in their order, but for those that were said."""
-        values = self.axis_values()
-        return [w for name, a in axes_of(type(self)).items() if name not in said and (w := a.words(values[name]))]
+        axes = axes_of(type(self))
+        own = [name for name, a in axes.items() if name not in said and not a.is_neutral(getattr(self, name))]
+        values = self.axis_values() if own else {}
+        return [w for name in own if (w := axes[name].words(values[name]))]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from sweeps.bench.synthetic import results
-from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, Started, event_to_dict
+from sweeps.events import Event, Loaded, Measured, Measuring, PackDone, Started, Teller
 from sweeps.plan.pack import Pack
 from sweeps.store.rows import told_part
 from sweeps.study.cell import Measurement
@@ -35,10 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(main.__doc__ or "").partition("\n")[0])
     parser.add_argument("--events", type=int, required=True)
     parser.add_argument("--settings")
+    teller = Teller()
     with os.fdopen(parser.parse_args().events, "w") as out:
         for number, line in enumerate(sys.stdin):
             for event in events(Pack.from_dict(json.loads(line)), number):
-                out.write(json.dumps(event_to_dict(event), default=str) + "\n")
+                out.write(teller.line(event))
             out.flush()
 
 

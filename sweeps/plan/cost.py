@@ -255,27 +255,23 @@ class CostModel:
             evals: its evaluations.
             first: it is the first of its model in its process.
         """
-        forms = {EVALUATORS[spec.kind].packed for spec in evals}
-        quantize = sum(self._quantize(cell, packed=packed) for packed in sorted(forms))
+        evals, forms = tuple(evals), {EVALUATORS[spec.kind].packed for spec in evals}
+        # Of a plan's cells most differ in nothing that counts here.
+        key = (cell.model.label, evals, first, (cell.quant_label, cell.quant.bits) if True in forms else None)
+        if key not in self._predicted:
+            self._predicted[key] = self._evaluating(cell, evals, first=first)
+        return self._predicted[key] + sum(self._quantize(cell, packed=packed) for packed in sorted(forms))
+
+    def _evaluating(self, cell: Cell, evals: Sequence[EvalSpec], *, first: bool) -> float:
         brought = {kind for spec in evals for kind in EVALUATORS[spec.kind].brings}
-        return (
-            quantize
-            + len(evals) * self._pass_between(cell.model)
-            + sum(
-                self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
-                for spec in evals
-            )
+        return len(evals) * self._pass_between(cell.model) + sum(
+            self._evaluate(Measurement(cell=cell, eval=spec), evals if spec.kind in brought else (), first=first)
+            for spec in evals
         )
 
     def _pass_between(self, model: ModelRef) -> float:
         """Predict what passes beside a measurement; 0 where that is unknown: then it is part of what is counted."""
-        if not self.between.later.params:
-            return 0.0
-        of = _between(model.label, _params(model))
-        key = (of.model, *_BETWEEN)
-        if key not in self._predicted:
-            self._predicted[key] = self.between.predict(of)
-        return self._predicted[key]
+        return self.between.predict(_between(model.label, _params(model))) if self.between.later.params else 0.0
 
     def seconds(self, measurement: Measurement) -> float:
         """Predict a measurement by itself."""
@@ -287,16 +283,20 @@ class CostModel:
         return self.loading.predict(of)
 
     def _quantize(self, cell: Cell, *, packed: bool) -> float:
-        if cell.quant.is_baseline:
+        quant = cell.quant
+        if quant.is_baseline:
             return 0.0
-        params = _params(cell.model)
-        method = cell.quant.method
-        dtype = cell.quant.axis_values().get("dtype")
-        like = _like_quant(cell.quant_label, method, dtype, cell.calibration is not None, packed)
+        params, calibrates = _params(cell.model), cell.calibration is not None
         tokens = calibrating_tokens(cell.calibration, context_of(cell.model)) if cell.calibration else 0
-        counted = self._counted_quantizing(params, method, tokens)
-        of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
-        return self.quantizing.predict(of)
+        like = _like_quant(cell.quant_label, quant.method, getattr(quant, "dtype", None), calibrates, packed)
+        # Cells whose quantization has no value of its own, as most that are left of a plan, differ in nothing else.
+        telling = self.quantizing.telling(cell.model.label, like)
+        key = (quant.method, cell.model.label, params, tokens, *telling)
+        if key not in self._predicted:
+            counted = self._counted_quantizing(params, quant.method, tokens)
+            of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
+            self._predicted[key] = self.quantizing.predict(of)
+        return self._predicted[key]
 
     def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
         """Count the seconds of quantizing: of a method that no installed package has, as of blockwise."""
@@ -310,23 +310,18 @@ class CostModel:
     def _evaluate(self, measurement: Measurement, due: Sequence[EvalSpec], *, first: bool) -> float:
         """Predict evaluating; what comes with another that is due costs nothing, unless its own part is known."""
         model, spec, quant = measurement.cell.model, measurement.eval, measurement.cell.quant
-        is_packed = EVALUATORS[spec.kind].packed
-        comes = bool(due) and _comes_with_another(spec, due)
-        # Of a plan's cells most differ in nothing that counts here.
-        key = (model.label, spec, comes, first, (measurement.cell.quant_label, quant.bits) if is_packed else None)
-        if key not in self._predicted:
-            is_wide = spec.compute_dtype == "float32"
-            if is_packed:
-                like = _like_packed(spec.name, spec.kind, measurement.cell.quant_label, quant.bits, is_wide)
-            else:
-                like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
-            tokens = tokens_of(measurement)
-            counted = self._counted(spec.kind, _params(model), tokens, quant.bits)
-            counted += self._noises(spec.kind, tokens, spec.limit)
-            of = ValueOf(model=model.label, params=_params(model), like=like, counted=counted)
-            is_free = comes and not self.evaluating.knows(model.label, like[0])
-            self._predicted[key] = 0.0 if is_free else self.evaluating.predict(of, first=first)
-        return self._predicted[key]
+        is_wide = spec.compute_dtype == "float32"
+        if EVALUATORS[spec.kind].packed:
+            like = _like_packed(spec.name, spec.kind, measurement.cell.quant_label, quant.bits, is_wide)
+        else:
+            like = _like_eval(spec.name, spec.kind, (spec.limit, spec.window, spec.num_fewshot), is_wide)
+        if due and _comes_with_another(spec, due) and not self.evaluating.knows(model.label, like[0]):
+            return 0.0
+        tokens = tokens_of(measurement)
+        counted = self._counted(spec.kind, _params(model), tokens, quant.bits)
+        counted += self._noises(spec.kind, tokens, spec.limit)
+        of = ValueOf(model=model.label, params=_params(model), like=like, counted=counted)
+        return self.evaluating.predict(of, first=first)
 
     def _counted(self, kind: str, params: int, tokens: int, bits: int) -> float:
         """Count the seconds of an evaluation: its operations, its steps, and what each measurement takes."""

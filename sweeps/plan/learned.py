@@ -217,6 +217,10 @@ class Part:
             return took * turns
         return took if first else min(took, of.counted * SPREAD)
 
+    def telling(self, model: str, like: Sequence[Like]) -> Sequence[Like]:
+        """Return the likenesses that tell what something takes which is no first: all, where none has its own value."""
+        return [of for of in like if (model, *of) in self.later.values] or like
+
     def knows(self, model: str, like: Like) -> bool:
         """Tell whether a value of the model's own is stored."""
         return (model, *like) in self.first.values or (model, *like) in self.later.values

@@ -163,8 +163,7 @@ class RunView(LiveView):
         return self._line().drawn(self.console.width, self._spinner)
 
     def _show(self) -> None:
-        now = time.monotonic()
-        if self._is_terminal or now - self._last_line <= LINE_SECONDS:
+        if self._is_terminal or (now := time.monotonic()) - self._last_line <= LINE_SECONDS:
             return
         self._last_line = now
         line = self._line()

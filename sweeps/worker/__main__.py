@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from sweeps.events import Event, event_to_dict
+from sweeps.events import Event, Teller
 from sweeps.plan.pack import Pack
 from sweeps.provenance import PROJECT, package_versions
 from sweeps.store.parts import Store
@@ -39,13 +39,13 @@ def main() -> None:
     stop = Stop()
     _handle_signals(stop, ignore_sigterm=settings.ignore_sigterm)
     events = os.fdopen(args.events, "w", buffering=1)
-    parent = os.getppid()
+    parent, teller = os.getppid(), Teller()
     _die_with_launcher()
 
     def emit(event: Event) -> None:
         if os.getppid() != parent:
             sys.exit("the launcher is gone: stopping")
-        events.write(json.dumps(event_to_dict(event), default=str) + "\n")
+        events.write(teller.line(event))
 
     # Parquet too: an out-of-memory failure is recorded without loading libraries.
     import pyarrow.parquet  # noqa: F401

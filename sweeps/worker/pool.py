@@ -27,6 +27,7 @@ from sweeps.errors import EXIT_IO, EXIT_LOAD, LoadError, PoolError, WriteError
 from sweeps.events import (
     Crashed,
     Event,
+    Listener,
     Measured,
     Measuring,
     OnEvent,
@@ -34,7 +35,6 @@ from sweeps.events import (
     Started,
     Stopped,
     Withheld,
-    event_from_dict,
 )
 from sweeps.files import open_log, require_directory
 from sweeps.plan.pack import Pack
@@ -70,7 +70,7 @@ class _Slot:
     log: Path
     process: subprocess.Popen[bytes] | None = None
     events: int | None = None
-    buffer: bytes = b""
+    listener: Listener = field(default_factory=Listener)
     pack: Pack | None = None
     models: set[ModelRef] = field(default_factory=set)
     measuring: str | None = None
@@ -221,7 +221,7 @@ class WorkerPool:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(write)
-        slot.events, slot.buffer, slot.said_anything, slot.told_to_stop = read, b"", False, False
+        slot.events, slot.listener, slot.said_anything, slot.told_to_stop = read, Listener(), False, False
         slot.oom_kills, slot.models = oom_kills() or 0, set()
         selector.register(read, selectors.EVENT_READ, slot)
 
@@ -260,10 +260,9 @@ class WorkerPool:
         if not data:
             self._died(slot, selector)
             return
-        *lines, slot.buffer = (slot.buffer + data).split(b"\n")
         slot.said_anything, self._silent_deaths = True, 0
-        for line in lines:
-            self._take_in(slot, event_from_dict(json.loads(line.decode())))
+        for event in slot.listener.events(data):
+            self._take_in(slot, event)
 
     def _take_in(self, slot: _Slot, event: Event) -> None:
         match event:
