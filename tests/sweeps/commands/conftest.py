@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import launch as command
 from sweeps.config import DEMO_DIR
+from tests.conftest import Launch
 
 MODEL = DEMO_DIR / "models" / "neox-xs"
 
@@ -46,13 +44,8 @@ Ask = Callable[..., Said]
 
 
 @pytest.fixture
-def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Ask]:
-    """The command in this process, in a directory with a user's files: faster than one process per message."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    # A command owns the logging of its process; other tests read it.
-    loggers = {logger: logger.level for logger in (logging.getLogger(), logging.getLogger("analysis"))}
-    handlers = logging.getLogger().handlers[:]
+def ask(tmp_path: Path, here: Launch) -> Ask:
+    """The command in this process, in a directory with a user's files."""
     (tmp_path / "table.csv").write_text("a,b\n")
     (tmp_path / "table.json").write_text("[]")
     (tmp_path / "file").write_text("")
@@ -65,15 +58,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     (tmp_path / "data" / "wikitext2_raw_test.jsonl").write_text('{"text": "some text"}\n')
 
     def run(*arguments: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["launch.py", *arguments])
-        try:
-            code = command._main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return Said(code, said.out, said.err)
+        said = here(*arguments)
+        return Said(said.returncode, said.stdout, said.stderr)
 
-    yield run
-    logging.getLogger().handlers[:] = handlers
-    for logger, level in loggers.items():
-        logger.setLevel(level)
+    return run
