@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import numpy as np
 import pandas as pd
 
 from analysis.cells import block_name, numbers
-from analysis.tables.choosing import CELL_AXES, PROVENANCE
+from analysis.tables.choosing import CELL_AXES, OF_CELLS, PROVENANCE
+from analysis.tables.observations import SIZES
 from kbit.axes import axes_of
 from kbit.data_types import DTYPES
 from kbit.spec import METHODS, axes
@@ -19,9 +20,27 @@ from kbit.specs.base import BASELINE_BITS
 PLACES: Final = tuple(dict.fromkeys((*CELL_AXES, *(p for p in PROVENANCE if p not in ("status", "eval_kind")))))
 """What rows and columns of a table can be."""
 BASELINE: Final = "16-bit"
+_SPARED: Final = (
+    *("label", "tokens_seen", "eval_kind", "device", "held", "commit", "dirty", "host", "launch", "seed"),
+)
+"""Columns that no table has unless they are asked for: reading a column takes a hundredth of a large pivot's time."""
 WHOLE: Final = "whole tensor"
 NONE: Final = ""
 """An axis that does not apply to a cell."""
+
+
+def columns_of_pivots(asked: Collection[str], *, sizes: bool) -> tuple[str, ...]:
+    """Return the columns of a long result table that a pivot, its choice of rows and its warnings are made of.
+
+    Args:
+        asked: axes and columns that are named. With one that there is not, it is all that there are: errors list them.
+        sizes: metrics are named, which may be sizes of cells.
+    """
+    known = dict.fromkeys((*OF_CELLS, *PROVENANCE, "key", "metrics", "stderr", "higher_is_better", *SIZES))
+    # Rows stand in the order of models' parameters.
+    spared = _SPARED if sizes else (*_SPARED, *(name for name in SIZES if name != "params"))
+    named = set(asked)
+    return tuple(name for name in known if name in named or name not in spared or not named <= known.keys())
 
 
 def is_baseline(cells: pd.DataFrame) -> pd.Series[bool]:

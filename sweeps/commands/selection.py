@@ -13,9 +13,10 @@ from rich.markup import escape
 from sweeps.errors import UserError
 from sweeps.launches.in_flight import InFlight
 from sweeps.options import Options
+from sweeps.results.frames import state_columns, state_frame
 from sweeps.results.inputs import read_inputs
 from sweeps.results.superseded import newest_launches
-from sweeps.results.table import States, load_results, load_states, load_tables, planned_there
+from sweeps.results.table import States, load_results, load_states, load_tables, planned_there, rows_of
 from sweeps.status import Runs
 from sweeps.study.cell import Measurement, axis_names
 from sweeps.study.choice import MORE, Candidate, Choice
@@ -23,6 +24,7 @@ from sweeps.study.manifest import Manifest
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
     from analysis.inputs import Inputs
 
@@ -44,6 +46,24 @@ def chosen_tables(options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
         UserError: nothing is chosen.
     """
     return _chosen(options, *load_tables([options.out], sweep=options.asked_sweep))
+
+
+def chosen_measurements(options: Options, columns: Collection[str]) -> pa.Table:
+    """Return the rows of the chosen cells' measurements, with some columns at least: of a large study half the memory.
+
+    Raises:
+        UserError: nothing is chosen.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    asked = _choosing() if options.choice else ()
+    needed = dict.fromkeys([*columns, *state_columns(asked)])
+    rows = rows_of(options.out, options.asked_sweep, list(needed))
+    if not options.choice:
+        return rows
+    chosen = chosen_rows(options, state_frame(rows, asked))
+    return rows.filter(pc.is_in(rows.column("key"), pa.array(chosen["key"].to_numpy(), pa.string())))
 
 
 def _chosen(options: Options, wide: pd.DataFrame, long: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.commands.selection import chosen_results, chosen_tables
+from sweeps.commands.selection import chosen_measurements, chosen_results, chosen_tables
 from sweeps.commands.writing import write_to
 from sweeps.errors import UserError
 from sweeps.options import Options
+from sweeps.results.frames import long_frame, metric_frame
 from sweeps.results.table import left_out
 
 if TYPE_CHECKING:
@@ -34,15 +35,25 @@ def table(options: Options, console: Console) -> int:
     if options.long:
         rows = _measured_with(options, chosen_results(options, long=True))
         return _write_rows(options, rows, rows, console)
+    if laid_out or options.to == _TERMINAL:
+        measured = chosen_measurements(options, _needed(options))
+        long = _measured_with(options, long_frame(measured))
+        _show_or_write(options, long, console)
+        _say_about(options, long, metric_frame(measured), console)
+        return 0
     wide, long = chosen_tables(options)
     long = _measured_with(options, long)
-    shown = laid_out or options.to in (None, _TERMINAL)
-    if shown:
+    if options.to is None:
         _show_or_write(options, long, console)
-    if laid_out or options.to == _TERMINAL:
-        _say_about(options, long, wide, console)
-        return 0
     return _write_rows(options, wide, long, console)
+
+
+def _needed(options: Options) -> tuple[str, ...]:
+    from analysis.mixtures import MIXED
+    from analysis.tables.axes import columns_of_pivots
+
+    chosen_by = [name for name in options.measured_with if name != MIXED]
+    return columns_of_pivots([*options.by, *(options.columns or ()), *chosen_by], sizes=bool(options.metrics))
 
 
 def _show_or_write(options: Options, long: pd.DataFrame, console: Console) -> None:

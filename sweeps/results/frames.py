@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -43,6 +44,18 @@ def wide_columns() -> tuple[str, ...]:
     """Return the columns of rows that ``wide_frame`` needs."""
     of_rows = ("measurement", "sweep", "eval", "status", "error_type", "finished", _SUM, _MOST)
     return tuple(dict.fromkeys((*cell_columns(), *of_rows, "metrics", "stderr", "higher_is_better", *_LAST)))
+
+
+def metric_frame(rows: pa.Table) -> pd.DataFrame:
+    """Return the columns of ``wide_frame`` for the metrics of each evaluation, alone.
+
+    Args:
+        rows: with key, eval, status, metrics, stderr and higher_is_better at least.
+    """
+    import pandas as pd
+
+    cells = _Cells.of(rows)
+    return pd.DataFrame(_metric_columns(rows, cells.number, cells.count, rows.column("status").to_pylist()))
 
 
 def state_columns(asked: Iterable[str]) -> tuple[str, ...]:
@@ -301,7 +314,13 @@ def _errors(rows: pa.Table, cell: NDArray[np.int64], count: int, statuses: Seque
 
 
 def _mappings(rows: pa.Table, name: str) -> list[dict[str, Any]]:
-    return [dict(pairs or ()) for pairs in rows.column(name).to_pylist()]
+    """Return a column of mappings; empty ones where it is null."""
+    column = rows.column(name).combine_chunks()
+    keys, values = column.keys.to_pylist(), column.items.to_pylist()
+    found = [dict(zip(keys[a:b], values[a:b], strict=True)) for a, b in pairwise(column.offsets.to_pylist())]
+    for index in np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist():
+        found[index] = {}
+    return found
 
 
 def _frame(rows: pa.Table) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sweeps.launches.in_flight import InFlight
 from sweeps.results.superseded import planned_now
-from sweeps.status import State
+from sweeps.status import FINAL, State
 from sweeps.store.rows import measurement_row, recorded_state, recorded_states
 from sweeps.store.schema import Row, arrow_schema
 from sweeps.study.cell import Measurement
@@ -38,7 +38,7 @@ def joined(manifests: Sequence[Manifest], read: Callable[[], pa.Table], flight: 
     at = _places([m.key for _, m in rows], stored)
     states = _states(manifests, rows, at, recorded_states(stored), flight)
     # What runs again shows nothing of its last run.
-    is_new = np.array([p < 0 or s is State.RUNNING for p, s in zip(at.tolist(), states, strict=True)], dtype=bool)
+    is_new = (at < 0) | np.array([s is State.RUNNING for s in states], dtype=bool)
     place = np.where(is_new, stored.num_rows + np.cumsum(is_new) - 1, at)
     if is_new.any():
         unmeasured = _unmeasured([m for (_, m), new in zip(rows, is_new, strict=True) if new], stored.schema)
@@ -51,10 +51,10 @@ def joined(manifests: Sequence[Manifest], read: Callable[[], pa.Table], flight: 
         arrays = [arrays.pop().take(order) for _ in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
     # Rows of before schema 4 lack the seed; the study knows.
-    columns: dict[str, list[Any]] = {
-        "status": [state.value for state in states],
-        "sweep": [study for study, _ in rows],
-        "calibration_seed": [m.cell.calibration_seed for _, m in rows],
+    columns: dict[str, Iterable[Any]] = {
+        "status": (state.value for state in states),
+        "sweep": (study for study, _ in rows),
+        "calibration_seed": (m.cell.calibration_seed for _, m in rows),
     }
     for name, values in columns.items():
         if name not in table.schema.names:
@@ -76,10 +76,12 @@ def _states(
     held = flight.held
     states = []
     for (_, measurement), place in zip(rows, places.tolist(), strict=True):
-        state = decided(None if place < 0 else known[place], measurement.key, flight)
-        if not state.is_final and measurement.key not in held:
-            now = planned_now(manifests) if now is None else now
-            state = state if measurement.key in now else State.SUPERSEDED
+        state = None if place < 0 else known[place]
+        if state not in FINAL:
+            state = decided(state, measurement.key, flight)
+            if measurement.key not in held:
+                now = planned_now(manifests) if now is None else now
+                state = state if measurement.key in now else State.SUPERSEDED
         states.append(state)
     return states
 

@@ -301,8 +301,10 @@ def current_rows(table: pa.Table, dropped: Collection[str]) -> NDArray[np.int64]
 
     counts = pc.invert(pc.is_in(table.column("row_id"), pa.array(sorted(dropped), pa.string())))
     rows = np.flatnonzero(counts.to_numpy())
-    codes = table.column("measurement").combine_chunks().dictionary_encode()
-    codes = codes.indices.to_numpy()[rows]
+    measurements = table.column("measurement").combine_chunks().dictionary_encode()
+    if len(measurements.dictionary) == len(rows) == table.num_rows:
+        return np.asarray(rows, dtype=np.int64)
+    codes = measurements.indices.to_numpy()[rows]
     is_final = pc.is_in(table.column("status"), pa.array([str(s) for s in FINAL])).to_numpy()[rows]
     finished = pc.fill_null(table.column("finished").cast(pa.int64()), 0).to_numpy()[rows]
     order = np.lexsort((rows, -finished, ~is_final, codes))

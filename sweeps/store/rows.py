@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from kbit.evaluation.spec import EvalResult
 from kbit.models.kv_cache import kv_values_per_token
 from kbit.models.limits import as_namespace, named_context
@@ -47,8 +49,12 @@ def recorded_state(row: Row) -> State:
 
 def recorded_states(stored: pa.Table) -> list[State]:
     """Return what stored rows (columns status, error_type) say of their measurements."""
-    statuses, errors = (stored.column(name).cast("string").to_pylist() for name in ("status", "error_type"))
-    return [State.OOM if e == OOM_ERROR else _STATES[s] for s, e in zip(statuses, errors, strict=True)]
+    import pyarrow.compute as pc
+
+    found = pc.dictionary_encode(stored.column("status").cast("string").combine_chunks())
+    states = np.array([_STATES[status] for status in found.dictionary.to_pylist()], dtype=object)[found.indices]
+    states[pc.fill_null(pc.equal(stored.column("error_type").cast("string"), OOM_ERROR), False).to_numpy()] = State.OOM
+    return list(states)
 
 
 def rows_digest(row_ids: Iterable[str]) -> str:

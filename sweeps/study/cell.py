@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Final, Self
@@ -192,6 +192,21 @@ class Measurement:
         # Of canonical_json({"cell", "eval", "key_version"}), of which all but the cell's key is the same for thousands.
         before, after = _around_cell(self.eval)
         return hashlib.sha256(f"{before}{self.cell.key}{after}".encode()).hexdigest()
+
+    @classmethod
+    def of_cells(cls, cells: Iterable[Cell], evals: Sequence[EvalSpec]) -> Iterator[Self]:
+        """Yield the measurements of cells by all of some evaluations, cell by cell, with their keys."""
+        around = [(spec, *_around_cell(spec)) for spec in evals]
+        set_ = object.__setattr__
+        for cell in cells:
+            of_cell = cell.key
+            for spec, before, after in around:
+                found = cls.__new__(cls)
+                set_(found, "cell", cell)
+                set_(found, "eval", spec)
+                # To look up what surrounds each cell's key, as ``key`` does, takes three times as long.
+                set_(found, "key", hashlib.sha256(f"{before}{of_cell}{after}".encode()).hexdigest())
+                yield found
 
 
 @cache

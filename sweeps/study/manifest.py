@@ -61,12 +61,11 @@ class Manifest:
     def _measurements(self) -> tuple[Measurement, ...]:
         """The same, made once, so that each key is computed once: commands go through them many times."""
         of_all = [spec for spec in self.evals if not EVALUATORS[spec.kind].baseline_only]
-        is_alike = len(of_all) == len(self.evals)
-        found = [
-            Measurement(cell=cell, eval=spec)
-            for cell in self.cells
-            for spec in (of_all if is_alike or not cell.quant.is_baseline else self.evals)
-        ]
+        if len(of_all) == len(self.evals):
+            found = list(Measurement.of_cells(self.cells, self.evals))
+        else:
+            by_cell = ((cell, self.evals if cell.quant.is_baseline else of_all) for cell in self.cells)
+            found = [m for cell, evals in by_cell for m in Measurement.of_cells([cell], evals)]
         return (*found, *dict.fromkeys(cell.first for cell in self.cells if cell.first is not None))
 
     @cached_property

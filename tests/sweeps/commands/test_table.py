@@ -11,6 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from analysis.tables import pivot
+from analysis.tables.showing import flat
 from sweeps import load_results
 from sweeps.commands.table import table
 from sweeps.config import register
@@ -47,6 +49,8 @@ def test_results_are_shown_by_what_is_asked(home: Path) -> None:
     best = results[results["status"] == "done"].sort_values(loss).iloc[0]
     first = ask("by=[label]", "columns=[model]", f"metrics=[{loss}]", "status=done", "top=1")
     assert f"{best[loss]:.3f}" in first
+    assert str(done["host"]) in ask("by=[model,host]")
+    assert f"{done['seconds']:.1f}" in ask("by=[model,label]", "metrics=[seconds]")
     assert "The first 1 of" in first
 
 
@@ -62,15 +66,17 @@ def test_what_is_shown_can_be_written(home: Path) -> None:
     for name in ("new/t.csv", "t.parquet", "t.md", "t.tex", "t.html"):
         assert name in ask("by=[model,label]", "columns=[]", "metrics=[loss]", f"to={name}")
     read = pd.read_csv("new/t.csv")
+    whole = pivot(load_results("results", long=True), by=["model", "label"], columns=[], metrics=["loss"])
+    pd.testing.assert_frame_equal(pd.read_parquet("t.parquet"), flat(whole), check_dtype=False)
     assert len(read) == len(pd.read_parquet("t.parquet")) == len(load_results("results"))
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["by=[modle]"], "by='modle' is not valid.*Did you mean model"),
+        (["by=[modle]"], "by='modle' is not valid.*Did you mean model.*There are: .*, host,"),
         (["columns=[dtyp]"], "columns='dtyp' is not valid"),
-        (["metrics=[los]"], "metrics='los' is not valid.*Did you mean loss"),
+        (["metrics=[los]"], "metrics='los' is not valid.*Did you mean loss.*There are: .*, seconds"),
         (["sort=x"], "sort='x' is not valid"),
         (["top=0"], "top=0 is not valid"),
         (["where={limt: 3}"], "'limt' is not an axis; Did you mean limit"),
