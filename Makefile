@@ -18,14 +18,16 @@ demo: $(VENV)/installed  ## the embedded study: real models, real text, a table 
 	$(BIN)/python launch.py
 
 # Those mostly wait for processes, so each runs in parallel with the others; what they print comes at the end. The others
-# run in two processes, a file in one.
+# run in two processes, a file in one; those that take long come first, so that neither waits long for the other's last file.
 BESIDE := tests/slurm tests/sweeps/commands/test_run.py
+FIRST := tests/sweeps tests/kbit
 test: $(VENV)/installed  ## the tests, but for the slow ones
 	@logs=$$(mktemp -d); status=0; waiting=; \
 	for group in $(BESIDE); do \
 	  $(BIN)/python -m pytest $$group -m 'not slow' >$$logs/$$(basename $$group) 2>&1 & waiting="$$waiting $$!"; \
 	done; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(BESIDE:%=--ignore %) -m 'not slow' || status=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FIRST) tests $(BESIDE:%=--ignore %) -m 'not slow' || \
+	  status=$$?; \
 	for process in $$waiting; do wait $$process || status=$$?; done; \
 	for log in $$logs/*; do echo "Tests of $${log##*/}:"; cat $$log; done; rm -rf $$logs; exit $$status
 

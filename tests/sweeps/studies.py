@@ -102,16 +102,24 @@ def store_study(
     return store
 
 
-def command(*arguments: str) -> int:
-    """The command in this process, with keys but without groups: what it says is on standard output and error."""
-    cfg = deepcopy(_composed())
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
-        OmegaConf.update(cfg, override.key_or_group, override.value())
-    return run_mode(cfg, arguments)
-
-
-@cache
-def _composed() -> DictConfig:
+def composed(*arguments: str) -> DictConfig:
+    """What Hydra composes of a command's arguments."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config")
+        return compose("config", list(arguments))
+
+
+_defaults = cache(composed)
+
+
+def configured(*arguments: str) -> DictConfig:
+    """The same of values of keys, of no groups: in a fiftieth of the time."""
+    config = deepcopy(_defaults())
+    for override in OverridesParser.create().parse_overrides(list(arguments)):
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return config
+
+
+def command(*arguments: str) -> int:
+    """The command in this process, with keys but without groups: what it says is on standard output and error."""
+    return run_mode(configured(*arguments), arguments)

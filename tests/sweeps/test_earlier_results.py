@@ -203,8 +203,8 @@ def test_the_outcome_of_every_sample_is_read(earlier: Path) -> None:
         assert {len(values) for values in outcomes.values()} == {row["n_samples"]}
 
 
-def test_status_counts_cells_without_asking_a_scheduler(earlier: Path, launch: Launch) -> None:
-    done = launch("mode=status")
+def test_status_counts_cells_without_asking_a_scheduler(earlier: Path, here: Launch) -> None:
+    done = here("mode=status")
     said = succeeded(done)
     assert counts(done.stdout) == {
         sweep: {**states, "all": sum(states.values())} for sweep, states in CELLS_OF_STUDIES.items()
@@ -214,56 +214,56 @@ def test_status_counts_cells_without_asking_a_scheduler(earlier: Path, launch: L
     assert "1 failed with DataChangedError" in said
 
 
-def test_logs_show_a_failure_and_jobs_that_never_began(earlier: Path, launch: Launch) -> None:
-    said = succeeded(launch("mode=logs"))
+def test_logs_show_a_failure_and_jobs_that_never_began(earlier: Path, here: Launch) -> None:
+    said = succeeded(here("mode=logs"))
     assert "jargon.jsonl changed since the study was launched" in said
     assert "that never began: 1 cancelled" in said
 
 
-def test_a_plan_of_what_is_finished_has_nothing_to_do(earlier: Path, launch: Launch) -> None:
-    said = succeeded(launch(*SETTINGS, *HERE, *LOCAL_DONE, "mode=plan"))
+def test_a_plan_of_what_is_finished_has_nothing_to_do(earlier: Path, here: Launch) -> None:
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE, "mode=plan"))
     assert " to do 0 done 20 diverged 1 excluded 5 " in said
-    said = succeeded(launch(*SETTINGS, *ON_SLURM, *SLURM_DONE, "mode=plan"))
+    said = succeeded(here(*SETTINGS, *ON_SLURM, *SLURM_DONE, "mode=plan"))
     assert " to do 0 done 12 excluded 3 " in said
     assert " jobs 0 of 10 min" in said
 
 
-def test_a_finished_study_has_nothing_to_do(earlier: Path, launch: Launch) -> None:
+def test_a_finished_study_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(launch(*SETTINGS, *HERE, *LOCAL_DONE))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE))
     assert "local_done: nothing to do. 20 done, 1 diverged." in said
     assert added(earlier, before) == []
 
 
-def test_a_study_that_slurm_finished_has_nothing_to_do(earlier: Path, launch: Launch) -> None:
+def test_a_study_that_slurm_finished_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(launch(*SETTINGS, *HERE, *SLURM_DONE))
+    said = succeeded(here(*SETTINGS, *HERE, *SLURM_DONE))
     assert "slurm_done: nothing to do. 12 done." in said
     assert added(earlier, before) == []
 
 
-def test_a_study_that_was_killed_goes_on_with_what_was_lost_or_dropped(earlier: Path, launch: Launch) -> None:
+def test_a_study_that_was_killed_goes_on_with_what_was_lost_or_dropped(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(launch(*SETTINGS, *HERE, *LOCAL_PART))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_PART))
     assert "local_part: 4 cells, 10 measurements in " in said
     assert added(earlier, before) == not_done("local_part")
     assert set(load_results(earlier, sweep="local_part")["status"]) == {"done"}
 
 
-def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, launch: Launch) -> None:
+def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(launch(*SETTINGS, *HERE, *SLURM_PART, "report=false"))
+    said = succeeded(here(*SETTINGS, *HERE, *SLURM_PART, "report=false"))
     assert "slurm_part: 2 cells, 3 measurements in 1 packs" in said
     assert added(earlier, before) == not_done("slurm_part")
     assert set(load_results(earlier, sweep="slurm_part")["status"]) == {"done"}
 
 
-def test_a_failed_measurement_runs_again_when_that_is_asked_for(earlier: Path, launch: Launch) -> None:
+def test_a_failed_measurement_runs_again_when_that_is_asked_for(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    again = launch(*SETTINGS, *HERE, *LOCAL_WRONG, "report=false")
+    again = here(*SETTINGS, *HERE, *LOCAL_WRONG, "report=false")
     assert again.returncode == 1, again.stdout + again.stderr
     assert "local_wrong: nothing to do." in again.stdout
     assert added(earlier, before) == []
-    succeeded(launch(*SETTINGS, *HERE, *LOCAL_WRONG, "retry=[failed]", "report=false"))
+    succeeded(here(*SETTINGS, *HERE, *LOCAL_WRONG, "retry=[failed]", "report=false"))
     assert added(earlier, before) == not_done("local_wrong")
     assert set(load_results(earlier, sweep="local_wrong")["status"]) == {"done"}

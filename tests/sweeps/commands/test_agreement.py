@@ -10,13 +10,13 @@ from sweeps import load_results, load_samples
 from tests.conftest import Launch
 
 
-def test_a_study_has_the_columns_and_a_finished_one_measures_agreement_alone(tmp_path: Path, launch: Launch) -> None:
+def test_a_study_has_the_columns_and_a_finished_one_measures_agreement_alone(tmp_path: Path, here: Launch) -> None:
     small = ["sweep.sizes=[neox-xs]", "eval.tasks=[]", "eval.tokens=2048", "out=r"]
     small += ["sweep.quant=[{bits: 16}, {bits: [3, 4], dtype: [int, float], exponent_bits: 2}]"]
     kinds = "eval.kinds={agreement: [jargon]}"
-    before = launch(*small, "report=false")
+    before = here(*small, "report=false")
     assert before.returncode == 0, before.stderr
-    done = launch(*small, kinds)
+    done = here(*small, kinds, "report=false")
     assert done.returncode == 0, done.stdout + done.stderr
     long = load_results(tmp_path / "r", long=True)
     assert len(long) == 10
@@ -41,5 +41,5 @@ def test_a_study_has_the_columns_and_a_finished_one_measures_agreement_alone(tmp
     found = compare(*(samples[cells.loc[dtype, "measurement"]] for dtype in ("int", "float")), "kl")
     by_dtype = wide[wide["bits"] == 4].set_index("dtype")["jargon_agreement_kl"]
     assert abs(found.difference - (by_dtype["int"] - by_dtype["float"])) < 1e-6
-    again = launch(*small, kinds, "mode=plan")
+    again = here(*small, kinds, "mode=plan")
     assert "to do  0" in " ".join(again.stdout.split("\n")), again.stdout

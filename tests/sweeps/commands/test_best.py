@@ -9,19 +9,19 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from kbit.evaluation.spec import EvalSpec
 from kbit.spec import QuantSpec
 from sweeps import load_results
 from sweeps.commands.best import best, size
-from sweeps.config import DEMO_DIR, register
+from sweeps.config import DEMO_DIR
 from sweeps.errors import UserError
 from sweeps.options import Options
 from sweeps.store.rows import Origin, run_row
 from sweeps.study.cell import Cell, Measurement, ModelRef
 from tests import ROOT
+from tests.sweeps.studies import composed
 
 
 @pytest.fixture
@@ -41,10 +41,8 @@ def here(home: Path) -> Path:
 
 
 def ask(*overrides: str) -> tuple[int, str]:
-    register()
     given = ["mode=best", *overrides]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        options = Options.from_config(compose("config", given), given)
+    options = Options.from_config(composed(*given), given)
     console = Console(width=200, record=True, file=StringIO())
     return best(options, console), console.export_text()
 

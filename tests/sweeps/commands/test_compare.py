@@ -4,46 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 
 from analysis.__main__ import main
 from analysis.significance import bootstrap, compare_loss, compare_mean_loss
 from analysis.significance.comparing import compare_cells, pair_cells, wanted_for
 from sweeps import load_results, load_samples
-from sweeps.commands import run_mode
-from sweeps.config import register
-from tests.conftest import ROOT
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Run a mode in this process: nothing here needs one of its own."""
-    register()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> Said:
-        code = run_mode(compose("config", [*arguments]), arguments)
-        return Said(code, *capsys.readouterr())
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield run
+from tests.conftest import Launch
 
 
 def cell(df: pd.DataFrame, bits: int, dtype: str) -> pd.Series:
@@ -57,27 +28,27 @@ def outcomes(out: Path, keys: list[str]) -> list[dict]:
     return [samples[wanted[key]] for key in keys]
 
 
-def test_two_cells_are_compared_on_their_samples(finished: Path, command: Command) -> None:
+def test_two_cells_are_compared_on_their_samples(finished: Path, here: Launch) -> None:
     df = load_results(finished)
     a, b = cell(df, 3, "int"), cell(df, 6, "float")
-    result = command(f"out={finished}", "mode=compare", f"a={a['key'][:12]}", f"b={b['key'][:12]}")
-    assert result.code == 0, result.err
+    result = here(f"out={finished}", "mode=compare", f"a={a['key'][:12]}", f"b={b['key'][:12]}")
+    assert result.returncode == 0, result.stderr
     found = bootstrap(*outcomes(finished, [a["key"], b["key"]]), "loss")
-    assert f"a  neox-xs {a['label']}" in result.out
-    assert f"{found.difference:+.4f} ({found.low:+.4f} to {found.high:+.4f})" in result.out
-    assert f"{found.n} windows" in result.out
-    assert "b is better" in result.out
+    assert f"a  neox-xs {a['label']}" in result.stdout
+    assert f"{found.difference:+.4f} ({found.low:+.4f} to {found.high:+.4f})" in result.stdout
+    assert f"{found.n} windows" in result.stdout
+    assert "b is better" in result.stdout
 
 
-def test_two_sets_are_paired_in_all_that_they_do_not_name(finished: Path, command: Command, tmp_path: Path) -> None:
+def test_two_sets_are_paired_in_all_that_they_do_not_name(finished: Path, here: Launch, tmp_path: Path) -> None:
     sides = ["a={dtype: int}", "b={dtype: float}", "where={bits: [3, 4]}"]
-    assert command(f"out={finished}", "mode=compare", *sides, "to=c.csv").code == 0
+    assert here(f"out={finished}", "mode=compare", *sides, "to=c.csv").returncode == 0
     table = pd.read_csv(tmp_path / "c.csv").iloc[0]
     # What both sides name alike tells them not apart: 3 bits go with 3, and 4 with 4.
     both = ["a={dtype: int, bits: [3, 4]}", "b={dtype: float, bits: [3, 4]}"]
-    said = command(f"out={finished}", "mode=compare", *both)
-    assert f"{table['difference']:+.4f} (" in said.out
-    assert "a  {dtype: int, bits: [3,4]}: 2 cells" in said.out
+    said = here(f"out={finished}", "mode=compare", *both)
+    assert f"{table['difference']:+.4f} (" in said.stdout
+    assert "a  {dtype: int, bits: [3,4]}: 2 cells" in said.stdout
     df = load_results(finished)
     keys = [cell(df, bits, dtype)["key"] for bits in (3, 4) for dtype in ("int", "float")]
     samples = outcomes(finished, keys)
@@ -101,12 +72,12 @@ def test_two_sets_are_paired_in_all_that_they_do_not_name(finished: Path, comman
     ],
 )
 def test_what_can_not_be_compared_is_refused_by_name(
-    given: list[str], expected: list[str], finished: Path, command: Command
+    given: list[str], expected: list[str], finished: Path, here: Launch
 ) -> None:
-    result = command(f"out={finished}", "mode=compare", *given)
-    assert result.code == 2
-    assert all(text in result.err for text in expected), result.err
-    assert (result.out, result.err.count("error:")) == ("", 1)
+    result = here(f"out={finished}", "mode=compare", *given)
+    assert result.returncode == 2
+    assert all(text in result.stderr for text in expected), result.stderr
+    assert (result.stdout, result.stderr.count("error:")) == ("", 1)
 
 
 def test_a_against_a_finds_nothing_in_real_samples(finished: Path) -> None:
@@ -130,15 +101,15 @@ def test_a_against_a_finds_nothing_in_real_samples(finished: Path) -> None:
 
 
 def test_findings_say_each_claims_verdict_and_are_written_as_json(
-    finished: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, here: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = command(f"out={finished}", "mode=findings", "margins={loss: 0.02}")
-    assert result.code == 0, result.err
-    assert "claims of the paper" in result.out
-    assert "less than 0.02 nats or 0.5 points is no effect" in result.out
-    assert "a family needs two sizes or more" in result.out
-    written = command(f"out={finished}", "mode=findings", "where={bits: [3, 16]}", "to=f/findings.json")
-    assert written.code == 0, written.err
+    result = here(f"out={finished}", "mode=findings", "margins={loss: 0.02}")
+    assert result.returncode == 0, result.stderr
+    assert "claims of the paper" in result.stdout
+    assert "less than 0.02 nats or 0.5 points is no effect" in result.stdout
+    assert "a family needs two sizes or more" in result.stdout
+    written = here(f"out={finished}", "mode=findings", "where={bits: [3, 16]}", "to=f/findings.json")
+    assert written.returncode == 0, written.stderr
     given = json.loads((tmp_path / "f" / "findings.json").read_text())
     assert {f["verdict"] for f in given["findings"]} <= {"holds", "fails", "can't tell"}
     assert given["margins"] == {"loss": 0.01, "points": 0.5}
@@ -151,34 +122,32 @@ def test_findings_say_each_claims_verdict_and_are_written_as_json(
     assert pd.read_csv(tmp_path / "d.csv")["verdict"].iloc[0] in ("a is better", "b is better", "alike", "can't tell")
     assert main(["compare", str(finished), "--a", "bits=33", "--b", "bits=3"]) == 2
     assert "--a chooses 0 cells" in capsys.readouterr().out
-    refused = command(f"out={finished}", "mode=findings", "to=f.html")
-    assert refused.code == 2
-    assert "ends in .json" in refused.err
+    refused = here(f"out={finished}", "mode=findings", "to=f.html")
+    assert refused.returncode == 2
+    assert "ends in .json" in refused.stderr
 
 
-def test_directories_without_results_have_a_message(command: Command, tmp_path: Path) -> None:
+def test_directories_without_results_have_a_message(here: Launch, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for mode in (["mode=findings"], ["mode=compare", "a={bits: 3}", "b={bits: 4}"]):
-        result = command("out=empty", *mode)
-        assert result.code == 2
-        assert "holds no study" in result.err
-        assert "Traceback" not in result.err
+        result = here("out=empty", *mode)
+        assert result.returncode == 2
+        assert "holds no study" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
-def test_a_study_of_which_nothing_is_measured_has_a_message(small: Path, command: Command) -> None:
-    assert command(f"out={small}", "mode=drop", "status=done", "yes=true").code == 0
-    assert "nothing to judge" in command(f"out={small}", "mode=findings").out
-    said = command(f"out={small}", "mode=compare", "a={bits: 3}", "b={bits: 4}")
-    assert said.code == 2
-    assert "has a partner" in said.err
+def test_a_study_of_which_nothing_is_measured_has_a_message(small: Path, here: Launch) -> None:
+    assert here(f"out={small}", "mode=drop", "status=done", "yes=true").returncode == 0
+    assert "nothing to judge" in here(f"out={small}", "mode=findings").stdout
+    said = here(f"out={small}", "mode=compare", "a={bits: 3}", "b={bits: 4}")
+    assert said.returncode == 2
+    assert "has a partner" in said.stderr
 
 
-def test_a_report_of_chosen_cells_has_all_of_their_measurements(
-    finished: Path, command: Command, tmp_path: Path
-) -> None:
+def test_a_report_of_chosen_cells_has_all_of_their_measurements(finished: Path, here: Launch, tmp_path: Path) -> None:
     long = load_results(finished, long=True)
     kept = set(long.loc[long["status"] == "done", "key"])
-    code, _, error = command("mode=report", f"out={finished}", "status=[done]", f"to={tmp_path / 'r'}")
-    assert code == 0, error
+    result = here("mode=report", f"out={finished}", "status=[done]", f"to={tmp_path / 'r'}")
+    assert result.returncode == 0, result.stderr
     written = pd.read_csv(tmp_path / "r" / "tables" / f"{next((tmp_path / 'r' / 'tables').glob('*.csv')).name}")
     assert set(written["key"]) == kept

@@ -53,41 +53,41 @@ def test_without_a_yes_nothing_is_dropped(small: Path, answer: bytes) -> None:
     assert states(small) == {"done": 13}
 
 
-def test_a_yes_drops_and_undo_takes_the_last_drop_back(small: Path, launch: Launch) -> None:
+def test_a_yes_drops_and_undo_takes_the_last_drop_back(small: Path, here: Launch) -> None:
     code, said = at_a_terminal(small, "mode=drop", FLOATS, answer=b"y\n")
     assert (code, "Retired 4 measurements of 4 cells" in said) == (0, True), said
     assert states(small) == {"done": 9, "missing": 4}
-    assert launch(f"out={small}", "mode=drop", "where={bits: 16}", "yes=true").returncode == 0
+    assert here(f"out={small}", "mode=drop", "where={bits: 16}", "yes=true").returncode == 0
     assert states(small) == {"done": 8, "missing": 5}
     for done, of in ((9, "where={bits: 16}"), (13, FLOATS)):
-        back = launch(f"out={small}", "mode=drop", "undo=true")
+        back = here(f"out={small}", "mode=drop", "undo=true")
         assert f"Took the drop of {of} back" in back.stdout, back.stderr
         assert states(small)["done"] == done
-    none = launch(f"out={small}", "mode=drop", "undo=true")
+    none = here(f"out={small}", "mode=drop", "undo=true")
     assert none.returncode == 2
     assert "no drop" in none.stderr
 
 
-def test_where_nobody_can_answer_it_refuses_and_names_the_key(small: Path, launch: Launch) -> None:
-    refused = launch(f"out={small}", "mode=drop", FLOATS)
+def test_where_nobody_can_answer_it_refuses_and_names_the_key(small: Path, here: Launch) -> None:
+    refused = here(f"out={small}", "mode=drop", FLOATS)
     assert refused.returncode == 2
     assert "yes=true" in refused.stderr
     assert "4 measurements of 4 cells" in refused.stderr
     assert states(small) == {"done": 13}
 
 
-def test_results_that_can_not_be_written_are_refused_before_anybody_is_asked(small: Path, launch: Launch) -> None:
+def test_results_that_can_not_be_written_are_refused_before_anybody_is_asked(small: Path, here: Launch) -> None:
     with read_only(small):
-        dropped = launch(f"out={small}", "mode=drop", FLOATS)
-        undone = launch(f"out={small}", "mode=drop", "undo=true")
+        dropped = here(f"out={small}", "mode=drop", FLOATS)
+        undone = here(f"out={small}", "mode=drop", "undo=true")
     for refused in (dropped, undone):
         assert refused.returncode == 2
         assert "can't be written: Read-only file system" in refused.stderr
         assert "yes=true" not in refused.stderr
 
 
-def test_undo_is_of_a_whole_drop(small: Path, launch: Launch) -> None:
-    refused = launch(f"out={small}", "mode=drop", "undo=true", FLOATS)
+def test_undo_is_of_a_whole_drop(small: Path, here: Launch) -> None:
+    refused = here(f"out={small}", "mode=drop", "undo=true", FLOATS)
     assert refused.returncode == 2
     assert FLOATS in refused.stderr
 

@@ -32,9 +32,9 @@ def paths(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_experts_are_quantized_and_what_has_no_order_is_left_out(
-    paths: dict[str, Path], launch: Launch, tmp_path: Path
+    paths: dict[str, Path], here: Launch, tmp_path: Path
 ) -> None:
-    ran = launch(f"path=[{paths['mixtral']},{paths['phi3']}]", *SETTINGS)
+    ran = here(f"path=[{paths['mixtral']},{paths['phi3']}]", *SETTINGS, "report=false")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     results = load_results(tmp_path / "results")
     assert set(results["status"]) <= {"done", "diverged"}
@@ -60,16 +60,16 @@ def test_experts_are_quantized_and_what_has_no_order_is_left_out(
     (manifest.parent / "earlier.json").write_text(json.dumps(earlier))
     assert {c.model.reading for m in load_manifests(tmp_path / "results") for c in m.cells} == {1, 2}
     assert set(load_results(tmp_path / "results")["key"]) == set(results["key"])
-    table = launch("mode=table")
+    table = here("mode=table")
     assert table.returncode == 0, table.stderr
     assert "4 cells of mixtral left out: its experts (3-D parameters) were left in 16 bits" in table.stdout
 
 
 def test_outliers_that_no_model_can_have_are_refused_before_anything_runs(
-    paths: dict[str, Path], launch: Launch, tmp_path: Path
+    paths: dict[str, Path], here: Launch, tmp_path: Path
 ) -> None:
     for mode in ("plan", "run"):
-        refused = launch(f"path={paths['phi3']}", f"mode={mode}", *SETTINGS)
+        refused = here(f"path={paths['phi3']}", f"mode={mode}", *SETTINGS)
         assert refused.returncode == 2
         assert "outlier_fraction=0.05 is not valid: 0, since phi3 has fused projections" in refused.stderr
     assert not list((tmp_path / "results").glob("**/*.rows"))

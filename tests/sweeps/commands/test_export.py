@@ -22,6 +22,7 @@ STUDY = (
         "executor.device=cpu",
         "executor.workers=1",
         "out=r",
+        "report=false",
     ),
     "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}, {method: ggml, recipe: Q4_K_M}, "
     "{method: gptq, bits: 3, dtype: int, blocksize: row}]",
@@ -30,9 +31,9 @@ STUDY = (
 
 
 @pytest.fixture
-def keys(tmp_path: Path, launch: Launch) -> dict[str, str]:
+def keys(tmp_path: Path, here: Launch) -> dict[str, str]:
     """Keys of the cells of a study that was run, by label."""
-    done = launch(*STUDY)
+    done = here(*STUDY)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = load_results(tmp_path / "r")
     return dict(zip(rows["label"], rows["key"], strict=True))

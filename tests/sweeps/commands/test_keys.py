@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
 
 from sweeps import load_results
-from sweeps.commands import run_mode
 from sweeps.commands.keys import CHOOSING, EVERY, OBEYED, check_keys
 from sweeps.commands.modes import MODES
-from sweeps.config import register, schema, unknown_keys
+from sweeps.config import schema, unknown_keys
 from sweeps.errors import UserError
 from tests.conftest import ROOT, Launch
 from tests.sweeps.commands.test_run import SMALL, all_row_ids
+from tests.sweeps.studies import composed, configured
 
 VALUES: Mapping[str, str] = {
     "retry": "[failed]",
@@ -58,26 +53,6 @@ VALUES: Mapping[str, str] = {
 IGNORED = [(mode, key) for key in VALUES for mode in MODES if mode not in OBEYED[key]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def composing() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield
-
-
-@cache
-def defaults() -> DictConfig:
-    return compose("config")
-
-
-def configured(*arguments: str) -> DictConfig:
-    """What Hydra composes with values of keys, of no groups: in a fiftieth of the time."""
-    config = deepcopy(defaults())
-    for override in OverridesParser.create().parse_overrides(list(arguments)):
-        OmegaConf.update(config, override.key_or_group, override.value())
-    return config
-
-
 def refused(mode: str, overrides: Sequence[str]) -> str:
     arguments = [f"mode={mode}", *overrides]
     with pytest.raises(UserError) as error:
@@ -87,7 +62,7 @@ def refused(mode: str, overrides: Sequence[str]) -> str:
 
 def test_values_are_put_in_as_hydra_puts_them() -> None:
     arguments = [f"{key}={value}" for key, value in VALUES.items()]
-    assert configured("mode=table", *arguments) == compose("config", ["mode=table", *arguments])
+    assert configured("mode=table", *arguments) == composed("mode=table", *arguments)
 
 
 def test_every_key_of_a_launch_is_in_the_table() -> None:
@@ -119,7 +94,7 @@ def test_a_key_that_a_mode_obeys_passes_and_so_does_one_that_asks_for_nothing(mo
 @pytest.mark.parametrize("mode", MODES)
 def test_a_studys_command_works_with_every_mode(mode: str) -> None:
     study = ["sweep=fig3_data_types", "path=/x", "executor=slurm", "executor.partition=gpu", "eval.limit=5", "out=r"]
-    check_keys(compose("config", [f"mode={mode}", *study]), study)
+    check_keys(composed(f"mode={mode}", *study), study)
 
 
 @pytest.mark.parametrize(
@@ -137,26 +112,24 @@ def test_a_studys_command_works_with_every_mode(mode: str) -> None:
     ],
 )
 def test_what_a_plus_adds_is_found_where_keys_are_fixed(added: str, unknown: str) -> None:
-    assert unknown_keys(compose("config", [added])) == [unknown]
+    assert unknown_keys(composed(added)) == [unknown]
 
 
 @pytest.mark.parametrize(
     "added", ["+eval.limit=5", "+eval.kinds={task: [a]}", "+where={bits: 3}", "++executor.extra={mail-type: END}"]
 )
 def test_free_names_and_known_keys_may_be_added(added: str) -> None:
-    assert unknown_keys(compose("config", [added])) == []
+    assert unknown_keys(composed(added)) == []
 
 
-def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(launch: Launch) -> None:
-    result = launch("+eval.limt=5", "mode=plan")
+def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(here: Launch) -> None:
+    result = here("+eval.limt=5", "mode=plan")
     assert result.returncode == 2
     assert "'eval.limt' is not a key. Did you mean eval.limit" in result.stderr
     assert result.stdout == ""
 
 
-def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
-    small: Path, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(small: Path, here: Launch, tmp_path: Path) -> None:
     modes = {
         "run",
         "plan",
@@ -177,47 +150,45 @@ def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
     study, where = [*SMALL, f"out={small}"], "where={bits: [3,4], dtype: int}"
     before = load_results(small)
     chosen = before[before["bits"].isin([3, 4]) & (before["dtype"] == "int")]
-    assert launch(*study, "mode=table", where, "to=t.csv").returncode == 0
+    assert here(*study, "mode=table", where, "to=t.csv").returncode == 0
     assert set(pd.read_csv(tmp_path / "t.csv")["key"]) == set(chosen["key"])
-    assert "2 of 2 cells measured" in launch(*study, "mode=report", where, "to=report").stdout
-    best = launch(*study, "mode=best", where, "memory=2GB").stdout
+    assert "2 of 2 cells measured" in here(*study, "mode=report", where, "to=report").stdout
+    best = here(*study, "mode=best", where, "memory=2GB").stdout
     assert "Best for 2.00 GB: neox-xs int" in best
     assert "float" not in best
-    assert "chooses 2 cells, and one" in launch(*study, "mode=export", where, "format=gguf", "to=x.gguf").stderr
-    assert "No failed measurement among those chosen (2 done)" in launch(*study, "mode=logs", where).stdout
-    assert re.search(r"demo +2 +2\n", launch(*study, "mode=status", where).stdout)
-    assert "to do  0" in launch(*study, "mode=plan", where).stdout
-    assert run_mode(configured("mode=audit", f"out={small}", where), []) == 0
-    assert capsys.readouterr().out.startswith("2 of 2 planned measurements there once")
-    assert run_mode(configured("mode=keep", f"out={small}", where, f"to={tmp_path}/k.parquet"), []) == 0
-    assert capsys.readouterr().out.startswith("2 measurements, ")
-    assert "Retired 2 measurement" in launch(*study, "mode=drop", where, "yes=true").stdout
-    again = launch(*study, "mode=drop", where, "yes=true")
+    assert "chooses 2 cells, and one" in here(*study, "mode=export", where, "format=gguf", "to=x.gguf").stderr
+    assert "No failed measurement among those chosen (2 done)" in here(*study, "mode=logs", where).stdout
+    assert re.search(r"demo +2 +2\n", here(*study, "mode=status", where).stdout)
+    assert "to do  0" in here(*study, "mode=plan", where).stdout
+    assert here(*study, "mode=audit", where).stdout.startswith("2 of 2 planned measurements there once")
+    assert here(*study, "mode=keep", where, "to=k.parquet").stdout.startswith("2 measurements, ")
+    assert "Retired 2 measurement" in here(*study, "mode=drop", where, "yes=true").stdout
+    again = here(*study, "mode=drop", where, "yes=true")
     assert again.returncode == 2
     assert "where={bits: [3,4], dtype: int} chooses 2 measurements, and none has a result" in again.stderr
     assert (
-        "Retired 4 measurement" in launch(*study, "mode=drop", "where={dtype: float}", "status=done", "yes=true").stdout
+        "Retired 4 measurement" in here(*study, "mode=drop", "where={dtype: float}", "status=done", "yes=true").stdout
     )
     # 6 cells are to do now; a run of some leaves the others, and says so in the words of the plan.
-    plan = launch(*study, "mode=plan", "where={bits: 3}").stdout
+    plan = here(*study, "mode=plan", "where={bits: 3}").stdout
     assert "3 of 13, chosen by where={bits: 3}" in plan
     assert "to do  2" in plan
-    assert "to do  1" in launch(*study, "mode=plan", f"cell={chosen['key'].iloc[0]}", "status=missing").stdout
+    assert "to do  1" in here(*study, "mode=plan", f"cell={chosen['key'].iloc[0]}", "status=missing").stdout
     stored = set(all_row_ids(small).index)
-    ran = launch(*study, "where={bits: 3}")
+    ran = here(*study, "where={bits: 3}", "report=false")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "2 cells, 2 measurements" in ran.stdout
     assert len(set(all_row_ids(small).index) - stored) == 2
     states = load_results(small).groupby(["bits", "dtype"], dropna=False)["status"].first()
     assert states[3, "int"] == states[3, "float"] == "done"
     assert (states == "missing").sum() == 4
-    assert "nothing to do" in launch(*study, "where={bits: 3}").stdout
-    assert launch(*study, "status=missing").returncode == 0
+    assert "nothing to do" in here(*study, "where={bits: 3}", "report=false").stdout
+    assert here(*study, "status=missing", "report=false").returncode == 0
     assert set(load_results(small)["status"]) == {"done"}
 
 
-def test_failed_cells_that_are_chosen_need_retry_which_is_said(small: Path, launch: Launch) -> None:
-    result = launch(*SMALL, f"out={small}", "mode=plan", "status=failed")
+def test_failed_cells_that_are_chosen_need_retry_which_is_said(small: Path, here: Launch) -> None:
+    result = here(*SMALL, f"out={small}", "mode=plan", "status=failed")
     assert result.returncode == 2
     assert "status=failed matches no cell. States there: 13 done" in result.stderr
 
@@ -234,10 +205,8 @@ def test_failed_cells_that_are_chosen_need_retry_which_is_said(small: Path, laun
         ("status=oom", ["status=oom matches no cell", "13 done"]),
     ],
 )
-def test_a_choice_of_nothing_says_what_there_is(
-    given: str, expected: list[str], finished: Path, launch: Launch
-) -> None:
-    result = launch(*SMALL, f"out={finished}", "mode=logs", given)
+def test_a_choice_of_nothing_says_what_there_is(given: str, expected: list[str], finished: Path, here: Launch) -> None:
+    result = here(*SMALL, f"out={finished}", "mode=logs", given)
     assert result.returncode == 2
     for text in expected:
         assert text in result.stderr

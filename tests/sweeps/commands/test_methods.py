@@ -55,15 +55,15 @@ BITS = {
 the embedding at q4_0 or q5_0 and the head at q8_0 among them."""
 STUDY = (
     *("sweep.name=methods", "sweep.sizes=[neox-xs]", "eval.tokens=1024", "eval.tasks=[]", "executor.device=cpu"),
-    *("executor.workers=1", "out=r", *CALIBRATION),
+    *("executor.workers=1", "out=r", "report=false", *CALIBRATION),
 )
 
 
-def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, launch: Launch) -> None:
-    first = launch(*STUDY, f"sweep.quant=[{', '.join(BLOCKS[:-1])}]")
+def test_a_study_of_methods_runs_in_one_pack_and_is_done(tmp_path: Path, here: Launch) -> None:
+    first = here(*STUDY, f"sweep.quant=[{', '.join(BLOCKS[:-1])}]")
     assert first.returncode == 0, first.stdout + first.stderr
     whole = f"sweep.quant=[{', '.join(BLOCKS)}]"
-    done = launch(*STUDY, whole)
+    done = here(*STUDY, whole)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = load_results(tmp_path / "r").set_index("label")
     assert set(rows["status"]) == {"done"}

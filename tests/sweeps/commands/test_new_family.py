@@ -14,15 +14,15 @@ members:
 """
 
 
-def test_a_familys_file_adds_models_a_line_each(tmp_path: Path, launch: Launch) -> None:
+def test_a_familys_file_adds_models_a_line_each(tmp_path: Path, here: Launch) -> None:
     (tmp_path / "conf" / "model").mkdir(parents=True)
     (tmp_path / "conf" / "model" / "mine.yaml").write_text(FAMILY)
     quant = "sweep.quant=[{bits: [3, 4], dtype: int}]"
     args = ["--config-dir", str(tmp_path / "conf"), "mode=plan", "model=[mine]", quant]
-    planned = launch(*args)
+    planned = here(*args)
     assert planned.returncode == 0, planned.stderr
     assert "models  2" in planned.stdout
     assert "cells  4" in planned.stdout
-    one = launch(*args, "sweep.sizes=[mine-large]")
+    one = here(*args, "sweep.sizes=[mine-large]")
     assert one.returncode == 0, one.stderr
     assert "models  1" in one.stdout

@@ -15,13 +15,13 @@ import pytest
 from tests import ROOT
 
 THIRDS = '''
-import torch
-
 from kbit.data_types import DataType
 
 
 def values(spec):
     """2^k evenly spaced values: thirds, sevenths, ...; none of them 0."""
+    import torch  # late: planning loads no torch
+
     count = 2**spec.bits
     return torch.tensor([2 * i / (count - 1) - 1 for i in range(count)], dtype=torch.float32)
 

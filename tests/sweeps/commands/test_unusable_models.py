@@ -33,14 +33,14 @@ CASES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 @pytest.mark.parametrize("mode", ["plan", "run"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_that_cannot_be_measured_is_refused_before_anything_runs(
-    case: str, mode: str, launch: Launch, tmp_path: Path
+    case: str, mode: str, here: Launch, tmp_path: Path
 ) -> None:
     config, tensor, expected = CASES[case]
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     save_file({tensor: np.ones((2, 2), np.float32)}, directory / "model.safetensors")
-    result = launch(f"mode={mode}", f"path={directory}")
+    result = here(f"mode={mode}", f"path={directory}")
     assert result.returncode == 2, result.stdout + result.stderr
     assert f"path='{directory}' is not a usable model" in result.stderr
     assert all(text in result.stderr for text in expected), result.stderr

@@ -32,7 +32,7 @@ from sweeps.study.resolve import build_study
 from tests.conftest import Launch
 from tests.sweeps.plan.known_costs import cost_of, row
 from tests.sweeps.plan.test_order import MANIFEST
-from tests.sweeps.study.test_configurations import composed
+from tests.sweeps.studies import composed
 from tests.sweeps.worker.test_worker import pack_of
 
 A, B, C = (
@@ -48,8 +48,8 @@ DEMO_GPU_SECONDS = 52.0
 """What README says of the demo on two cores of a server, and on one H100."""
 
 
-def test_the_first_prediction_of_the_demo_is_right_within_a_factor_of_two(launch: Launch) -> None:
-    said = launch("mode=plan", "executor.device=cpu", "executor.workers=2").stdout
+def test_the_first_prediction_of_the_demo_is_right_within_a_factor_of_two(here: Launch) -> None:
+    said = here("mode=plan", "executor.device=cpu", "executor.workers=2").stdout
     match = re.search(r"wall time +(\d+) min predicted with 2 cpu", said)
     assert match is not None, said
     assert DEMO_SECONDS / 2 < float(match[1]) * 60 < DEMO_SECONDS * 2

@@ -22,7 +22,7 @@ from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
 from sweeps.text import hours
 from tests.conftest import Launch
-from tests.sweeps.study.test_configurations import composed
+from tests.sweeps.studies import composed
 
 HERE = ModelRef(family="neox", name="neox-m", path=str(DEMO_DIR / "models" / "neox-m"), weights_hash="0" * 64)
 FAR = ModelRef(family="opt", name="66b", params=65_717_907_456, hub_id="facebook/opt-66b", commit="unresolved:main")
@@ -164,13 +164,13 @@ def test_the_memory_of_jobs_is_given_or_known_by_the_type(keys: dict[str, object
         assert SlurmSettings.from_config(keys).shape(big, "cuda", 0, {}).gpus == 2
 
 
-def test_plan_shows_ways(launch: Launch) -> None:
+def test_plan_shows_ways(here: Launch) -> None:
     small = ["sweep.sizes=[neox-xs]", "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}]"]
-    said = launch("mode=plan", *small, "executor.device=cpu")
+    said = here("mode=plan", *small, "executor.device=cpu")
     assert said.returncode == 0, said.stderr
     assert re.search(r"how models run on .* of this machine's memory for each of \d+ worker", said.stdout)
     assert re.search(r"neox-xs +16 +whole +\d+ s +\S+ MB = \S+ MB weights", said.stdout)
-    on_slurm = launch("mode=plan", *small, "executor=slurm")
+    on_slurm = here("mode=plan", *small, "executor=slurm")
     assert "unknown, whole if it fits" in on_slurm.stdout
 
 

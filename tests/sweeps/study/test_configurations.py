@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 from kbit.calibration import Calibration
 from kbit.specs.base import ROW
-from sweeps import config
 from sweeps.errors import UserError
 from sweeps.options import Options
 from sweeps.store.rows import cell_row
@@ -25,6 +22,7 @@ from sweeps.study.cell import ModelRef
 from sweeps.study.evals import as_list, resolve_calibrations
 from sweeps.study.resolve import Resolver, build_study
 from tests import ROOT
+from tests.sweeps.studies import composed
 
 CONF = ROOT / "conf"
 STUDIES = sorted(p.stem for p in (CONF / "sweep").glob("*.yaml"))
@@ -83,12 +81,6 @@ BLOOM = {
     "7b1": (4096, 30, 32),
     "176b": (14336, 70, 112),
 }
-
-
-def composed(*overrides: str) -> DictConfig:
-    config.register()
-    with initialize_config_dir(str(CONF), version_base=None):
-        return compose("config", overrides=list(overrides))
 
 
 @cache
