@@ -33,20 +33,12 @@ Metadata = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A tensor that is to be written.
-
-    Attributes:
-        name: in the file.
-        format: of its values.
-        shape: rows first, as numpy has it.
-        data: gives its bytes when their turn comes.
-    """
+class _Tensor:
+    """A tensor's name in a file, the format of its values, and its shape: rows first, as numpy has it."""
 
     name: str
     format: Format
     shape: tuple[int, ...]
-    data: Callable[[], NDArray[Any]]
 
     @property
     def nbytes(self) -> int:
@@ -54,17 +46,17 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A tensor of a file: its format, its shape (rows first), and where its bytes begin in the file."""
+class Entry(_Tensor):
+    """A tensor that is to be written: ``data`` gives its bytes when their turn comes."""
 
-    name: str
-    format: Format
-    shape: tuple[int, ...]
+    data: Callable[[], NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(_Tensor):
+    """A tensor of a file, and where its bytes begin in the file."""
+
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape[:-1]) * self.format.row_bytes(self.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class StoredBlockFloat:
     """Codes and scales of one layer."""
 
     tensor: BlockFloatTensor
+    shares_codebook: bool = True
 
     @property
     def nbits(self) -> int:
@@ -29,10 +30,6 @@ class StoredBlockFloat:
     def codebook(self) -> Tensor:
         """The format's magnitudes, ascending."""
         return torch.tensor(self.tensor.spec.element.magnitudes(), dtype=torch.float32)
-
-    @property
-    def shares_codebook(self) -> bool:
-        return True
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, lambda working: dequantize_block_float(self.tensor, out=working))

@@ -20,14 +20,8 @@ class StoredElsewhere:
     """What files store of one layer: its bits."""
 
     nbits: int
-
-    @property
-    def codebook(self) -> None:
-        return None
-
-    @property
-    def shares_codebook(self) -> bool:
-        return True
+    codebook: None = None
+    shares_codebook: bool = True
 
     def put(self, layer: Layer) -> Undo:
         """Give the layer its own weight, which an earlier cell may have overwritten."""

@@ -44,19 +44,12 @@ class StoredRows:
     format: str
     rows: Tensor
     storage_dtype: torch.dtype
+    codebook: None = None  # codes are whole numbers
+    shares_codebook: bool = True
 
     @property
     def nbits(self) -> int:
         return 8 * self.rows.nbytes
-
-    @property
-    def codebook(self) -> None:
-        """The formats' codes are whole numbers."""
-        return None
-
-    @property
-    def shares_codebook(self) -> bool:
-        return True
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, self._fill)

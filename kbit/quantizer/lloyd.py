@@ -7,6 +7,7 @@ round then needs only the sums between the midpoints. Every device gives the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kbit.errors import SpecError
 from kbit.quantizer.absmax import load_absmax, stored_absmax
-from kbit.quantizer.blocks import Blocks
+from kbit.quantizer.blocks import Blocks, Piece
 from kbit.quantizer.sorted_values import SortedValues
 from kbit.quantizer.source import Source
 from kbit.spec import QuantSpec
@@ -93,9 +94,13 @@ def _rounds(scaled: SortedValues, values: Tensor, *, most: int) -> tuple[Tensor,
 
 def _scaled(source: Source, spec: QuantSpec) -> Tensor:
     """x / absmax of what is quantized: float32 [n], in no order."""
+    return torch.cat([values[taken] for _, values, taken in scaled_pieces(source, spec)])
+
+
+def scaled_pieces(source: Source, spec: QuantSpec) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """Yield each piece's x / absmax, float32, and where it is quantized: not in kept columns or in blocks of zeros."""
     blocks = Blocks.of(tuple(source.weight.shape), spec)
     absmax = load_absmax(stored_absmax(source, blocks, spec))
-    parts = []
     for piece in blocks.pieces(source.device, source.row):
         values = source[piece]
         taken = torch.ones_like(values)
@@ -103,5 +108,4 @@ def _scaled(source: Source, spec: QuantSpec) -> Tensor:
         if source.columns is not None and source.row is not None:
             taken.view(-1, source.row)[:, source.columns] = 0
         piece.divide_(values, absmax)
-        parts.append(values[taken != 0])
-    return torch.cat(parts)
+        yield piece, values, taken != 0

@@ -11,9 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kbit.quantizer.absmax import load_absmax, stored_absmax
-from kbit.quantizer.blocks import Blocks
-from kbit.quantizer.lloyd import LEAST_CHANGE, MOST_ROUNDS, as_codebook
+from kbit.quantizer.lloyd import LEAST_CHANGE, MOST_ROUNDS, as_codebook, scaled_pieces
 from kbit.quantizer.sorted_values import quantiles_of
 from kbit.quantizer.source import Source
 from kbit.quantizer.storage import columns_of, mean16, storage_dtype_of
@@ -63,20 +61,12 @@ def weighted_codebook(
 
 def _scaled(source: Source, spec: QuantSpec, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Return x / absmax of what is quantized, float32 [n], and the weight of each, float64 [n]."""
-    blocks = Blocks.of(tuple(source.weight.shape), spec)
-    absmax = load_absmax(stored_absmax(source, blocks, spec))
     columns = source.weight.shape[-1]
     parts, weights = [], []
-    for piece in blocks.pieces(source.device, source.row):
-        values = source[piece]
-        taken = torch.ones_like(values)
-        piece.multiply_(taken, absmax != 0)
-        if source.columns is not None and source.row is not None:
-            taken.view(-1, source.row)[:, source.columns] = 0
-        piece.divide_(values, absmax)
+    for piece, values, taken in scaled_pieces(source, spec):
         of_value = importance[torch.arange(piece.start, piece.stop, device=source.device) % columns]
-        parts.append(values[taken != 0])
-        weights.append(of_value[taken != 0])
+        parts.append(values[taken])
+        weights.append(of_value[taken])
     scaled = torch.cat(parts)
     parts.clear()
     return scaled, torch.cat(weights)

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def pair_of_users(cluster: Cluster, *, umask: int, mode: int) -> Iterator[Pair]:
         os.chown(home / "shared", first.pw_uid, first.pw_gid)
         (home / "shared").chmod(mode)
         pair = Pair(cluster=cluster, home=home, users=(first, second), python="", umask=umask)
-        pair = Pair(cluster=cluster, home=home, users=(first, second), python=_interpreter(pair), umask=umask)
+        pair = replace(pair, python=interpreter(partial(pair.run, second)))
         try:
             yield pair
         finally:
@@ -102,12 +103,13 @@ def pair_of_users(cluster: Cluster, *, umask: int, mode: int) -> Iterator[Pair]:
         shutil.rmtree(home)
 
 
-def _interpreter(pair: Pair) -> str:
+def interpreter(run: Callable[..., subprocess.CompletedProcess[str]]) -> str:
+    """An interpreter that another user may run, as ``run`` does: root's own often lies in root's home. Or skips."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     why = ""
     for found in (sys.executable, shutil.which(name, path="/usr/local/bin:/usr/bin")):
         try:
-            tried = pair.run(pair.users[1], found, "-c", f"import torch, yaml; open({str(ROOT / 'launch.py')!r})")
+            tried = run(found, "-c", f"import torch, yaml; open({str(ROOT / 'launch.py')!r})")
         except OSError as error:
             why = str(error)
             continue

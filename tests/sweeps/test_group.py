@@ -6,10 +6,10 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from sweeps.results.table import load_results
 from sweeps.store.parts import Store
 from sweeps.study.snapshot import snapshot_code
 from tests import ROOT
+from tests.slurm.users import interpreter
 from tests.sweeps.commands.test_run import SMALL
 
 GROUP, USERS = 54320, (54321, 54322)
@@ -109,20 +110,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def python(place: Path) -> str:
-    """An interpreter that other users may run: root's own often lies in root's home."""
-    code = f"import torch, yaml; open({str(ROOT / 'launch.py')!r})"
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    why = ""
-    for found in (sys.executable, shutil.which(name, path="/usr/local/bin:/usr/bin")):
-        try:
-            tried = as_user(USERS[1], found, "-c", code, cwd=place)
-        except OSError as error:
-            why = str(error)
-            continue
-        if not tried.returncode:
-            return str(found)
-        why = tried.stderr[-300:]
-    pytest.skip(f"other users can't run Python with {ROOT}: {why}")
+    return interpreter(partial(as_user, USERS[1], cwd=place))
 
 
 def test_two_users_work_in_one_directory_whatever_their_umask(place: Path, python: str) -> None:

@@ -14,7 +14,16 @@ from analysis.references import references
 from analysis.report import Places, build_report, report_of, write_report
 from analysis.report.encoding import key_column, log_column, name_column, number_column
 from analysis.report.page import page
-from tests.analysis.studies import Study
+from kbit.spec import QuantSpec
+from tests.analysis.studies import Study, make_study
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    """A third of the demo's cells: what each part of a report needs, and no more to draw and to judge."""
+    block = [QuantSpec(bits=bits, dtype=dtype) for bits in (3, 4, 5, 8) for dtype in ("int", "quantile")]
+    sizes = [QuantSpec(bits=4, dtype=dtype, blocksize=size) for dtype in ("int", "quantile") for size in (16, 1024)]
+    return make_study(specs=[QuantSpec(bits=16), *block, *sizes])
 
 
 def head_of(text: str) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,24 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit import QuantSpec, dequantize, quantize, quantize_model
-from kbit.data_types import named_dtypes
 from kbit.errors import SpecError, WeightError
 from kbit.quantizer.absmax import load_absmax
 from kbit.quantizer.packing import unpack
-from tests.kbit.quantizer.test_blockwise import SHAPES, STORAGE, blocks_by_hand, weights
+from tests.kbit.quantizer.test_blockwise import SHAPES, SPECS, STORAGE, blocks_by_hand, weights
 from tests.kbit.tiny_models import bits_of, identical, tiny
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-CLIPPED = st.builds(
-    QuantSpec,
-    bits=st.integers(2, 8),
-    dtype=st.sampled_from(named_dtypes()),
-    blocksize=st.none() | st.integers(1, 70) | st.sampled_from([64, 256]),
-    scheme=st.sampled_from(["block", "group"]),
-    absmax_dtype=st.sampled_from(["float16", "float32"]),
-    center=st.booleans(),
-    clip=st.just(True),
-)
+CLIPPED = SPECS.map(lambda spec: replace(spec, clip=True))
 
 
 def errors_by_hand(x: np.ndarray, values: np.ndarray, absmax_dtype: str) -> tuple[list[np.float32], list[float]]:
