@@ -73,30 +73,32 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [c for page in PAGES.values() for c in commands(page) if "mode=plan" in c])
-def test_commands_of_the_documents_plan(command: str, home: Path, launch: Launch) -> None:
+def test_commands_of_the_documents_plan(command: str, home: Path, here: Launch) -> None:
     arguments = shlex.split(command)
-    planned = launch(*(a.replace("/models", f"{home}/models").replace("=/data", f"={home}/data") for a in arguments))
+    planned = here(*(a.replace("/models", f"{home}/models").replace("=/data", f"={home}/data") for a in arguments))
     assert planned.returncode == 0, planned.stderr
     assert "to do" in planned.stdout
 
 
-def test_first_study_has_the_cells_that_its_page_says(home: Path, launch: Launch) -> None:
-    planned = launch("--config-dir", "my_conf", "sweep=my_first", "mode=plan")
+def test_first_study_has_the_cells_that_its_page_says(home: Path, here: Launch) -> None:
+    planned = here("--config-dir", "my_conf", "sweep=my_first", "mode=plan")
     said = re.search(r"The plan says (\d) models and (\d+) cells", PAGES["writing-a-study"])
     assert said is not None
     assert re.search(rf"models +{said[1]} *\n +cells +{said[2]} *\n", planned.stdout), planned.stdout
 
 
-def test_second_study_keeps_the_reason_of_what_it_leaves_out(home: Path, launch: Launch) -> None:
-    planned = launch("--config-dir", "my_conf", "sweep=my_second", "mode=plan")
+def test_second_study_keeps_the_reason_of_what_it_leaves_out(home: Path, here: Launch) -> None:
+    planned = here("--config-dir", "my_conf", "sweep=my_second", "mode=plan")
     assert planned.returncode == 0, planned.stderr
     assert "a quantile codebook of the whole tensor needs no blocks" in planned.stdout
 
 
-def test_python_of_the_documents_runs(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_documents_runs(tmp_path: Path, here: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = "[{bits: 16}, {bits: [3, 4, 5], dtype: [int, float, quantile], exponent_bits: 2, blocksize: 64}, "
     quant += "{bits: [3, 4], dtype: int, blocksize: [16, 256]}]"
-    ran = launch("sweep.sizes=[neox-xs,neox-s]", "eval.tasks=[]", "eval.tokens=2048", f"sweep.quant={quant}")
+    ran = here(
+        "sweep.sizes=[neox-xs,neox-s]", "eval.tasks=[]", "eval.tokens=2048", f"sweep.quant={quant}", "report=false"
+    )
     assert ran.returncode == 0, ran.stderr
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from tests.kbit.models.test_loading import write_tokenizer
 TEXT = "a b b a b a a a b c " * 40
 
 
-def test_a_model_with_a_vision_tower_goes_through_a_study(launch: Launch, tmp_path: Path) -> None:
+def test_a_model_with_a_vision_tower_goes_through_a_study(here: Launch, tmp_path: Path) -> None:
     directory = tmp_path / "mistral3-s"
     model = composite("mistral3", torch.bfloat16)
     model.save_pretrained(directory)
@@ -24,7 +24,7 @@ def test_a_model_with_a_vision_tower_goes_through_a_study(launch: Launch, tmp_pa
     text = tmp_path / "letters.txt"
     text.write_text(TEXT)
     quant = "sweep.quant=[{bits: 16}, {bits: 4, dtype: int, blocksize: 64}]"
-    result = launch(
+    result = here(
         f"path={directory}",
         quant,
         f"eval.perplexity=[{text}]",
@@ -32,6 +32,7 @@ def test_a_model_with_a_vision_tower_goes_through_a_study(launch: Launch, tmp_pa
         "eval.window=32",
         "eval.compute_dtype=float32",
         "executor.device=cpu",
+        "report=false",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = load_results(tmp_path / "results").set_index("bits")

@@ -38,7 +38,7 @@ def test_a_study_has_the_columns_of_packed_cells_and_of_the_baseline(tmp_path: P
         ("eval.kinds={latency: [jargonn]}", "eval.kinds.latency='jargonn' is neither a known text set"),
     ],
 )
-def test_what_cannot_be_timed_is_refused_before_anything_runs(argument: str, said: str, launch: Launch) -> None:
-    refused = launch("mode=plan", "sweep.sizes=[neox-xs]", GRID, *ALONE, argument)
+def test_what_cannot_be_timed_is_refused_before_anything_runs(argument: str, said: str, here: Launch) -> None:
+    refused = here("mode=plan", "sweep.sizes=[neox-xs]", GRID, *ALONE, argument)
     assert refused.returncode == 2
     assert said in refused.stderr

@@ -134,10 +134,10 @@ def test_no_entry_of_the_path_means_the_directory_that_a_job_starts_in(
 
 
 def test_a_plan_shows_the_scripts_and_writes_nothing(
-    launch: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    result = launch("mode=plan", "executor=slurm", "script=true", "executor.partition=gpu", "executor.preflight=false")
+    result = here("mode=plan", "executor=slurm", "script=true", "executor.partition=gpu", "executor.preflight=false")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("#!/bin/bash\n")
     for expected in ("#SBATCH --partition=gpu\n", "#SBATCH --array=0-2%3\n", "--launch LAUNCH --claim 1 --chunk 0"):
@@ -146,7 +146,7 @@ def test_a_plan_shows_the_scripts_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_only_slurm_has_scripts_to_show(launch: Command) -> None:
-    result = launch("mode=plan", "script=true")
+def test_only_slurm_has_scripts_to_show(here: Command) -> None:
+    result = here("mode=plan", "script=true")
     assert result.returncode == 2
     assert "executor=local sends no scripts; executor=slurm does" in result.stderr

@@ -66,10 +66,10 @@ def test_only_each_window_needs_it(tmp_path: Path) -> None:
         check_begins(models, [spec("none"), spec("each")])
 
 
-def test_a_plan_refuses_it_and_writes_nothing(tmp_path: Path, launch: Launch) -> None:
+def test_a_plan_refuses_it_and_writes_nothing(tmp_path: Path, here: Launch) -> None:
     directory = copy_of(tmp_path, bos_token=None)
     for mode in ("plan", "run"):
-        ended = launch(f"path={directory}", "eval.bos=each", f"mode={mode}", "sweep.sizes=[]")
+        ended = here(f"path={directory}", "eval.bos=each", f"mode={mode}", "sweep.sizes=[]")
         assert ended.returncode == 2
         assert "eval.bos=each is not valid with model:" in ended.stderr
     assert not (tmp_path / "results").exists()

@@ -152,8 +152,8 @@ def test_texts_of_the_hub_and_models_that_are_not_here_are_left_to_the_worker() 
     check_texts([REF], [EvalSpec(kind="task", name="piqa", dataset="x", compute_dtype="float32", limit=1)])
 
 
-def test_a_plan_and_a_run_refuse_a_text_that_is_too_short(launch: Launch) -> None:
+def test_a_plan_and_a_run_refuse_a_text_that_is_too_short(here: Launch) -> None:
     for mode in ("plan", "run"):
-        ended = launch(f"mode={mode}", "eval.tokens=100", "eval.tasks=[]")
+        ended = here(f"mode={mode}", "eval.tokens=100", "eval.tasks=[]")
         assert ended.returncode == 2
         assert "eval.tokens=100 is not valid with neox-xs: at least one window of 512 tokens" in ended.stderr

@@ -176,7 +176,7 @@ def test_a_study_measures_it_as_a_cell(quantized: Path, tmp_path: Path, ask: Ask
         refused = ask(*study, f"path={quantized}", f"sweep.quant=[{blocks}]", "mode=plan")
         assert refused.code == 2, refused.out
         assert said in " ".join(refused.error.split())
-    done = ask(*study, f"path=[{MODEL},{quantized}]", f"sweep.quant=[{{bits: 16}},{checkpoint}]")
+    done = ask(*study, f"path=[{MODEL},{quantized}]", f"sweep.quant=[{{bits: 16}},{checkpoint}]", "report=false")
     assert done.code == 0, done
     rows = load_results(tmp_path / "r").set_index(["model", "label"])
     stored, values, original = (
