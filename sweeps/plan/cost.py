@@ -175,7 +175,7 @@ class CostModel:
         self._predicted.clear()
         model, params, launch = str(row["model"]), get("params") or _DEFAULT_PARAMS, get("launch")
         pack, packed = (launch, get("pack")), EVALUATORS[kind].packed
-        of = self._of_eval(row, kind, model, params)
+        of = self._of_eval(row, kind, model, params, packed=packed)
         self.evaluating.add(of, seconds, pack=pack, first=self._is_first(row, model))
         # Shared by the rows of a cell, or a process: known by what it took, to the last bit.
         quantized, loaded = get("quantize_seconds") or 0.0, get("load_seconds") or 0.0
@@ -195,10 +195,10 @@ class CostModel:
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
             self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), loaded)
 
-    def _of_eval(self, row: Row, kind: str, model: str, params: int) -> ValueOf:
+    def _of_eval(self, row: Row, kind: str, model: str, params: int, *, packed: bool) -> ValueOf:
         """Return what the seconds of a row are of: alike for all cells of a model, unless they are held in k bits."""
         is_wide, bits, tokens = row.get("compute_dtype") == "float32", row.get("bits") or 0, row.get("n_tokens") or 0
-        if EVALUATORS[kind].packed:
+        if packed:
             like = _like_packed(row["eval"], kind, row.get("label"), bits, is_wide)
             return ValueOf(model=model, params=params, like=like, counted=self._counted(kind, params, tokens, bits))
         sizes = (row.get("limit"), row.get("window"), row.get("num_fewshot") or 0)

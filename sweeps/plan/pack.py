@@ -46,13 +46,14 @@ class Pack:
 
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON values, for a worker in another process."""
-        evals = list(dict.fromkeys(e for _, specs in self.items for e in specs))
+        evals = dict.fromkeys(e for _, specs in self.items for e in specs)
+        places = {e: place for place, e in enumerate(evals)}
         return {
             "id": self.id,
             "sweep": self.sweep,
             "model": model_to_dict(self.model),
             "evals": [eval_to_dict(e) for e in evals],
-            "items": [[quant_to_dict(cell), [evals.index(e) for e in specs]] for cell, specs in self.items],
+            "items": [[quant_to_dict(cell), [places[e] for e in specs]] for cell, specs in self.items],
             "seconds": self.seconds,
             "item_seconds": list(self.item_seconds),
             "rung": self.rung,

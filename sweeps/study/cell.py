@@ -155,7 +155,7 @@ class Cell:
         baseline = Cell(model=self.model, quant=QuantSpec(bits=BASELINE_BITS))
         return Measurement(cell=baseline, eval=EvalSpec.of_calibration(self.quant.measures, self.calibration))
 
-    @property
+    @cached_property
     def quant_label(self) -> str:
         """The quantization in short, with what it was calibrated on."""
         return self.quant.label + ("" if self.calibration is None else f", {self.calibration.label}")
