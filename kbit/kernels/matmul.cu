@@ -3,7 +3,8 @@
 //   BLOCKSIZE       32|64|128|256: values of W that share an absmax
 //   BF16            0|1: x and y are bfloat16, else float16
 //   PAIR            0|1: the codebook is looked up by pairs of codes
-//   M_TILES         1|2|4|8: tiles of 8 rows of x that a launch takes
+//   WGMMA           0|1: four warps multiply together, each its own rows of W by the same x (Hopper)
+//   M_TILES         1|2|4|8|16: tiles of 8 rows of x that a launch takes
 //   N_TILES         tiles of W above each other that a CTA works on at a time: 64 rows of W each
 //   K_TILES         tiles of W next to each other that it works on at a time: each with its own part of the columns
 //   WARPS_PER_TILE  1|2: warps that share a tile of W; two have half of its rows each
@@ -31,6 +32,9 @@ typedef unsigned short u16;
 #if M_TILES % SUM_TILES
 #error "sums are exchanged for equal parts of the rows of x"
 #endif
+#if WGMMA && (!STAGED || N_TILES * WARPS_PER_TILE % 4 || M_TILES % 4)
+#error "warps multiply together in fours, what comes through shared memory, with 32 rows of x"
+#endif
 
 #define OVERLAP (__CUDA_ARCH__ >= 900)   // with the kernels before and after in the stream
 #define LANES 32
@@ -54,104 +58,14 @@ typedef unsigned short u16;
 #define HOLD (M_TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
 #define X_COPIES (M_TILES * 64 / GROUP)  // chunks of x that each thread of a group copies
+#define CHUNK 4                          // tiles of 8 rows of x that four warps multiply together
+#define CHUNKS (M_TILES / CHUNK)
+#define PRODUCTS (SIXTEENS * SCALES * CHUNKS)  // of a step, each waited for by itself
 #define SCALES (BLOCKSIZE == 32 ? 2 : 1) // absmax values of a row in a tile
 #define STRIDE (WARP_ROWS + 4)           // of the reduction buffer: avoids bank conflicts
 
-#ifndef EMULATED  // what only a GPU has; tests bring a CPU's
-#define OPAQUE(...) asm volatile("" : __VA_ARGS__)
-
-__device__ __forceinline__ uint4 load_once(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
-__device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
-#if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 lds(u32 address) {
-  u32 v;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));  // not volatile: the compiler may interleave lookups
-  return v;
-}
-
-__device__ __forceinline__ float half_to_float(u32 h) {
-  float f;
-  asm("{ .reg .f16 t; mov.b16 t, %1; cvt.f32.f16 %0, t; }" : "=f"(f) : "h"((u16)h));
-  return f;
-}
-
-__device__ __forceinline__ u16 round16(float f) {
-  u16 h;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-#endif
-  return h;
-}
-
-__device__ __forceinline__ void copy_async(u32 to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// For what this multiprocessor reads once: past the L1.
-__device__ __forceinline__ void copy_once(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ uint4 lds128(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint2 lds64(u32 address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  u32 address;
-  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(address) : "l"((u64)p));
-  return address;
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// All but the last STAGES - 2 groups of copies have come.
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory"); }
-
-__device__ __forceinline__ void group_barrier(int split) {
-#if GROUP_WARPS == 1
-  __syncwarp();
-#else
-  asm volatile("bar.sync %0, %1;" ::"r"(split + 1), "n"(GROUP) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-__device__ __forceinline__ void let_next_begin() {
-#if OVERLAP
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if OVERLAP
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+#ifndef EMULATED  // tests bring a CPU's
+#include "instructions.cuh"
 #endif
 
 // Sums of products with the scaled codebook to what is stored of y[m][n .. n + 3]: one rounding.
@@ -205,14 +119,34 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 #endif
 }
 
+#if WGMMA
+// x [M, K] as the tensor cores read it from shared memory: by tiles of 64 columns, all rows of one after those of another,
+// in chunks of 16 bytes swizzled by row. Columns lie as those of W are multiplied: of 16 words, word 4 t + v, which is lane
+// t's, becomes word 4 v + t. Rows beyond the last repeat it. A thread has a chunk.
+extern "C" __global__ void kbit_arrange(const u32* __restrict__ x, uint4* __restrict__ arranged, int M, int K, int x_stride) {
+  let_next_begin();
+  const int chunk = blockIdx.x * 256 + threadIdx.x;
+  if (chunk >= K / 8 * M_TILES * 8) return;
+  const int row = chunk / 8 % (M_TILES * 8), c = (chunk ^ row) % 8;
+  const u32* from = x + ((long long)min(row, M - 1) * x_stride + chunk / (M_TILES * 64) * COLS) / 2 + c / 4 * 16 + c % 4;
+  wait_for_previous();
+  arranged[chunk] = {from[0], from[4], from[8], from[12]};
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const u16* __restrict__ codebook,
             const u16* __restrict__ x, const u16* __restrict__ bias, const float* __restrict__ addend,
             u16* __restrict__ y, float* __restrict__ partial, u32* __restrict__ arrived,
             const float* __restrict__ unscale_at, int M, int N, int K, int x_stride) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   u32* table = (u32*)shared;
-  const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+#if WGMMA
+  const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0);  // so the compiler knows that all lanes have the same
+#else
+  const int warp = threadIdx.x / LANES;
+#endif
+  const int lane = threadIdx.x % LANES;
   const int k_tile = warp / GROUP_WARPS, n_tile = warp % GROUP_WARPS / WARPS_PER_TILE, half = warp % WARPS_PER_TILE;
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
@@ -237,6 +171,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 
   // A group stages its tiles of x: [row 0..8 M_TILES][8 chunks of 16 bytes], chunks swizzled by row. Rows beyond the last
   // repeat it: their sums are not stored. Offsets have 32 bits, here and in the codes; the caller sees to it that they do.
+#if !WGMMA
   const int x_row = threadIdx.x % GROUP >> 3, x_chunk = lane & 7;
   u32 x_from[X_COPIES];
 #pragma unroll
@@ -244,6 +179,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   u32 x_to = x_address + x_row * 128 + ((x_chunk ^ ((x_row & 1) * 4)) * 16);
   // Where a lane reads: x of row g, the chunk t and that 64 bytes away; its own codes; the absmax of its rows.
   u32 x_at = x_address + g * 128 + ((t ^ ((g & 1) * 4)) * 16);
+#endif
   u32 code_to = tile_address + lane * 16;
 #if WARPS_PER_TILE == 1
   u32 &code_at = code_to, scale_at = tile_address + CODE_BYTES + g * 16;
@@ -254,15 +190,27 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   u32 code_beside = code_to + half * ((BITS + 1) / 2 * 512 - BITS % 2 * 8);
 #endif
 
+#if WGMMA
+  // x is arranged so already. The barriers of a group's stages lie behind the sums.
+  const u32 barrier = shared_address(sums) + K_TILES * GROUP_WARPS * (SUM_TILES * 8 * STRIDE * 4) + k_tile * (STAGES * 8);
+  if (threadIdx.x % GROUP == 0)
+    for (int i = 0; i < STAGES; i++) make_barrier(barrier + i * 8, N_TILES + 1);
+  show_barriers();
+  __syncthreads();
+  u32 phase = 0;
+#endif
+
   // What is fetched next: tile `ahead` of `ahead_unit`, into stage `stage_in`.
   int ahead_unit = blockIdx.x / SPLIT_K, ahead = 0, stage_in = 0;
   u32 code_from, scale_from;  // a lane's first of the unit; 16 bytes each
   auto enter = [&]() {  // a unit of rows
     // Beyond the last row block that one again: its sums are not stored.
     const int row_block = min(ahead_unit * N_TILES + n_tile, row_blocks - 1);
-    code_from = (row_block * per_unit + first) * (BITS * LANES) + lane;
-    scale_from = row_block * kblocks * 8 + (STAGED ? lane : g);
+    code_from = (row_block * per_unit + first) * (BITS * LANES) + (WGMMA ? 0 : lane);
+    scale_from = row_block * kblocks * 8 + (WGMMA ? 0 : STAGED ? lane : g);
+#if !WGMMA  // whose copies take what all lanes have the same
     OPAQUE("+r"(code_from), "+r"(scale_from));
+#endif
   };
   auto advance = [&]() {
     stage_in = stage_in + 1 == STAGES ? 0 : stage_in + 1;
@@ -279,7 +227,13 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     const int column = first + ahead * K_TILES;
     const uint4* p = codes + (code_from + ahead * (K_TILES * BITS * LANES));
     const uint4* s = scales + (scale_from + (BLOCKSIZE <= COLS ? column * SCALES : column / (BLOCKSIZE / COLS)) * 8);
-#if STAGED
+#if WGMMA
+    if (half == 0 && lane == 0) {
+      expect(barrier + stage_in * 8, CODE_BYTES + SCALES * 128);
+      bring(tile_address + stage_in * TILE_BYTES, p, CODE_BYTES, barrier + stage_in * 8);
+      bring(tile_address + stage_in * TILE_BYTES + CODE_BYTES, s, SCALES * 128, barrier + stage_in * 8);
+    }
+#elif STAGED
 #pragma unroll
     for (int i = 0; i < BITS; i++)
       if (i % WARPS_PER_TILE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
@@ -294,10 +248,19 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   auto fetch_x = [&]() {
     if (ahead_unit < units && count > 0) {
       const int column = (first + ahead * K_TILES) * COLS;
+#if WGMMA
+      if (warp % GROUP_WARPS == 0 && lane == 0) {
+        expect(barrier + stage_in * 8, X_BYTES);
+        bring(x_address + stage_in * X_BYTES, x + column * (M_TILES * 8), X_BYTES, barrier + stage_in * 8);
+      }
+#else
 #pragma unroll
       for (int i = 0; i < X_COPIES; i++) copy_once(x_to + stage_in * X_BYTES + i * (GROUP * 16), x + (x_from[i] + column));
+#endif
     }
+#if !WGMMA
     commit_copies();
+#endif
   };
 
   // The weights are fetched before the kernel that makes x has ended: they must not be that kernel's result.
@@ -326,12 +289,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   ahead = 0, ahead_unit = blockIdx.x / SPLIT_K, stage_in = 0;
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
-  OPAQUE("+r"(x_to), "+r"(x_at), "+r"(code_to), "+r"(scale_at), "+r"(lane4));
+  OPAQUE("+r"(code_to), "+r"(scale_at), "+r"(lane4));
 #if WARPS_PER_TILE > 1
   OPAQUE("+r"(code_at), "+r"(code_beside));
 #endif
+#if !WGMMA
+  OPAQUE("+r"(x_to), "+r"(x_at));
 #pragma unroll
   for (int i = 0; i < X_COPIES; i++) OPAQUE("+r"(x_from[i]));
+#endif
 #pragma unroll
   for (int d = 0; d < STAGES - 1; d++) {
     fetch_x();
@@ -348,6 +314,124 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 
+#if WARPS_PER_TILE > 1
+    uint2 codes_now[BITS], scales_now[SCALES];
+#elif STAGED
+    uint4 codes_now[BITS], scales_now[SCALES];
+#endif
+    const u32* w = (const u32*)codes_now;
+    const u32* s = (const u32*)scales_now;
+    auto load_scales = [&](int stage) {
+#if STAGED
+#pragma unroll
+      for (int i = 0; i < SCALES; i++)
+#if WARPS_PER_TILE > 1
+        scales_now[i] = lds64(scale_at + stage * TILE_BYTES + i * 128);
+#else
+        scales_now[i] = lds128(scale_at + stage * TILE_BYTES + i * 128);
+#endif
+#endif
+    };
+    // Sixteen rows are BITS words of a lane: the pieces that begin within them.
+    auto load_sixteen = [&](int stage, int r) {
+#if WARPS_PER_TILE > 1 && BITS % 2 == 0
+#pragma unroll
+      for (int i = 0; i < BITS / 2; i++)
+        if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) {
+          const uint4 piece = lds128(code_at + stage * TILE_BYTES + i * 512);
+          codes_now[2 * i].x = piece.x, codes_now[2 * i].y = piece.y;
+          codes_now[2 * i + 1].x = piece.z, codes_now[2 * i + 1].y = piece.w;
+        }
+#elif WARPS_PER_TILE > 1
+#pragma unroll
+      for (int i = 0; i < BITS; i++)
+        if (2 * i >= r * BITS && 2 * i < (r + 1) * BITS)
+          codes_now[i] = lds64((i % 2 ? code_beside + 8 : code_at) + stage * TILE_BYTES + i / 2 * 512);
+#elif STAGED
+#pragma unroll
+      for (int i = 0; i < BITS; i++)
+        if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) codes_now[i] = lds128(code_at + stage * TILE_BYTES + i * 512);
+#endif
+    };
+    auto decode_sixteen = [&](int r, u32 (*a)[4]) {
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
+    };
+    // Products of sixteen rows with 8 rows of x, times the absmax of rows g and g + 8, are summed in float32.
+    auto add = [&](float* sum, const float* c, u32 both) {
+      const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
+      sum[0] += s0 * c[0];
+      sum[1] += s0 * c[1];
+      sum[2] += s1 * c[2];
+      sum[3] += s1 * c[3];
+    };
+
+#if WGMMA
+    // While the tensor cores have some products, those before are summed, and the next sixteen rows looked up: at the end
+    // of a step, the first ones of the next.
+    u32 a[2][4][4];
+    float c[2][CHUNK * 4];
+    auto look_up = [&](int stage, int r) {
+      decode_sixteen(r, a[r % 2]);
+      if (r + 1 < SIXTEENS) load_sixteen(stage, r + 1);
+    };
+    auto add_products = [&](int i) {
+      const int r = i / (SCALES * CHUNKS), h = i / CHUNKS % SCALES, chunk = i % CHUNKS;
+#pragma unroll
+      for (int n = 0; n < CHUNK; n++) add(acc[r][chunk * CHUNK + n], c[i % 2] + n * 4, s[h * SIXTEENS + r]);
+    };
+    if (count > 0) {
+      wait_for_barrier(barrier + stage_out * 8, phase);
+      load_sixteen(stage_out, 0);
+      look_up(stage_out, 0);
+    }
+    for (int step = 0; step < count; step++) {
+      const u64 x_here = matrix_at(x_address + stage_out * X_BYTES);
+      const int stage_next = stage_out + 1 == STAGES ? 0 : stage_out + 1;
+      phase ^= stage_next == 0;
+      // The compiler wants no branches while products are under way: the last step looks its own first rows up again.
+      const bool more = step + 1 < count;
+      const int stage_then = more ? stage_next : stage_out;
+      const u32 phase_then = more ? phase : phase ^ (stage_next == 0);
+      load_scales(stage_out);
+#pragma unroll
+      for (int i = 0; i < PRODUCTS; i++) {
+        const int r = i / (SCALES * CHUNKS), h = i / CHUNKS % SCALES, chunk = i % CHUNKS;
+        begin_products();
+#pragma unroll
+        for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++)
+          multiply(c[i % 2], a[r % 2][k], x_here + (chunk * (CHUNK * 1024) + k * 32) / 16, k > h * (4 / SCALES));
+        commit_products();
+        auto look_ahead = [&]() {
+          if ((i + 1) % (SCALES * CHUNKS)) return;
+          if (r + 1 < SIXTEENS) {
+            look_up(stage_out, r + 1);
+          } else {
+            wait_for_barrier(barrier + stage_then * 8, phase_then);
+            load_sixteen(stage_then, 0);
+            look_up(stage_then, 0);
+          }
+        };
+        // Where sixteen rows are multiplied once, the products before are the last that read what is filled now.
+        if (SCALES * CHUNKS > 1) look_ahead();
+        if (i > 0) {
+          wait_for_products<1>(c[(i + 1) % 2]);
+          add_products(i - 1);
+        } else {
+          group_barrier(k_tile);  // the stage before is free: all of the group have read it
+          fetch_codes();
+          fetch_x();
+          advance();
+        }
+        if (SCALES * CHUNKS == 1) look_ahead();
+      }
+      wait_for_products<0>(c[1]);
+      add_products(PRODUCTS - 1);
+      stage_out = stage_next;
+    }
+#else
     for (int step = 0; step < count; step++) {
       wait_for_copies();
       group_barrier(k_tile);  // the stage before is free: all of the group have read it
@@ -361,44 +445,14 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll
       for (int n = 0; n < M_TILES; n++) xs[n][0] = lds128(x_here + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
 #endif
-#if WARPS_PER_TILE > 1
-      uint2 codes_now[BITS], scales_now[SCALES];
-#pragma unroll
-      for (int i = 0; i < SCALES; i++) scales_now[i] = lds64(scale_at + stage_out * TILE_BYTES + i * 128);
-#elif STAGED
-      uint4 codes_now[BITS], scales_now[SCALES];
-#pragma unroll
-      for (int i = 0; i < SCALES; i++) scales_now[i] = lds128(scale_at + stage_out * TILE_BYTES + i * 128);
-#endif
-      const u32* w = (const u32*)codes_now;
-      const u32* s = (const u32*)scales_now;
+      load_scales(stage_out);
 #pragma unroll
       for (int r0 = 0; r0 < SIXTEENS; r0 += AT_ONCE) {
         u32 a[AT_ONCE][4][4];
 #pragma unroll
         for (int q = 0; q < AT_ONCE; q++) {
-          const int r = r0 + q;
-          // Sixteen rows are BITS words of a lane: the pieces that begin within them.
-#pragma unroll
-#if WARPS_PER_TILE > 1 && BITS % 2 == 0
-          for (int i = 0; i < BITS / 2; i++)
-            if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) {
-              const uint4 piece = lds128(code_at + stage_out * TILE_BYTES + i * 512);
-              codes_now[2 * i].x = piece.x, codes_now[2 * i].y = piece.y;
-              codes_now[2 * i + 1].x = piece.z, codes_now[2 * i + 1].y = piece.w;
-            }
-#elif WARPS_PER_TILE > 1
-          for (int i = 0; i < BITS; i++)
-            if (2 * i >= r * BITS && 2 * i < (r + 1) * BITS)
-              codes_now[i] = lds64((i % 2 ? code_beside + 8 : code_at) + stage_out * TILE_BYTES + i / 2 * 512);
-#elif STAGED
-          for (int i = 0; i < BITS; i++)
-            if (4 * i >= r * BITS && 4 * i < (r + 1) * BITS) codes_now[i] = lds128(code_at + stage_out * TILE_BYTES + i * 512);
-#endif
-#pragma unroll
-          for (int k = 0; k < 4; k++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) a[q][k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
+          load_sixteen(stage_out, r0 + q);
+          decode_sixteen(r0 + q, a[q]);
         }
 #pragma unroll
         for (int n = 0; n < M_TILES; n++) {
@@ -409,21 +463,14 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
           const u32* b = (const u32*)x_now;
 #endif
 #pragma unroll
-          for (int q = 0; q < AT_ONCE; q++) {
-            const int r = r0 + q;
+          for (int q = 0; q < AT_ONCE; q++)
 #pragma unroll
             for (int h = 0; h < SCALES; h++) {
-              const u32 both = s[h * SIXTEENS + r];
-              const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
               float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
               for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) mma(c, a[q][k], b[2 * k], b[2 * k + 1]);
-              acc[r][n][0] += s0 * c[0];
-              acc[r][n][1] += s0 * c[1];
-              acc[r][n][2] += s1 * c[2];
-              acc[r][n][3] += s1 * c[3];
+              add(acc[r0 + q][n], c, s[h * SIXTEENS + r0 + q]);
             }
-          }
         }
       }
 #if !STAGED
@@ -432,6 +479,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       advance();
       stage_out = stage_out + 1 == STAGES ? 0 : stage_out + 1;
     }
+#endif
 
 #if GROUP_WARPS > 1
     // All groups come to as many barriers: racecheck of compute-sanitizer can't follow them otherwise.

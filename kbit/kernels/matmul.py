@@ -12,12 +12,17 @@ from torch import Tensor
 from kbit.kernels import dense
 from kbit.kernels.nvrtc import Function, compile_cubin
 from kbit.kernels.tiles import LANES, TILE, TiledWeight, check_tiles
-from kbit.kernels.variants import MOST_M, Gpu, Variant, choose, fused_is_faster, launch_shape
+from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster, launch_shape, most_rows
 
 _FEWEST_CAPABILITY: Final = (8, 0)
 """Asynchronous copies to shared memory, and tensor cores' bfloat16, begin with it."""
 _MOST_OFFSET: Final = 2**31
 """The fused kernel's offsets have 32 bits: in values of x, and in 16 bytes of codes."""
+_HEADER: Final = "instructions.cuh"
+_MOST_ROWS: Final = 128
+"""Rows of x of a launch, at most."""
+_ARRANGE_THREADS: Final = 256
+"""Of a CTA that arranges x, each of which moves 8 values; the kernel has as many."""
 _UNTILE_WARPS: Final = 8
 """Warps of a CTA that dequantizes tiles, each a tile at a time; the kernel's launch bound has as many."""
 _UNTILE_BLOCKS_PER_SM: Final = 6
@@ -36,8 +41,9 @@ def matmul(
 ) -> Tensor:
     """Return y = x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
-    Up to 64 rows of x are multiplied with the codes as they are stored, and up to 192, 64 at a time, where that is
-    faster (``fused_is_faster``). Else W is dequantized to x's dtype, about 1 GiB at a time, and multiplied by cuBLAS.
+    Up to 64 rows of x, on Hopper 128, are multiplied with the codes as they are stored, and up to 192, some at a time,
+    where that is faster (``fused_is_faster``). Else W is dequantized to x's dtype, about 1 GiB at a time, and cuBLAS
+    multiplies.
 
     Args:
         x: float16 or bfloat16 [m, k], m at least 1, contiguous, on the weight's GPU; the table's dtype.
@@ -58,9 +64,11 @@ def matmul(
     _check_added("addend", addend, x, (x.shape[0], w.n), torch.float32)
     y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        if batch_invariant or fused_is_faster(w, x.shape[0], Gpu.of(x.device.index)):
-            for start in range(0, x.shape[0], MOST_M):
-                some = slice(start, start + MOST_M)
+        gpu = Gpu.of(x.device.index)
+        if batch_invariant or fused_is_faster(w, x.shape[0], gpu):
+            step = most_rows(gpu, batch_invariant=batch_invariant)
+            for start in range(0, x.shape[0], step):
+                some = slice(start, start + step)
                 _fused(x[some], w, bias, None if addend is None else addend[some], y[some], batch_invariant)
         else:
             _by_parts(x, w, bias, addend, y)
@@ -75,12 +83,21 @@ def _fused(
     variant = choose(w, m, x.dtype, gpu, batch_invariant=batch_invariant)
     ctas, sums = launch_shape(variant, w, gpu)
     partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-    _function(variant, index).launch(
+    overlap = torch.cuda.get_device_capability(index) >= (9, 0)
+    stride = x.stride(0) if m > 1 else w.k
+    if variant.wgmma:
+        arranged = torch.empty(variant.m_tiles * 8 * w.k, dtype=x.dtype, device=x.device)
+        ctas_to_arrange = -(-arranged.numel() // (8 * _ARRANGE_THREADS))
+        _function("kbit_arrange", variant, index).launch(
+            ctas_to_arrange, _ARRANGE_THREADS, x, arranged, m, w.k, stride, overlap=overlap
+        )
+        x = arranged
+    _function("kbit_matmul", variant, index).launch(
         ctas,
         variant.warps * LANES,
         *(w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale),
-        *(m, w.n, w.k, x.stride(0) if m > 1 else w.k),
-        overlap=torch.cuda.get_device_capability(index) >= (9, 0),
+        *(m, w.n, w.k, stride),
+        overlap=overlap,
     )
 
 
@@ -117,10 +134,10 @@ def _check(x: Tensor, w: TiledWeight) -> None:
     if x.dtype != w.table.dtype:
         raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
     apart = x.stride(0) if x.shape[0] > 1 else x.shape[1]
-    if MOST_M * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
+    if _MOST_ROWS * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
         raise ValueError(
             f"x's rows are {apart:,} values apart, and the codes take {w.codes.nbytes:,} bytes: the kernel has "
-            f"offsets for {_MOST_OFFSET // MOST_M:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
+            f"offsets for {_MOST_OFFSET // _MOST_ROWS:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
         )
     if x.device != w.codes.device or x.device.type != "cuda":
         raise ValueError(f"x is on {x.device} and the weight on {w.codes.device}: both must be on one GPU")
@@ -141,8 +158,13 @@ def _check_added(name: str, added: Tensor | None, x: Tensor, shape: tuple[int, .
 
 
 @cache
-def _function(variant: Variant, device: int) -> Function:
-    return Function(_compiled("matmul.cu", variant.options(), device), "kbit_matmul", variant.shared, device)
+def _function(name: str, variant: Variant, device: int) -> Function:
+    return Function(_cubin(variant, device), name, variant.shared if name == "kbit_matmul" else 0, device)
+
+
+@cache
+def _cubin(variant: Variant, device: int) -> bytes:
+    return _compiled("matmul.cu", variant.options(), device)
 
 
 @cache
@@ -152,5 +174,5 @@ def _untile(bits: int, blocksize: int, bfloat16: bool, device: int) -> Function:
 
 
 def _compiled(name: str, options: tuple[str, ...], device: int) -> bytes:
-    source = Path(__file__).with_name(name).read_text()
-    return compile_cubin(source, options, torch.cuda.get_device_capability(device))
+    source, header = (Path(__file__).with_name(file).read_text() for file in (name, _HEADER))
+    return compile_cubin(source, options, torch.cuda.get_device_capability(device), {_HEADER: header})

@@ -8,7 +8,7 @@ cuda.core 1.2 it has it after 0.14 s, 0.12 of them for the import. A launch from
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -36,14 +36,22 @@ class _Config(ctypes.Structure):
     )
 
 
-def compile_cubin(source: str, options: Sequence[str], capability: tuple[int, int]) -> bytes:
-    """Return machine code of CUDA C++ for a compute capability.
+def compile_cubin(
+    source: str, options: Sequence[str], capability: tuple[int, int], headers: Mapping[str, str] | None = None
+) -> bytes:
+    """Return machine code of CUDA C++ for a compute capability; headers are those that it includes, by name.
 
     Raises:
         CudaError: NVRTC isn't there, or refuses the source; with its log.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kbit.cu", 0, None, None))
+    headers = headers or {}
+    names, texts = (
+        (ctypes.c_char_p * len(headers))(*[h.encode() for h in some]) for some in (headers, headers.values())
+    )
+    _check_nvrtc(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kbit.cu", len(headers), texts, names)
+    )
     # The architecture's own instructions are the "a" targets from Hopper on.
     target = f"sm_{capability[0]}{capability[1]}" + ("a" if capability >= (9, 0) else "")
     arguments = [f"--gpu-architecture={target}", "--std=c++17", *options]

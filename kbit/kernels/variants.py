@@ -3,8 +3,9 @@
 y = x · W^T with x [m, k], W [n, k] and y [m, n], in tiles of 8 rows of x and of 64 rows by 64 columns of W
 (``kbit.kernels.tiles``).
 
-Choices were measured on an H100 over the shapes of large models. On an H200, whose memory is nearly half as fast again,
-they are within a few percent of the best as well; on other GPUs they are what fits, unmeasured.
+Choices were measured on an H100 over the shapes of large models, those with Hopper's own instructions on an H200. On an
+H200, whose memory is nearly half as fast again, the former are within a few percent of the best as well; on other GPUs
+they are what fits, unmeasured.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 
 from kbit.kernels.tiles import LANES, TILE, TiledWeight
 
-MOST_M: Final = 64
-"""Rows of x that one launch of the fused kernel takes: its largest ``m_tiles``, of 8 rows each."""
-_M_TILES: Final = (1, 2, 4, 8)
+_MOST_M: Final = 64
+_MOST_M_WGMMA: Final = 128
+"""Rows of x that one launch of the fused kernel takes: the largest ``m_tiles``, of 8 rows each."""
+_M_TILES: Final = (1, 2, 4, 8, 16)
 """Tiles of 8 rows of x that a variant takes, and for which it exchanges sums. An m16n8k16 takes 8 of x and 16 of W."""
 _PADDING: Final = 4
 """float32 values after a warp's sums for a row of x: fewer bank conflicts. The kernel's STRIDE has the same."""
@@ -31,6 +33,11 @@ _MOST_SPLIT_K: Final = 8
 """CTAs that share a unit of rows of W at most: the last of them sums what all have, and holds that in registers."""
 _MOST_LAUNCHES: Final = 3
 """Of more launches the kernel is not taken: dequantizing and cuBLAS are."""
+_MOST_M_FUSED: Final = 192
+"""Rows of x up to which a launch for 128 and one for the rest are faster than dequantizing a large W, on an H200."""
+_LARGE: Final = 2**25
+_VERY_LARGE: Final = 2**27
+"""Values of W from which four warps that multiply together are faster than each alone: measured on an H200."""
 _ENOUGH_K: Final = 2560
 _ENOUGH_VALUES: Final = 2**24
 """Columns of W, and values for each launch after the first, from which on several may be faster: seen on an H100."""
@@ -54,6 +61,7 @@ class Variant:
         bits, blocksize: of W.
         bfloat16: x and y are bfloat16, else float16.
         pair: the codebook is looked up by pairs of codes.
+        wgmma: four warps multiply together, as Hopper's tensor cores do: their tiles lie above each other.
         m_tiles: tiles of 8 rows of x that a launch takes.
         n_tiles, k_tiles: tiles of W, 64 rows by 64 columns, that a CTA works on at a time: so many above each other,
             and so many next to each other, each of which has its own part of the columns.
@@ -69,6 +77,7 @@ class Variant:
     blocksize: int
     bfloat16: bool
     pair: bool
+    wgmma: bool
     m_tiles: int
     n_tiles: int
     k_tiles: int
@@ -92,7 +101,8 @@ class Variant:
         code_bytes = self.bits * 512 + (256 if self.blocksize == 32 else 128)
         codes = self.n_tiles * self.k_tiles * self.stages * code_bytes
         sums = self.warps * self.sum_tiles * 8 * (TILE // self.warps_per_tile + _PADDING) * 4
-        return table + x + codes * self.staged + sums
+        barriers = 8 * self.k_tiles * self.stages * self.wgmma
+        return table + x + codes * self.staged + sums + barriers
 
     def options(self) -> tuple[str, ...]:
         """Return the compiler's definitions, in the order of the kernel's own list."""
@@ -101,6 +111,7 @@ class Variant:
             "BLOCKSIZE": self.blocksize,
             "BF16": int(self.bfloat16),
             "PAIR": int(self.pair),
+            "WGMMA": int(self.wgmma),
             "M_TILES": self.m_tiles,
             "N_TILES": self.n_tiles,
             "K_TILES": self.k_tiles,
@@ -123,12 +134,14 @@ class Gpu:
         shared: bytes of shared memory that a CTA may have.
         clock: most cycles per second of a multiprocessor; 0 where the driver doesn't say it.
         bandwidth: bytes per second of its memory, by clock and width; likewise.
+        wgmma: it has Hopper's instructions for four warps that multiply together; later ones don't.
     """
 
     processors: int
     shared: int
     clock: float
     bandwidth: float
+    wgmma: bool
 
     @classmethod
     @cache
@@ -139,6 +152,7 @@ class Gpu:
             shared=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
             clock=1e3 * properties.clock_rate,  # it is in kHz
             bandwidth=1e3 * properties.memory_clock_rate * 2 * properties.memory_bus_width / 8,
+            wgmma=(properties.major, properties.minor) == (9, 0),
         )
 
 
@@ -157,6 +171,11 @@ class _Product(NamedTuple):
         return -(-self.n // TILE)
 
 
+def most_rows(gpu: Gpu, *, batch_invariant: bool) -> int:
+    """Return how many rows of x one launch takes at most; sums in one order are those of the smaller."""
+    return _MOST_M_WGMMA if gpu.wgmma and not batch_invariant else _MOST_M
+
+
 def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invariant: bool = False) -> Variant:
     """Return the variant for a weight and an x of so many rows.
 
@@ -173,7 +192,10 @@ def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invari
 
 @cache  # 38 microseconds, which each call of a layer would take
 def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
-    measured = next(_fitting(p._replace(m_tiles=_M_TILES[-1]) if batch_invariant else p, gpu))
+    if batch_invariant:
+        measured = next(_fitting(p._replace(m_tiles=_MOST_M // 8), replace(gpu, wgmma=False)))
+    else:
+        measured = next(_fitting(p, gpu))
     units = -(-p.row_blocks // measured.n_tiles)
     # Units that don't fill the GPU are shared by several CTAs, each with a part of the columns.
     at_once = measured.blocks_per_sm * gpu.processors
@@ -191,9 +213,11 @@ def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
 
 def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
     """Yield the fastest variant first, then what needs less shared memory: unmeasured on GPUs other than Hopper's."""
-    first = _tiling(p, gpu.processors)
+    first = _tiling(p, gpu)
     smaller = (
-        first._replace(k_tiles=first.k_tiles // i, warps_per_tile=1, stages=2, staged=False, blocks_per_sm=1)
+        first._replace(
+            k_tiles=first.k_tiles // i, warps_per_tile=1, stages=2, staged=False, blocks_per_sm=1, wgmma=False
+        )
         for i in (1, 2, 4)
     )
     tilings = [first, *(tiling for tiling in smaller if tiling.k_tiles)]
@@ -223,10 +247,15 @@ class _Tiling(NamedTuple):
     staged: bool = True
     sum_tiles: int = 8
     blocks_per_sm: int = 1
+    wgmma: bool = False
 
 
-def _tiling(p: _Product, processors: int) -> _Tiling:
-    """Return the fastest measured on an H100."""
+def _tiling(p: _Product, gpu: Gpu) -> _Tiling:
+    """Return the fastest measured on an H100, or on an H200 where four warps multiply together."""
+    together = _tiling_together(p, gpu) if gpu.wgmma else None
+    if together is not None:
+        return together
+    processors = gpu.processors
     few = p.row_blocks <= processors // 2  # units of one row block leave half of the GPU free
     if p.m_tiles == 8:
         return _Tiling(1, 6, warps_per_tile=2) if few else _Tiling(2, 3, warps_per_tile=2)
@@ -238,6 +267,21 @@ def _tiling(p: _Product, processors: int) -> _Tiling:
         return _tiling_for_16_rows(p.bits)
     halves = -(-p.row_blocks // 2) <= processors // 2  # units of two row blocks leave half of the GPU free
     return _tiling_for_8_rows(p.bits, halves)
+
+
+def _tiling_together(p: _Product, gpu: Gpu) -> _Tiling | None:
+    """Return the tiling in which four warps multiply together, or None where each alone is as fast."""
+    values = p.n * p.k
+    stages = 2 if p.bits == 5 else 3  # a large table leaves no room for more
+    if p.m_tiles == 16:
+        return _Tiling(2, 2, warps_per_tile=2, stages=stages, wgmma=True)
+    if p.m_tiles == 8 and values >= _LARGE:
+        return _Tiling(2, 3, warps_per_tile=2, stages=stages, wgmma=True)
+    if p.m_tiles != 4 or p.row_blocks <= gpu.processors or values < (_VERY_LARGE if p.bits in (6, 7) else _LARGE):
+        return None
+    if p.bits == 8:
+        return _Tiling(2, 3, warps_per_tile=2, stages=4, wgmma=True)
+    return None if p.bits == 5 else _Tiling(2, 4, warps_per_tile=2, stages=3, wgmma=True)
 
 
 def _tiling_for_few_row_blocks(bits: int, m_tiles: int, k: int) -> _Tiling:
@@ -305,20 +349,23 @@ def fused_is_faster(w: TiledWeight, m: int, gpu: Gpu) -> bool:
     on a GPU's memory. What either takes was measured on an H200. On an H100 the answers are those measured there, but
     where both are about as fast; on other GPUs they are a guess.
     """
-    launches, values = -(-m // MOST_M), w.n * w.k
+    if gpu.wgmma:
+        values = w.n * w.k
+        return m <= (_MOST_M_FUSED if values >= _LARGE else _MOST_M_WGMMA if values >= _ENOUGH_VALUES else _MOST_M)
+    launches, values = -(-m // _MOST_M), w.n * w.k
     if launches == 1:
         return True
     if launches > _MOST_LAUNCHES or w.k < _ENOUGH_K or values < _ENOUGH_VALUES * (launches - 1):
         return False
     if not (gpu.clock and gpu.bandwidth):
         return False
-    variant = choose(w, MOST_M, w.table.dtype, gpu)
+    variant = choose(w, _MOST_M, w.table.dtype, gpu)
     rounds = -(-w.row_blocks // (variant.n_tiles * (launch_shape(variant, w, gpu)[0] // variant.split_k)))
     of_processor = rounds * variant.n_tiles * TILE * w.k / variant.split_k
     cycles = _cycles(w.bits) * _MEASURED_WARPS / variant.warps
     fused = launches * (_launch_seconds(w.bits) + of_processor * cycles / gpu.clock)
     nbytes = (w.bits + 16 / w.blocksize) / 8 + 4  # for each value
-    each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_M * _ROW_SECONDS
+    each = nbytes / (_REACHED * gpu.bandwidth) + launches * _MOST_M * _ROW_SECONDS
     return _GAIN * fused < _DEQUANTIZING_SECONDS + values * each
 
 

@@ -14,17 +14,19 @@ import torch
 from kbit import QuantSpec, codebook
 from kbit.kernels.matmul import dequantize_rows, matmul
 from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, untile
-from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster
+from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster, most_rows
 from tests import ROOT
 from tests.kbit.kernels.tiled_weights import error, weight
 
 KERNELS = ROOT / "kbit" / "kernels"
-H100 = Gpu(processors=132, shared=227 * 1024, clock=1.98e9, bandwidth=3.35e12)
+H100 = Gpu(processors=132, shared=227 * 1024, clock=1.98e9, bandwidth=3.35e12, wgmma=True)
 H200 = replace(H100, bandwidth=4.81e12)
+ALONE = {gpu: replace(gpu, wgmma=False) for gpu in (H100, H200)}
+"""As these would be if no warps multiplied together: later GPUs don't have Hopper's instructions."""
 GPUS = {
     "H100": H100,
-    "A100": Gpu(processors=108, shared=163 * 1024, clock=1.41e9, bandwidth=2.04e12),
-    "RTX 4090": Gpu(processors=128, shared=99 * 1024, clock=2.52e9, bandwidth=1.01e12),
+    "A100": Gpu(processors=108, shared=163 * 1024, clock=1.41e9, bandwidth=2.04e12, wgmma=False),
+    "RTX 4090": Gpu(processors=128, shared=99 * 1024, clock=2.52e9, bandwidth=1.01e12, wgmma=False),
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -37,8 +39,10 @@ def variants(gpu: Gpu) -> list[Variant]:
         tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=BLOCKSIZES[bits % 4]))
         for rows, columns in [(16384, 4096), (4096, 16384), (36864, 12288), (5120, 5120), (200, 192)]:
             shaped = replace(tiled, n=rows, k=columns)
-            for x_rows, invariant in itertools.product((1, 16, 32, 64), (False, True)):
+            for x_rows, invariant in itertools.product((1, 16, 32, 64, 128), (False, True)):
                 dtype = (torch.float16, torch.bfloat16)[bits % 2]
+                if x_rows > most_rows(gpu, batch_invariant=invariant):
+                    continue
                 found[choose(shaped, x_rows, dtype, gpu, batch_invariant=invariant)] = None
     return list(found)
 
@@ -50,6 +54,8 @@ def test_every_variant_fits_its_gpu_and_the_kernel(gpu: Gpu) -> None:
         assert v.warps <= 32
         assert v.m_tiles * 2 % (v.n_tiles * v.warps_per_tile) == 0
         assert v.m_tiles % v.sum_tiles == 0
+        assert v.n_tiles * v.warps_per_tile % 4 == 0 or not v.wgmma
+    assert any(v.wgmma for v in variants(gpu)) == gpu.wgmma
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -66,21 +72,29 @@ def test_batch_invariant_sums_have_one_order_for_any_number_of_rows(gpu: Gpu) ->
     ("gpu", "bits", "rows", "columns", "x_rows", "faster"),
     # How many times as fast it was measured to be.
     [
-        (H100, 8, 16384, 4096, 192, True),  # 1.14
-        (H100, 3, 12288, 4096, 192, False),  # 0.94
-        (H100, 4, 20480, 5120, 192, False),  # 0.74 to 0.87
-        (H100, 4, 2048, 4096, 128, False),  # few values
-        (H100, 4, 16384, 2048, 128, False),  # few columns
-        (H100, 4, 49152, 12288, 256, False),  # four launches
-        (H200, 4, 16384, 4096, 128, True),  # 1.43
-        (H200, 4, 16384, 4096, 65, True),
-        (H200, 5, 12288, 49152, 128, True),  # 1.17
-        (H200, 8, 16384, 4096, 192, False),  # 0.94
-        (H200, 4, 49152, 12288, 192, True),  # 1.18
-        (H200, 5, 20480, 5120, 128, False),  # 0.90
-        (H200, 8, 20480, 5120, 128, False),  # 0.86
-        (H200, 8, 768, 768, 64, True),  # one launch
-        (replace(H200, bandwidth=0), 4, 16384, 4096, 128, False),  # the driver doesn't say
+        (ALONE[H100], 8, 16384, 4096, 192, True),  # 1.14
+        (ALONE[H100], 3, 12288, 4096, 192, False),  # 0.94
+        (ALONE[H100], 4, 20480, 5120, 192, False),  # 0.74 to 0.87
+        (ALONE[H100], 4, 2048, 4096, 128, False),  # few values
+        (ALONE[H100], 4, 16384, 2048, 128, False),  # few columns
+        (ALONE[H100], 4, 49152, 12288, 256, False),  # four launches
+        (ALONE[H200], 4, 16384, 4096, 128, True),  # 1.43
+        (ALONE[H200], 4, 16384, 4096, 65, True),
+        (ALONE[H200], 5, 12288, 49152, 128, True),  # 1.17
+        (ALONE[H200], 8, 16384, 4096, 192, False),  # 0.94
+        (ALONE[H200], 4, 49152, 12288, 192, True),  # 1.18
+        (ALONE[H200], 5, 20480, 5120, 128, False),  # 0.90
+        (ALONE[H200], 8, 20480, 5120, 128, False),  # 0.86
+        (ALONE[H200], 8, 768, 768, 64, True),  # one launch
+        (replace(ALONE[H200], bandwidth=0), 4, 16384, 4096, 128, False),  # the driver doesn't say
+        (H200, 4, 49152, 12288, 128, True),  # 2.01
+        (H200, 8, 16384, 4096, 192, True),  # 1.21
+        (H200, 4, 4096, 16384, 192, True),  # 1.04
+        (H200, 4, 16384, 4096, 256, False),  # 0.89
+        (H200, 4, 4096, 4096, 128, True),  # 1.20
+        (H200, 4, 4096, 4096, 192, False),  # 0.91
+        (H200, 4, 2560, 2560, 100, False),  # 0.84
+        (H200, 4, 768, 768, 64, True),  # 1.40
     ],
 )
 def test_more_than_64_rows_take_several_launches_where_those_are_faster(
@@ -100,8 +114,8 @@ def test_a_gpu_tells_what_decides() -> None:
 @needs_nvcc
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_the_kernels_compile(tmp_path: Path, target: str) -> None:
-    chosen = variants(GPUS["A100"] if target == "sm_80" else H100)
-    for variant in chosen[:: len(chosen) // 4]:
+    chosen = sorted(variants(GPUS["A100"] if target == "sm_80" else H100), key=lambda v: v.wgmma)
+    for variant in (*chosen[:: len(chosen) // 4], chosen[-1]):
         assert_compiles("matmul.cu", variant.options(), target, tmp_path)
     assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", "-DBF16=1"), target, tmp_path)
 

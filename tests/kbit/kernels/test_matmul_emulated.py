@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kbit import QuantSpec
+from kbit.kernels import variants
 from kbit.kernels.tiles import TiledWeight
 from kbit.kernels.variants import Gpu, Variant, choose, launch_shape
 from tests import ROOT
@@ -40,6 +41,14 @@ CASES = [
     (8, 100, 512, 32, 50, 132),
     (8, 640, 640, 64, 30, 2),
 ]
+TOGETHER = [
+    (2, 200, 256, 32, 100, 132),
+    (3, 320, 640, 64, 23, 2),
+    (4, 192, 512, 128, 64, 4),
+    (5, 300, 256, 64, 40, 2),
+    (8, 190, 1024, 256, 30, 2),
+]
+"""Where four warps multiply together, from as few values of W on as there are."""
 INVARIANT = (1, 4)
 """Cases in which a row is also computed alone."""
 
@@ -83,13 +92,17 @@ def emulated(
     return found[0]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_the_kernel_computes_the_product(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", range(len(CASES) + len(TOGETHER)))
+def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiles(tmp_path):
         pytest.skip("needs g++ with _Float16")
-    bits, rows, columns, blocksize, x_rows, processors = CASES[number]
+    together = number >= len(CASES)
+    bits, rows, columns, blocksize, x_rows, processors = (CASES + TOGETHER)[number]
     dtype = (torch.float16, torch.bfloat16)[number % 2]
-    gpu = Gpu(processors=processors, shared=227 * 1024, clock=1.98e9, bandwidth=3.35e12)
+    # A clock that no GPU has: choices are remembered.
+    gpu = Gpu(processors=processors, shared=227 * 1024, clock=1, bandwidth=3.35e12, wgmma=together)
+    monkeypatch.setattr(variants, "_LARGE", 0)
+    monkeypatch.setattr(variants, "_VERY_LARGE", 0)
     w, exact = weight(rows, columns, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), dtype=dtype)
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(x_rows, columns, generator=generator).to(dtype)
@@ -97,7 +110,9 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path) -> None:
     true = x.double() @ exact.T + bias.to(dtype).double() + addend.double()
     plain = (x.float() @ exact.to(dtype).float().T + bias.to(dtype).float() + addend).to(dtype)
     run = partial(emulated, w=w, bias=bias.to(dtype), gpu=gpu, folder=tmp_path)
-    found = run(x, addend=addend, variant=choose(w, x_rows, dtype, gpu))
+    variant = choose(w, x_rows, dtype, gpu)
+    assert variant.wgmma == together
+    found = run(x, addend=addend, variant=variant)
     assert error(found, true) <= 1.1 * error(plain, true)
     if number in INVARIANT:
         choice = partial(choose, w, dtype=dtype, gpu=gpu, batch_invariant=True)

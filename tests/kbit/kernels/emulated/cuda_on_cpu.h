@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -30,7 +31,7 @@ struct float4 { float x, y, z, w; };
 struct Index { int x; };
 static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
-alignas(128) unsigned char shared[1 << 18];
+alignas(1024) unsigned char shared[1 << 18];
 static unsigned shared_bytes;
 static bool late;
 
@@ -162,6 +163,88 @@ static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   __syncwarp();
 }
 
+#if WGMMA
+static int __shfl_sync(unsigned, int value, int) { return value; }  // of what all lanes have the same
+
+// Barriers that pieces come to: each phase ends when all fillers have said how many bytes come, and these have come.
+struct Gate {
+  int fillers, said = 0, missing = 0, ended = 0;
+  struct Piece { unsigned to; const void* from; unsigned bytes; };
+  std::vector<Piece> pieces = {};
+};
+static std::map<unsigned, Gate> gates;
+static std::mutex gates_mutex;
+static std::condition_variable gate_opens;
+static void make_barrier(unsigned barrier, int fillers) {
+  std::lock_guard<std::mutex> lock(gates_mutex);
+  at(barrier, 8);
+  gates[barrier] = Gate{fillers};
+}
+static void show_barriers() {}
+static void change(unsigned barrier, int said, int bytes) {
+  Gate& gate = gates[barrier];
+  gate.said += said, gate.missing += bytes;
+  if (gate.said == gate.fillers && gate.missing == 0) {
+    gate.said = 0, gate.ended++;
+    gate_opens.notify_all();
+  }
+}
+static void expect(unsigned barrier, unsigned bytes) {
+  std::lock_guard<std::mutex> lock(gates_mutex);
+  change(barrier, 1, (int)bytes);
+}
+static void bring(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  std::lock_guard<std::mutex> lock(gates_mutex);
+  at(to, 16), at(to + bytes - 16, 16);
+  if (late) gates[barrier].pieces.push_back({to, from, bytes});
+  else memcpy(shared + to, from, bytes);
+  change(barrier, 0, -(int)bytes);
+}
+static void wait_for_barrier(unsigned barrier, unsigned phase) {
+  std::unique_lock<std::mutex> lock(gates_mutex);
+  Gate& gate = gates[barrier];
+  gate_opens.wait(lock, [&] { return (gate.ended & 1) != (int)phase; });
+  for (const auto& [to, from, size] : gate.pieces) memcpy(shared + to, from, size);
+  gate.pieces.clear();
+}
+
+// wgmma with the left operand in registers: a warp's sixteen rows of it, and the right one from shared memory, K-major in
+// the 128-byte swizzle, whose atoms of 8 rows lie one after another. Products are made when they are waited for.
+static uint64_t matrix_at(unsigned address) { return address / 16; }
+struct Product { float* c; unsigned a[4]; unsigned x; bool again; };
+using Products = std::vector<Product>;
+static thread_local Products begun;
+static thread_local std::deque<Products> underway;
+static void multiply(float* c, const unsigned* a, uint64_t x, bool again) {
+  begun.push_back({c, {a[0], a[1], a[2], a[3]}, (unsigned)x * 16, again});
+}
+static void begin_products() {}
+static void commit_products() {
+  underway.push_back(std::move(begun));
+  begun.clear();
+}
+template <int PENDING, int COUNT> static void wait_for_products(float (&)[COUNT]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (; underway.size() > PENDING; underway.pop_front())
+    for (const auto& [c, a, x, again] : underway.front()) {
+      memcpy(operand_a[warp][lane], a, 16);
+      __syncwarp();
+      for (int i = 0; i < COUNT; i++) {
+        const int row = lane / 4 + 8 * (i % 4 / 2), m = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+        double sum = again ? c[i] : 0.;
+        for (int k = 0; k < 16; k++) {
+          const unsigned left = operand_a[warp][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+          const unsigned linear = x + m * 128 + k / 2 * 4, right = lds(linear ^ (linear >> 3 & 0x70));
+          sum += (double)widened(left >> 16 * (k % 2) & 0xffff) * widened(right >> 16 * (k % 2) & 0xffff);
+        }
+        c[i] = (float)sum;
+      }
+      __syncwarp();
+    }
+}
+extern "C" void kbit_arrange(const unsigned*, uint4*, int, int, int);
+#endif
+
 extern "C" void kbit_matmul(const uint4*, const uint4*, const uint16_t*, const uint16_t*, const uint16_t*, const float*,
                             uint16_t*, float*, unsigned*, const float*, int, int, int, int);
 
@@ -169,6 +252,14 @@ extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* sca
                        const uint16_t* bias, const float* addend, uint16_t* y, float* partial, unsigned* arrived,
                        const float* unscale, int rows, int outputs, int columns, int stride, bool copies_are_late) {
   gridDim.x = ctas, shared_bytes = bytes, late = copies_are_late;
+#if WGMMA
+  std::vector<uint4> arranged(columns / 8 * M_TILES * 8);
+  for (int i = 0; i < (int)arranged.size(); i++) {
+    blockIdx.x = i / 256, threadIdx.x = i % 256;
+    kbit_arrange((const unsigned*)x, arranged.data(), rows, columns, stride);
+  }
+  x = (const uint16_t*)arranged.data();
+#endif
   for (int cta = 0; cta < ctas; cta++) {
     memset(shared, 0xff, sizeof shared);  // not a number, in any dtype
     std::vector<std::thread> threads;
