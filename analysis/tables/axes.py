@@ -33,14 +33,14 @@ def columns_of_pivots(asked: Collection[str], *, sizes: bool) -> tuple[str, ...]
     """Return the columns of a long result table that a pivot, its choice of rows and its warnings are made of.
 
     Args:
-        asked: axes and columns that are named. With one that there is not, it is all that there are: errors list them.
+        asked: axes and columns that are named. With one that can't be one, it is all that there are: errors list them.
         sizes: metrics are named, which may be sizes of cells.
     """
     known = dict.fromkeys((*OF_CELLS, *PROVENANCE, "key", "metrics", "stderr", "higher_is_better", *SIZES))
     # Rows stand in the order of models' parameters.
     spared = _SPARED if sizes else (*_SPARED, *(name for name in SIZES if name != "params"))
     named = set(asked)
-    return tuple(name for name in known if name in named or name not in spared or not named <= known.keys())
+    return tuple(name for name in known if name in named or name not in spared or not named <= set(PLACES))
 
 
 def is_baseline(cells: pd.DataFrame) -> pd.Series[bool]:

@@ -75,6 +75,7 @@ def test_what_is_shown_can_be_written(home: Path) -> None:
     ("asked", "said"),
     [
         (["by=[modle]"], "by='modle' is not valid.*Did you mean model.*There are: .*, host,"),
+        (["by=[bits]", "columns=[status]"], "columns='status' is not valid.*There are: .*, host,"),
         (["columns=[dtyp]"], "columns='dtyp' is not valid"),
         (["metrics=[los]"], "metrics='los' is not valid.*Did you mean loss.*There are: .*, seconds"),
         (["sort=x"], "sort='x' is not valid"),
