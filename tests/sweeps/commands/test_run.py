@@ -171,16 +171,16 @@ def test_running_again_does_nothing_and_says_so(demo: tuple[Path, subprocess.Com
 
 def test_a_study_stops_when_its_budget_is_spent_and_a_larger_one_goes_on(tmp_path: Path, launch: Launch) -> None:
     study = [f"out={tmp_path / 'r'}", *SMALL]
-    some = launch(*study, "budget=0.0005", "report=true")
+    some = launch(*study, "budget=0.0001", "report=true")
     assert some.returncode == 0, some.stdout + some.stderr
     done = load_results(tmp_path / "r").query("status == 'done'")
     assert 1 <= len(done) < 13
     assert done["bits"].min() <= done["bits"].max() == 16  # the baseline came first
-    assert "budget=0.0005 is spent" in some.stdout
+    assert "budget=0.0001 is spent" in some.stdout
     assert f"{13 - len(done)} measurement" in some.stdout
-    again = launch(*study, "budget=0.0005")
+    again = launch(*study, "budget=0.0001")
     assert again.returncode == 0
-    assert "budget=0.0005 is spent" in again.stdout
+    assert "budget=0.0001 is spent" in again.stdout
     assert len(all_row_ids(tmp_path / "r")) == len(done)
     plan = launch(*study, "budget=0.5", "mode=plan").stdout
     assert "budget  0.5 worker-hours: " in plan
