@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Final, cast
 
 from sweeps.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 GARBAGE: Final = 50_000
 """Objects made before those among them that nobody uses are looked for."""
+_interrupts: list[int] = []
+"""The signals of each Ctrl-C."""
 
 
 def main() -> None:
@@ -29,6 +33,8 @@ def main() -> None:
     # Tables are read, reduced and dropped one after the other. What was dropped Arrow's allocator else keeps for a
     # while, beside the next table: a tenth to a fifth of a command's memory. Arrow reads it as it is imported.
     os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have told its jobs to ignore it
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         code = _main()
         flush()
@@ -36,9 +42,16 @@ def main() -> None:
     except BrokenPipeError:
         silence()
         sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not (_interrupts or isinstance(error, KeyboardInterrupt)):
+            raise
         print("\ninterrupted: what was finished is stored; the same command goes on from there", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def _main() -> int:
@@ -88,7 +101,13 @@ def _main() -> int:
         composed.append(cfg)
         # As they were written: an interpolation in one of them is of our configuration, and not of Hydra's own.
         arguments = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        codes.append(run_mode(cfg, cast(list[str], arguments)))
+        try:
+            codes.append(run_mode(cfg, cast(list[str], arguments)))
+        except Exception as error:
+            # Arrow's functions take a Ctrl-C that comes while they import another library for an argument's error.
+            if _interrupts:
+                raise KeyboardInterrupt from error
+            raise
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")(dispatch)()
@@ -96,7 +115,7 @@ def _main() -> int:
         raise
     except Exception as error:
         # Hydra stumbles over some arguments with exceptions of any kind; what a mode raises is not its doing.
-        if composed and not isinstance(error, HydraException | OmegaConfBaseException):
+        if _interrupts or (composed and not isinstance(error, HydraException | OmegaConfBaseException)):
             raise
         say_error(explain(error))
         return EXIT_BAD_INPUT

@@ -210,6 +210,23 @@ def test_ctrl_c_at_any_moment_is_one_line_and_130(tmp_path: Path) -> None:
         assert process.returncode == 130, text
 
 
+def test_ctrl_c_that_a_library_takes_for_its_own_error_is_one_line_and_130() -> None:
+    code = (
+        "import os, signal, launch, sweeps.commands as commands\n"
+        "def swallow(cfg, arguments):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        os.read(os.pipe()[0], 1)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise TypeError('unexpected argument')\n"
+        "commands.run_mode = swallow\n"
+        "launch.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("\ninterrupted: ")
+
+
 def test_an_added_evaluation_runs_alone(small: Path, launch: Launch) -> None:
     first = set(all_row_ids(small).index)
     arguments = [a for a in SMALL if not a.startswith("eval.tasks")]
