@@ -251,7 +251,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #if WGMMA
       if (warp % GROUP_WARPS == 0 && lane == 0) {
         expect(barrier + stage_in * 8, X_BYTES);
-        bring(x_address + stage_in * X_BYTES, x + column * (M_TILES * 8), X_BYTES, barrier + stage_in * 8);
+        bring(x_address + stage_in * X_BYTES, x + (long long)column * (M_TILES * 8), X_BYTES, barrier + stage_in * 8);
       }
 #else
 #pragma unroll

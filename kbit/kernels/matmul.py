@@ -12,15 +12,13 @@ from torch import Tensor
 from kbit.kernels import dense
 from kbit.kernels.nvrtc import Function, compile_cubin
 from kbit.kernels.tiles import LANES, TILE, TiledWeight, check_tiles
-from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster, launch_shape, most_rows
+from kbit.kernels.variants import MOST_M, Gpu, Variant, choose, fused_is_faster, launch_shape, most_rows
 
 _FEWEST_CAPABILITY: Final = (8, 0)
 """Asynchronous copies to shared memory, and tensor cores' bfloat16, begin with it."""
 _MOST_OFFSET: Final = 2**31
-"""The fused kernel's offsets have 32 bits: in values of x, and in 16 bytes of codes."""
+"""Offsets of the fused kernel have 32 bits: in values of x that it reads itself, and in 16 bytes of codes."""
 _HEADER: Final = "instructions.cuh"
-_MOST_ROWS: Final = 128
-"""Rows of x of a launch, at most."""
 _ARRANGE_THREADS: Final = 256
 """Of a CTA that arranges x, each of which moves 8 values; the kernel has as many."""
 _UNTILE_WARPS: Final = 8
@@ -134,10 +132,10 @@ def _check(x: Tensor, w: TiledWeight) -> None:
     if x.dtype != w.table.dtype:
         raise ValueError(f"x is {x.dtype}, but the weight was laid out for {w.table.dtype}")
     apart = x.stride(0) if x.shape[0] > 1 else x.shape[1]
-    if _MOST_ROWS * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
+    if MOST_M * apart > _MOST_OFFSET or w.codes.numel() // 4 > _MOST_OFFSET:
         raise ValueError(
             f"x's rows are {apart:,} values apart, and the codes take {w.codes.nbytes:,} bytes: the kernel has "
-            f"offsets for {_MOST_OFFSET // _MOST_ROWS:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
+            f"offsets for {_MOST_OFFSET // MOST_M:,} and {16 * _MOST_OFFSET:,}; x.contiguous() brings rows together"
         )
     if x.device != w.codes.device or x.device.type != "cuda":
         raise ValueError(f"x is on {x.device} and the weight on {w.codes.device}: both must be on one GPU")

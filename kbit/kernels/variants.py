@@ -20,9 +20,10 @@ import torch
 
 from kbit.kernels.tiles import LANES, TILE, TiledWeight
 
-_MOST_M: Final = 64
+MOST_M: Final = 64
+"""Rows of x that one launch of the fused kernel takes where each warp multiplies alone: 8 ``m_tiles`` of 8 rows."""
 _MOST_M_WGMMA: Final = 128
-"""Rows of x that one launch of the fused kernel takes: the largest ``m_tiles``, of 8 rows each."""
+"""The same where four warps multiply together."""
 _M_TILES: Final = (1, 2, 4, 8, 16)
 """Tiles of 8 rows of x that a variant takes, and for which it exchanges sums. An m16n8k16 takes 8 of x and 16 of W."""
 _PADDING: Final = 4
@@ -173,7 +174,7 @@ class _Product(NamedTuple):
 
 def most_rows(gpu: Gpu, *, batch_invariant: bool) -> int:
     """Return how many rows of x one launch takes at most; sums in one order are those of the smaller."""
-    return _MOST_M_WGMMA if gpu.wgmma and not batch_invariant else _MOST_M
+    return _MOST_M_WGMMA if gpu.wgmma and not batch_invariant else MOST_M
 
 
 def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invariant: bool = False) -> Variant:
@@ -193,7 +194,7 @@ def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invari
 @cache  # 38 microseconds, which each call of a layer would take
 def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
     if batch_invariant:
-        measured = next(_fitting(p._replace(m_tiles=_MOST_M // 8), replace(gpu, wgmma=False)))
+        measured = next(_fitting(p._replace(m_tiles=MOST_M // 8), replace(gpu, wgmma=False)))
     else:
         measured = next(_fitting(p, gpu))
     units = -(-p.row_blocks // measured.n_tiles)
@@ -351,21 +352,21 @@ def fused_is_faster(w: TiledWeight, m: int, gpu: Gpu) -> bool:
     """
     if gpu.wgmma:
         values = w.n * w.k
-        return m <= (_MOST_M_FUSED if values >= _LARGE else _MOST_M_WGMMA if values >= _ENOUGH_VALUES else _MOST_M)
-    launches, values = -(-m // _MOST_M), w.n * w.k
+        return m <= (_MOST_M_FUSED if values >= _LARGE else _MOST_M_WGMMA if values >= _ENOUGH_VALUES else MOST_M)
+    launches, values = -(-m // MOST_M), w.n * w.k
     if launches == 1:
         return True
     if launches > _MOST_LAUNCHES or w.k < _ENOUGH_K or values < _ENOUGH_VALUES * (launches - 1):
         return False
     if not (gpu.clock and gpu.bandwidth):
         return False
-    variant = choose(w, _MOST_M, w.table.dtype, gpu)
+    variant = choose(w, MOST_M, w.table.dtype, gpu)
     rounds = -(-w.row_blocks // (variant.n_tiles * (launch_shape(variant, w, gpu)[0] // variant.split_k)))
     of_processor = rounds * variant.n_tiles * TILE * w.k / variant.split_k
     cycles = _cycles(w.bits) * _MEASURED_WARPS / variant.warps
     fused = launches * (_launch_seconds(w.bits) + of_processor * cycles / gpu.clock)
     nbytes = (w.bits + 16 / w.blocksize) / 8 + 4  # for each value
-    each = nbytes / (_REACHED * gpu.bandwidth) + launches * _MOST_M * _ROW_SECONDS
+    each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_M * _ROW_SECONDS
     return _GAIN * fused < _DEQUANTIZING_SECONDS + values * each
 
 

@@ -161,6 +161,8 @@ def test_what_is_beyond_the_kernel_s_offsets_is_refused() -> None:
     x = torch.empty_strided((64, 128), (2**27, 1), dtype=torch.float16, device="meta")
     with pytest.raises(ValueError, match="rows are 134,217,728 values apart"):
         matmul(x, tiled)
+    with pytest.raises(ValueError, match="one GPU"):  # as far apart as offsets reach
+        matmul(torch.empty_strided((64, 128), (2**25, 1), dtype=torch.float16, device="meta"), tiled)
     columns = 2**25
     codes = torch.empty(64 * columns // 64, 4, 32, 4, dtype=torch.int32, device="meta")
     huge = replace(tiled, codes=codes, n=64 * 64, k=columns)
