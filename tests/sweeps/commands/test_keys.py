@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from sweeps import load_results
 from sweeps.commands.keys import CHOOSING, EVERY, OBEYED, check_keys
@@ -127,6 +128,21 @@ def test_an_unknown_key_with_a_plus_is_refused_with_the_nearest_known_one(here: 
     assert result.returncode == 2
     assert "'eval.limt' is not a key. Did you mean eval.limit" in result.stderr
     assert result.stdout == ""
+
+
+def test_a_command_is_composed_once_and_hydras_mode_obeyed_where_it_can_be_set(
+    here: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed, compose = [], ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *a, **k: composed.append(a) or compose(*a, **k))
+    file = tmp_path / "mine" / "sweep" / "each.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\nhydra: {mode: MULTIRUN}\nsweep: {name: each, quant: [{bits: 16}]}\n")
+    assert "'one' holds no study" in here("mode=status", "out=one").stderr.replace(f"{tmp_path}/", "")
+    assert len(composed) == 1
+    for more in (["-m"], ["hydra.mode=MULTIRUN"], [f"--config-dir={file.parents[1]}", "sweep=each"]):
+        said = here("mode=status", "out=one,two", *more).stderr.replace(f"{tmp_path}/", "")
+        assert ("'one' holds no study" in said, "'two' holds no study" in said) == (True, True), more
 
 
 def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(small: Path, here: Launch, tmp_path: Path) -> None:
