@@ -14,6 +14,7 @@ import pytest
 
 import launch as command
 from tests import ROOT
+from tests.forks import forks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,16 +48,8 @@ def assets() -> Path:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Run ``python launch.py ARGS`` in an empty directory, as a user would."""
-
-    def run(*args: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "launch.py"), *args]
-        environment = {**os.environ, "COLUMNS": "200"}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-
-    return run
+    """Run ``python launch.py ARGS`` in an empty directory, in a process of its own that has imported before."""
+    return lambda *args, **more: forks().run(*args, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, **more)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from sweeps import load_results
 from sweeps.launches.launch import Launch, launches
 from sweeps.store.parts import Store
 from tests.conftest import ROOT, unreported
+from tests.forks import forks
 from tests.slurm.cluster import Cluster
 
 SMALL = (
@@ -87,16 +88,19 @@ class Study:
 
     def launch(self, *args: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
         """The same, waited for."""
-        process = self.start(*args)
-        text, _ = process.communicate(timeout=timeout)
-        return subprocess.CompletedProcess(process.args, process.returncode, text)
+        environment = self.cluster.environment() | {"COLUMNS": "200"}
+        asked = (f"out={self.out}", *SMALL, *unreported(args))
+        return forks().run(*asked, cwd=self.home, env=environment, together=True, timeout=timeout)
 
     def run(
         self, *args: str, env: dict[str, str] | None = None, program: Path = ROOT
     ) -> subprocess.CompletedProcess[str]:
         """The same with standard output and error apart; ``program`` is the checkout whose launch.py runs."""
-        command = [sys.executable, str(program / "launch.py"), f"out={self.out}", *SMALL, *unreported(args)]
+        asked = (f"out={self.out}", *SMALL, *unreported(args))
         environment = {**self.cluster.environment(), "COLUMNS": "200", **(env or {})}
+        if program == ROOT:
+            return forks().run(*asked, cwd=self.home, env=environment, timeout=180)
+        command = [sys.executable, str(program / "launch.py"), *asked]
         return subprocess.run(
             command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=180, check=False
         )

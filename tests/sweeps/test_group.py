@@ -8,9 +8,11 @@ import stat
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from sweeps.results.table import load_results
 from sweeps.store.parts import Store
 from sweeps.study.snapshot import snapshot_code
 from tests import ROOT
+from tests.forks import Forks, forking
 from tests.slurm.users import interpreter
 from tests.sweeps.commands.test_run import SMALL
 
@@ -71,31 +74,37 @@ def test_elsewhere_the_umask_decides(shared: Path, mode: int) -> None:
     assert [p for p in write_all_kinds(shared) if p.stat().st_mode & stat.S_IRWXG] == []
 
 
-def as_user(user: int, *command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command of one of the users, as a login of theirs would run it."""
-    home = cwd / str(user)
+def login(user: int, place: Path) -> dict[str, Any]:
+    """The directory and the environment that a login of a user's has."""
+    home = place / str(user)
     if not home.exists():
         home.mkdir()
         os.chown(home, user, user)
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "USER": f"u{user}", "COLUMNS": "200"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": sysconfig.get_paths()["purelib"]}
-    return subprocess.run(
-        list(map(str, command)),
-        cwd=home,
-        env=environment,
-        user=user,
-        group=user,
-        extra_groups=[GROUP],
-        umask=PRIVATE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return {"cwd": home, "env": environment}
+
+
+def identity(user: int) -> dict[str, Any]:
+    """What makes a process a user's."""
+    return {"user": user, "group": user, "extra_groups": [GROUP], "umask": PRIVATE}
+
+
+def as_user(user: int, *command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A program of one of the users, as a login of theirs would run it."""
+    program = list(map(str, command))
+    asked = {**login(user, cwd), **identity(user)}
+    return subprocess.run(program, **asked, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
+    with shared_place() as path:
+        yield path
+
+
+@contextmanager
+def shared_place() -> Iterator[Path]:
     """A directory that both users reach, with shared/ of their group."""
     if os.geteuid() != 0:
         pytest.skip("only root can be two users")
@@ -108,16 +117,19 @@ def place() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def python(place: Path) -> str:
-    return interpreter(partial(as_user, USERS[1], cwd=place))
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Mapping[int, Forks]]:
+    """What runs each user's commands."""
+    with shared_place() as place, ExitStack() as stack:
+        python = interpreter(partial(as_user, USERS[1], cwd=place))
+        yield {user: stack.enter_context(forking(python, **login(user, place), **identity(user))) for user in USERS}
 
 
-def test_two_users_work_in_one_directory_whatever_their_umask(place: Path, python: str) -> None:
+def test_two_users_work_in_one_directory_whatever_their_umask(place: Path, commands: Mapping[int, Forks]) -> None:
     out = place / "shared" / "deeper" / "results"
 
     def command(user: int, *arguments: str) -> str:
-        ran = as_user(user, python, ROOT / "launch.py", f"out={out}", *arguments, cwd=place)
+        ran = commands[user].run(f"out={out}", *arguments, **login(user, place))
         assert ran.returncode == 0, ran.stdout + ran.stderr
         assert "Permission denied" not in ran.stdout + ran.stderr
         return ran.stdout
@@ -147,12 +159,14 @@ def results_of(user: int, place: Path) -> Path:
 
 
 @pytest.mark.parametrize("part", ["packs", "manifests", "dropped"])
-def test_whose_a_file_is_and_what_its_owner_can_do_is_said(part: str, place: Path, python: str) -> None:
+def test_whose_a_file_is_and_what_its_owner_can_do_is_said(
+    part: str, place: Path, commands: Mapping[int, Forks]
+) -> None:
     first, second = USERS
     out = results_of(first, place)
     for path in (out / part).iterdir():
         path.chmod(0o600)
-    refused = as_user(second, python, ROOT / "launch.py", f"out={out}", "mode=status", cwd=place)
+    refused = commands[second].run(f"out={out}", "mode=status", **login(second, place))
     assert refused.returncode != 0
     said = " ".join(refused.stderr.split())
     assert f"{out / part}/" in said
@@ -163,7 +177,7 @@ def test_whose_a_file_is_and_what_its_owner_can_do_is_said(part: str, place: Pat
 @pytest.mark.parametrize("mode", ["status", "plan", "cancel", "run"])
 @pytest.mark.parametrize("part", ["", "claims", "launches", "manifests", "packs", "parts", "dropped"])
 def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(
-    part: str, mode: str, place: Path, python: str
+    part: str, mode: str, place: Path, commands: Mapping[int, Forks]
 ) -> None:
     if (mode, part) in {("cancel", p) for p in ("manifests", "packs", "parts", "dropped")} | {("plan", "manifests")}:
         pytest.skip(f"mode={mode} does not look into {part}")
@@ -172,7 +186,7 @@ def test_a_directory_that_cannot_be_listed_is_not_taken_for_an_empty_one(
     (out / part).chmod(0o2700)
     before = sorted(out.glob("[clp]*/**/*"))
     asked = [f"out={out}", f"mode={mode}", *([] if mode in ("status", "cancel") else SMALL)]
-    refused = as_user(second, python, ROOT / "launch.py", *asked, cwd=place)
+    refused = commands[second].run(*asked, **login(second, place))
     assert refused.returncode == 2, refused.stdout + refused.stderr
     (said,) = refused.stderr.splitlines()
     assert f"belongs to {first} (drwx--S---)" in said or "can't be written" in said

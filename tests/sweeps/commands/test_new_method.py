@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import ROOT
+from tests.forks import Forks, forking
 
 THIRDS = '''
 from kbit.data_types import DataType
@@ -43,21 +44,33 @@ CALIBRATION = ("calibration.set=jargon", "calibration.samples=4", "calibration.l
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Run ``python launch.py ARGS``, or a program with -c, where a package with both is installed."""
-    packages = tmp_path / "packages"
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where a package with both is installed."""
+    packages = tmp_path_factory.mktemp("packages")
     about = packages / "mine-1.0.dist-info"
     about.mkdir(parents=True)
     (packages / "thirds.py").write_text(THIRDS)
     (packages / "one_shot.py").write_text((ROOT / "tests" / "kbit" / "methods" / "one_shot.py").read_text())
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(POINTS)
-    environment = {**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "COLUMNS": "200"}
+    return {**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def forks(environment: dict[str, str]) -> Iterator[Forks]:
+    with forking(env=environment) as forks:
+        yield forks
+
+
+@pytest.fixture
+def run(tmp_path: Path, environment: dict[str, str], forks: Forks) -> Run:
+    """Run ``python launch.py ARGS``, or a program with -c, there."""
 
     def of(*arguments: str) -> subprocess.CompletedProcess[str]:
-        program = [] if arguments[0] == "-c" else [str(ROOT / "launch.py")]
-        command = [sys.executable, *program, *arguments]
+        if arguments[0] != "-c":
+            return forks.run(*arguments, cwd=tmp_path, env=environment)
+        command = [sys.executable, *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
@@ -86,7 +99,7 @@ def test_a_study_of_a_method_that_calibrates_and_a_data_type_of_another_package(
 
     planned = run(*STUDY, *CALIBRATION, "mode=plan")
     assert planned.returncode == 0, planned.stderr
-    done = run(*STUDY, *CALIBRATION)
+    done = run(*STUDY, *CALIBRATION, "report=false")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {str(row["label"]): row for row in stored(run)}
     assert list(rows) == [

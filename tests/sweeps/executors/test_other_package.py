@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sweeps import load_results
 from tests.conftest import ROOT, Launch
+from tests.forks import forking
 from tests.sweeps.commands.test_run import SMALL
 
 MODULE = '''
@@ -84,10 +86,15 @@ pauses: null
 """
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("package")
+
+
+@pytest.fixture(scope="module")
+def package(home: Path) -> Path:
     """A package as pip would have installed it; returns the directory of its configuration files."""
-    site, conf = tmp_path / "site", tmp_path / "conf"
+    site, conf = home / "site", home / "conf"
     info = site / "one_by_one-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: one-by-one\nVersion: 1.0\n")
@@ -95,8 +102,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (site / "one_by_one.py").write_text(MODULE)
     (conf / "executor").mkdir(parents=True)
     (conf / "executor" / "one_by_one.yaml").write_text(YAML)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(ROOT)]))
     return conf
+
+
+@pytest.fixture(scope="module")
+def launch(home: Path, package: Path) -> Iterator[Launch]:
+    """The command where the package is installed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(home / "site"), str(ROOT)]), "COLUMNS": "200"}
+    with forking(env=environment) as forks:
+        yield lambda *args: forks.run(*args, cwd=home, env=environment)
 
 
 def test_another_packages_executor_runs_a_study(package: Path, launch: Launch, tmp_path: Path) -> None:
