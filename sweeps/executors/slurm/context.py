@@ -59,7 +59,8 @@ class LaunchContext:
 
     def shape(self, model: ModelRef, rung: int) -> Shape:
         """Return the resources of a job for a model, at a step of the out-of-memory ladder."""
-        return self.slurm.shape(model, self.device, rung, self.overrides.get(model.label, {}))
+        mirrored = self.job_settings.tracking["mode"] != "disabled"
+        return self.slurm.shape(model, self.device, rung, self.overrides.get(model.label, {}), mirrored=mirrored)
 
 
 def launch_context(order: Order, slurm: SlurmSettings) -> LaunchContext:

@@ -31,6 +31,8 @@ START_SECONDS: Final = 30.0
 """From a job's begin until its worker has imported what it needs; on a file system that many share it takes longer."""
 JOB_BYTES: Final = 0.4e9
 """Of the process that watches over the worker."""
+MIRROR_BYTES: Final = 0.8e9
+"""Of W&B's mirror beside it, which holds what was planned, and reads the store: its most at 360,000 measurements."""
 MINUTES: Final = 240
 ASSUMED_GPU_GB: Final = 80.0
 GPU_GB: Final[Mapping[str, float]] = {
@@ -142,7 +144,7 @@ class SlurmSettings(ExecutorSettings):
         said = re.search(r"(\d+)_?gb?$", kind)
         return float(said[1]) if said else GPU_GB.get(kind.removeprefix("nvidia_"))
 
-    def shape(self, model: ModelRef, device: str, rung: int, overrides: JsonObject) -> Shape:
+    def shape(self, model: ModelRef, device: str, rung: int, overrides: JsonObject, *, mirrored: bool = False) -> Shape:
         """Return the resources of a job for a model.
 
         Args:
@@ -150,6 +152,7 @@ class SlurmSettings(ExecutorSettings):
             device: 'cpu' or 'cuda'.
             rung: step of the out-of-memory ladder: each doubles the memory, and on GPUs their number.
             overrides: the model's own gpus and mem_gb, where its configuration gives them.
+            mirrored: it runs W&B's mirror, too.
         """
         from sweeps.launches.launch import Shape
 
@@ -165,7 +168,7 @@ class SlurmSettings(ExecutorSettings):
                 if device == "cuda"
                 else MODEL_BYTES_PER_PARAM * params + WORKER_BYTES
             )
-            memory = float(math.ceil((bytes_ + JOB_BYTES) / GIB))
+            memory = float(math.ceil((bytes_ + JOB_BYTES + mirrored * MIRROR_BYTES) / GIB))
         if rung:
             memory *= 2**rung
             gpus = min(gpus * 2**rung, max(gpus, MOST_GPUS)) if device == "cuda" else gpus

@@ -62,6 +62,15 @@ def scripts(out: Path, **keys: object) -> Scripts:
     return Scripts(context=context, launch=launch, claim=7, exclude="n3", code=out / "code" / "c0de")
 
 
+@pytest.mark.parametrize(("mode", "more"), [("online", 1), ("offline", 1), ("disabled", 0)])
+def test_a_job_asks_for_the_memory_of_its_mirror_too(mode: str, more: int, tmp_path: Path) -> None:
+    small = replace(MODEL, params=70_000_000)
+    alone = replace(scripts(tmp_path).context, device="cpu")
+    mirrored = replace(alone, job_settings=replace(SETTINGS, tracking={"mode": mode}))
+    assert mirrored.shape(small, 0).mem_gb == alone.shape(small, 0).mem_gb + more
+    assert replace(mirrored, overrides={small.label: {"mem_gb": 2.0}}).shape(small, 0).mem_gb == 2.0
+
+
 @pytest.mark.parametrize("name", ["preflight", "job", "array"])
 def test_the_script_is_this_one(name: str, tmp_path: Path) -> None:
     """After a change that is meant, write the file that the failure names again."""
