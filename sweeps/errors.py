@@ -20,7 +20,8 @@
     ├── SchedulerError              a command of SLURM failed
     ├── SubmitError                 sbatch failed
     ├── VanishedError               a file of results is not there any more: another has its rows
-    └── RefusedError                W&B refuses the configuration
+    ├── RefusedError                W&B refuses the configuration
+    └── AwayError (OSError)         W&B can't be reached, or has no such place
 
     kbit.errors.SpecError       2   a specification that can't exist
 
@@ -131,6 +132,10 @@ class VanishedError(SweepError):
 
 class RefusedError(SweepError):
     """W&B can't be used as configured (no key, a wrong key): trying again won't help."""
+
+
+class AwayError(SweepError, OSError):
+    """W&B can't be reached, is asked too often, or has no such place for this key: other requests would fare alike."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

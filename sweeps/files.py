@@ -103,6 +103,19 @@ def make_directory(path: Path) -> None:
             patiently(partial(sync_directory, directory.parent))
 
 
+def make_inside(path: Path) -> None:
+    """Make a directory, where missing, in one that is there: one that is gone, e.g. renamed, is not made again.
+
+    Raises:
+        OSError: the one above it is gone, or can't be written.
+    """
+    if not path.is_dir():
+        patiently(lambda: path.mkdir(exist_ok=True))
+        share_with_group(path)
+        with contextlib.suppress(PermissionError):
+            patiently(partial(sync_directory, path.parent))
+
+
 def require_directory(out: Path, witness: str = "") -> None:
     """Refuse to recreate a results directory that existed when the work began, or to take another one for it.
 

@@ -134,20 +134,6 @@ def left_out(out: Path, sweep: str | None = None) -> list[str]:
     return [f"{counted(n, 'cell')} of {model.label} left out: {earlier[model]}" for model, n in counts.items()]
 
 
-def superseded_measurements(out: Path) -> frozenset[str]:
-    """Return the measurements, by key, that studies planned once and no study's table shows any more.
-
-    Their models are of an earlier reading, or a later launch of the study planned the evaluation otherwise.
-    """
-    manifests = load_manifests(out)
-    earlier = superseded(_models(manifests))
-    shown: set[str] = set()
-    for name in newest_launches(manifests):
-        of_study = planned([m for m in manifests if m.sweep == name])
-        shown |= {m.key for _, m in of_study.values() if m.cell.model not in earlier}
-    return frozenset(m.key for manifest in manifests for m in manifest.measurements() if m.key not in shown)
-
-
 def load_samples(out: str | Path, measurements: Iterable[str]) -> dict[str, Samples]:
     """Per-sample outcomes by measurement key and name: bool for right or wrong, float32 nats, int32 tokens."""
     if is_kept(Path(out)):

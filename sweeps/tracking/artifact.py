@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from sweeps.tracking.config import TrackingConfig
-from sweeps.tracking.messages import Answer, Artifact, Finished
+from sweeps.tracking.messages import Answer, Fatal, Job, Trouble, Uploaded
 from sweeps.tracking.process import MirrorProcess
 
 ARTIFACT_SECONDS: Final = 60.0
@@ -31,11 +31,11 @@ def upload_tables(
     if config.mode == "disabled" or not files:
         return None
     answers: list[Answer] = []
-    process = MirrorProcess(config.message(), answers.append)
-    process.send(Artifact(sweep=sweep, files=[str(f) for f in files]))
+    tables = {sweep: [str(f) for f in files]}
+    process = MirrorProcess(Job(tracking=config.message(), out=str(files[0].parent), tables=tables), answers.append)
     in_time = process.close(seconds)
-    if any(isinstance(said, Finished) for said in answers):
+    if any(isinstance(said, Uploaded) for said in answers):
         return None
-    reasons = [said.reason for said in answers if not isinstance(said, Finished)]
+    reasons = [said.reason for said in answers if isinstance(said, Trouble | Fatal)]
     why = reasons[0] if reasons else f"see {process.log_file}" if in_time else f"not within {seconds:g} s"
     return f"W&B: the tables of {sweep} are not known to be uploaded ({why}); run the same command with mode=sync"

@@ -1,87 +1,87 @@
-"""Messages between a study and its mirror's process: one line of JSON each, after the configuration's."""
+"""What a study and its mirror's process tell each other: the job, a line of JSON, and answers, a line each."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import Final, get_args
 
-from sweeps.store.schema import Row, Scalar
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the process is to do, until its input ends and a last time then.
+
+    Attributes:
+        tracking: what ``TrackingConfig.message`` returns.
+        out: the results directory.
+        sweep: the study to mirror; None is each that there is.
+        every: seconds between two looks at the store.
+        tables: files by study: instead of results, these are uploaded.
+    """
+
+    tracking: Mapping[str, str | None]
+    out: str
+    sweep: str | None = None
+    every: float = 30.0
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """Open a pack's run, or take it up again. Of a pack that is ``whole``, all rows come from the store."""
+class Progress:
+    """So many of the runs that are not up to date are done."""
 
-    pack: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mirrored:
+    """The last look at the store is over, whatever ended it.
+
+    Attributes:
+        runs, measurements: of the store.
+        whole: measurements of runs that are known to be up to date, by what W&B itself says of them.
+        updated: runs that were brought up to date in it.
+    """
+
+    runs: int
+    measurements: int
+    whole: int
+    updated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uploaded:
+    """W&B holds a study's tables."""
+
     sweep: str
-    name: str
-    config: Mapping[str, Scalar]
-    whole: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Log:
-    """Mirror one measurement of a pack that was started."""
-
-    pack: str
-    row: Row
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finish:
-    """No more measurements of a pack will come."""
-
-    pack: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """Upload the tables of a study."""
-
-    sweep: str
-    files: Sequence[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """W&B holds so many of a pack's measurements, of which so many were added; or so many files of an artifact."""
-
-    pack: str
-    mirrored: int
-    added: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
-    """Something went wrong; the mirror goes on."""
+    """Something went wrong that may be well again later."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fatal:
-    """The mirror gave up."""
+    """W&B can't be used as configured, which trying again doesn't change; the process ends."""
 
     reason: str
 
 
-Message = Start | Log | Finish | Artifact
-Answer = Finished | Trouble | Fatal
-_MESSAGES: Final[Mapping[str, Callable[..., Message]]] = {kind.__name__: kind for kind in get_args(Message)}
+Answer = Progress | Mirrored | Uploaded | Trouble | Fatal
 _ANSWERS: Final[Mapping[str, Callable[..., Answer]]] = {kind.__name__: kind for kind in get_args(Answer)}
 
 
-def to_line(said: Message | Answer) -> str:
-    """Return a message or an answer as a line of JSON."""
-    return json.dumps([type(said).__name__, {field.name: getattr(said, field.name) for field in fields(said)}]) + "\n"
-
-
-def message(line: str) -> Message:
-    """Return the message of a line."""
-    kind, values = json.loads(line)
-    return _MESSAGES[kind](**values)
+def to_line(said: Answer) -> str:
+    """Return an answer as a line of JSON."""
+    return json.dumps([type(said).__name__, asdict(said)]) + "\n"
 
 
 def answer(line: str) -> Answer:

@@ -13,7 +13,7 @@ from sweeps.config import BlockConfig
 from sweeps.store.schema import arrow_schema, columns
 from sweeps.study.cell import Cell, ModelRef, axis_names
 from sweeps.study.grid import block_axes
-from sweeps.tracking.mirror import mirrored_columns
+from sweeps.tracking.runs import alike_in
 
 MODEL = ModelRef(family="pythia", name="70m", hub_id="EleutherAI/pythia-70m", commit="a" * 40)
 
@@ -47,7 +47,7 @@ def test_specs_that_differ_in_a_later_axis_have_other_labels() -> None:
 def test_each_axis_is_wherever_axes_are_listed(name: str) -> None:
     assert name in axis_names()
     assert name in Cell(model=MODEL, quant=QuantSpec(bits=4, dtype="int")).axes()
-    assert name in mirrored_columns()
+    assert name in alike_in([Cell(model=MODEL, quant=QuantSpec(bits=4, dtype="int")).axes()])
     assert name in arrow_schema().names
     assert name in block_axes() or name == "codebook"  # a file brings its codebook itself
     if name in block_axes():

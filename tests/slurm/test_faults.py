@@ -28,6 +28,7 @@ from tests.slurm.faults import (
     wait_process,
 )
 from tests.slurm.studies import Study
+from tests.sweeps.tracking.wandb_server import KEY, WandbServer, free_port
 
 WALLTIME = (
     *TINY,
@@ -273,16 +274,33 @@ def test_half_an_array_cancelled(study: Study) -> str:
 
 @side_by_side
 def test_wandb_down(study: Study) -> str:
-    args = (*TINY, "sweep.quant=[{bits: 3, dtype: [int, float]}]", "tracking=online")
-    args = (*args, "tracking.base_url=http://127.0.0.1:1")
-    launched = study.start(*args, env={"WANDB_API_KEY": "0" * 40})
+    """W&B is away while jobs measure; when it is back, the next job brings what it misses, though no launcher waits."""
+    server = WandbServer(f"http://127.0.0.1:{free_port()}", study.home / "wandb")
+    online = (*TINY, "tracking=online", f"tracking.base_url={server.url}")
+    grown = (*online, "sweep.quant=[{bits: [3, 4], dtype: [int, float]}]")
+    key = {"WANDB_API_KEY": KEY}
+    launched = study.start(*online, "sweep.quant=[{bits: 3, dtype: [int, float]}]", env=key)
     said, _ = launched.communicate(timeout=120)
     assert launched.returncode == 0, said
     study.wait_idle()
     (log,) = study.out.glob("logs/*/000/*_log.out")
-    assert "warning: W&B" in log.read_text()
+    assert "warning: W&B: " in log.read_text()
     study.assert_whole(cells=2)
-    return resume(study, *args, cells=2)
+    server.data.mkdir()
+    server.start()
+    try:
+        launched = study.start(*grown, env=key)
+        said, _ = launched.communicate(timeout=120)
+        assert launched.returncode == 0, said
+        study.wait_idle()
+        study.assert_whole(cells=4)
+        (sweep,) = {launch.sweep for launch in study.launches()}
+        runs = [server.run(run) for run in server.runs(sweep)]
+    finally:
+        server.stop()
+    assert sorted(run["config"]["bits"] for run in runs) == [3, 3, 4, 4]
+    assert {(run["state"], run["summary"]["cells"]) for run in runs} == {("finished", 1)}
+    return f"{resume(study, *grown, cells=4)}; 4 runs in W&B"
 
 
 @side_by_side

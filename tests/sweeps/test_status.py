@@ -17,7 +17,7 @@ from sweeps.store.rows import OOM_ERROR, recorded_state
 from sweeps.study.cell import ModelRef
 from sweeps.study.grid import expand
 from sweeps.study.manifest import Manifest
-from sweeps.tracking.server import STATUSES
+from sweeps.tracking.runs import STATUSES
 from tests import ROOT
 
 MODEL = ModelRef(family="neox", name="neox-a", params=10**6, path="/a", weights_hash="a" * 64)

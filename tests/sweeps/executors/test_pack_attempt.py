@@ -200,6 +200,7 @@ def test_earlier_jobs_that_could_not_load_the_model_are_counted(tmp_path: Path) 
 def test_the_mirror_gets_no_time_that_the_job_does_not_have() -> None:
     assert close_seconds(None, 0.0) == CLOSE_SECONDS
     assert close_seconds(1000.0, 0.0) == CLOSE_SECONDS
+    assert (close_seconds(None, 0.0, 15.0), close_seconds(20.0, 0.0, 15.0)) == (15.0, 20.0 - END_SECONDS)
     assert close_seconds(100.0, 100.0 - END_SECONDS - 4.0) == 4.0
     assert close_seconds(100.0, 95.0) == 0.0
 

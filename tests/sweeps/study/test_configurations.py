@@ -21,6 +21,7 @@ from sweeps.study import grid, hub
 from sweeps.study.cell import ModelRef
 from sweeps.study.evals import as_list, resolve_calibrations
 from sweeps.study.resolve import Resolver, build_study
+from sweeps.tracking.runs import alike_in
 from tests import ROOT
 from tests.sweeps.studies import composed
 
@@ -133,6 +134,7 @@ def test_study_expands_to_what_it_says(study: str, models: int, cells: int, meas
     assert len({c.model for c in expansion.cells}) == models
     assert (len(expansion.cells), len(expansion.cells) * evals) == (cells, measurements)
     assert set(Counter(Counter(c.model for c in expansion.cells).values())) == {cells // models}
+    assert len(alike_in([c.quant.axis_values() for c in expansion.cells])) > 4  # in W&B, each quantization is a run
 
 
 def test_every_study_is_named_as_its_file_and_tells_its_question() -> None:
