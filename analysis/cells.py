@@ -99,6 +99,7 @@ def plain(
     """
     fixed = {name: a.neutral for name, a in axes().items() if a.neutral is not VARIED and name not in free}
     wanted = {name: outlier_fraction if name == "outlier_fraction" else value for name, value in fixed.items()}
+    methods = [str(method) for method in df["method"].dropna().unique() if method in METHODS]
     of_method = df["method"] != "baseline" if every_method else df["method"] == "blockwise"
     keep = of_method & numbers(df, "bits").notna()
     for column, value in wanted.items():
@@ -107,8 +108,10 @@ def plain(
         if column == "scheme":
             keep &= same | (df["method"] != "blockwise")
             continue
-        own = _own_defaults(df, column, fixed[column])
-        keep &= same.where(own.isna(), df[column] == own)
+        if defaults := _own_defaults(methods, column, fixed[column]):
+            own = df["method"].map(defaults)
+            same = same.where(own.isna(), df[column] == own)
+        keep &= same
     df = df[keep.fillna(False).astype(bool)].copy()
     df["blocksize"] = numbers(df, "blocksize").fillna(WHOLE_TENSOR).astype(int)
     df["bits"] = numbers(df, "bits").astype(int)
@@ -116,11 +119,10 @@ def plain(
     return df.drop_duplicates(["family", "model", *apart, *(name for name in axes() if name not in fixed)])
 
 
-def _own_defaults(df: pd.DataFrame, column: str, neutral: object) -> pd.Series:
-    """Return, for rows of a method whose default isn't the neutral value, that default: AWQ clips by default."""
-    specs = {str(m): METHODS[str(m)] for m in df["method"].dropna().unique() if m in METHODS}
-    defaults = {m: f.default for m, spec in specs.items() for f in fields(spec) if f.name == column}
-    return df["method"].map({m: d for m, d in defaults.items() if d is not MISSING and d != neutral})
+def _own_defaults(methods: Sequence[str], column: str, neutral: object) -> dict[str, object]:
+    """Return the defaults of methods whose default isn't the neutral value: AWQ clips by default."""
+    defaults = {m: f.default for m in methods for f in fields(METHODS[m]) if f.name == column}
+    return {m: d for m, d in defaults.items() if d is not MISSING and d != neutral}
 
 
 def one_exponent(cells: pd.DataFrame, within: Sequence[str], *, axis: str | None = None) -> pd.DataFrame:

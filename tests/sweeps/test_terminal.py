@@ -13,6 +13,7 @@ import pytest
 
 from sweeps.config import DEMO_DIR
 from tests import ROOT
+from tests.conftest import Launch
 from tests.sweeps.commands.test_run import SMALL
 
 COMMAND = [sys.executable, str(ROOT / "launch.py")]
@@ -96,9 +97,9 @@ def test_the_version_is_ours(tmp_path: Path) -> None:
     assert (match[2] or "") == commit[:12]
 
 
-def test_a_model_of_the_hubs_cache_goes_by_its_name_everywhere(tmp_path: Path) -> None:
+def test_a_model_of_the_hubs_cache_goes_by_its_name_everywhere(here: Launch, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--me--my-neox" / "snapshots" / ("c" * 40)
     shutil.copytree(DEMO_DIR / "models" / "neox-xs", snapshot)
     arguments = [f"path={snapshot}", "sweep.sizes=[my-neox]", *TINY[1:]]
-    assert run(tmp_path, *arguments).returncode == 0
-    assert "my-neox" in run(tmp_path, "mode=status", "by=[model]").stdout
+    assert here(*arguments, "report=false").returncode == 0
+    assert "my-neox" in here("mode=status", "by=[model]").stdout

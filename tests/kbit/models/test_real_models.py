@@ -24,6 +24,7 @@ def test_the_papers_study_runs_on_local_models_with_local_data(assets: Path, lau
         "eval.tokens=4096",
         "eval.limit=8",
         "sweep.quant.1.bits=[3,8]",
+        "executor.workers=1",
         timeout=900,
     )
     assert result.returncode == 0, result.stdout + result.stderr

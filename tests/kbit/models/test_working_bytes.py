@@ -21,6 +21,7 @@ from kbit.specs.gptq import GptqSpec
 from tests.kbit.models.test_ways import sizes
 
 HIDDEN = 256
+ROUNDS = 10
 TOKENS = 16
 """So few that activations are nothing beside the weights."""
 
@@ -78,6 +79,9 @@ def test_the_bytes_that_a_method_says_it_needs_are_those_that_it_needs(
     spec: Spec, make: Callable[[], tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kbit.methods.awq.EXPONENTS", (0.0, 0.5))
+    # Each round takes as much as the one before.
+    for lloyd in ("lloyd", "weighted_lloyd"):
+        monkeypatch.setattr(f"kbit.quantizer.{lloyd}.MOST_ROUNDS", ROUNDS)
     model, inner = make()
     windows = torch.randint(0, 64, (1, TOKENS), generator=torch.Generator().manual_seed(0))
 
