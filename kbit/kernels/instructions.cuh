@@ -19,11 +19,22 @@ __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
 }
 
 #if WGMMA
-// Sums of a warp's sixteen rows of W with 32 rows of x: float32 c[8-row tile of x][4], as of mma. They belong to the tensor
-// cores from `multiply` to `wait_for_products`.
+// Sums of a warp's sixteen rows of W with 8 CHUNK rows of x: float32 c[8-row tile of x][4], as of mma. They belong to the
+// tensor cores from `multiply` to `wait_for_products`.
 #define SUMS_OF(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#if CHUNK == 4
+#define SHAPE "m64n32k16"
 #define ALL_SUMS SUMS_OF(0), SUMS_OF(4), SUMS_OF(8), SUMS_OF(12)
-#define SUMS "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define SUMS "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20"
+#define AGAIN "%21"
+#else
+#define SHAPE "m64n64k16"
+#define ALL_SUMS SUMS_OF(0), SUMS_OF(4), SUMS_OF(8), SUMS_OF(12), SUMS_OF(16), SUMS_OF(20), SUMS_OF(24), SUMS_OF(28)
+#define SUMS                                                                                                    \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
+  "%29,%30,%31}, {%32,%33,%34,%35}, %36"
+#define AGAIN "%37"
+#endif
 
 // What multiply takes for x in shared memory at this address: rows of 128 bytes, chunks of 16 bytes swizzled by row. An
 // address 16 bytes further is one more. ("Matrix descriptor" and "128-Byte swizzle mode" in the PTX ISA.)
@@ -33,11 +44,11 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
 
 // c = a x^T, or c += a x^T, for sixteen columns of x.
 __device__ __forceinline__ void multiply(float* c, const u32* a, u64 x, bool again) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " AGAIN ", 0;\n"
 #if BF16
-               "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " SUMS ", {%16,%17,%18,%19}, %20, p, 1, 1, 0; }"
+               "wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 " SUMS ", p, 1, 1, 0; }"
 #else
-               "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " SUMS ", {%16,%17,%18,%19}, %20, p, 1, 1, 0; }"
+               "wgmma.mma_async.sync.aligned." SHAPE ".f32.f16.f16 " SUMS ", p, 1, 1, 0; }"
 #endif
                : ALL_SUMS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((int)again));
 }
@@ -46,11 +57,17 @@ __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.syn
 
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// All but the last `PENDING` groups of products are made.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
+#if !FOLDED
 // All but the last `PENDING` groups of products are in c.
 template <int PENDING>
 __device__ __forceinline__ void wait_for_products(float* c) {
   asm volatile("wgmma.wait_group.sync.aligned %16;" : ALL_SUMS : "n"(PENDING) : "memory");
 }
+#endif
 
 // A barrier in shared memory for pieces that the copy engine brings: it is through when all who fill the stage have said
 // how many bytes come, and these have come. By turns its phase is 0 and 1.
@@ -74,6 +91,17 @@ __device__ __forceinline__ void wait_for_barrier(u32 barrier, u32 phase) {
                "r"(phase) : "memory");
 }
 #endif
+
+// Two floats, rounded to 16 bits.
+__device__ __forceinline__ u32 round_pair(float low, float high) {
+  u32 v;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
 
 __device__ __forceinline__ u32 lds(u32 address) {
   u32 v;

@@ -4,6 +4,7 @@
 //   BF16            0|1: x and y are bfloat16, else float16
 //   PAIR            0|1: the codebook is looked up by pairs of codes
 //   WGMMA           0|1: four warps multiply together, each its own rows of W by the same x (Hopper)
+//   FOLDED          0|1: what is multiplied are values times their absmax, rounded to 16 bits; else products are scaled
 //   M_TILES         1|2|4|8|16: tiles of 8 rows of x that a launch takes
 //   N_TILES         tiles of W above each other that a CTA works on at a time: 64 rows of W each
 //   K_TILES         tiles of W next to each other that it works on at a time: each with its own part of the columns
@@ -20,20 +21,25 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
+#define CHUNK (FOLDED ? 8 : 4)           // tiles of 8 rows of x that four warps multiply together
+
 #if !STAGED && STAGES != 2
 #error "codes through registers are one tile ahead, and so must x be"
 #endif
 #if WARPS_PER_TILE == 2 && !STAGED
 #error "warps that share a tile share its codes through shared memory"
 #endif
-#if M_TILES * 2 % (N_TILES * WARPS_PER_TILE)
+#if !WGMMA && M_TILES * 2 % (N_TILES * WARPS_PER_TILE)
 #error "each thread copies a whole number of pieces of x, at least one"
 #endif
 #if M_TILES % SUM_TILES
 #error "sums are exchanged for equal parts of the rows of x"
 #endif
-#if WGMMA && (!STAGED || N_TILES * WARPS_PER_TILE % 4 || M_TILES % 4)
-#error "warps multiply together in fours, what comes through shared memory, with 32 rows of x"
+#if WGMMA && (!STAGED || N_TILES * WARPS_PER_TILE % 4 || M_TILES % CHUNK)
+#error "warps multiply together in fours, what comes through shared memory, with 8 CHUNK rows of x"
+#endif
+#if FOLDED && (!WGMMA || PAIR)
+#error "four warps that multiply together fold, and there is no table of float32 pairs"
 #endif
 
 #define OVERLAP (__CUDA_ARCH__ >= 900)   // with the kernels before and after in the stream
@@ -58,7 +64,6 @@ typedef unsigned short u16;
 #define HOLD (M_TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
 #define X_COPIES (M_TILES * 64 / GROUP)  // chunks of x that each thread of a group copies
-#define CHUNK 4                          // tiles of 8 rows of x that four warps multiply together
 #define CHUNKS (M_TILES / CHUNK)
 #define PRODUCTS (SIXTEENS * SCALES * CHUNKS)  // of a step, each waited for by itself
 #define SCALES (BLOCKSIZE == 32 ? 2 : 1) // absmax values of a row in a tile
@@ -109,13 +114,27 @@ __device__ __forceinline__ u32 entry(const u32* w, int bit, u32 lane4) {
 #endif
 }
 
-__device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 table) {
+// A value as it stands in the table.
+__device__ __forceinline__ u32 value_at(const void* codebook, int i) {
+#if FOLDED
+  return __ldg((const u32*)codebook + i);  // float32
+#else
+  return __ldg((const u16*)codebook + i);
+#endif
+}
+
+// Two values next to each other; folded, times the absmax of their row.
+__device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 table, float absmax) {
 #if PAIR
   return lds(table + entry(w, pair * 2 * BITS, lane4));
 #else
   u32 low = lds(table + entry(w, (2 * pair) * BITS, lane4));
   u32 high = lds(table + entry(w, (2 * pair + 1) * BITS, lane4));
+#if FOLDED
+  return round_pair(__uint_as_float(low) * absmax, __uint_as_float(high) * absmax);
+#else
   return __byte_perm(low, high, 0x5410);
+#endif
 #endif
 }
 
@@ -135,7 +154,7 @@ extern "C" __global__ void kbit_arrange(const u32* __restrict__ x, uint4* __rest
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const u16* __restrict__ codebook,
+kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, const void* __restrict__ codebook,
             const u16* __restrict__ x, const u16* __restrict__ bias, const float* __restrict__ addend,
             u16* __restrict__ y, float* __restrict__ partial, u32* __restrict__ arrived,
             const float* __restrict__ unscale_at, int M, int N, int K, int x_stride) {
@@ -150,12 +169,12 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   const int k_tile = warp / GROUP_WARPS, n_tile = warp % GROUP_WARPS / WARPS_PER_TILE, half = warp % WARPS_PER_TILE;
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
-  const float unscale = __ldg(unscale_at);
+  const float unscale = FOLDED ? 1.f : __ldg(unscale_at);
   // The codebook's values, used once the first codes are on their way.
-  u16 value[(VALUES + THREADS - 1) / THREADS];
+  u32 value[(VALUES + THREADS - 1) / THREADS];
 #pragma unroll
   for (int i = 0; i < VALUES; i += THREADS)
-    if (i + threadIdx.x < VALUES) value[i / THREADS] = __ldg(codebook + i + threadIdx.x);
+    if (i + threadIdx.x < VALUES) value[i / THREADS] = value_at(codebook, i + threadIdx.x);
   u32 table_address = shared_address(table);
   const u32 x_address = table_address + ENTRIES * ENTRY_BYTES + k_tile * (STAGES * X_BYTES);
   const u32 tile_address = table_address + ENTRIES * ENTRY_BYTES + K_TILES * STAGES * X_BYTES + (k_tile * N_TILES + n_tile) * (STAGES * TILE_BYTES);
@@ -272,7 +291,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   }
   let_next_begin();
   // The table is filled from the codebook, which all threads find where the sums will be.
-  u16* values = (u16*)sums;
+  u32* values = (u32*)sums;
 #pragma unroll
   for (int i = 0; i < VALUES; i += THREADS)
     if (i + threadIdx.x < VALUES) values[i + threadIdx.x] = value[i / THREADS];
@@ -280,7 +299,8 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll 4
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += THREADS) {
     const u32 index = i / LANES;
-    table[index * (ENTRY_BYTES / 4) + i % LANES] = values[index % VALUES] | (u32)values[PAIR ? index / VALUES : index] << 16;
+    const u32 first = values[index % VALUES], second = FOLDED ? 0 : values[PAIR ? index / VALUES : index];
+    table[index * (ENTRY_BYTES / 4) + i % LANES] = first | second << 16;
   }
   __syncthreads();
   // Lookups are not volatile: none may be moved before the table is whole.
@@ -355,10 +375,14 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     };
     auto decode_sixteen = [&](int r, u32 (*a)[4]) {
 #pragma unroll
-      for (int k = 0; k < 4; k++)
+      for (int k = 0; k < 4; k++) {
+        const u32 both = s[k / (4 / SCALES) * SIXTEENS + r];  // the absmax of rows g and g + 8
 #pragma unroll
-        for (int j = 0; j < 4; j++) a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address);
+        for (int j = 0; j < 4; j++)
+          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, FOLDED ? half_to_float(j % 2 ? both >> 16 : both & 0xffff) : 1.f);
+      }
     };
+#if !FOLDED
     // Products of sixteen rows with 8 rows of x, times the absmax of rows g and g + 8, are summed in float32.
     auto add = [&](float* sum, const float* c, u32 both) {
       const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
@@ -367,8 +391,64 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       sum[2] += s1 * c[2];
       sum[3] += s1 * c[3];
     };
+#endif
 
-#if WGMMA
+#if FOLDED
+    // While the tensor cores have some products, the next sixteen rows are looked up: at the end of a step, the first ones
+    // of the next. The sums stay with them.
+    u32 a[2][4][4];
+    auto look_up = [&](int stage, int r) {
+      load_sixteen(stage, r);
+      decode_sixteen(r, a[r % 2]);
+    };
+    if (count > 0) {
+      wait_for_barrier(barrier + stage_out * 8, phase);
+      load_scales(stage_out);
+      look_up(stage_out, 0);
+    }
+    for (int step = 0; step < count; step++) {
+      const u64 x_here = matrix_at(x_address + stage_out * X_BYTES);
+      const int stage_next = stage_out + 1 == STAGES ? 0 : stage_out + 1;
+      phase ^= stage_next == 0;
+      // The compiler wants no branches while products are under way: the last step looks its own first rows up again.
+      const bool more = step + 1 < count;
+      const int stage_then = more ? stage_next : stage_out;
+      const u32 phase_then = more ? phase : phase ^ (stage_next == 0);
+#pragma unroll
+      for (int r = 0; r < SIXTEENS; r++) {
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+#pragma unroll
+          for (int chunk = 0; chunk < CHUNKS; chunk++)
+            multiply(acc[r][chunk * CHUNK], a[r % 2][k], x_here + (chunk * (CHUNK * 1024) + k * 32) / 16, true);
+        commit_products();
+        if (r == 0) {
+          group_barrier(k_tile);  // the stage before is free: all of the group have read it
+          fetch_codes();
+          fetch_x();
+          advance();
+        } else {
+          wait_for_products<1>();  // those that read what is filled now
+        }
+        if (r + 1 < SIXTEENS) {
+          look_up(stage_out, r + 1);
+        } else {
+          wait_for_barrier(barrier + stage_then * 8, phase_then);
+          load_scales(stage_then);
+          look_up(stage_then, 0);
+        }
+      }
+      wait_for_products<0>();
+      stage_out = stage_next;
+    }
+#pragma unroll
+    for (int r = 0; r < SIXTEENS; r++)
+#pragma unroll
+      for (int n = 0; n < M_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) OPAQUE("+f"(acc[r][n][i]));
+#elif WGMMA
     // While the tensor cores have some products, those before are summed, and the next sixteen rows looked up: at the end
     // of a step, the first ones of the next.
     u32 a[2][4][4];

@@ -93,7 +93,18 @@ def _fused(
     _function("kbit_matmul", variant, index).launch(
         ctas,
         variant.warps * LANES,
-        *(w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale),
+        *(
+            w.codes,
+            w.scales,
+            w.codebook if variant.folded else w.table,
+            x,
+            bias,
+            addend,
+            y,
+            partial,
+            w.arrived,
+            w.unscale,
+        ),
         *(m, w.n, w.k, stride),
         overlap=overlap,
     )

@@ -63,6 +63,7 @@ class Variant:
         bfloat16: x and y are bfloat16, else float16.
         pair: the codebook is looked up by pairs of codes.
         wgmma: four warps multiply together, as Hopper's tensor cores do: their tiles lie above each other.
+        folded: what they multiply are values times their absmax, rounded to 16 bits; else products are scaled.
         m_tiles: tiles of 8 rows of x that a launch takes.
         n_tiles, k_tiles: tiles of W, 64 rows by 64 columns, that a CTA works on at a time: so many above each other,
             and so many next to each other, each of which has its own part of the columns.
@@ -79,6 +80,7 @@ class Variant:
     bfloat16: bool
     pair: bool
     wgmma: bool
+    folded: bool
     m_tiles: int
     n_tiles: int
     k_tiles: int
@@ -113,6 +115,7 @@ class Variant:
             "BF16": int(self.bfloat16),
             "PAIR": int(self.pair),
             "WGMMA": int(self.wgmma),
+            "FOLDED": int(self.folded),
             "M_TILES": self.m_tiles,
             "N_TILES": self.n_tiles,
             "K_TILES": self.k_tiles,
@@ -217,7 +220,13 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
     first = _tiling(p, gpu)
     smaller = (
         first._replace(
-            k_tiles=first.k_tiles // i, warps_per_tile=1, stages=2, staged=False, blocks_per_sm=1, wgmma=False
+            k_tiles=first.k_tiles // i,
+            warps_per_tile=1,
+            stages=2,
+            staged=False,
+            blocks_per_sm=1,
+            wgmma=False,
+            folded=False,
         )
         for i in (1, 2, 4)
     )
@@ -229,7 +238,7 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
             bfloat16=p.bfloat16,
             m_tiles=p.m_tiles,
             # Halves the lookups; a table of larger pairs has no room.
-            pair=pair and p.bits <= 5,
+            pair=pair and p.bits <= 5 and not tiling.folded,
             split_k=1,
             **tiling._replace(sum_tiles=sum_tiles)._asdict(),
         )
@@ -249,6 +258,7 @@ class _Tiling(NamedTuple):
     sum_tiles: int = 8
     blocks_per_sm: int = 1
     wgmma: bool = False
+    folded: bool = False
 
 
 def _tiling(p: _Product, gpu: Gpu) -> _Tiling:
@@ -273,9 +283,13 @@ def _tiling(p: _Product, gpu: Gpu) -> _Tiling:
 def _tiling_together(p: _Product, gpu: Gpu) -> _Tiling | None:
     """Return the tiling in which four warps multiply together, or None where each alone is as fast."""
     values = p.n * p.k
-    stages = 2 if p.bits == 5 else 3  # a large table leaves no room for more
+    # Single values are looked up, which may be float32. At 5 bits that spares a large table.
+    folded = p.bits >= (5 if p.m_tiles == 16 else 6)
+    stages = 2 if p.bits == 5 and not folded else 3  # a large table leaves no room for more
     if p.m_tiles == 16:
-        return _Tiling(2, 2, warps_per_tile=2, stages=stages, wgmma=True)
+        return _Tiling(2, 2, warps_per_tile=2, stages=stages, wgmma=True, folded=folded)
+    if p.m_tiles == 8 and folded and values >= _ENOUGH_VALUES:
+        return _Tiling(2, 3 if p.bits == 8 else 4, warps_per_tile=2, stages=stages, wgmma=True, folded=True)
     if p.m_tiles == 8 and values >= _LARGE:
         return _Tiling(2, 3, warps_per_tile=2, stages=stages, wgmma=True)
     if p.m_tiles != 4 or p.row_blocks <= gpu.processors or values < (_VERY_LARGE if p.bits in (6, 7) else _LARGE):

@@ -47,6 +47,8 @@ TOGETHER = [
     (4, 192, 512, 128, 64, 4),
     (5, 300, 256, 64, 40, 2),
     (8, 190, 1024, 256, 30, 2),
+    (7, 192, 512, 32, 40, 4),
+    (6, 320, 512, 128, 70, 2),
 ]
 """Where four warps multiply together, from as few values of W on as there are."""
 INVARIANT = (1, 4)
@@ -83,7 +85,8 @@ def emulated(
     for late in (False, True):
         y = torch.full((x.shape[0], w.n), float("nan"), dtype=x.dtype)
         partial = torch.full((sums,), float("nan"))
-        tensors = (w.codes, w.scales, w.table, x, bias, addend, y, partial, w.arrived, w.unscale)
+        table = w.codebook if variant.folded else w.table
+        tensors = (w.codes, w.scales, table, x, bias, addend, y, partial, w.arrived, w.unscale)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
         kernel(ctas, variant.shared, *pointers, x.shape[0], w.n, w.k, x.stride(0), ctypes.c_bool(late))
         assert not w.arrived.any()
@@ -101,7 +104,8 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatc
     dtype = (torch.float16, torch.bfloat16)[number % 2]
     # A clock that no GPU has: choices are remembered.
     gpu = Gpu(processors=processors, shared=227 * 1024, clock=1, bandwidth=3.35e12, wgmma=together)
-    monkeypatch.setattr(variants, "_LARGE", 0)
+    for values in ("_LARGE", "_ENOUGH_VALUES"):
+        monkeypatch.setattr(variants, values, 0)
     monkeypatch.setattr(variants, "_VERY_LARGE", 0)
     w, exact = weight(rows, columns, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), dtype=dtype)
     generator = torch.Generator().manual_seed(bits)
@@ -112,6 +116,7 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatc
     run = partial(emulated, w=w, bias=bias.to(dtype), gpu=gpu, folder=tmp_path)
     variant = choose(w, x_rows, dtype, gpu)
     assert variant.wgmma == together
+    assert variant.folded == (together and bits >= (5 if x_rows > 64 else 6) and x_rows > 32)
     found = run(x, addend=addend, variant=variant)
     assert error(found, true) <= 1.1 * error(plain, true)
     if number in INVARIANT:

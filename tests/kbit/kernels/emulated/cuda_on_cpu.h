@@ -100,6 +100,7 @@ static uint16_t round16(float value) {
 #endif
   return bits;
 }
+static unsigned round_pair(float low, float high) { return round16(low) | (unsigned)round16(high) << 16; }
 
 static unsigned char* at(unsigned address, unsigned size) {
   if (address + size > shared_bytes || address % size) {
@@ -211,6 +212,7 @@ static void wait_for_barrier(unsigned barrier, unsigned phase) {
 // wgmma with the left operand in registers: a warp's sixteen rows of it, and the right one from shared memory, K-major in
 // the 128-byte swizzle, whose atoms of 8 rows lie one after another. Products are made when they are waited for.
 static uint64_t matrix_at(unsigned address) { return address / 16; }
+const int rows_together = FOLDED ? 64 : 32;  // of x: the kernel's 8 CHUNK
 struct Product { float* c; unsigned a[4]; unsigned x; bool again; };
 using Products = std::vector<Product>;
 static thread_local Products begun;
@@ -223,13 +225,13 @@ static void commit_products() {
   underway.push_back(std::move(begun));
   begun.clear();
 }
-template <int PENDING, int COUNT> static void wait_for_products(float (&)[COUNT]) {
+template <int PENDING> static void wait_for_products(const float* = nullptr) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (; underway.size() > PENDING; underway.pop_front())
     for (const auto& [c, a, x, again] : underway.front()) {
       memcpy(operand_a[warp][lane], a, 16);
       __syncwarp();
-      for (int i = 0; i < COUNT; i++) {
+      for (int i = 0; i < rows_together / 2; i++) {
         const int row = lane / 4 + 8 * (i % 4 / 2), m = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         double sum = again ? c[i] : 0.;
         for (int k = 0; k < 16; k++) {
@@ -245,10 +247,10 @@ template <int PENDING, int COUNT> static void wait_for_products(float (&)[COUNT]
 extern "C" void kbit_arrange(const unsigned*, uint4*, int, int, int);
 #endif
 
-extern "C" void kbit_matmul(const uint4*, const uint4*, const uint16_t*, const uint16_t*, const uint16_t*, const float*,
+extern "C" void kbit_matmul(const uint4*, const uint4*, const void*, const uint16_t*, const uint16_t*, const float*,
                             uint16_t*, float*, unsigned*, const float*, int, int, int, int);
 
-extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* scales, const uint16_t* table, const uint16_t* x,
+extern "C" void launch(int ctas, int bytes, const uint4* codes, const uint4* scales, const void* table, const uint16_t* x,
                        const uint16_t* bias, const float* addend, uint16_t* y, float* partial, unsigned* arrived,
                        const float* unscale, int rows, int outputs, int columns, int stride, bool copies_are_late) {
   gridDim.x = ctas, shared_bytes = bytes, late = copies_are_late;
