@@ -230,27 +230,27 @@ def test_a_plan_of_what_is_finished_has_nothing_to_do(earlier: Path, here: Launc
 
 def test_a_finished_study_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE, "report=false"))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE))
     assert "local_done: nothing to do. 20 done, 1 diverged." in said
     assert added(earlier, before) == []
 
 
 def test_a_study_that_slurm_finished_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *SLURM_DONE, "report=false"))
+    said = succeeded(here(*SETTINGS, *HERE, *SLURM_DONE))
     assert "slurm_done: nothing to do. 12 done." in said
     assert added(earlier, before) == []
 
 
 def test_a_study_that_was_killed_goes_on_with_what_was_lost_or_dropped(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_PART, "report=false"))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_PART))
     assert "local_part: 4 cells, 10 measurements in " in said
     assert added(earlier, before) == not_done("local_part")
     assert set(load_results(earlier, sweep="local_part")["status"]) == {"done"}
 
 
-def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, here: Launch, made_up: None) -> None:
+def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
     said = succeeded(here(*SETTINGS, *HERE, *SLURM_PART, "report=false"))
     assert "slurm_part: 2 cells, 3 measurements in 1 packs" in said
@@ -258,7 +258,7 @@ def test_a_study_that_was_cancelled_on_slurm_is_finished_here(earlier: Path, her
     assert set(load_results(earlier, sweep="slurm_part")["status"]) == {"done"}
 
 
-def test_a_failed_measurement_runs_again_when_that_is_asked_for(earlier: Path, here: Launch, made_up: None) -> None:
+def test_a_failed_measurement_runs_again_when_that_is_asked_for(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
     again = here(*SETTINGS, *HERE, *LOCAL_WRONG, "report=false")
     assert again.returncode == 1, again.stdout + again.stderr

@@ -140,14 +140,12 @@ def test_a_command_is_composed_once_and_hydras_mode_obeyed_where_it_can_be_set(
     file.write_text("# @package _global_\nhydra: {mode: MULTIRUN}\nsweep: {name: each, quant: [{bits: 16}]}\n")
     assert "'one' holds no study" in here("mode=status", "out=one").stderr.replace(f"{tmp_path}/", "")
     assert len(composed) == 1
-    for more in (["hydra.mode=MULTIRUN"], [f"--config-dir={file.parents[1]}", "sweep=each"]):
+    for more in (["-m"], ["hydra.mode=MULTIRUN"], [f"--config-dir={file.parents[1]}", "sweep=each"]):
         said = here("mode=status", "out=one,two", *more).stderr.replace(f"{tmp_path}/", "")
         assert ("'one' holds no study" in said, "'two' holds no study" in said) == (True, True), more
 
 
-def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(
-    small: Path, here: Launch, tmp_path: Path, made_up: None
-) -> None:
+def test_chosen_cells_are_the_same_in_every_mode_that_works_on_cells(small: Path, here: Launch, tmp_path: Path) -> None:
     modes = {
         "run",
         "plan",

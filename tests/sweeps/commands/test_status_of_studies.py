@@ -24,8 +24,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def launch(here: Launch, made_up: None) -> Launch:
-    """The command, without reports, which nobody reads here; nor does anybody read results."""
+def launch(here: Launch) -> Launch:
+    """The command, without reports, which nobody reads here."""
     return lambda *args: here(*unreported(args))
 
 

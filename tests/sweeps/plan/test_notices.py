@@ -65,7 +65,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 
 def test_an_edited_task_of_the_user_s_own_is_said_and_measured_again(
-    here: Launch, study: list[str], tmp_path: Path, made_up: None
+    here: Launch, study: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "tasks").mkdir()
     file = tmp_path / "tasks" / "next_word.yaml"
@@ -85,7 +85,7 @@ def test_an_edited_task_of_the_user_s_own_is_said_and_measured_again(
 
 
 def test_a_task_that_was_known_by_its_version_alone_is_not_said_to_have_changed(
-    here: Launch, study: list[str], tmp_path: Path, made_up: None
+    here: Launch, study: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(DEMO_DIR / "tasks", tmp_path / "tasks")
     (tmp_path / "tasks" / "jargon_choice.yaml").unlink()
@@ -98,7 +98,7 @@ def test_a_task_that_was_known_by_its_version_alone_is_not_said_to_have_changed(
 
 
 def test_a_model_whose_key_covers_more_files_now_is_not_said_to_have_changed(
-    here: Launch, study: list[str], tmp_path: Path, made_up: None
+    here: Launch, study: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kbit.models import obeyed
     from sweeps.plan.notices import notices
