@@ -53,12 +53,6 @@ def launch(tmp_path: Path) -> Launch:
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have launches of this process start workers that make up results, where nobody looks at these."""
-    monkeypatch.setattr("sweeps.worker.pool.WORKER", "tests.sweeps.made_up")
-
-
-@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Launch]:
     """The same command in this process, in a tenth of the time: for what isn't about processes, signals or imports."""
     monkeypatch.chdir(tmp_path)

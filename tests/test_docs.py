@@ -93,9 +93,7 @@ def test_second_study_keeps_the_reason_of_what_it_leaves_out(home: Path, here: L
     assert "a quantile codebook of the whole tensor needs no blocks" in planned.stdout
 
 
-def test_python_of_the_documents_runs(
-    tmp_path: Path, here: Launch, made_up: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_of_the_documents_runs(tmp_path: Path, here: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = "[{bits: 16}, {bits: [3, 4, 5], dtype: [int, float, quantile], exponent_bits: 2, blocksize: 64}, "
     quant += "{bits: [3, 4], dtype: int, blocksize: [16, 256]}]"
     ran = here(
