@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.conftest import Launch
 from tests.sweeps.commands.test_run import SMALL
 
 ORDER = (
@@ -60,9 +61,8 @@ def test_only_executors_slurm_imports_it(path: Path) -> None:
     assert not [name for name in imported(ast.parse(path.read_text()), late=True) if "slurm" in name]
 
 
-def test_workers_and_readers_load_no_executor(tmp_path: Path) -> None:
-    run = [sys.executable, str(ROOT / "launch.py"), f"out={tmp_path}/r", *SMALL, "sweep.quant=[{bits: 16}]"]
-    assert subprocess.run(run, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+def test_workers_and_readers_load_no_executor(tmp_path: Path, here: Launch, made_up: None) -> None:
+    assert here("out=r", *SMALL, "sweep.quant=[{bits: 16}]", "report=false").returncode == 0
     code = (
         "import sys, sweeps, sweeps.worker.worker, sweeps.worker.pool, sweeps.store.parts, sweeps.results.table\n"
         f"assert len(sweeps.load_results({str(tmp_path / 'r')!r})) == 1\n"
