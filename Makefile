@@ -46,7 +46,7 @@ coverage: $(VENV)/installed-dev  ## the lines that the tests reach; fails below 
 lint: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 
 KEPT := docs/replication
 replication: $(VENV)/installed  ## docs/replication: the page, the figures and the findings, from its results.parquet alone

@@ -283,7 +283,7 @@ def test_a_direction_that_only_a_task_declares_is_carried_and_one_that_nobody_de
     (tasks / "own.yaml").write_text(TASK % (DEMO_DIR / "text" / "jargon_choice.jsonl"))
     quant = "sweep.quant=[{bits: 16}, {bits: 4, dtype: [int, float]}]"
     own = f"eval.task_dirs=[{tasks}]"
-    done = run(tmp_path, "eval.perplexity=[]", "eval.tasks=[own_choice]", own, "eval.limit=10", quant)
+    done = run(tmp_path, "eval.perplexity=[]", "eval.tasks=[own_choice]", own, "eval.limit=10", quant, "report=false")
     assert done.returncode == 0, done.stdout + done.stderr
     wide = load_results(tmp_path / "r")
     found = {m.column: m for m in metric_columns(wide)}
