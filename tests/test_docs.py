@@ -96,9 +96,8 @@ def test_second_study_keeps_the_reason_of_what_it_leaves_out(home: Path, here: L
 def test_python_of_the_documents_runs(tmp_path: Path, here: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = "[{bits: 16}, {bits: [3, 4, 5], dtype: [int, float, quantile], exponent_bits: 2, blocksize: 64}, "
     quant += "{bits: [3, 4], dtype: int, blocksize: [16, 256]}]"
-    ran = here(
-        "sweep.sizes=[neox-xs,neox-s]", "eval.tasks=[]", "eval.tokens=2048", f"sweep.quant={quant}", "report=false"
-    )
+    study = ("sweep.sizes=[neox-xs,neox-s]", "eval.tasks=[]", "eval.tokens=2048", f"sweep.quant={quant}")
+    ran = here(*study, "executor.workers=1", "report=false")
     assert ran.returncode == 0, ran.stderr
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

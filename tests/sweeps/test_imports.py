@@ -61,7 +61,7 @@ def test_only_executors_slurm_imports_it(path: Path) -> None:
     assert not [name for name in imported(ast.parse(path.read_text()), late=True) if "slurm" in name]
 
 
-def test_workers_and_readers_load_no_executor(tmp_path: Path, here: Launch, made_up: None) -> None:
+def test_workers_and_readers_load_no_executor(tmp_path: Path, here: Launch) -> None:
     assert here("out=r", *SMALL, "sweep.quant=[{bits: 16}]", "report=false").returncode == 0
     code = (
         "import sys, sweeps, sweeps.worker.worker, sweeps.worker.pool, sweeps.store.parts, sweeps.results.table\n"
