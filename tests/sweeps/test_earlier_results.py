@@ -230,21 +230,21 @@ def test_a_plan_of_what_is_finished_has_nothing_to_do(earlier: Path, here: Launc
 
 def test_a_finished_study_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE, "report=false"))
     assert "local_done: nothing to do. 20 done, 1 diverged." in said
     assert added(earlier, before) == []
 
 
 def test_a_study_that_slurm_finished_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *SLURM_DONE))
+    said = succeeded(here(*SETTINGS, *HERE, *SLURM_DONE, "report=false"))
     assert "slurm_done: nothing to do. 12 done." in said
     assert added(earlier, before) == []
 
 
 def test_a_study_that_was_killed_goes_on_with_what_was_lost_or_dropped(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_PART))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_PART, "report=false"))
     assert "local_part: 4 cells, 10 measurements in " in said
     assert added(earlier, before) == not_done("local_part")
     assert set(load_results(earlier, sweep="local_part")["status"]) == {"done"}

@@ -114,18 +114,19 @@ def launch(home: Path, package: Path) -> Iterator[Launch]:
 
 
 def test_another_packages_executor_runs_a_study(package: Path, launch: Launch, tmp_path: Path) -> None:
-    args = ["--config-dir", str(package), "executor=one_by_one", f"out={tmp_path}/results", *SMALL]
+    study = [f"out={tmp_path}/results", *SMALL[:-1], "sweep.quant=[{bits: 16}, {bits: [3, 4, 5], dtype: [int, float]}]"]
+    args = ["--config-dir", str(package), "executor=one_by_one", *study]
     planned = launch(*args, "mode=plan")
     assert planned.returncode == 0, planned.stderr
-    assert "one by one  3 packs" in planned.stdout
+    assert "one by one  2 packs" in planned.stdout
     ran = launch(*args, "executor.pauses=2")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "good morning: 3 packs, 2 pauses" in ran.stdout
+    assert "good morning: 2 packs, 2 pauses" in ran.stdout
     results = load_results(tmp_path / "results")
-    assert (len(results), set(results["status"])) == (13, {"done"})
+    assert (len(results), set(results["status"])) == (7, {"done"})
     assert "nothing to do one by one" in launch(*args).stdout
     # Another executor finds the same done.
-    assert "nothing to do" in launch(f"out={tmp_path}/results", *SMALL, "report=false").stdout
+    assert "nothing to do" in launch(*study, "report=false").stdout
 
 
 def test_its_keys_are_checked_as_ours_are(package: Path, launch: Launch) -> None:
