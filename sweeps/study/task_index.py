@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,12 +72,14 @@ def find_task(name: str, extra_dirs: Iterable[str | Path] = ()) -> TaskEntry:
         if not directory.is_dir():
             raise TaskError(f"eval.task_dirs={str(directory)!r} is not valid: there is no such directory")
     theirs = _lm_eval_tasks()
-    roots = [*reversed(own), theirs]
-    for directory in [*reversed(own), *_likely_dirs(name, theirs), theirs]:
-        file = _task_file(name, directory)
+    for directory in [*reversed(own), *_likely_dirs(name, theirs)]:
+        file = _task_file(name, _yaml_files(directory, name))
         if file is not None:
             return _entry(name, file)
-    raise TaskError(_Index.of(roots).why_not(name))
+    file = _task_file(name, sorted(_installed_files(theirs), key=lambda found: name not in str(found[0])))
+    if file is not None:
+        return _entry(name, file)
+    raise TaskError(_Index.of(own, theirs).why_not(name))
 
 
 def tasks_of(name: str, extra_dirs: Iterable[str | Path] = ()) -> tuple[str, ...]:
@@ -88,10 +91,11 @@ def tasks_of(name: str, extra_dirs: Iterable[str | Path] = ()) -> tuple[str, ...
     own = [Path(d).expanduser() for d in extra_dirs]
     if not _NAME.fullmatch(name) or not all(directory.is_dir() for directory in own):
         return (name,)  # find_task says what is wrong
-    roots = [*reversed(own), _lm_eval_tasks()]
-    if any(_task_file(name, directory) for directory in [*reversed(own), *_likely_dirs(name, roots[-1])]):
+    theirs = _lm_eval_tasks()
+    likely = [*reversed(own), *_likely_dirs(name, theirs)]
+    if any(_task_file(name, _yaml_files(directory, name)) for directory in likely):
         return (name,)
-    index = _Index.of(roots)
+    index = _Index.of(own, theirs)
     return tuple(dict.fromkeys(index.expand(name, ()))) or (name,)
 
 
@@ -136,9 +140,15 @@ def _yaml_files(root: Path, likely: str = "") -> Iterator[tuple[Path, bytes]]:
         yield Path(file), text
 
 
-def _task_file(name: str, directory: Path) -> Path | None:
-    """Return the file of a directory that defines a task."""
-    return next((f for f, text in _yaml_files(directory, name) if (b"task", name.encode()) in _names(text)), None)
+@cache
+def _installed_files(root: Path) -> Sequence[tuple[Path, bytes]]:
+    """Return every YAML file of lm-eval's own, 7 MB: an unknown name is looked for in all of them up to three times."""
+    return list(_yaml_files(root))
+
+
+def _task_file(name: str, files: Iterable[tuple[Path, bytes]]) -> Path | None:
+    """Return the first of the files that defines a task."""
+    return next((f for f, text in files if (b"task", name.encode()) in _names(text)), None)
 
 
 def _names(text: bytes) -> list[tuple[bytes, bytes]]:
@@ -176,8 +186,9 @@ class _Index:
     names: Sequence[tuple[str, str, Path]]
 
     @classmethod
-    def of(cls, roots: Iterable[Path]) -> _Index:
-        texts = [found for root in roots for found in _yaml_files(root)]
+    def of(cls, own: Sequence[Path], theirs: Path) -> _Index:
+        """Read the user's own directories, of which the last one wins, and lm-eval's."""
+        texts = [*(found for root in reversed(own) for found in _yaml_files(root)), *_installed_files(theirs)]
         names = [(kind.decode(), n.decode(errors="replace"), file) for file, text in texts for kind, n in _names(text)]
         return cls(texts=texts, names=names)
 
