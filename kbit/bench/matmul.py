@@ -182,7 +182,7 @@ def repeated(w: TiledWeight, times: int) -> TiledWeight:
     return replace(
         w,
         codes=w.codes.repeat(times, 1, 1, 1),
-        scales=w.scales.repeat(times, 1, 1, 1),
+        scales=w.scales.repeat(times, *[1] * (w.scales.dim() - 1)),
         arrived=w.arrived.repeat(times),
         n=w.n * times,
     )

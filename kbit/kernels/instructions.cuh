@@ -125,6 +125,17 @@ __device__ __forceinline__ u16 round16(float f) {
   return h;
 }
 
+// Differences of both halves, each rounded.
+__device__ __forceinline__ u32 difference(u32 a, u32 b) {
+  u32 d;
+#if BF16
+  asm("{ .reg .b32 m; neg.bf16x2 m, %2; fma.rn.bf16x2 %0, %1, %3, m; }" : "=r"(d) : "r"(a), "r"(b), "r"(0x3f803f80));
+#else
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -143,6 +154,13 @@ __device__ __forceinline__ uint4 lds128(u32 address) {
 __device__ __forceinline__ uint2 lds64(u32 address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+// What is no lookup: the stage that it lies in is filled again and again.
+__device__ __forceinline__ u32 lds32(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 

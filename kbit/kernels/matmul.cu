@@ -1,6 +1,7 @@
 // y = x · dequantize(W)^T for k-bit weights: x [M, K], W [N, K], y [M, N]. Compiled by NVRTC with
 //   BITS            2-8: of a code
 //   BLOCKSIZE       32|64|128|256: values of W that share an absmax
+//   ZEROS           0|1|2: bytes of a block's zero point, which is subtracted from its codes' values: none, a whole number, float16
 //   BF16            0|1: x and y are bfloat16, else float16
 //   PAIR            0|1: the codebook is looked up by pairs of codes
 //   WGMMA           0|1: four warps multiply together, each its own rows of W by the same x (Hopper)
@@ -60,7 +61,9 @@ typedef unsigned short u16;
 #define UNIT (ROWS * N_TILES)            // rows of W that a CTA works on at a time
 #define X_BYTES (M_TILES * 1024)         // of x in a stage: 8 M_TILES rows, 64 columns, shared by the row groups
 #define CODE_BYTES (BITS * LANES * 16)
-#define TILE_BYTES (STAGED ? CODE_BYTES + SCALES * 128 : 0)
+#define RAISED (ZEROS != 1 || FOLDED ? 0 : BF16 ? (BITS < 8 ? 0x4300 : 0) : 0x6400)  // 128 or 1,024, to which whole numbers are added as bits
+#define SCALE_BYTES (128 + 64 * ZEROS)   // absmax of 64 rows, and behind them their zero points
+#define TILE_BYTES (STAGED ? (CODE_BYTES + SCALES * SCALE_BYTES + 127) / 128 * 128 : 0)  // copies keep their place in a row of banks
 #define HOLD (M_TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
 #define X_COPIES (M_TILES * 64 / GROUP)  // chunks of x that each thread of a group copies
@@ -123,20 +126,59 @@ __device__ __forceinline__ u32 value_at(const void* codebook, int i) {
 #endif
 }
 
-// Two values next to each other; folded, times the absmax of their row.
-__device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 table, float absmax) {
+// Two values next to each other; folded, times the absmax of their row, and less its zero point times that.
+__device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 table, float absmax, float offset) {
 #if PAIR
   return lds(table + entry(w, pair * 2 * BITS, lane4));
 #else
   u32 low = lds(table + entry(w, (2 * pair) * BITS, lane4));
   u32 high = lds(table + entry(w, (2 * pair + 1) * BITS, lane4));
-#if FOLDED
+#if FOLDED && ZEROS
+  return round_pair(__uint_as_float(low) * absmax + offset, __uint_as_float(high) * absmax + offset);
+#elif FOLDED
   return round_pair(__uint_as_float(low) * absmax, __uint_as_float(high) * absmax);
 #else
   return __byte_perm(low, high, 0x5410);
 #endif
 #endif
 }
+
+// Zero points of a lane's rows in a block, 2 SIXTEENS of them.
+#if SIXTEENS * ZEROS == 8
+typedef uint4 Zeros;
+#elif SIXTEENS * ZEROS == 4
+typedef uint2 Zeros;
+#else
+typedef u32 Zeros;
+#endif
+#if ZEROS
+__device__ __forceinline__ void load_zeros(uint4& to, u32 address) { to = lds128(address); }
+__device__ __forceinline__ void load_zeros(uint2& to, u32 address) { to = lds64(address); }
+__device__ __forceinline__ void load_zeros(u32& to, u32 address) { to = lds32(address); }
+
+// Zero point number `i` of z.
+__device__ __forceinline__ float zero_of(const u32* z, int i) {
+#if ZEROS == 1  // 2^23 + zero, less 2^23
+  return __uint_as_float(__byte_perm(z[i / 4], 0x4B000000, 0x7440 | i % 4)) - 8388608.f;
+#else
+  return half_to_float(z[i / 2] >> (16 * (i % 2)) & 0xffff);
+#endif
+}
+
+// A pair of codes' values less zero point `i`. Where that is a whole number the difference is exact: there is none beyond
+// 255. Else it is rounded to 16 bits, as any weight of a 16-bit product is.
+__device__ __forceinline__ u32 without_zero(u32 values, const u32* z, int i) {
+#if RAISED
+  return difference(values, __byte_perm(z[i / 4], RAISED >> 8, 0x4040 | i % 4 * 0x101));
+#elif ZEROS == 2 && !BF16
+  return difference(values, __byte_perm(z[i / 2], 0, i % 2 ? 0x3232 : 0x1010));
+#else  // in two parts: float16 has three bits more than bfloat16
+  const float zero = zero_of(z, i), first = __uint_as_float(__float_as_uint(zero) & 0xffff0000);
+  values = difference(values, round_pair(first, first));
+  return ZEROS == 1 ? values : difference(values, round_pair(zero - first, zero - first));
+#endif
+}
+#endif
 
 #if WGMMA
 // x [M, K] as the tensor cores read it from shared memory: by tiles of 64 columns, all rows of one after those of another,
@@ -226,7 +268,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     // Beyond the last row block that one again: its sums are not stored.
     const int row_block = min(ahead_unit * N_TILES + n_tile, row_blocks - 1);
     code_from = (row_block * per_unit + first) * (BITS * LANES) + (WGMMA ? 0 : lane);
-    scale_from = row_block * kblocks * 8 + (WGMMA ? 0 : STAGED ? lane : g);
+    scale_from = row_block * kblocks * (SCALE_BYTES / 16) + (WGMMA ? 0 : STAGED ? lane : g);
 #if !WGMMA  // whose copies take what all lanes have the same
     OPAQUE("+r"(code_from), "+r"(scale_from));
 #endif
@@ -240,28 +282,38 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   };
 #if !STAGED
   uint4 codes_now[BITS], scales_now[SCALES];
+  Zeros zeros_now[SCALES];
+  u32 zero_behind = ZEROS == 1 ? 128 - 8 * g : 128;  // a lane's zero points are behind its absmax
+#if ZEROS == 1
+  OPAQUE("+r"(zero_behind));
+#endif
 #endif
   auto fetch_codes = [&]() {
     if (ahead_unit >= units || count == 0) return;
     const int column = first + ahead * K_TILES;
     const uint4* p = codes + (code_from + ahead * (K_TILES * BITS * LANES));
-    const uint4* s = scales + (scale_from + (BLOCKSIZE <= COLS ? column * SCALES : column / (BLOCKSIZE / COLS)) * 8);
+    const uint4* s = scales + (scale_from + (BLOCKSIZE <= COLS ? column * SCALES : column / (BLOCKSIZE / COLS)) * (SCALE_BYTES / 16));
 #if WGMMA
     if (half == 0 && lane == 0) {
-      expect(barrier + stage_in * 8, CODE_BYTES + SCALES * 128);
+      expect(barrier + stage_in * 8, CODE_BYTES + SCALES * SCALE_BYTES);
       bring(tile_address + stage_in * TILE_BYTES, p, CODE_BYTES, barrier + stage_in * 8);
-      bring(tile_address + stage_in * TILE_BYTES + CODE_BYTES, s, SCALES * 128, barrier + stage_in * 8);
+      bring(tile_address + stage_in * TILE_BYTES + CODE_BYTES, s, SCALES * SCALE_BYTES, barrier + stage_in * 8);
     }
 #elif STAGED
 #pragma unroll
     for (int i = 0; i < BITS; i++)
       if (i % WARPS_PER_TILE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
-    if (half == 0 && lane < SCALES * 8) copy_async(code_to + CODE_BYTES + stage_in * TILE_BYTES, s);
+    if (half == 0 && lane < SCALES * SCALE_BYTES / 16) copy_async(code_to + CODE_BYTES + stage_in * TILE_BYTES, s);
 #else
 #pragma unroll
     for (int i = 0; i < BITS; i++) codes_now[i] = load_once(p + i * LANES);
 #pragma unroll
-    for (int i = 0; i < SCALES; i++) scales_now[i] = __ldg(s + i * 8);
+    for (int i = 0; i < SCALES; i++) {
+      scales_now[i] = __ldg(s + i * (SCALE_BYTES / 16));
+#if ZEROS
+      zeros_now[i] = __ldg((const Zeros*)((const char*)s + zero_behind + i * SCALE_BYTES));
+#endif
+    }
 #endif
   };
   auto fetch_x = [&]() {
@@ -299,7 +351,8 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #pragma unroll 4
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += THREADS) {
     const u32 index = i / LANES;
-    const u32 first = values[index % VALUES], second = FOLDED ? 0 : values[PAIR ? index / VALUES : index];
+    const u32 low = index % VALUES, high = PAIR ? index / VALUES : index;
+    const u32 first = RAISED ? RAISED + low : values[low], second = FOLDED ? 0 : RAISED ? RAISED + high : values[high];
     table[index * (ENTRY_BYTES / 4) + i % LANES] = first | second << 16;
   }
   __syncthreads();
@@ -310,6 +363,12 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
   OPAQUE("+r"(code_to), "+r"(scale_at), "+r"(lane4));
+#if ZEROS == 1
+  u32 zero_at = tile_address + CODE_BYTES + 128 + g * 8 + half * 4;
+  OPAQUE("+r"(zero_at));
+#else
+  const u32 zero_at = scale_at + 128;
+#endif
 #if WARPS_PER_TILE > 1
   OPAQUE("+r"(code_at), "+r"(code_beside));
 #endif
@@ -336,24 +395,33 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 
 #if WARPS_PER_TILE > 1
     uint2 codes_now[BITS], scales_now[SCALES];
+    Zeros zeros_now[SCALES];
 #elif STAGED
     uint4 codes_now[BITS], scales_now[SCALES];
+    Zeros zeros_now[SCALES];
 #endif
     const u32* w = (const u32*)codes_now;
     const u32* s = (const u32*)scales_now;
+    const u32* z = (const u32*)zeros_now;
     auto load_scales = [&](int stage) {
 #if STAGED
 #pragma unroll
       for (int i = 0; i < SCALES; i++)
 #if WARPS_PER_TILE > 1
-        scales_now[i] = lds64(scale_at + stage * TILE_BYTES + i * 128);
+        scales_now[i] = lds64(scale_at + stage * TILE_BYTES + i * SCALE_BYTES);
 #else
-        scales_now[i] = lds128(scale_at + stage * TILE_BYTES + i * 128);
+        scales_now[i] = lds128(scale_at + stage * TILE_BYTES + i * SCALE_BYTES);
 #endif
 #endif
     };
-    // Sixteen rows are BITS words of a lane: the pieces that begin within them.
+    // Sixteen rows are BITS words of a lane: the pieces that begin within them. Zero points come with the first.
     auto load_sixteen = [&](int stage, int r) {
+#if ZEROS && STAGED
+      if (r == 0) {
+#pragma unroll
+        for (int i = 0; i < SCALES; i++) load_zeros(zeros_now[i], zero_at + stage * TILE_BYTES + i * SCALE_BYTES);
+      }
+#endif
 #if WARPS_PER_TILE > 1 && BITS % 2 == 0
 #pragma unroll
       for (int i = 0; i < BITS / 2; i++)
@@ -378,8 +446,17 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       for (int k = 0; k < 4; k++) {
         const u32 both = s[k / (4 / SCALES) * SIXTEENS + r];  // the absmax of rows g and g + 8
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, FOLDED ? half_to_float(j % 2 ? both >> 16 : both & 0xffff) : 1.f);
+        for (int j = 0; j < 4; j++) {
+          const float absmax = FOLDED ? half_to_float(j % 2 ? both >> 16 : both & 0xffff) : 1.f;
+#if !ZEROS
+          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, absmax, 0.f);
+#else
+          const u32* zeros = z + k / (4 / SCALES) * (SIXTEENS * ZEROS / 2);
+          const float offset = FOLDED ? zero_of(zeros, 2 * r + j % 2) * -absmax : 0.f;
+          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, absmax, offset);
+          if (!FOLDED) a[k][j] = without_zero(a[k][j], zeros, 2 * r + j % 2);
+#endif
+        }
       }
     };
 #if !FOLDED

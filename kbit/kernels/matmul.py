@@ -126,13 +126,14 @@ def _by_parts(x: Tensor, w: TiledWeight, bias: Tensor | None, addend: Tensor | N
 def dequantize_rows(w: TiledWeight, first: int, out: Tensor) -> None:
     """Fill out, 16-bit [some of n, k] on the weight's GPU, with the rows of W from row block `first` on.
 
-    Codebook value times absmax in float32, rounded once: to the bit what ``kbit.dequantize`` gives.
+    Codebook value (less the zero point) times absmax in float32, rounded once: to the bit what ``kbit.dequantize``
+    gives.
     """
     index = out.device.index
     tiles = -(-out.shape[0] // TILE) * (w.k // TILE)
     grid = min(-(-tiles // _UNTILE_WARPS), Gpu.of(index).processors * _UNTILE_BLOCKS_PER_SM)
     # The kernel leaves out rows beyond the last of the weight, not of `out`: that ends with it, or at a row block.
-    _untile(w.bits, w.blocksize, out.dtype == torch.bfloat16, index).launch(
+    _untile(w.bits, w.blocksize, w.zero_bytes, out.dtype == torch.bfloat16, index).launch(
         grid, _UNTILE_WARPS * LANES, *(w.codes, w.scales, w.codebook, out, first, tiles, w.n, w.k)
     )
 
@@ -177,8 +178,8 @@ def _cubin(variant: Variant, device: int) -> bytes:
 
 
 @cache
-def _untile(bits: int, blocksize: int, bfloat16: bool, device: int) -> Function:
-    options = (f"-DBITS={bits}", f"-DBLOCKSIZE={blocksize}", f"-DBF16={int(bfloat16)}")
+def _untile(bits: int, blocksize: int, zero_bytes: int, bfloat16: bool, device: int) -> Function:
+    options = (f"-DBITS={bits}", f"-DBLOCKSIZE={blocksize}", f"-DZEROS={zero_bytes}", f"-DBF16={int(bfloat16)}")
     return Function(_compiled("untile.cu", options, device), "kbit_untile", 0, device)
 
 

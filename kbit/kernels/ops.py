@@ -19,6 +19,7 @@ from kbit.kernels.rowmajor import dequantized_rows
 from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax
 from kbit.quantizer.blocks import Blocks
+from kbit.quantizer.blockwise import unpacked_zeros
 from kbit.quantizer.packed import Packed
 
 _ALIGNMENT: Final = 16
@@ -32,8 +33,8 @@ _library.define(
 )
 _library.define(
     "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, Tensor? mean, "
-    "Tensor? bias, Tensor? addend, *, int n, int bits, int? blocksize, str scheme, ScalarType storage, "
-    "bool batch_invariant) -> Tensor"
+    "Tensor? zero_points, Tensor? bias, Tensor? addend, *, int n, int bits, int? blocksize, str scheme, "
+    "ScalarType storage, bool batch_invariant) -> Tensor"
 )
 
 matmul_tiled: Final[Any] = torch.ops.kbit.matmul_tiled.default
@@ -57,6 +58,7 @@ Args:
     x: [m, k].
     codes: as in ``QuantizedTensor``, as are n, bits, blocksize and scheme.
     absmax: its values; or their codes where `nested` has scale, offset and codebook.
+    zero_points: likewise; or None.
     mean: the weight's, added before its values are rounded to `storage`, as ``kbit.dequantize`` does; or None.
     codebook, bias, addend, storage, batch_invariant: as above.
 
@@ -134,7 +136,11 @@ def _matmul_tiled(  # noqa: PLR0913  # the operator's schema
         aligned = x.clone() if x.data_ptr() % _ALIGNMENT else x
         return matmul(aligned, w, bias, addend, batch_invariant=batch_invariant)
     chunks = row_block_chunks(w.row_blocks, w.k, x.device)
-    weights = (untile(w, first, last).to(storage) for first, last in chunks)
+    limit = torch.finfo(storage).max
+    weights = (untile(w, first, last) for first, last in chunks)
+    if w.zero_bytes:  # without, none is beyond the largest absmax
+        weights = (values.clamp_(-limit, limit) for values in weights)
+    weights = (values.to(storage) for values in weights)
     return _by_dequantizing(x, weights, bias, addend, n, batch_invariant)
 
 
@@ -145,6 +151,7 @@ def _matmul_rows(  # noqa: PLR0913  # the operator's schema
     nested: list[Tensor],
     codebook: Tensor,
     mean: Tensor | None,
+    zero_points: Tensor | None,
     bias: Tensor | None,
     addend: Tensor | None,
     *,
@@ -162,7 +169,8 @@ def _matmul_rows(  # noqa: PLR0913  # the operator's schema
         scale, offset, values = nested
         absmax = load_absmax(NestedAbsmax(codes=absmax, scale=scale, offset=offset, codebook=values))
     blocks = Blocks.cut((n, k), blocksize=blocksize, scheme=scheme)
-    w = Packed(codes=codes, absmax=absmax, codebook=codebook, mean=mean, bits=bits, blocks=blocks)
+    zero = None if zero_points is None else unpacked_zeros(zero_points, bits, absmax.numel()).float()
+    w = Packed(codes=codes, absmax=absmax, codebook=codebook, mean=mean, bits=bits, blocks=blocks, zero=zero)
     return _by_dequantizing(x, dequantized_rows(w, k, storage), bias, addend, n, batch_invariant)
 
 

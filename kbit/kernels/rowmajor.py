@@ -26,7 +26,7 @@ def dequantized_rows(w: Packed, k: int, storage: torch.dtype) -> Iterator[Tensor
     """
     n = w.blocks.rows * w.blocks.length // k
     step, whole_blocks = _rows_at_a_time(w.blocks, k, chunk_length(w.codes.device))
-    triton = whole_blocks and _runs_triton(w.codes.device)
+    triton = whole_blocks and w.zero is None and _runs_triton(w.codes.device)
     limit = torch.finfo(storage).max
     for first in range(0, n, step):
         piece = Piece(blocks=w.blocks, start=first * k, stop=min(first + step, n) * k)

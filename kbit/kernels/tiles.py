@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kbit.kernels.availability import choose_blockwise
 from kbit.kernels.launching import on
-from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.blockwise import QuantizedTensor, zeros_of
 from kbit.quantizer.packing import pack, unpack
 from kbit.quantizer.storage import chunk_length
 from kbit.spec import QuantSpec
@@ -29,6 +29,8 @@ BLOCKSIZES: Final = (32, 64, 128, 256)
 """Block sizes that divide a tile's columns, or that whole tiles divide."""
 LANES: Final = 32
 """Threads of a warp."""
+SCALE_BYTES: Final = (2 * TILE, 3 * TILE, 4 * TILE)
+"""Of the absmax of a tile's rows in a block, and their zero points of 0, 1 or 2 bytes."""
 _SCALE_STEPS: Final = 256
 """Scales that are tried for a table, between ``_SCALE`` and twice that: powers of two apart, rounding is the same."""
 _SCALE: Final = 2.0**12
@@ -41,9 +43,12 @@ class TiledWeight:
 
     Attributes:
         codes: int32 [row blocks · column tiles, bits, 32 lanes, 4]: ceil(n / 64) · k / 64 tiles.
-        scales: float16 [row blocks, k / blocksize, 8, 8]: absmax values, as lanes take them.
+        scales: float16 [row blocks, k / blocksize, 8, 8]: absmax values, as lanes take them. With zero points uint8
+            [row blocks, k / blocksize, 192 or 256]: the same as bytes, and behind those of each block its zero points
+            in the same order, whole numbers of a byte or float16.
         codebook: float32 [2^bits], what codes stand for; a shorter one repeats its last value.
-        table: the same in 16 bits, times ``1 / unscale``, for the tensor cores.
+        table: the same in 16 bits, times ``1 / unscale``, for the tensor cores; less a zero point, which is not scaled,
+            with `unscale` 1.
         unscale: float32 [1], what products with the table are multiplied by.
         arrived: int32 [row blocks], zero between launches: how many of the CTAs that share some rows are done. One
             launch at a time may use it, so a weight is for one stream at a time.
@@ -65,6 +70,11 @@ class TiledWeight:
         return -(-self.n // TILE)
 
     @property
+    def zero_bytes(self) -> int:
+        """Bytes of a block's zero point: 0 for none, 1 for a whole number, 2 for float16."""
+        return 0 if self.scales.dtype == torch.float16 else self.scales.shape[2] // TILE - 2
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived))
@@ -77,10 +87,15 @@ def check_tiles(w: TiledWeight) -> None:
         ValueError: they are of another size, or don't lie in order.
     """
     tiles = w.row_blocks * w.k // TILE
-    if w.codes.shape != (tiles, w.bits, LANES, 4) or not (w.codes.is_contiguous() and w.scales.is_contiguous()):
+    blocks, scales = (w.row_blocks, w.k // w.blocksize), tuple(w.scales.shape)
+    is_whole = w.codes.shape == (tiles, w.bits, LANES, 4) and scales in (
+        (*blocks, 8, 8),
+        *((*blocks, SCALE_BYTES[zero]) for zero in (1, 2)),
+    )
+    if not (is_whole and w.codes.is_contiguous() and w.scales.is_contiguous()):
         raise ValueError(
-            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} are not those of a weight [{w.n}, {w.k}], "
-            "or don't lie in order"
+            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} with scales {list(scales)} are not those of a weight "
+            f"[{w.n}, {w.k}], or don't lie in order"
         )
 
 
@@ -123,8 +138,8 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
         raise ValueError(f"this weight has no tiled layout: {why}")
     assert q.spec.blocksize is not None
     codebook = full_codebook(q.codebook, q.spec.bits)
-    table, unscale = lookup_table(codebook, dtype)
-    codes, scales = tiled_codes(q), tiled_absmax(q)
+    table, unscale = lookup_table(codebook, dtype, whole=q.zero_points is not None)
+    codes, scales = tiled_codes(q), tiled_scales(q)
     return TiledWeight(
         codes=codes,
         scales=scales,
@@ -160,18 +175,21 @@ def tiled_codes(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
 
 
 @torch.no_grad()
-def tiled_absmax(q: QuantizedTensor) -> Tensor:
+def tiled_scales(q: QuantizedTensor) -> Tensor:
     """Return the scales of ``TiledWeight``, for a weight that has this layout."""
     assert isinstance(q.absmax, Tensor)
-    row_blocks = -(-q.shape[0] // TILE)
-    absmax = _padded(q.absmax.view(q.shape[0], -1), row_blocks * TILE)
-    # Lane (g, t) takes the absmax of rows 16 r + g and 16 r + g + 8 for r = 0..3: sixteen bytes.
-    return absmax.view(row_blocks, 4, 2, 8, -1).permute(0, 4, 3, 1, 2).reshape(row_blocks, -1, 8, 8).contiguous()
+    absmax = _by_group(q.absmax, q.shape[0])
+    if q.zero_points is None:
+        return absmax
+    parts = (absmax, _by_group(zeros_of(q), q.shape[0]))
+    return torch.cat([part.flatten(2).view(torch.uint8) for part in parts], 2)
 
 
 @torch.no_grad()
 def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
-    """Return the float32 weight that the layout stands for, on any device: codebook value times absmax, unrounded.
+    """Return the float32 weight that the layout stands for, on any device, unrounded.
+
+    It is codebook value times absmax, or that value less the zero point times absmax.
 
     Args:
         w: the weight, laid out.
@@ -180,8 +198,11 @@ def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
     """
     codes = untile_codes(w, first, last)
     values = w.codebook.index_select(0, codes.view(-1).int())
-    scales = untile_absmax(w, first, last).float()
-    values.view(codes.shape[0], -1, w.blocksize).mul_(scales.unsqueeze(-1))
+    scales, zeros = untile_scales(w, first, last)
+    blocks = values.view(codes.shape[0], -1, w.blocksize)
+    if zeros is not None:
+        blocks.sub_(zeros.float().unsqueeze(-1))
+    blocks.mul_(scales.float().unsqueeze(-1))
     return values.view(codes.shape)
 
 
@@ -196,11 +217,19 @@ def untile_codes(w: TiledWeight, first: int = 0, last: int | None = None) -> Ten
     return codes.view(-1, w.k)[: w.n - first * TILE]
 
 
-def untile_absmax(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
-    """Return float16 absmax [rows of W, k / blocksize] of row blocks [first, last)."""
+def untile_scales(w: TiledWeight, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return absmax, float16, and zero points, uint8 or float16 or None, of row blocks [first, last).
+
+    Each is [rows of W, k / blocksize].
+    """
     last = w.row_blocks if last is None else last
-    scales = w.scales[first:last].view(last - first, -1, 8, 4, 2).permute(0, 3, 4, 2, 1)
-    return scales.reshape((last - first) * TILE, -1)[: w.n - first * TILE]
+    scales = w.scales[first:last]
+    if not w.zero_bytes:
+        return _by_row(scales)[: w.n - first * TILE], None
+    absmax = _by_row(scales[..., : SCALE_BYTES[0]].contiguous().view(torch.float16))
+    kind = torch.uint8 if w.zero_bytes == 1 else torch.float16
+    zeros = _by_row(scales[..., SCALE_BYTES[0] :].contiguous().view(kind))
+    return absmax[: w.n - first * TILE], zeros[: w.n - first * TILE]
 
 
 def row_block_chunks(row_blocks: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -215,17 +244,24 @@ def full_codebook(codebook: Tensor, bits: int) -> Tensor:
     return torch.cat([codebook, codebook[-1:].expand((1 << bits) - codebook.numel())])
 
 
-def lookup_table(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def lookup_table(codebook: Tensor, dtype: torch.dtype, *, whole: bool = False) -> tuple[Tensor, Tensor]:
     """Return a layout's (table, unscale): the codebook's values in 16 bits, scaled so that they are rounded least.
 
     A scale is free, since sums are multiplied in float32 anyway; a good one rounds the values several times less than
     rounding each weight would.
+
+    Args:
+        codebook: float32.
+        dtype: of the table.
+        whole: the values are whole numbers up to 255, exact as they are, from which zero points are subtracted.
 
     Raises:
         ValueError: dtype is not float16 or bfloat16.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not torch.float16 or torch.bfloat16")
+    if whole:
+        return codebook.to(dtype), torch.ones(1, dtype=torch.float32, device=codebook.device)
     steps = torch.arange(_SCALE_STEPS, dtype=torch.float64, device=codebook.device)
     scales = _SCALE * (1 + steps / _SCALE_STEPS)
     exact = codebook.double() * scales.unsqueeze(1)
@@ -236,6 +272,20 @@ def lookup_table(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _padded(rows: Tensor, count: int) -> Tensor:
     return rows if rows.shape[0] == count else torch.nn.functional.pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+
+def _by_group(of_blocks: Tensor, rows: int) -> Tensor:
+    """Return [row blocks, blocks of a row, 8, 8] of numbers of blocks, row by row."""
+    padded = _padded(of_blocks.view(rows, -1), -(-rows // TILE) * TILE)
+    # Lane (g, t) takes those of rows 16 r + g and 16 r + g + 8 for r = 0..3: of absmax sixteen bytes.
+    split = padded.view(-1, 4, 2, 8, padded.shape[1]).permute(0, 4, 3, 1, 2)
+    return split.reshape(split.shape[0], -1, 8, 8).contiguous()
+
+
+def _by_row(scales: Tensor) -> Tensor:
+    """Return [rows, blocks of a row]: the inverse of ``_by_group``, with the rows that fill the last tile."""
+    split = scales.view(scales.shape[0], -1, 8, 4, 2).permute(0, 3, 4, 2, 1)
+    return split.reshape(scales.shape[0] * TILE, -1)
 
 
 def _by_lane(codes: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class Variant:
 
     Attributes:
         bits, blocksize: of W.
+        zero_bytes: of each block's zero point: 0 for none, 1 for a whole number, 2 for float16.
         bfloat16: x and y are bfloat16, else float16.
         pair: the codebook is looked up by pairs of codes.
         wgmma: four warps multiply together, as Hopper's tensor cores do: their tiles lie above each other.
@@ -77,6 +78,7 @@ class Variant:
 
     bits: int
     blocksize: int
+    zero_bytes: int
     bfloat16: bool
     pair: bool
     wgmma: bool
@@ -101,7 +103,8 @@ class Variant:
         width = 2 * self.bits if self.pair else self.bits
         table = (1 << width) * (256 if width == 8 else LANES * 4)
         x = self.k_tiles * self.stages * self.m_tiles * 1024
-        code_bytes = self.bits * 512 + (256 if self.blocksize == 32 else 128)
+        scale_bytes = (2 + self.zero_bytes) * TILE * (2 if self.blocksize == 32 else 1)
+        code_bytes = self.bits * 512 + -(-scale_bytes // 128) * 128
         codes = self.n_tiles * self.k_tiles * self.stages * code_bytes
         sums = self.warps * self.sum_tiles * 8 * (TILE // self.warps_per_tile + _PADDING) * 4
         barriers = 8 * self.k_tiles * self.stages * self.wgmma
@@ -112,6 +115,7 @@ class Variant:
         values = {
             "BITS": self.bits,
             "BLOCKSIZE": self.blocksize,
+            "ZEROS": self.zero_bytes,
             "BF16": int(self.bfloat16),
             "PAIR": int(self.pair),
             "WGMMA": int(self.wgmma),
@@ -165,6 +169,7 @@ class _Product(NamedTuple):
 
     bits: int
     blocksize: int
+    zero_bytes: int
     n: int
     k: int
     m_tiles: int
@@ -191,7 +196,8 @@ def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invari
         batch_invariant: sums are taken in the same order for any m, at the cost of speed with few rows.
     """
     m_tiles = next(tiles for tiles in _M_TILES if m <= 8 * tiles)
-    return _choose(_Product(w.bits, w.blocksize, w.n, w.k, m_tiles, dtype == torch.bfloat16), gpu, batch_invariant)
+    asked = _Product(w.bits, w.blocksize, w.zero_bytes, w.n, w.k, m_tiles, dtype == torch.bfloat16)
+    return _choose(asked, gpu, batch_invariant)
 
 
 @cache  # 38 microseconds, which each call of a layer would take
@@ -217,6 +223,8 @@ def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
 
 def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
     """Yield the fastest variant first, then what needs less shared memory: unmeasured on GPUs other than Hopper's."""
+    if p.zero_bytes:
+        yield from _with_zeros(p, gpu)
     first = _tiling(p, gpu)
     smaller = (
         first._replace(
@@ -235,6 +243,7 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
         variant = Variant(
             bits=p.bits,
             blocksize=p.blocksize,
+            zero_bytes=p.zero_bytes,
             bfloat16=p.bfloat16,
             m_tiles=p.m_tiles,
             # Halves the lookups; a table of larger pairs has no room.
@@ -242,9 +251,24 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
             split_k=1,
             **tiling._replace(sum_tiles=sum_tiles)._asdict(),
         )
-        fits = variant.shared + _STATIC_SHARED <= gpu.shared // variant.blocks_per_sm
-        if sum_tiles <= min(p.m_tiles, tiling.sum_tiles) and fits:
+        if sum_tiles <= min(p.m_tiles, tiling.sum_tiles) and _fits(variant, gpu):
             yield variant
+
+
+def _fits(variant: Variant, gpu: Gpu) -> bool:
+    return variant.shared + _STATIC_SHARED <= gpu.shared // variant.blocks_per_sm
+
+
+def _with_zeros(p: _Product, gpu: Gpu) -> Iterator[Variant]:
+    """Yield what is nearest to the fastest variant without zero points: these may take the room of a stage."""
+    plain = next(_fitting(p._replace(zero_bytes=0), gpu))
+    same = replace(plain, zero_bytes=p.zero_bytes)
+    near = [same, replace(same, stages=max(2, same.stages - 1))]
+    if same.warps_per_tile == 1 and not same.wgmma:
+        near.append(replace(same, stages=2, staged=False))
+    for variant, sum_tiles in product(near, reversed(_M_TILES)):
+        if sum_tiles <= plain.sum_tiles and _fits(found := replace(variant, sum_tiles=sum_tiles), gpu):
+            yield found
 
 
 class _Tiling(NamedTuple):
@@ -379,7 +403,7 @@ def fused_is_faster(w: TiledWeight, m: int, gpu: Gpu) -> bool:
     of_processor = rounds * variant.n_tiles * TILE * w.k / variant.split_k
     cycles = _cycles(w.bits) * _MEASURED_WARPS / variant.warps
     fused = launches * (_launch_seconds(w.bits) + of_processor * cycles / gpu.clock)
-    nbytes = (w.bits + 16 / w.blocksize) / 8 + 4  # for each value
+    nbytes = (w.bits + 8 * (2 + w.zero_bytes) / w.blocksize) / 8 + 4  # for each value
     each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_M * _ROW_SECONDS
     return _GAIN * fused < _DEQUANTIZING_SECONDS + values * each
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from kbit.errors import ArchitectureError
 from kbit.methods.blockwise import StoredCodes, what_fits
 from kbit.methods.inputs import SharedInputs
 from kbit.methods.protocol import Block, ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
+from kbit.packed.replacing import pack_layer
 from kbit.quantizer.blockwise import dequantize, quantize
 from kbit.quantizer.codebooks import is_data_dependent
 from kbit.quantizer.gptq import quantize_corrected
@@ -53,9 +53,7 @@ class CorrectedCodes(StoredCodes):
         return rewrite(layer, lambda working: working.index_copy_(1, order.long(), dequantize(self.tensor)))
 
     def pack(self, model: nn.Module, layer: Layer) -> Undo:
-        if self.order is not None:
-            raise ArchitectureError(f"packed=True can't hold {layer.name}: its columns are permuted. Use packed=False")
-        return super().pack(model, layer)
+        return pack_layer(model, layer, self.tensor, self.order)
 
 
 def quantize_layers(model: ModelPass, spec: GptqSpec, calibration: Tensor) -> Iterator[tuple[Layer, CorrectedCodes]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
-from kbit.quantizer.hqq import HqqTensor, dequantize_hqq, quantize_hqq
+from kbit.packed.replacing import pack_layer
+from kbit.quantizer.hqq import HqqTensor, as_blockwise, dequantize_hqq, quantize_hqq
 from kbit.specs.hqq import HqqSpec
 
 
@@ -28,6 +29,9 @@ class StoredHqq:
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, lambda working: dequantize_hqq(self.tensor, out=working))
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        return pack_layer(model, layer, as_blockwise(self.tensor))
 
 
 def quantize_layers(

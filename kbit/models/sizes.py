@@ -121,7 +121,7 @@ def parts_of(
     packs = spec.why_not_packed is None and not (
         spec.is_baseline or spec.calibrates or (config is not None and has_experts(config))
     )
-    held = ceil(sizes.quantized * spec.bits_per_param_nominal / 8)
+    held = ceil(sizes.quantized * spec.bits_per_param_held / 8)
     apart = device == "cpu" and not spec.is_baseline
     # Residual stream, its norm and the sum; beside them queries, keys, values and what comes of them, or the FFN's
     # activations before and after the nonlinearity.

@@ -49,7 +49,7 @@ def save_packed(model: nn.Module, directory: str | Path) -> None:
         part = Path(unfinished)
         metadata = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if any(layer.spec.zero_point or layer.permuted for layer in layers.values()) else 1,
             "model": _save_config(model, part),
             "layers": {name: arguments_of(layer) for name, layer in layers.items()},
             "tied": tied,

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from kbit.kernels.tiles import (
     LANES,
+    SCALE_BYTES,
     TILE,
     TiledWeight,
     full_codebook,
     row_block_chunks,
-    tiled_absmax,
     tiled_codes,
-    untile_absmax,
+    tiled_scales,
     untile_codes,
+    untile_scales,
     why_no_layout,
     why_not_tiled,
 )
@@ -26,18 +27,28 @@ from kbit.spec import QuantSpec
 from kbit.specs.blockwise import NESTED_BLOCKSIZE
 
 
-def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and dtype of what ``lay_out`` gives of a W [n, k], by name; "scales" are there where it is tiled."""
+def shapes(
+    n: int, k: int, spec: QuantSpec, *, float_zeros: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of what ``lay_out`` gives of a W [n, k], by name; "scales" are there where it is tiled.
+
+    Args:
+        n: rows of W.
+        k: columns of W.
+        spec: how it is quantized.
+        float_zeros: its zero points are float16.
+    """
     if why_no_layout((n, k), spec) is None:
         assert spec.blocksize is not None
-        row_blocks = -(-n // TILE)
+        blocks = -(-n // TILE), k // spec.blocksize
+        with_zeros = (*blocks, SCALE_BYTES[2 if float_zeros else 1]), torch.uint8
         return {
-            "codes": ((row_blocks * (k // TILE), spec.bits, LANES, 4), torch.int32),
-            "scales": ((row_blocks, k // spec.blocksize, 8, 8), torch.float16),
+            "codes": ((blocks[0] * (k // TILE), spec.bits, LANES, 4), torch.int32),
+            "scales": with_zeros if spec.zero_point else ((*blocks, 8, 8), torch.float16),
             "codebook": ((1 << spec.bits,), torch.float32),
         }
-    blocks = Blocks.of((n, k), spec)
-    count = blocks.rows * blocks.per_row
+    cut = Blocks.of((n, k), spec)
+    count = cut.rows * cut.per_row
     stored = {
         "codes": ((packed_bytes(n * k, spec.bits),), torch.uint8),
         "codebook": ((1 << spec.bits,), torch.float32),
@@ -48,25 +59,34 @@ def shapes(n: int, k: int, spec: QuantSpec) -> dict[str, tuple[tuple[int, ...], 
             "absmax_offset": ((), torch.float32),
         }
         return {**stored, "absmax": ((count,), torch.uint8), **nested}
+    if spec.zero_point:
+        packed = (packed_bytes(count, spec.bits),), torch.uint8
+        stored["zero_points"] = ((count,), torch.float16) if float_zeros else packed
     return {**stored, "absmax": ((count,), getattr(torch, spec.absmax_dtype))}
 
 
 def lay_out(q: QuantizedTensor) -> dict[str, Tensor]:
-    """Return a quantized matrix's codes, absmax and codebook as they are stored; its own tensors where they fit."""
+    """Return a quantized matrix's codes, absmax, zero points and codebook as they are stored.
+
+    They are its own tensors where these fit.
+    """
     stored = {"codes": q.codes, "codebook": full_codebook(q.codebook, q.spec.bits)}
     if isinstance(q.absmax, NestedAbsmax):
         nested = {"absmax_scale": q.absmax.scale, "absmax_offset": q.absmax.offset}
         return {**stored, "absmax": q.absmax.codes, **nested}
     if why_not_tiled(q) is None:
-        return {**stored, "codes": tiled_codes(q), "scales": tiled_absmax(q)}
-    return {**stored, "absmax": q.absmax}
+        return {**stored, "codes": tiled_codes(q), "scales": tiled_scales(q)}
+    zeros = {} if q.zero_points is None else {"zero_points": q.zero_points}
+    return {**stored, "absmax": q.absmax, **zeros}
 
 
-def row_major(w: TiledWeight) -> tuple[Tensor, Tensor]:
-    """Return the codes and absmax of a weight in tiles, as ``QuantizedTensor`` has them."""
+def row_major(w: TiledWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the codes, absmax and zero points of a weight in tiles, as ``QuantizedTensor`` has them."""
     chunks = row_block_chunks(w.row_blocks, w.k, w.codes.device)
     codes = torch.cat([pack(untile_codes(w, *chunk).reshape(-1), w.bits) for chunk in chunks])
-    return codes, untile_absmax(w).reshape(-1)
+    absmax, zeros = (None if part is None else part.reshape(-1) for part in untile_scales(w))
+    assert absmax is not None
+    return codes, absmax, zeros if zeros is None or w.zero_bytes == 2 else pack(zeros, w.bits)
 
 
 def check_stored(name: str, found: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer held in k bits: the codes, absmax and codebook of its weight, and no other copy of it."""
+"""A linear layer held in k bits: its weight's codes, absmax, zero points and codebook, and no other copy of it."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class KBitLinear(nn.Module):
         storage_dtype: float16 or bfloat16, what dequantized values are rounded to; the dtype of kept columns.
         dtype: of the x to come and of the bias: float16, bfloat16 or float32. None is `storage_dtype`.
         kept: number of input dimensions kept in 16 bits.
+        float_zeros: the zero points are float16 (HQQ's), not whole numbers; of a spec that has some.
+        permuted: what is quantized has its columns in another order than x, which is stored too (GPTQ's act_order).
         bias: whether there is one.
         device: where buffers are made. They hold zeros until a state dict is loaded; ``from_quantized`` fills them.
 
@@ -65,6 +67,8 @@ class KBitLinear(nn.Module):
     absmax_scale: Tensor
     absmax_offset: Tensor
     absmax_codebook: Tensor
+    zero_points: Tensor | None
+    order: Tensor | None
     codebook: Tensor
     table: Tensor
     unscale: Tensor
@@ -83,6 +87,8 @@ class KBitLinear(nn.Module):
         storage_dtype: torch.dtype = torch.float16,
         dtype: torch.dtype | None = None,
         kept: int = 0,
+        float_zeros: bool = False,
+        permuted: bool = False,
         bias: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -99,27 +105,32 @@ class KBitLinear(nn.Module):
                 f"in_features={in_features}, out_features={out_features}, kept={kept}: sizes of at least 1, and 0 to "
                 "in_features kept columns are needed"
             )
+        if float_zeros and not spec.zero_point:
+            raise ValueError(f"float_zeros=True with {spec.label!r}: only a spec with zero_point=True has zero points")
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.storage_dtype, self.dtype = storage_dtype, dtype or storage_dtype
         if self.dtype not in LAYER_DTYPES:
             raise ValueError(f"dtype={self.dtype} is not torch.float16, torch.bfloat16 or torch.float32")
         self.batch_invariant = False
-        self._stored = shapes(out_features, in_features, spec)
+        self.float_zeros, self.permuted = float_zeros, permuted
+        self._stored = shapes(out_features, in_features, spec, float_zeros=float_zeros)
         self.tiled = "scales" in self._stored
-        if spec.center:
-            self._stored["mean"] = ((), torch.float16)
         # Where no code stands for 0, kept columns are left out of the product with the codes by zeros of x.
         self._clears_kept = bool(kept) and not data_type(str(spec.dtype), spec.codebook).has_zero
-        if kept:
-            self._stored["kept_columns"] = ((kept,), torch.int32)
-            self._stored["kept_values"] = ((out_features, kept), storage_dtype)
+        optional = {
+            "mean": ((), torch.float16) if spec.center else None,
+            "kept_columns": ((kept,), torch.int32) if kept else None,
+            "kept_values": ((out_features, kept), storage_dtype) if kept else None,
+            "order": ((in_features,), torch.int32) if permuted else None,
+        }
+        self._stored |= {name: stored for name, stored in optional.items() if stored is not None}
         # What follows from the rest, made by ``derive``.
         derived = {"table": ((1 << spec.bits,), self._table_dtype), "unscale": ((1,), torch.float32)}
         if self.tiled:
             derived["arrived"] = ((-(-out_features // TILE),), torch.int32)
         if self._is_nested:
             derived["absmax_codebook"] = ((1 << NESTED_SPEC.bits,), torch.float32)
-        for name in ("mean", "kept_columns", "kept_values"):
+        for name in (*optional, "zero_points"):
             self.register_buffer(name, None)
         for name, (shape, kind) in {**self._stored, **derived}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device), persistent=name not in derived)
@@ -128,7 +139,12 @@ class KBitLinear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_quantized(
-        cls, q: QuantizedTensor, *, bias: Tensor | None = None, dtype: torch.dtype | None = None
+        cls,
+        q: QuantizedTensor,
+        *,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        order: Tensor | None = None,
     ) -> KBitLinear:
         """Make the layer of a quantized weight, on its device; it shares the weight's tensors if the layout fits.
 
@@ -136,6 +152,7 @@ class KBitLinear(nn.Module):
             q: of shape [out, in].
             bias: [out], taken as it is; None for none.
             dtype: of the x to come; None is the weight's.
+            order: int32 [in], the column of x that each column of q is of; None where they are the same.
 
         Raises:
             ValueError: q is no matrix, or bias has another shape.
@@ -151,10 +168,18 @@ class KBitLinear(nn.Module):
             storage_dtype=q.storage_dtype,
             dtype=dtype or q.dtype,
             kept=0 if q.kept_columns is None else q.kept_columns.numel(),
+            float_zeros=q.zero_points is not None and q.zero_points.dtype == torch.float16,
+            permuted=order is not None,
             bias=bias is not None,
             device="meta",
         )
-        optional = {"mean": q.mean, "kept_columns": q.kept_columns, "kept_values": q.kept_values, "bias": bias}
+        optional = {
+            "order": order,
+            "mean": q.mean,
+            "kept_columns": q.kept_columns,
+            "kept_values": q.kept_values,
+            "bias": bias,
+        }
         for name, tensor in {**lay_out(q), **optional}.items():
             layer._buffers[name] = None if tensor is None else tensor.detach()
         layer.derive()
@@ -195,6 +220,8 @@ class KBitLinear(nn.Module):
         multiplied without it; in row-major order it is added to all columns, the kept ones too.
         """
         of = self._buffers  # attributes of a module take half a microsecond each
+        if of["order"] is not None:
+            x = x.index_select(1, of["order"])
         bias = None if of["bias"] is None else of["bias"].to(x.dtype)
         addend = None if of["mean"] is None and of["kept_columns"] is None else self._addend(x)
         coded = x
@@ -226,6 +253,7 @@ class KBitLinear(nn.Module):
                 nested=[of["absmax_scale"], of["absmax_offset"], of["absmax_codebook"]] if self._is_nested else [],
                 codebook=of["codebook"],
                 mean=of["mean"],
+                zero_points=of["zero_points"],
                 bias=bias,
                 addend=addend,
                 n=self.out_features,
@@ -269,7 +297,7 @@ class KBitLinear(nn.Module):
         for name, (shape, kind) in self._stored.items():
             check_stored(name, self.get_buffer(name), shape, kind)
         device = self.codes.device
-        table, unscale = lookup_table(self.codebook, self._table_dtype)
+        table, unscale = lookup_table(self.codebook, self._table_dtype, whole=self.spec.zero_point)
         self._keep("table", table)
         self._keep("unscale", unscale)
         if self.tiled:
@@ -286,7 +314,8 @@ class KBitLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Spec and storage dtype, as bytes of JSON: a tensor is what safetensors and weights_only loading take."""
-        about = {"spec": spec_as_json(self.spec), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}
+        about: dict[str, Any] = {"spec": spec_as_json(self.spec), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}
+        about |= {name: True for name in ("float_zeros", "permuted") if getattr(self, name)}  # later than the rest
         return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -306,10 +335,14 @@ class KBitLinear(nn.Module):
         self.derive()
 
     def quantized(self) -> QuantizedTensor:
-        """Return the weight as ``kbit.quantize`` gave it, bit for bit; its dtype is the layer's."""
+        """Return the weight as ``kbit.quantize`` gave it, bit for bit; its dtype is the layer's.
+
+        Columns that were permuted are in the order that they went (`order`).
+        """
         absmax: Tensor | NestedAbsmax
+        zero_points = self.zero_points
         if self.tiled:
-            codes, absmax = row_major(self.tiled_weight())
+            codes, absmax, zero_points = row_major(self.tiled_weight())
         elif self._is_nested:
             codes = self.codes
             absmax = NestedAbsmax(
@@ -328,11 +361,13 @@ class KBitLinear(nn.Module):
             mean=self.mean,
             kept_columns=self.kept_columns,
             kept_values=self.kept_values,
+            zero_points=zero_points,
         )
 
     def dequantize(self) -> Tensor:
         """Return the weight that the layer stands for: [out_features, in_features], its dtype the layer's."""
-        return dequantize(self.quantized())
+        weight = dequantize(self.quantized())
+        return weight if self.order is None else torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
 
     @property
     def _is_nested(self) -> bool:

@@ -13,11 +13,14 @@ from kbit.errors import CheckpointError
 from kbit.packed.linear import KBitLinear, spec_as_json
 from kbit.spec import QuantSpec
 
-VERSION: Final = 1
+VERSION: Final = 2
+"""2 is of models whose layers have zero points or permuted columns; earlier versions read 1, as others are written."""
 METADATA: Final = "kbit.json"
 FORMAT: Final = "kbit-packed"
 _KEYS: Final = {"model": dict, "layers": dict, "tied": dict}
 _MODEL_KEYS: Final = {"class": str, "transformers": str | None, "attention": str | None}
+_LATER_KEYS: Final = ("float_zeros", "permuted")
+"""Of layers, where they are true."""
 _LAYER_KEYS: Final = {
     "in_features": int,
     "out_features": int,
@@ -41,6 +44,7 @@ def arguments_of(layer: KBitLinear) -> dict[str, Any]:
         "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),
         "bias": layer.bias is not None,
         "batch_invariant": layer.batch_invariant,
+        **{key: True for key in _LATER_KEYS if getattr(layer, key)},
     }
 
 
@@ -50,6 +54,10 @@ def layer_of(arguments: Mapping[str, Any]) -> KBitLinear:
     Raises:
         ValueError: there is no such layer.
     """
+    later = {key: arguments.get(key, False) for key in _LATER_KEYS}
+    for key, value in later.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} is {value!r}")
     layer = KBitLinear(
         arguments["in_features"],
         arguments["out_features"],
@@ -57,6 +65,7 @@ def layer_of(arguments: Mapping[str, Any]) -> KBitLinear:
         storage_dtype=_dtype("storage_dtype", arguments),
         dtype=_dtype("dtype", arguments),
         kept=arguments["kept"],
+        **later,
         bias=arguments["bias"],
         device="meta",
     )

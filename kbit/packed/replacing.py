@@ -49,13 +49,15 @@ def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
         raise ArchitectureError(f"packed=True can't replace {layer.name}: it {why}. Use packed=False with this model")
 
 
-def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor) -> Callable[[], None]:
-    """Put a KBitLinear in the layer's place. Returns the way back.
+def pack_layer(model: nn.Module, layer: Layer, q: QuantizedTensor, order: Tensor | None = None) -> Callable[[], None]:
+    """Put a KBitLinear, of a weight whose columns have this order, in the layer's place. Returns the way back.
 
     The layer's weight goes to the host; or its parameter holds the original where that is kept (``Layer.original``),
     and who keeps it moves it back; or who read it drops it (``Layer.fetch``).
     """
-    return put_in_place(model, layer, lambda bias: KBitLinear.from_quantized(q, bias=bias, dtype=layer.parameter.dtype))
+    return put_in_place(
+        model, layer, lambda bias: KBitLinear.from_quantized(q, bias=bias, dtype=layer.parameter.dtype, order=order)
+    )
 
 
 class Replacement(Protocol):

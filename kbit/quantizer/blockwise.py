@@ -44,7 +44,8 @@ class QuantizedTensor:
         mean: float16, 0-dim: subtracted first and added last; None without centering.
         kept_columns: int32 [m] input dimensions kept in 16 bits, ascending; None if none are.
         kept_values: storage dtype [out, m].
-        zero_points: uint8 [ceil(blocks k / 8)], one of k bits per block, packed as codes are; None without them.
+        zero_points: uint8 [ceil(blocks k / 8)], one of k bits per block, packed as codes are; or float16 [blocks] where
+            they are no whole numbers (HQQ's); None without them.
     """
 
     codes: Tensor
@@ -77,7 +78,7 @@ class QuantizedTensor:
         if is_data_dependent(self.spec):
             bits += 16 * self.codebook.numel()
         bits += 8 * sum(t.nbytes for t in (self.mean, self.kept_columns, self.kept_values) if t is not None)
-        return bits if self.zero_points is None else bits + 8 * self.zero_points.numel()
+        return bits if self.zero_points is None else bits + 8 * self.zero_points.nbytes
 
 
 def quantize(
@@ -300,9 +301,15 @@ def source_of(weight: Tensor, dtype: torch.dtype, columns: Tensor | None, spec: 
 
 
 def zeros_of(q: QuantizedTensor) -> Tensor:
-    """Return the zero points of a tensor that has some: uint8 [blocks]."""
+    """Return the zero points of a tensor that has some: uint8 or float16 [blocks]."""
     assert q.zero_points is not None
-    return unpack(q.zero_points, q.spec.bits, q.absmax.numel() if isinstance(q.absmax, Tensor) else 0)
+    assert isinstance(q.absmax, Tensor)
+    return unpacked_zeros(q.zero_points, q.spec.bits, q.absmax.numel())
+
+
+def unpacked_zeros(zero_points: Tensor, bits: int, blocks: int) -> Tensor:
+    """Return as many zero points, uint8 or float16, stored as ``QuantizedTensor`` has them."""
+    return zero_points if zero_points.dtype == torch.float16 else unpack(zero_points, bits, blocks)
 
 
 def _chosen(impl: str, device: torch.device, spec: QuantSpec) -> str:
@@ -320,7 +327,9 @@ def _fill(flat: Tensor, packed: Packed, dtype: torch.dtype) -> None:
     """Fill in the values of a dequantized tensor in row-major order, rounded to `dtype`; not the kept columns."""
     limit = torch.finfo(dtype).max
     lowest, highest = (float(v) for v in torch.aminmax(packed.absmax))
-    largest = max(-lowest, highest) * (1 if packed.zero is None else 1 << packed.bits)
+    largest = max(-lowest, highest)
+    if packed.zero is not None:
+        largest *= (1 << packed.bits) + float(packed.zero.abs().max())
     overflows = largest + (0.0 if packed.mean is None else abs(float(packed.mean))) > limit
     for piece in packed.blocks.pieces(flat.device):
         values = packed.values(piece)

@@ -14,6 +14,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.codebooks import fixed_codebook
 from kbit.quantizer.packing import pack, packed_bytes, unpack
 from kbit.quantizer.storage import FLOAT16_MAX, check_weight, chunk_length, divided, non_finite, storage_dtype_of
 from kbit.specs.base import ROW
@@ -129,6 +131,24 @@ def dequantize_hqq(q: HqqTensor, *, out: Tensor | None = None) -> Tensor:
         values.sub_(_spread(q.zero[rows], size, length)).mul_(_spread(q.scale[rows], size, length))
         matrix[rows] = values.clamp_(-limit, limit).to(q.storage_dtype).to(q.dtype)
     return result
+
+
+def as_blockwise(q: HqqTensor) -> QuantizedTensor:
+    """Return a weight in the form of block-wise quantization, which stands for the same values: its tensors, shared.
+
+    Its zero points are float16.
+    """
+    spec = q.spec.blockwise(q.shape[-1])
+    return QuantizedTensor(
+        codes=q.codes,
+        absmax=q.scale.view(-1),
+        codebook=fixed_codebook(spec, q.codes.device).clone(),
+        spec=spec,
+        shape=q.shape,
+        dtype=q.dtype,
+        storage_dtype=q.storage_dtype,
+        zero_points=q.zero.view(-1),
+    )
 
 
 def _group_size(spec: HqqSpec, length: int) -> int:

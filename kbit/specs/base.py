@@ -103,6 +103,11 @@ class Spec(ABC):
         return self.bits_per_param_nominal
 
     @property
+    def bits_per_param_held(self) -> float:
+        """Bits of a quantized weight where layers are held in k bits, for predictions of memory."""
+        return self.bits_per_param_nominal
+
+    @property
     def why_not_packed(self) -> str | None:
         """Why its layers can't be held in k bits, in words; None where they can."""
         return None if self.packs else f"those of method={self.method} have no form in k bits"

@@ -33,6 +33,8 @@ OPTIONS: Final = ("clip", "rotation", "weighting", "outlier_criterion")
 NESTED_BLOCKSIZE: Final = 256
 """Absmax values that share one float32 scale when absmax_dtype is 'nested'."""
 
+ZERO_BITS: Final = 8
+"""Of a zero point in the kernels' layout, where bytes are read; counted, and stored in rows, are k."""
 WEIGHTED_FIT_BYTES: Final = 48
 """Of a weight, while a codebook is fitted to weighted errors: its value, its weight, three sums and a summand (44)."""
 
@@ -331,9 +333,13 @@ class QuantSpec(Spec):
         return self.bits + overhead + self.outlier_fraction * (BASELINE_BITS - self.bits)
 
     @property
+    def bits_per_param_held(self) -> float:
+        if not self.zero_point or self.blocksize in (None, ROW):
+            return self.bits_per_param_nominal
+        return self.bits_per_param_nominal + (ZERO_BITS - self.bits) / (self.blocksize or 1)
+
+    @property
     def why_not_packed(self) -> str | None:
-        if self.zero_point:
-            return "no kernel multiplies codes with zero points (zero_point=true)"
         if self.rotation is not None:
             return "a packed layer would have to rotate its inputs, and the weight is rotated back instead (rotation)"
         return super().why_not_packed

@@ -101,12 +101,6 @@ class GptqSpec(QuantSpec):
         """Whether groups are of permuted columns, so that the order is stored."""
         return self.act_order and not self.static_groups and self.blocksize != ROW
 
-    @property
-    def why_not_packed(self) -> str | None:
-        if self.permutes:
-            return "no kernel multiplies permuted columns (act_order=true; static_groups=true leaves them in place)"
-        return super().why_not_packed
-
     def working_bytes(self, hidden: int, inner: int) -> int:
         """The sums of one block's inputs, three of `hidden`, and three matrices that the widest is factored with.
 

@@ -29,6 +29,7 @@ class HqqSpec(Spec):
 
     method_name: ClassVar[str] = "hqq"
     runs: ClassVar[str] = "kbit.methods.hqq:quantize_layers"
+    packs: ClassVar[bool] = True
     effort: ClassVar[float] = 20.0
 
     bits: int = axis(type="int64", doc="bits per code", unit="bit")
@@ -64,6 +65,12 @@ class HqqSpec(Spec):
 
     def nominal_bits(self, in_features: int) -> float:
         return self.bits + SCALE_AND_ZERO_BITS / (in_features if self.nominal_by_layer else self.blocksize)
+
+    def blockwise(self, in_features: int) -> QuantSpec:
+        """Return the spec of a layer's codes: integers with zero points, which HQQ's own are but for their place."""
+        return QuantSpec(bits=self.bits, dtype="int", scheme="group", blocksize=self.blocksize, zero_point=True).of_row(
+            in_features
+        )
 
     @property
     def label(self) -> str:

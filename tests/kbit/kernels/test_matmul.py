@@ -15,6 +15,7 @@ from kbit import QuantSpec, codebook
 from kbit.kernels.matmul import dequantize_rows, matmul
 from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, untile
 from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster, most_rows
+from kbit.specs.hqq import HqqSpec
 from tests import ROOT
 from tests.kbit.kernels.tiled_weights import error, weight
 
@@ -35,8 +36,10 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 def variants(gpu: Gpu) -> list[Variant]:
     """Every way in which the kernel is compiled for some shapes of large models and odd ones."""
     found = {}
-    for bits in range(2, 9):
-        tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=BLOCKSIZES[bits % 4]))
+    for bits, zero_bytes in itertools.product(range(2, 9), (0, 1, 2)):
+        size = BLOCKSIZES[bits % 4]
+        specs = [QuantSpec(bits=bits, dtype="int", blocksize=size, zero_point=zeros) for zeros in (False, True)]
+        tiled, _ = weight(64, 256, (*specs, HqqSpec(bits=bits, blocksize=size))[zero_bytes])
         for rows, columns in [(16384, 4096), (4096, 16384), (36864, 12288), (5120, 5120), (200, 192)]:
             shaped = replace(tiled, n=rows, k=columns)
             for x_rows, invariant in itertools.product((1, 16, 32, 64, 128), (False, True)):
@@ -55,7 +58,7 @@ def test_every_variant_fits_its_gpu_and_the_kernel(gpu: Gpu) -> None:
         assert v.m_tiles * 2 % (v.n_tiles * v.warps_per_tile) == 0
         assert v.m_tiles % v.sum_tiles == 0
         assert v.n_tiles * v.warps_per_tile % 4 == 0 or not v.wgmma
-    assert any(v.wgmma for v in variants(gpu)) == gpu.wgmma
+    assert {v.zero_bytes for v in variants(gpu) if v.wgmma} == ({0, 1, 2} if gpu.wgmma else set())
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -117,7 +120,8 @@ def test_the_kernels_compile(tmp_path: Path, target: str) -> None:
     chosen = sorted(variants(GPUS["A100"] if target == "sm_80" else H100), key=lambda v: v.wgmma)
     for variant in (*chosen[:: len(chosen) // 4], chosen[-1]):
         assert_compiles("matmul.cu", variant.options(), target, tmp_path)
-    assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", "-DBF16=1"), target, tmp_path)
+    zeros = "-DZEROS=2" if target == "sm_80" else "-DZEROS=1"
+    assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", zeros, "-DBF16=1"), target, tmp_path)
 
 
 def assert_compiles(name: str, options: tuple[str, ...], target: str, folder: Path) -> None:
@@ -134,6 +138,8 @@ def test_tiles_of_another_weight_or_out_of_order_are_refused() -> None:
         replace(tiled, n=128),
         replace(tiled, bits=5),
         replace(tiled, codes=tiled.codes[::2]),
+        replace(tiled, scales=tiled.scales[:, :1]),
+        replace(tiled, scales=torch.zeros(1, 2, 64, dtype=torch.uint8)),
     ):
         with pytest.raises(ValueError, match="are not those of a weight"):
             matmul(x, wrong)
@@ -165,7 +171,8 @@ def test_what_is_beyond_the_kernel_s_offsets_is_refused() -> None:
         matmul(torch.empty_strided((64, 128), (2**25, 1), dtype=torch.float16, device="meta"), tiled)
     columns = 2**25
     codes = torch.empty(64 * columns // 64, 4, 32, 4, dtype=torch.int32, device="meta")
-    huge = replace(tiled, codes=codes, n=64 * 64, k=columns)
+    scales = torch.empty(64, columns // 64, 8, 8, dtype=torch.float16, device="meta")
+    huge = replace(tiled, codes=codes, scales=scales, n=64 * 64, k=columns)
     with pytest.raises(ValueError, match="codes take 68,719,476,736 bytes"):
         matmul(torch.empty(1, columns, dtype=torch.float16, device="meta"), huge)
 
@@ -238,12 +245,14 @@ def test_many_rows_by_parts_of_the_weight(monkeypatch: pytest.MonkeyPatch, with_
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", ["int", "float", "dynamic", "quantile", "normal"])
+@pytest.mark.parametrize("dtype", ["int", "float", "dynamic", "quantile", "normal", "zero points", "hqq"])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_data_type_in_bfloat16_and_float16(dtype: str, blocksize: int) -> None:
     for storage in (torch.float16, torch.bfloat16):
         for bits in range(2, 9):
-            spec = QuantSpec(bits=bits, dtype=dtype, blocksize=blocksize)
+            hqq = HqqSpec(bits=bits, blocksize=blocksize)
+            known = {"zero points": hqq.blockwise(768), "hqq": hqq}
+            spec = known[dtype] if dtype in known else QuantSpec(bits=bits, dtype=dtype, blocksize=blocksize)
             tiled, exact = weight(320, 768, spec, "cuda", storage)
             for rows in (1, 24):
                 found, plain, true = products(tiled, exact, rows, storage)
@@ -264,8 +273,12 @@ def test_batch_invariant_rows_do_not_depend_on_the_batch(bits: int) -> None:
 @needs_gpu
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_rows_dequantized_from_tiles_are_those_of_the_layout(bits: int) -> None:
-    for blocksize, dtype in zip(BLOCKSIZES, [torch.float16, torch.bfloat16] * 2, strict=True):
-        tiled, _ = weight(200, 512, QuantSpec(bits=bits, dtype="normal", blocksize=blocksize), "cuda", dtype)
+    for (blocksize, dtype), zeros in itertools.product(
+        zip(BLOCKSIZES, [torch.float16, torch.bfloat16] * 2, strict=True), (0, 1, 2)
+    ):
+        hqq = HqqSpec(bits=bits, blocksize=blocksize)
+        spec = (QuantSpec(bits=bits, dtype="normal", blocksize=blocksize), hqq.blockwise(512), hqq)[zeros]
+        tiled, _ = weight(200, 512, spec, "cuda", dtype)
         for first, stop in [(0, 200), (1, 128), (3, 200)]:
             out = torch.full((stop - 64 * first, 512), float("nan"), dtype=dtype, device="cuda")
             dequantize_rows(tiled, first, out)

@@ -15,6 +15,7 @@ from kbit import QuantSpec
 from kbit.kernels import variants
 from kbit.kernels.tiles import TiledWeight
 from kbit.kernels.variants import Gpu, Variant, choose, launch_shape
+from kbit.specs.hqq import HqqSpec
 from tests import ROOT
 from tests.kbit.kernels.tiled_weights import error, weight
 
@@ -51,6 +52,15 @@ TOGETHER = [
     (6, 320, 512, 128, 70, 2),
 ]
 """Where four warps multiply together, from as few values of W on as there are."""
+ZEROS = [
+    (3, 100, 256, 32, 9, 132),
+    (4, 130, 256, 64, 3, 2),
+    (5, 130, 256, 128, 40, 2),
+    (8, 190, 256, 64, 40, 2),
+    (3, 130, 256, 32, 30, 2),
+]
+"""With zero points, whole numbers in the first and the fourth, else float16; the last two where four warps multiply
+together."""
 INVARIANT = (1, 4)
 """Cases in which a row is also computed alone."""
 
@@ -95,19 +105,26 @@ def emulated(
     return found[0]
 
 
-@pytest.mark.parametrize("number", range(len(CASES) + len(TOGETHER)))
+@pytest.mark.parametrize("number", range(len(CASES) + len(TOGETHER) + len(ZEROS)))
 def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiles(tmp_path):
         pytest.skip("needs g++ with _Float16")
-    together = number >= len(CASES)
-    bits, rows, columns, blocksize, x_rows, processors = (CASES + TOGETHER)[number]
+    bits, rows, columns, blocksize, x_rows, processors = (CASES + TOGETHER + ZEROS)[number]
+    with_zeros = max(0, number + 1 - len(CASES) - len(TOGETHER))
+    together = with_zeros >= len(ZEROS) - 1 or len(CASES) <= number < len(CASES) + len(TOGETHER)
+    spec: QuantSpec | HqqSpec = QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize)
+    is_whole = with_zeros in (1, 4)
+    if with_zeros:
+        spec = HqqSpec(bits=bits, blocksize=blocksize)
+        spec = spec.blockwise(columns) if is_whole else spec
     dtype = (torch.float16, torch.bfloat16)[number % 2]
     # A clock that no GPU has: choices are remembered.
     gpu = Gpu(processors=processors, shared=227 * 1024, clock=1, bandwidth=3.35e12, wgmma=together)
     for values in ("_LARGE", "_ENOUGH_VALUES"):
         monkeypatch.setattr(variants, values, 0)
     monkeypatch.setattr(variants, "_VERY_LARGE", 0)
-    w, exact = weight(rows, columns, QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), dtype=dtype)
+    w, exact = weight(rows, columns, spec, dtype=dtype)
+    assert w.zero_bytes == (0 if not with_zeros else 1 if is_whole else 2)
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(x_rows, columns, generator=generator).to(dtype)
     bias, addend = (torch.randn(shape, generator=generator) for shape in ((rows,), (x_rows, rows)))

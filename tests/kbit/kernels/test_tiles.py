@@ -11,6 +11,7 @@ import torch
 from kbit import QuantSpec, quantize
 from kbit.kernels.interpreter import interpreted
 from kbit.kernels.tiles import BLOCKSIZES, tile, tiled_codes, untile, why_not_tiled
+from kbit.specs.hqq import HqqSpec
 from tests.kbit.kernels.interpreted import passed_in_the_interpreter
 from tests.kbit.kernels.tiled_weights import error, weight
 
@@ -33,6 +34,10 @@ def test_codes_take_exactly_k_bits(bits: int) -> None:
     tiled, _ = weight(128, 512, QuantSpec(bits=bits, dtype="int", blocksize=64))
     assert tiled.codes.nbytes * 8 == bits * 128 * 512
     assert tiled.scales.nbytes * 8 == 16 * 128 * 512 // 64
+    for spec, zero_bits in ((HqqSpec(bits=bits).blockwise(512), 8), (HqqSpec(bits=bits), 16)):
+        tiled, _ = weight(128, 512, spec)
+        assert tiled.scales.nbytes * 8 == (16 + zero_bits) * 128 * 512 // 64
+        assert tiled.zero_bytes == zero_bits // 8
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,28 @@ import torch
 
 from kbit import QuantSpec, quantize
 from kbit.kernels.tiles import TiledWeight, tile
+from kbit.quantizer.blockwise import zeros_of
+from kbit.quantizer.hqq import as_blockwise, quantize_hqq
 from kbit.quantizer.packing import unpack
+from kbit.specs.hqq import HqqSpec
 
 
 def weight(
-    rows: int, columns: int, spec: QuantSpec, device: str = "cpu", dtype: torch.dtype = torch.float16
+    rows: int, columns: int, spec: QuantSpec | HqqSpec, device: str = "cpu", dtype: torch.dtype = torch.float16
 ) -> tuple[TiledWeight, torch.Tensor]:
-    """A tiled weight, and in float64 what it stands for: codebook value times absmax, unrounded."""
+    """A tiled weight, and in float64 what it stands for: codebook value, less a zero point, times absmax, unrounded."""
     generator = torch.Generator().manual_seed(rows + columns + spec.bits)
     w = torch.randn(rows, columns, generator=generator).to(dtype)
-    q = quantize(w.to(device), spec)
+    if isinstance(spec, HqqSpec):
+        q = as_blockwise(quantize_hqq(w.to(device) + 0.2, spec))
+    else:
+        q = quantize(w.to(device), spec)
     assert isinstance(q.absmax, torch.Tensor)
     assert spec.blocksize is not None
-    values = q.codebook.double()[unpack(q.codes, spec.bits, q.numel).int()].view(rows, columns)
-    exact = values * q.absmax.double().view(rows, -1).repeat_interleave(spec.blocksize, 1)
-    return tile(q, dtype), exact
+    values = q.codebook.double()[unpack(q.codes, spec.bits, q.numel).int()].view(rows, -1, spec.blocksize)
+    if q.zero_points is not None:
+        values -= zeros_of(q).double().view(rows, -1, 1)
+    return tile(q, dtype), (values * q.absmax.double().view(rows, -1, 1)).view(rows, columns)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

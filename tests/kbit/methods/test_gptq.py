@@ -146,18 +146,21 @@ def test_bits_are_those_of_the_bytes_that_are_stored(axes: dict[str, Any]) -> No
         assert handle.bits_per_param == stored / sum(n * k for n, k in handle.layers.values())
 
 
-def test_it_packs_with_the_weights_that_it_has_unpacked(tmp_path: Any) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_it_packs_with_the_weights_that_it_has_unpacked(static: bool, tmp_path: Any) -> None:
     model, dense = (tiny("opt", torch.float16).float() for _ in range(2))
     calibrated = Calibrated(tokens=tokens(), dtype=torch.float16)
     handles: list[QuantHandle] = []
     for target, packed in ((model, True), (dense, False)):
-        spec = gptq(act_order=True, static_groups=True)
+        spec = gptq(act_order=True, static_groups=static, zero_point=not static)
         handles.append(quantize_model(target, spec, storage_dtype=torch.float16, packed=packed, calibration=calibrated))
     assert handles[0].codes_hash == handles[1].codes_hash
     found = {name: m for name, m in model.named_modules() if isinstance(m, KBitLinear)}
     for layer in block_layers(dense):
-        assert torch.equal(dequantize(found[layer.name].quantized()), layer.working), layer.name
+        assert torch.equal(found[layer.name].dequantize(), layer.working), layer.name
+        assert found[layer.name].permuted == (not static and layer.working.shape[1] > 32)  # groups
         assert found[layer.name].dtype == torch.float32
+    assert any(layer.permuted for layer in found.values()) is not static
     save_packed(model, tmp_path / "saved")
     again = load_packed(tmp_path / "saved", device="cpu")
     with torch.no_grad():
@@ -196,10 +199,8 @@ def test_codes_are_the_same_whether_layers_are_packed_or_not(keeps: bool) -> Non
 
 
 def test_what_can_not_be_packed_or_calibrated_is_refused_by_name() -> None:
-    with pytest.raises(
-        SpecError, match=r"packed=True is not valid: .*permuted columns \(act_order=true; static_groups"
-    ):
-        quantize_model(tiny("opt"), gptq(act_order=True), packed=True, calibration=Calibrated(tokens=tokens()))
+    with pytest.raises(SpecError, match=r"packed=True is not valid: .*would have to rotate its inputs"):
+        quantize_model(tiny("opt"), gptq(rotation=1), packed=True, calibration=Calibrated(tokens=tokens()))
     with pytest.raises(SpecError, match="method='gptq' is not valid: one that does not calibrate, or give calibration"):
         quantize_model(tiny("opt"), gptq())
 

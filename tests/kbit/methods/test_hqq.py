@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kbit import quantize_model
+from kbit import dequantize, quantize_model
 from kbit.errors import SpecError, WeightError
-from kbit.quantizer.hqq import dequantize_hqq, quantize_hqq
+from kbit.quantizer.hqq import as_blockwise, dequantize_hqq, quantize_hqq
 from kbit.quantizer.packing import unpack
 from kbit.spec import spec_from_canonical, spec_of
 from kbit.specs.hqq import HqqSpec
@@ -177,8 +177,21 @@ def test_specs_come_back_and_say_what_they_are() -> None:
     assert [spec.label for spec in specs] == ["hqq4 g64", "hqq4 g128", "hqq4 row"]
     assert [spec_from_canonical(spec.canonical()) for spec in specs] == specs
     assert [spec.nominal_bits(512) for spec in specs] == [4.5, 4.25, 4 + 32 / 512]
-    with pytest.raises(SpecError, match="whose layers can be held in k bits"):
-        quantize_model(tiny("opt"), specs[0], packed=True)
+    assert not any(spec.why_not_packed for spec in specs)
+
+
+@pytest.mark.parametrize("blocksize", [24, 64, "row"])
+def test_block_wise_tensors_stand_for_the_same_values(blocksize: int | str) -> None:
+    spec = spec_of({"method": "hqq", "bits": 3, "blocksize": blocksize})
+    for weight in (
+        torch.randn(33, 128),
+        (torch.randn(5, 128) * 6e4).clamp(-65504, 65504).half(),
+        torch.randn(3, 128) * 1e-3 + 4,
+    ):
+        q = quantize_hqq(weight, spec)
+        as_blocks = as_blockwise(q)
+        assert torch.equal(dequantize(as_blocks), dequantize_hqq(q))
+        assert as_blocks.nbits == q.nbits
 
 
 @needs_gpu

@@ -19,6 +19,7 @@ from kbit.models.loading import load_model
 from kbit.models.streaming.packing import Packing
 from kbit.models.streaming.streamed import open_streamed
 from kbit.packed.linear import KBitLinear
+from kbit.specs.hqq import HqqSpec
 from tests.kbit.architectures import write
 from tests.kbit.models.test_streaming import plain
 from tests.kbit.tiny_models import NAMES, identical, tiny
@@ -34,6 +35,7 @@ SPECS = {
     "lloyd": QuantSpec(bits=2, dtype="lloyd", blocksize=64),
     "outliers": QuantSpec(bits=4, dtype="float", outlier_fraction=0.05),
     "outliers of a fitted codebook": QuantSpec(bits=3, dtype="quantile", outlier_fraction=0.1),
+    "float zero points": HqqSpec(bits=3, blocksize=32),
 }
 
 

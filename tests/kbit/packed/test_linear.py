@@ -18,10 +18,12 @@ from kbit.kernels import ops, rowmajor
 from kbit.kernels.tiles import lookup_table, tile, untile, untile_codes
 from kbit.quantizer.absmax import NESTED_SPEC, load_absmax
 from kbit.quantizer.blocks import Piece
-from kbit.quantizer.blockwise import QuantizedTensor
+from kbit.quantizer.blockwise import QuantizedTensor, zeros_of
 from kbit.quantizer.codebooks import is_data_dependent
+from kbit.quantizer.hqq import as_blockwise, quantize_hqq
 from kbit.quantizer.packed import Packed
 from kbit.quantizer.packing import unpack
+from kbit.specs.hqq import HqqSpec
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 TILED = QuantSpec(bits=3, dtype="quantile", center=True)
@@ -34,14 +36,23 @@ SPECS = {
     "rows, nested": QuantSpec(bits=6, dtype="dynamic", absmax_dtype="nested"),
     "rows, whole": QuantSpec(bits=7, dtype="normal", blocksize=None, absmax_dtype="float32"),
     "rows, groups": QuantSpec(bits=2, dtype="int", blocksize=100, scheme="group", center=True),
+    "tiled, zero points": QuantSpec(bits=4, dtype="int", zero_point=True, center=True),
+    "rows, zero points": QuantSpec(bits=5, dtype="int", blocksize=48, zero_point=True),
 }
+FLOAT_ZEROS = {
+    "tiled, float zero points": HqqSpec(bits=3, blocksize=32),
+    "rows, float zero points": HqqSpec(bits=3, blocksize=80),
+}
+"""HQQ's, without kept columns or a mean; with layers like those of zero points in all but what is stored."""
 
 
 def quantized(
-    spec: QuantSpec, rows: int = 100, columns: int = 192, dtype: torch.dtype = torch.float16, kept: int = 0
+    spec: QuantSpec | HqqSpec, rows: int = 100, columns: int = 192, dtype: torch.dtype = torch.float16, kept: int = 0
 ) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(rows + columns + spec.bits)
     weight = (torch.randn(rows, columns, generator=generator) + 0.3).to(dtype)
+    if isinstance(spec, HqqSpec):
+        return as_blockwise(quantize_hqq(weight, spec))
     return quantize(weight, spec, outlier_columns=list(range(1, 1 + 3 * kept, 3)))
 
 
@@ -51,7 +62,8 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 def stored(q: QuantizedTensor) -> list[torch.Tensor]:
     absmax = [q.absmax] if isinstance(q.absmax, torch.Tensor) else [q.absmax.codes, q.absmax.scale, q.absmax.offset]
-    return [q.codes, *absmax, q.codebook, *(t for t in (q.mean, q.kept_columns, q.kept_values) if t is not None)]
+    optional = (q.mean, q.kept_columns, q.kept_values, q.zero_points)
+    return [q.codes, *absmax, q.codebook, *(t for t in optional if t is not None)]
 
 
 def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
@@ -62,7 +74,7 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 
 
 def assert_derived(layer: KBitLinear, dtype: torch.dtype) -> None:
-    table, unscale = lookup_table(layer.codebook, dtype)
+    table, unscale = lookup_table(layer.codebook, dtype, whole=layer.spec.zero_point)
     assert layer.table.dtype == dtype
     assert torch.equal(layer.table, table)
     assert torch.equal(layer.unscale, unscale)
@@ -73,9 +85,9 @@ def assert_derived(layer: KBitLinear, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kept", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, *FLOAT_ZEROS])
 def test_it_gives_the_product_with_the_dequantized_weight(name: str, dtype: torch.dtype, kept: int) -> None:
-    q = quantized(SPECS[name], dtype=dtype, kept=kept)
+    q = quantized((SPECS | FLOAT_ZEROS)[name], dtype=dtype, kept=kept)
     bias = inputs(100, dtype=dtype)
     layer = KBitLinear.from_quantized(q, bias=bias)
     assert layer.tiled == name.startswith("tiled")
@@ -91,16 +103,20 @@ def test_it_gives_the_product_with_the_dequantized_weight(name: str, dtype: torc
 
 
 @pytest.mark.parametrize("kept", [0, 3])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, *FLOAT_ZEROS])
 def test_what_was_quantized_comes_back_bit_for_bit(name: str, kept: int) -> None:
-    q = quantized(SPECS[name], kept=kept)
+    q = quantized((SPECS | FLOAT_ZEROS)[name], kept=kept)
     layer = KBitLinear.from_quantized(q)
     assert same(layer.quantized(), q)
     assert torch.equal(layer.dequantize(), dequantize(q))
     # Beside what is counted: rows up to a multiple of 64, codebooks for both paths, their scale, a counter a row block.
     counted = q.nbits - (16 * q.codebook.numel() if is_data_dependent(q.spec) else 0)
     codebooks = (32 + 16) * 2**q.spec.bits + 32 + (32 * 256 if q.spec.absmax_dtype == "nested" else 0)
-    tiles = 28 * 192 * (q.spec.bits + 16 / 64) + 32 * 2 if layer.tiled else 0
+    zero = 0 if q.zero_points is None else 16 if name in FLOAT_ZEROS else 8  # a byte, in tiles
+    size = q.spec.blocksize or 1
+    tiles = 28 * 192 * (q.spec.bits + (16 + zero) / size) + 32 * 2 if layer.tiled else 0
+    if layer.tiled and zero == 8:
+        tiles += 100 * 192 / size * (8 - q.spec.bits)
     assert 8 * layer.nbytes == counted + codebooks + tiles
 
 
@@ -110,12 +126,17 @@ def test_what_was_quantized_comes_back_bit_for_bit(name: str, kept: int) -> None
     blocksize=st.sampled_from([32, 64, 128, 256]),
     rows=st.integers(1, 200),
     blocks=st.integers(1, 3),
+    zeros=st.sampled_from([None, "whole", "float"]),
     data=st.data(),
 )
 def test_any_run_of_row_blocks_comes_back_from_the_tiles(
-    bits: int, blocksize: int, rows: int, blocks: int, data: st.DataObject
+    bits: int, blocksize: int, rows: int, blocks: int, zeros: str | None, data: st.DataObject
 ) -> None:
-    q = quantized(QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize), rows, max(64, blocksize) * blocks)
+    spec: QuantSpec | HqqSpec = HqqSpec(bits=bits, blocksize=blocksize)
+    if zeros != "float":
+        codes_of = {"dtype": "int", "zero_point": True} if zeros else {"dtype": "quantile"}
+        spec = QuantSpec(bits=bits, blocksize=blocksize, **codes_of)
+    q = quantized(spec, rows, max(64, blocksize) * blocks)
     w = tile(q, torch.float16)
     first = data.draw(st.integers(0, w.row_blocks - 1))
     last = data.draw(st.integers(first + 1, w.row_blocks))
@@ -151,20 +172,23 @@ def test_parts_in_row_major_order_are_those_of_the_whole(
         assert torch.equal(torch.cat(list(parts)), dequantize(q))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, *FLOAT_ZEROS])
 def test_a_state_dict_goes_into_an_empty_layer_and_gives_the_same_bits(name: str) -> None:
-    q = quantized(SPECS[name], kept=2)
+    q = quantized((SPECS | FLOAT_ZEROS)[name], kept=2)
     layer = KBitLinear.from_quantized(q, bias=inputs(100))
     state = copy.deepcopy(layer.state_dict())
     assert not list(layer.parameters())
+    has = {"float_zeros": True} if name in FLOAT_ZEROS else {"kept": 2}
     for device, assign in (("cpu", False), ("meta", True)):
-        other = KBitLinear(192, 100, q.spec, kept=2, bias=True, device=device)
+        other = KBitLinear(192, 100, q.spec, bias=True, device=device, **has)
         nn.Sequential(other).load_state_dict({f"0.{k}": v for k, v in state.items()}, assign=assign)
         assert same(other.quantized(), q)
         assert_derived(other, torch.float16)
         x = inputs(3, 192)
         assert torch.equal(other(x), layer(x))
-    with pytest.raises(RuntimeError, match="kept_columns"):
+    # Without kept columns, or with whole numbers as zero points.
+    refused, why = (ValueError, "float_zeros") if name in FLOAT_ZEROS else (RuntimeError, "kept_columns")
+    with pytest.raises(refused, match=why):
         KBitLinear(192, 100, q.spec, bias=True).load_state_dict(state)
 
 
@@ -275,6 +299,7 @@ def test_misuse_is_refused() -> None:
         ((64, 64), {"kept": 65}, "kept=65"),
         ((64, 64), {"kept": -1}, "kept=-1"),
         ((64, 64), {"dtype": torch.float64}, "dtype=torch.float64"),
+        ((64, 64), {"float_zeros": True}, "float_zeros=True with 'int4 b64'"),
     ]:
         with pytest.raises(ValueError, match=why):
             KBitLinear(*sizes, SPECS["tiled"], **more)
@@ -289,7 +314,10 @@ def test_misuse_is_refused() -> None:
 def unrounded(q: QuantizedTensor) -> torch.Tensor:
     """float64 codebook value times absmax, plus the mean; and the kept columns."""
     values = q.codebook.double()[unpack(q.codes, q.spec.bits, q.numel).int()]
-    Piece(blocks=q.blocks, start=0, stop=q.numel).multiply_(values, load_absmax(q.absmax))
+    whole = Piece(blocks=q.blocks, start=0, stop=q.numel)
+    if q.zero_points is not None:
+        whole.add_(values, zeros_of(q).double(), sign=-1)
+    whole.multiply_(values, load_absmax(q.absmax))
     exact = (values if q.mean is None else values + q.mean.double()).view(q.shape)
     if q.kept_columns is not None and q.kept_values is not None:
         exact[:, q.kept_columns.long()] = q.kept_values.double()
@@ -297,7 +325,7 @@ def unrounded(q: QuantizedTensor) -> torch.Tensor:
 
 
 def test_the_truth_that_gpus_are_held_to_is_the_weight_unrounded() -> None:
-    for spec in SPECS.values():
+    for spec in (SPECS | FLOAT_ZEROS).values():
         q = quantized(spec, 32, 256, kept=3)
         torch.testing.assert_close(unrounded(q).float(), dequantize(q).float(), rtol=2.0**-10, atol=2.0**-14)
 
@@ -305,9 +333,9 @@ def test_the_truth_that_gpus_are_held_to_is_the_weight_unrounded() -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kept", [0, 20])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, *FLOAT_ZEROS])
 def test_on_a_gpu_the_error_is_at_most_that_of_torch(name: str, kept: int, dtype: torch.dtype) -> None:
-    q = quantized(SPECS[name], 320, 1024, dtype=dtype, kept=kept)
+    q = quantized((SPECS | FLOAT_ZEROS)[name], 320, 1024, dtype=dtype, kept=kept)
     layer = KBitLinear.from_quantized(q).cuda()
     weight = layer.dequantize()
     assert torch.equal(weight.cpu(), dequantize(q))
@@ -415,7 +443,9 @@ def test_loading_in_place_keeps_addresses(name: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("name", SPECS)
 def test_a_captured_graph_computes_with_what_is_loaded_later(name: str) -> None:
-    spec = QuantSpec(**{**vars(SPECS[name]), "dtype": "quantile", "exponent_bits": None, "subnormals": None})
+    # Another codebook, or with zero points those of another weight.
+    other_values = {} if SPECS[name].zero_point else {"dtype": "quantile", "exponent_bits": None, "subnormals": None}
+    spec = QuantSpec(**{**vars(SPECS[name]), **other_values})
     layer = KBitLinear.from_quantized(quantized(spec, 320, 1024, kept=2)).cuda()
     other = KBitLinear.from_quantized(quantize(inputs(320, 1024) * 3, spec, outlier_columns=[5, 7])).cuda()
     x = inputs(16, 1024).cuda()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from kbit import KBitLinear, QuantSpec, load_packed, quantize_model, save_packed
 from kbit.errors import ArchitectureError, CheckpointError, WeightError
 from kbit.models.placement import place
+from kbit.specs.hqq import HqqSpec
 from tests.kbit.models.test_quantize_model import Unknown
 from tests.kbit.tiny_models import CONFIGS, NAMES, VOCABULARY, bits_of, identical, tiny
 
@@ -27,6 +28,8 @@ SPECS = [
     QuantSpec(bits=8, dtype="dynamic", absmax_dtype="nested"),
     QuantSpec(bits=2, dtype="int", blocksize=1000),
     QuantSpec(bits=6, dtype="normal", blocksize=32, center=True),
+    HqqSpec(bits=3, blocksize=32),
+    QuantSpec(bits=4, dtype="int", zero_point=True, outlier_fraction=0.02),
 ]
 DERIVED = ("table", "unscale", "arrived", "absmax_codebook")
 TOKENS = torch.arange(34).view(2, 17)
@@ -75,7 +78,9 @@ def test_packed_models_give_the_outputs_of_models_quantized_in_place(make, name,
         for attribute in ("spec", "layers", "bits_per_param", "total_bits", "total_bits_nominal", "codebook_hash"):
             assert getattr(packed, attribute) == getattr(handle, attribute)
         # With a mean the weight's own 16-bit rounding is gone.
-        rounding = torch.finfo(dtype).eps if dtype != torch.float32 else 5e-4 if spec.center else 1e-6
+        rounding = (
+            torch.finfo(dtype).eps if dtype != torch.float32 else 5e-4 if getattr(spec, "center", False) else 1e-6
+        )
         assert difference(logits(model), expected) < 2 * rounding
         packed.restore()
         assert identical(bits_of(model), before)
@@ -85,12 +90,14 @@ def test_packed_models_give_the_outputs_of_models_quantized_in_place(make, name,
 def test_a_saved_model_comes_back_with_the_same_bits(name, tmp_path):
     number = NAMES.index(name)
     model = (tiny, wide)[number % 2](name, (torch.float16, torch.bfloat16)[number // 2 % 2])
-    quantize_model(model, SPECS[1] if number % 3 == 0 else SPECS[number % len(SPECS)], packed=True)
+    quantize_model(model, SPECS[1 if number % 3 == 0 else 6 if number == 1 else number], packed=True)
     next(iter(packed_layers(model).values())).batch_invariant = True
     model.generation_config.max_new_tokens = 7
     model.set_attn_implementation("eager")
     expected = logits(model)
     save_packed(model, tmp_path / "packed")
+    has_zeros = any(layer.spec.zero_point for layer in packed_layers(model).values())
+    assert json.loads((tmp_path / "packed" / "kbit.json").read_text())["version"] == (2 if has_zeros else 1)
     written = load_file(tmp_path / "packed" / "kbit.safetensors")
     # Neither 16-bit weights of the layers nor a tied tensor twice.
     assert not [key for key in packed_layers(model) if f"{key}.weight" in written]
@@ -146,6 +153,8 @@ BROKEN = [
     ("spec", {"bits": 9}, "bits=9"),
     ("spec", {"no": 1}, "no"),
     ("batch_invariant", None, "batch_invariant is None"),
+    ("float_zeros", 1, "float_zeros is 1"),
+    ("float_zeros", True, "float_zeros=True with 'int4 b64'"),
 ]
 
 
@@ -161,7 +170,7 @@ def test_damaged_files_are_refused_with_what_is_wrong(tmp_path):
     layers = metadata["layers"]
     first = next(iter(layers))
     for changed, why in [
-        ({**metadata, "version": 2}, "version 2 of the format"),
+        ({**metadata, "version": 3}, "version 3 of the format"),
         ({**metadata, "format": "gguf"}, "another program's"),
         ({**metadata, "layers": None}, "layers is None"),
         ({k: v for k, v in metadata.items() if k != "tied"}, "no tied"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -115,12 +116,13 @@ def test_zero_points_are_counted_by_the_nominal_count_too() -> None:
     assert row.nominal_bits(32) == 2 + 18 / 32
 
 
-def test_zero_points_are_refused_where_layers_are_held_in_k_bits() -> None:
+def test_layers_with_zero_points_are_held_in_k_bits() -> None:
     spec = QuantSpec(bits=4, dtype="int", zero_point=True)
-    with pytest.raises(SpecError, match=r"packed=True is not valid: .*no kernel multiplies codes with zero points"):
-        quantize_model(tiny("opt"), spec, packed=True)
-    with pytest.raises(ValueError, match="no kernel multiplies codes with zero points"):
-        KBitLinear(64, 64, spec)
+    assert spec.why_not_packed is None
+    assert spec.bits_per_param_held == 4 + (16 + 8) / 64  # a byte each, where kernels read them
+    turned = replace(spec, rotation=1)
+    with pytest.raises(SpecError, match=r"packed=True is not valid: .*would have to rotate its inputs"):
+        quantize_model(tiny("opt"), turned, packed=True)
     with pytest.raises(ValueError, match="impl='triton': its kernels know no zero points"):
         quantize(weight(), spec, impl="triton")
     assert "zero_point" not in spec_as_json(QuantSpec(bits=4, dtype="int"))  # as layers were written before

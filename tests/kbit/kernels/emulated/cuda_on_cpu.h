@@ -2,6 +2,7 @@
 // whether the kernel computes the right thing, on any machine; not how fast, and not every race. Asynchronous copies come
 // at once, or as late as they may, when they are waited for.
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -38,21 +39,18 @@ static bool late;
 class Barrier {
  public:
   void wait(int expected) {
-    std::unique_lock<std::mutex> lock(mutex_);
     const unsigned phase = phase_;
     if (++arrived_ == expected) {
       arrived_ = 0, phase_++;
-      all_.notify_all();
+      phase_.notify_all();
     } else {
-      all_.wait(lock, [&] { return phase_ != phase; });
+      phase_.wait(phase);
     }
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable all_;
-  int arrived_ = 0;
-  unsigned phase_ = 0;
+  std::atomic<int> arrived_ = 0;
+  std::atomic<unsigned> phase_ = 0;
 };
 static Barrier whole, groups[K_TILES], warps[N_TILES * K_TILES * WARPS_PER_TILE];
 
@@ -102,6 +100,16 @@ static uint16_t round16(float value) {
 }
 static unsigned round_pair(float low, float high) { return round16(low) | (unsigned)round16(high) << 16; }
 
+static unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+static unsigned difference(unsigned a, unsigned b) {
+  const unsigned high = round16(widened(a >> 16) - widened(b >> 16));
+  return high << 16 | round16(widened(a & 0xffff) - widened(b & 0xffff));
+}
+
 static unsigned char* at(unsigned address, unsigned size) {
   if (address + size > shared_bytes || address % size) {
     fprintf(stderr, "shared memory: %u bytes at %u of %u\n", size, address, shared_bytes);
@@ -115,6 +123,7 @@ static unsigned lds(unsigned address) {
   memcpy(&value, at(address, 4), 4);
   return value;
 }
+static unsigned lds32(unsigned address) { return lds(address); }
 static uint4 lds128(unsigned address) {
   uint4 value;
   memcpy(&value, at(address, 16), 16);
@@ -145,23 +154,30 @@ static void wait_for_copies() {
 }
 
 // mma.sync m16n8k16, as the PTX manual spreads its operands over the lanes; each sum in float64, rounded once.
-static unsigned operand_a[N_TILES * K_TILES * WARPS_PER_TILE][32][4], operand_b[N_TILES * K_TILES * WARPS_PER_TILE][32][2];
-static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  memcpy(operand_a[warp][lane], a, 16);
-  operand_b[warp][lane][0] = b0, operand_b[warp][lane][1] = b1;
+struct Operands { unsigned a[32][4], b[32][2]; };
+static Operands of_warps[2][N_TILES * K_TILES * WARPS_PER_TILE];  // by turns: while some lanes still read one, others fill the next
+static thread_local int turn;
+static Operands& next_operands(const unsigned* a, unsigned b0, unsigned b1) {
+  const int lane = threadIdx.x % 32;
+  Operands& own = of_warps[turn ^= 1][threadIdx.x / 32];
+  memcpy(own.a[lane], a, 16);
+  own.b[lane][0] = b0, own.b[lane][1] = b1;
   __syncwarp();
+  return own;
+}
+static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+  const int lane = threadIdx.x % 32;
+  const Operands& of_warp = next_operands(a, b0, b1);
   for (int i = 0; i < 4; i++) {
     const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
     double sum = c[i];
     for (int k = 0; k < 16; k++) {
-      const unsigned left = operand_a[warp][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
-      const unsigned right = operand_b[warp][column * 4 + k % 8 / 2][k / 8];
+      const unsigned left = of_warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+      const unsigned right = of_warp.b[column * 4 + k % 8 / 2][k / 8];
       sum += (double)widened(left >> 16 * (k % 2) & 0xffff) * widened(right >> 16 * (k % 2) & 0xffff);
     }
     c[i] = (float)sum;
   }
-  __syncwarp();
 }
 
 #if WGMMA
@@ -226,22 +242,20 @@ static void commit_products() {
   begun.clear();
 }
 template <int PENDING> static void wait_for_products(const float* = nullptr) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   for (; underway.size() > PENDING; underway.pop_front())
     for (const auto& [c, a, x, again] : underway.front()) {
-      memcpy(operand_a[warp][lane], a, 16);
-      __syncwarp();
+      const Operands& of_warp = next_operands(a, 0, 0);
       for (int i = 0; i < rows_together / 2; i++) {
         const int row = lane / 4 + 8 * (i % 4 / 2), m = i / 4 * 8 + 2 * (lane % 4) + i % 2;
         double sum = again ? c[i] : 0.;
         for (int k = 0; k < 16; k++) {
-          const unsigned left = operand_a[warp][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
+          const unsigned left = of_warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
           const unsigned linear = x + m * 128 + k / 2 * 4, right = lds(linear ^ (linear >> 3 & 0x70));
           sum += (double)widened(left >> 16 * (k % 2) & 0xffff) * widened(right >> 16 * (k % 2) & 0xffff);
         }
         c[i] = (float)sum;
       }
-      __syncwarp();
     }
 }
 extern "C" void kbit_arrange(const unsigned*, uint4*, int, int, int);
