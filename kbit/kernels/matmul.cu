@@ -63,7 +63,8 @@ typedef unsigned short u16;
 #define CODE_BYTES (BITS * LANES * 16)
 #define RAISED (ZEROS != 1 || FOLDED ? 0 : BF16 ? (BITS < 8 ? 0x4300 : 0) : 0x6400)  // 128 or 1,024, to which whole numbers are added as bits
 #define SCALE_BYTES (128 + 64 * ZEROS)   // absmax of 64 rows, and behind them their zero points
-#define TILE_BYTES (STAGED ? (CODE_BYTES + SCALES * SCALE_BYTES + 127) / 128 * 128 : 0)  // copies keep their place in a row of banks
+#define ROW_OF_BANKS (WGMMA ? 64 : 128)  // in which the pieces that each lane copies keep their place
+#define TILE_BYTES (STAGED ? (CODE_BYTES + SCALES * SCALE_BYTES + ROW_OF_BANKS - 1) / ROW_OF_BANKS * ROW_OF_BANKS : 0)
 #define HOLD (M_TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
 #define X_COPIES (M_TILES * 64 / GROUP)  // chunks of x that each thread of a group copies

@@ -104,7 +104,7 @@ class Variant:
         table = (1 << width) * (256 if width == 8 else LANES * 4)
         x = self.k_tiles * self.stages * self.m_tiles * 1024
         scale_bytes = (2 + self.zero_bytes) * TILE * (2 if self.blocksize == 32 else 1)
-        code_bytes = self.bits * 512 + -(-scale_bytes // 128) * 128
+        code_bytes = self.bits * 512 + (scale_bytes if self.wgmma else -(-scale_bytes // 128) * 128)
         codes = self.n_tiles * self.k_tiles * self.stages * code_bytes
         sums = self.warps * self.sum_tiles * 8 * (TILE // self.warps_per_tile + _PADDING) * 4
         barriers = 8 * self.k_tiles * self.stages * self.wgmma
