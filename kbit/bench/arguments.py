@@ -86,6 +86,7 @@ def _add_options_of_kernels(parser: argparse.ArgumentParser) -> None:
         "--shapes", type=_shape, nargs="+", metavar="NxK", help="rows and columns of W (default: by run)"
     )
     kernels.add_argument("--rows", type=int, nargs="+", metavar="M", help="rows of x (default: by run)")
+    kernels.add_argument("--zero-points", action="store_true", help="of weights with zero points and of HQQ's, too")
     codes = parser.add_argument_group("quantizers")
     codes.add_argument("--values", type=int, help="how many (default 2^28 on a GPU, 2^24 on a CPU)")
     codes.add_argument(

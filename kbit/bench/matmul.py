@@ -7,7 +7,7 @@ absmax of 16 bits per block can be 16 / (k + 16 / blocksize) times as fast as 16
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +21,10 @@ from kbit.bench.timing import call_seconds, copies_of, graph_seconds
 from kbit.kernels.matmul import matmul
 from kbit.kernels.tiles import BLOCKSIZES, TILE, TiledWeight, tile
 from kbit.quantizer.blockwise import quantize
+from kbit.quantizer.hqq import as_blockwise, quantize_hqq
 from kbit.spec import QuantSpec
 from kbit.specs.base import BASELINE_BITS
+from kbit.specs.hqq import HqqSpec
 
 Shape = tuple[int, int]
 
@@ -40,6 +42,8 @@ DTYPE: Final = "normal"
 _STRIP_ROWS: Final = 1024
 _LAYOUTS: Final = 5
 OURS: Final = "kbit"
+ZEROS: Final = {"zero points": 8, "HQQ": 16}
+"""Ours of weights with zero points, and the bits of one as it is read."""
 CUBLAS: Final = "cuBLAS"
 PEERS: Final = {"bnb nf4": 4, "bnb fp4": 4, "bnb 8-bit": 8}
 
@@ -72,7 +76,8 @@ class Product:
 
     @property
     def label(self) -> str:
-        return f"k={self.bits}" if self.kernel == OURS else self.kernel
+        of_kernel = {OURS: f"k={self.bits}"} | {name: f"k={self.bits}, {name}" for name in ZEROS}
+        return of_kernel.get(self.kernel, self.kernel)
 
     def record(self) -> dict[str, str | int | float | None]:
         n, k = self.shape
@@ -115,15 +120,16 @@ def measure(
     rows: Sequence[int],
     blocksize: int,
     *,
-    peers: bool,
+    also: Collection[str] = (),
     say: Callable[[str], None],
 ) -> list[Product]:
-    """Time every combination on the current GPU, float16."""
+    """Time every combination on the current GPU, float16: ours, cuBLAS, and those of ``ZEROS`` and ``PEERS`` named."""
+    kinds = (OURS, *(name for name in ZEROS if name in also))
     found: list[Product] = []
     for shape in shapes:
         makers: list[Callable[[], _Contender | None]] = [partial(_cublas, shape)]
-        makers += [partial(_ours, shape, b, blocksize) for b in bits]
-        makers += [partial(_peer, shape, name, blocksize) for name in PEERS if peers]
+        makers += [partial(_ours, shape, b, blocksize, kind) for b in bits for kind in kinds]
+        makers += [partial(_peer, shape, name, blocksize) for name in PEERS if name in also]
         for make in makers:
             try:
                 contender = make()
@@ -167,14 +173,20 @@ def _cublas(shape: Shape) -> _Contender:
     )
 
 
-def _ours(shape: Shape, bits: int, blocksize: int) -> _Contender:
+def _ours(shape: Shape, bits: int, blocksize: int, kind: str) -> _Contender:
     n, k = shape
     strip = math.gcd(n, _STRIP_ROWS)
     strip = n if strip % TILE else strip
     spec = QuantSpec(bits=bits, dtype=DTYPE, blocksize=blocksize)
-    weight = repeated(tile(quantize(_random(strip, k), spec), torch.float16), n // strip)
+    if kind == OURS:
+        q = quantize(_random(strip, k), spec)
+    elif kind == "HQQ":
+        q = as_blockwise(quantize_hqq(_random(strip, k), HqqSpec(bits=bits, blocksize=blocksize)))
+    else:
+        q = quantize(_random(strip, k), replace(spec, dtype="int", zero_point=True))
+    weight = repeated(tile(q, torch.float16), n // strip)
     weights = [repeated(weight, 1) for _ in range(copies_of(weight.nbytes))]
-    return _Contender(kernel=OURS, bits=bits, weights=weights, nbytes=weight.nbytes, product=matmul)
+    return _Contender(kernel=kind, bits=bits, weights=weights, nbytes=weight.nbytes, product=matmul)
 
 
 def repeated(w: TiledWeight, times: int) -> TiledWeight:
@@ -232,8 +244,8 @@ def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence
     """Return one row per shape and number of rows of x: microseconds, and the speedup over cuBLAS in float16."""
     by_place = {(p.shape, p.rows, p.label): p for p in found}
     labels = list(dict.fromkeys(p.label for p in found if p.kernel != CUBLAS))
-    limits = {p.label: limit(p.bits, blocksize) for p in found if p.kernel == OURS}
-    body = [["limit", "", "", *(f"{limits[name]:.2f}x" if name in limits else "" for name in labels)]]
+    limits = {p.label: _limit(p, blocksize) for p in found}
+    body = [["limit", "", "", *(f"{at_most:.2f}x" if (at_most := limits[name]) else "" for name in labels)]]
     for shape, rows in dict.fromkeys((p.shape, p.rows) for p in found):
         base = by_place[shape, rows, CUBLAS]
         cells = [f"{shape[0]} x {shape[1]}", str(rows), f"{base.seconds * 1e6:,.1f}"]
@@ -244,17 +256,24 @@ def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence
         header=("W (N x K)", "rows of x", CUBLAS, *labels),
         body=body,
         notes=[
-            f"limit: 16 / (k + 16/{blocksize}), of bytes alone. bnb: bitsandbytes; its 8-bit codebook has no fused "
-            "product: dequantized, then cuBLAS. Medians of CUDA-graph replays; every launch reads another copy of W.",
+            f"limit: 16 / (k + 16/{blocksize}), of bytes alone; with zero points these are more. bnb: bitsandbytes; "
+            "its 8-bit codebook has no fused product: dequantized, then cuBLAS. Medians of CUDA-graph replays; every "
+            "launch reads another copy of W.",
             *notes,
         ],
         records=[_record(p, by_place[p.shape, p.rows, CUBLAS], blocksize) for p in found],
     )
 
 
-def limit(bits: int, blocksize: int) -> float:
-    """Return how many times as fast as 16 bits the bytes of a weight alone allow."""
-    return BASELINE_BITS / (bits if bits == BASELINE_BITS else bits + 16 / blocksize)
+def limit(bits: int, blocksize: int, zero_bits: int = 0) -> float:
+    """Return how many times as fast as 16 bits the bytes of a weight alone allow, with zero points of so many bits."""
+    return BASELINE_BITS / (bits if bits == BASELINE_BITS else bits + (16 + zero_bits) / blocksize)
+
+
+def _limit(product: Product, blocksize: int) -> float | None:
+    """Return that of one of our kernels, None for others."""
+    zero_bits = {OURS: 0, **ZEROS}.get(product.kernel)
+    return None if zero_bits is None else limit(product.bits, blocksize, zero_bits)
 
 
 def _cell(product: Product | None, base: Product) -> str:
@@ -264,5 +283,5 @@ def _cell(product: Product | None, base: Product) -> str:
 
 
 def _record(p: Product, base: Product, blocksize: int) -> Record:
-    ratios = {"speedup": base.seconds / p.seconds, "limit": limit(p.bits, blocksize) if p.kernel == OURS else None}
+    ratios = {"speedup": base.seconds / p.seconds, "limit": _limit(p, blocksize)}
     return {**p.record(), **ratios, "blocksize": None if p.kernel == CUBLAS else blocksize}

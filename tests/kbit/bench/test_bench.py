@@ -27,7 +27,7 @@ from kbit.bench.__main__ import main
 from kbit.bench.decode import PRESETS, Architecture, Compiler, Decoder, plain_linear, random_source
 from kbit.bench.latency import Setting, Step, dequantized, kbit_linear, measure_step, sizes
 from kbit.bench.latency import table as decode_table
-from kbit.bench.matmul import CUBLAS, OURS, Product, limit, measure, repeated
+from kbit.bench.matmul import CUBLAS, OURS, PEERS, ZEROS, Product, limit, measure, repeated
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.quantizers import Rates
 from kbit.bench.quantizers import table as quantizers_table
@@ -112,6 +112,7 @@ def test_the_files_hold_every_number_and_where_it_comes_from(cpu_run: tuple[str,
         ("--blocksize 0", "at least 1"),
         ("--rows 16 0", "at least 1"),
         ("--rows 16 --device cpu", "--rows needs an NVIDIA GPU"),
+        ("--zero-points --device cpu", "--zero-points needs an NVIDIA GPU"),
         ("--batch 2", "--batch belongs to --model"),
         ("--out /dev/null/there --values 64", "name a directory that can be written"),
         ("--device cpu --impl cuda --values 64", "cuda"),
@@ -350,6 +351,7 @@ def test_intensity_roof_and_speedup_are_those_of_the_bytes() -> None:
     assert found.roof(1e6) == CEILINGS.flops
     assert found.speedup(four) == pytest.approx(0.8 * 16 / 4.25, rel=1e-3)
     assert limit(4, 64) == 16 / 4.25
+    assert limit(4, 64, 8) == 16 / 4.375
     assert limit(16, 64) == 1
     record = next(r for r in found.table().records if r["bits"] == 4 and r["rows"] == 8)
     assert record["of_roof"] == pytest.approx(four.flops / (four.intensity * CEILINGS.read))
@@ -414,9 +416,9 @@ def test_the_look_is_that_of_the_studys_figures() -> None:
 @needs_gpu
 def test_products_and_ceilings_are_measured_on_a_gpu() -> None:
     said: list[str] = []
-    found = measure([(4096, 4096)], [3, 4], [1, 100], 64, peers=True, say=said.append)
+    found = measure([(4096, 4096)], [3, 4], [1, 100], 64, also=[*PEERS, *ZEROS], say=said.append)
     kernels = {p.label for p in found}
-    assert {CUBLAS, "k=3", "k=4"} <= kernels
+    assert {CUBLAS, "k=3", "k=4", "k=3, zero points", "k=4, HQQ"} <= kernels
     assert all(p.seconds > p.moved / 8e12 for p in found)  # no GPU of today is faster than 8 TB/s
     assert len(found) == 2 * len(kernels)
 
