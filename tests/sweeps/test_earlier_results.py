@@ -230,7 +230,7 @@ def test_a_plan_of_what_is_finished_has_nothing_to_do(earlier: Path, here: Launc
 
 def test_a_finished_study_has_nothing_to_do(earlier: Path, here: Launch) -> None:
     before = rows_on_disk(earlier)
-    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE, "report=false"))
+    said = succeeded(here(*SETTINGS, *HERE, *LOCAL_DONE))
     assert "local_done: nothing to do. 20 done, 1 diverged." in said
     assert added(earlier, before) == []
 
