@@ -171,7 +171,7 @@ def test_running_again_does_nothing_and_says_so(demo: tuple[Path, subprocess.Com
 
 def test_a_study_stops_when_its_budget_is_spent_and_a_larger_one_goes_on(tmp_path: Path, launch: Launch) -> None:
     study = [f"out={tmp_path / 'r'}", *SMALL]
-    some = launch(*study, "budget=0.0001")
+    some = launch(*study, "budget=0.0001", "report=true")
     assert some.returncode == 0, some.stdout + some.stderr
     done = load_results(tmp_path / "r").query("status == 'done'")
     assert 1 <= len(done) < 13
