@@ -1,6 +1,8 @@
 // What matmul.cu needs that only a GPU has. Included after its definitions: STAGES, GROUP, GROUP_WARPS, OVERLAP, WGMMA.
 #define OPAQUE(...) asm volatile("" : __VA_ARGS__)
 
+#include "rounding.cuh"
+
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -92,37 +94,10 @@ __device__ __forceinline__ void wait_for_barrier(u32 barrier, u32 phase) {
 }
 #endif
 
-// Two floats, rounded to 16 bits.
-__device__ __forceinline__ u32 round_pair(float low, float high) {
-  u32 v;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-  return v;
-}
-
 __device__ __forceinline__ u32 lds(u32 address) {
   u32 v;
   asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));  // not volatile: the compiler may interleave lookups
   return v;
-}
-
-__device__ __forceinline__ float half_to_float(u32 h) {
-  float f;
-  asm("{ .reg .f16 t; mov.b16 t, %1; cvt.f32.f16 %0, t; }" : "=f"(f) : "h"((u16)h));
-  return f;
-}
-
-__device__ __forceinline__ u16 round16(float f) {
-  u16 h;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-#endif
-  return h;
 }
 
 // Differences of both halves, each rounded.

@@ -471,19 +471,37 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     };
 #endif
 
-#if FOLDED
+#if WGMMA
     // While the tensor cores have some products, the next sixteen rows are looked up: at the end of a step, the first ones
-    // of the next. The sums stay with them.
+    // of the next. Folded, the sums stay with them; else the products before are scaled and summed meanwhile.
     u32 a[2][4][4];
     auto look_up = [&](int stage, int r) {
+#if FOLDED
       load_sixteen(stage, r);
       decode_sixteen(r, a[r % 2]);
+#else
+      decode_sixteen(r, a[r % 2]);
+      if (r + 1 < SIXTEENS) load_sixteen(stage, r + 1);
+#endif
     };
-    if (count > 0) {
-      wait_for_barrier(barrier + stage_out * 8, phase);
-      load_scales(stage_out);
-      look_up(stage_out, 0);
-    }
+    auto enter_stage = [&](int stage, u32 its_phase) {
+      wait_for_barrier(barrier + stage * 8, its_phase);
+#if FOLDED
+      load_scales(stage);
+#else
+      load_sixteen(stage, 0);
+#endif
+      look_up(stage, 0);
+    };
+#if !FOLDED
+    float c[2][CHUNK * 4];
+    auto add_products = [&](int i) {
+      const int r = i / (SCALES * CHUNKS), h = i / CHUNKS % SCALES, chunk = i % CHUNKS;
+#pragma unroll
+      for (int n = 0; n < CHUNK; n++) add(acc[r][chunk * CHUNK + n], c[i % 2] + n * 4, s[h * SIXTEENS + r]);
+    };
+#endif
+    if (count > 0) enter_stage(stage_out, phase);
     for (int step = 0; step < count; step++) {
       const u64 x_here = matrix_at(x_address + stage_out * X_BYTES);
       const int stage_next = stage_out + 1 == STAGES ? 0 : stage_out + 1;
@@ -492,6 +510,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       const bool more = step + 1 < count;
       const int stage_then = more ? stage_next : stage_out;
       const u32 phase_then = more ? phase : phase ^ (stage_next == 0);
+#if FOLDED
 #pragma unroll
       for (int r = 0; r < SIXTEENS; r++) {
         begin_products();
@@ -512,47 +531,11 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         if (r + 1 < SIXTEENS) {
           look_up(stage_out, r + 1);
         } else {
-          wait_for_barrier(barrier + stage_then * 8, phase_then);
-          load_scales(stage_then);
-          look_up(stage_then, 0);
+          enter_stage(stage_then, phase_then);
         }
       }
       wait_for_products<0>();
-      stage_out = stage_next;
-    }
-#pragma unroll
-    for (int r = 0; r < SIXTEENS; r++)
-#pragma unroll
-      for (int n = 0; n < M_TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) OPAQUE("+f"(acc[r][n][i]));
-#elif WGMMA
-    // While the tensor cores have some products, those before are summed, and the next sixteen rows looked up: at the end
-    // of a step, the first ones of the next.
-    u32 a[2][4][4];
-    float c[2][CHUNK * 4];
-    auto look_up = [&](int stage, int r) {
-      decode_sixteen(r, a[r % 2]);
-      if (r + 1 < SIXTEENS) load_sixteen(stage, r + 1);
-    };
-    auto add_products = [&](int i) {
-      const int r = i / (SCALES * CHUNKS), h = i / CHUNKS % SCALES, chunk = i % CHUNKS;
-#pragma unroll
-      for (int n = 0; n < CHUNK; n++) add(acc[r][chunk * CHUNK + n], c[i % 2] + n * 4, s[h * SIXTEENS + r]);
-    };
-    if (count > 0) {
-      wait_for_barrier(barrier + stage_out * 8, phase);
-      load_sixteen(stage_out, 0);
-      look_up(stage_out, 0);
-    }
-    for (int step = 0; step < count; step++) {
-      const u64 x_here = matrix_at(x_address + stage_out * X_BYTES);
-      const int stage_next = stage_out + 1 == STAGES ? 0 : stage_out + 1;
-      phase ^= stage_next == 0;
-      // The compiler wants no branches while products are under way: the last step looks its own first rows up again.
-      const bool more = step + 1 < count;
-      const int stage_then = more ? stage_next : stage_out;
-      const u32 phase_then = more ? phase : phase ^ (stage_next == 0);
+#else
       load_scales(stage_out);
 #pragma unroll
       for (int i = 0; i < PRODUCTS; i++) {
@@ -567,9 +550,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
           if (r + 1 < SIXTEENS) {
             look_up(stage_out, r + 1);
           } else {
-            wait_for_barrier(barrier + stage_then * 8, phase_then);
-            load_sixteen(stage_then, 0);
-            look_up(stage_then, 0);
+            enter_stage(stage_then, phase_then);
           }
         };
         // Where sixteen rows are multiplied once, the products before are the last that read what is filled now.
@@ -587,8 +568,17 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       }
       wait_for_products<0>(c[1]);
       add_products(PRODUCTS - 1);
+#endif
       stage_out = stage_next;
     }
+#if FOLDED
+#pragma unroll
+    for (int r = 0; r < SIXTEENS; r++)
+#pragma unroll
+      for (int n = 0; n < M_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) OPAQUE("+f"(acc[r][n][i]));
+#endif
 #else
     for (int step = 0; step < count; step++) {
       wait_for_copies();

@@ -18,7 +18,7 @@ _FEWEST_CAPABILITY: Final = (8, 0)
 """Asynchronous copies to shared memory, and tensor cores' bfloat16, begin with it."""
 _MOST_OFFSET: Final = 2**31
 """Offsets of the fused kernel have 32 bits: in values of x that it reads itself, and in 16 bytes of codes."""
-_HEADER: Final = "instructions.cuh"
+_HEADERS: Final = ("instructions.cuh", "rounding.cuh")
 _ARRANGE_THREADS: Final = 256
 """Of a CTA that arranges x, each of which moves 8 values; the kernel has as many."""
 _UNTILE_WARPS: Final = 8
@@ -184,5 +184,6 @@ def _untile(bits: int, blocksize: int, zero_bytes: int, bfloat16: bool, device: 
 
 
 def _compiled(name: str, options: tuple[str, ...], device: int) -> bytes:
-    source, header = (Path(__file__).with_name(file).read_text() for file in (name, _HEADER))
-    return compile_cubin(source, options, torch.cuda.get_device_capability(device), {_HEADER: header})
+    source, *headers = (Path(__file__).with_name(file).read_text() for file in (name, *_HEADERS))
+    capability = torch.cuda.get_device_capability(device)
+    return compile_cubin(source, options, capability, dict(zip(_HEADERS, headers, strict=True)))

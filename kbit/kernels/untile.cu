@@ -14,21 +14,7 @@ typedef unsigned short u16;
 #define SCALES (BLOCKSIZE == 32 ? 2 : 1)  // absmax values of a row in a tile
 #define PIECES (8 + 4 * ZEROS)            // of 16 bytes: the absmax of 64 rows, and behind them their zero points
 
-__device__ __forceinline__ float half_to_float(u32 h) {
-  float f;
-  asm("{ .reg .f16 t; mov.b16 t, %1; cvt.f32.f16 %0, t; }" : "=f"(f) : "h"((u16)h));
-  return f;
-}
-
-__device__ __forceinline__ u32 round_pair(float low, float high) {
-  u32 both;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-  return both;
-}
+#include "rounding.cuh"
 
 // Row blocks from `first` on, [rows, K] at out; a warp takes one tile after another.
 extern "C" __global__ void __launch_bounds__(256)

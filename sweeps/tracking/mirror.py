@@ -107,7 +107,7 @@ class Mirror:
         elif self._server is None or self._is_looked_after():
             return  # what is written offline nobody sees before the end
         began = time.monotonic()
-        stamp = self._stamp(anew=last)
+        stamp = self._stamp(refresh=last)
         if not last and stamp == self._seen:
             self._touch()
             return
@@ -117,7 +117,7 @@ class Mirror:
             self._held |= self._read([run.id for run, _ in runs if run.id not in self._held])
             self._touch()  # not before: where W&B didn't answer, another process's key or network may do
             self._update(runs, stored, tally)
-            if last and tally.updated and (now := self._stamp(anew=True)) != stamp:
+            if last and tally.updated and (now := self._stamp(refresh=True)) != stamp:
                 # What was written just now may have taken the place of what another process made of newer rows. Once:
                 # who goes on measuring looks again later, and what is measured meanwhile is theirs to mirror.
                 stamp = now
@@ -129,14 +129,14 @@ class Mirror:
             if last:
                 self._emit(tally.over(runs))
 
-    def _stamp(self, *, anew: bool) -> Stamp:
+    def _stamp(self, *, refresh: bool) -> Stamp:
         """Return what changes when the store, or what is planned, does.
 
         Raises:
             FileNotFoundError: the results directory is gone, or another one.
         """
         require_directory(self._out, "manifests")
-        if anew:
+        if refresh:
             with contextlib.suppress(OSError):  # of who may only read
                 Store(out=self._out).look_anew()
         return _stamp([path for part in (*ROWS_IN, "manifests") for path in list_files(self._out / part)])
