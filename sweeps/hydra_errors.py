@@ -91,6 +91,8 @@ def _explain_value(text: str, cause: OmegaConfBaseException) -> str:
     where = override.group(1) if override else str(cause.full_key or "")
     key, _, value = where.lstrip("+").partition("=")
     if override and "DictConfig with ListConfig" in said:
+        if value.startswith("["):
+            return f"{where} is not valid: a mapping is needed there, e.g. '{key}={{NAME: VALUE}}'"
         return f"{where} is not valid: Hydra can't put a mapping in the place of a list; write '{key}=[{value}]'"
     member = re.match(r"models\.([^.]+)(?:\.members\.([^.]+))?", key)
     if override and member and "is not a subclass of" in said:

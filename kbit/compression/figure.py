@@ -72,7 +72,7 @@ def _draw_errors(ax: Axes, found: Compression) -> None:
     ax.set_xlabel("block")
     of_outputs = any(t.output_error is not None for t in found.tensors)
     ax.set_ylabel("relative error of " + ("outputs" if of_outputs else "weights"))
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.08 * ax.get_ylim()[1])  # room for the markers of values that are much alike
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kinds:
         ax.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

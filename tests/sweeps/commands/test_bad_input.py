@@ -18,6 +18,10 @@ CASES = {
         ["sweep.quant.1.dtype={file: a.json}"],
         ["sweep.quant.1.dtype={file: a.json} is not valid", "write 'sweep.quant.1.dtype=[{file: a.json}]'"],
     ),
+    "a list in the place of a mapping": (
+        ["eval.sets=[mine]"],
+        ["eval.sets=[mine] is not valid", "a mapping", "'eval.sets={NAME: VALUE}'"],
+    ),
     "a file that is not there": (["sweep.quant.1.dtype=[{file: a.json}]"], ["dtype.file='a.json'", "can be read"]),
     "revisions of directories": (["sweep.revisions=[step1]"], ["sweep.revisions='step1'", "is a local directory"]),
     "bits": (["sweep.quant.1.bits=9"], ["sweep.quant.1.bits=9", "from 2 to 8"]),
