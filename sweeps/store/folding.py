@@ -50,6 +50,8 @@ FULL_BYTES: Final = 16 << 20
 """A fold's file is about so large; one of half the size is not folded again."""
 MOST_SMALL: Final = 32
 """Folded files that are not full: when there are so many, all become fewer."""
+RECORDS_SHRINK: Final = 3
+"""So many bytes of records become one in a folded file, or more do."""
 ROW_GROUP: Final = 1024
 """Rows that are read together where some of them are wanted."""
 _LEASE: Final = ".lease"
@@ -114,7 +116,7 @@ class Folder:
 
         So a row is written again as often as the number of rows can be doubled.
         """
-        sizes = {path: path.stat().st_size for path in (*loose, *packs)}
+        sizes = {path: _folded_size(path) for path in (*loose, *packs)}
         small = sorted((p for p in packs if sizes[p] < FULL_BYTES // 2), key=lambda p: sizes[p])
         files, total = list(loose), sum(sizes[p] for p in loose)
         for path in small:
@@ -257,12 +259,18 @@ def _batches(files: Sequence[Path]) -> Iterator[list[Path]]:
     size = 0
     for path in files:
         batch.append(path)
-        size += path.stat().st_size
+        size += _folded_size(path)
         if size >= FULL_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _folded_size(path: Path) -> int:
+    """Return about how many bytes a file's rows have in a folded file."""
+    size = path.stat().st_size
+    return size if path.suffix == ".parquet" else size // RECORDS_SHRINK
 
 
 def _is_gone(process: JsonObject, path: Path, now: float) -> bool:
