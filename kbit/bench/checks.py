@@ -97,6 +97,7 @@ def _check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     needs = "--roofline" if args.roofline else f"--model {args.model}" if args.model else ""
     needs = needs or ("--only matmul" if args.only == "matmul" else "--shapes" if args.shapes else "")
     needs = needs or ("--rows" if args.rows else "--zero-points" if args.zero_points else "")
+    needs = needs or ("--block-floats" if args.block_floats else "")
     for name in ("batch", "context", "compile_mode"):
         if getattr(args, name) is not None and not args.model:
             parser.error(f"--{name.replace('_', '-')} belongs to --model")

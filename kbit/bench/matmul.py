@@ -20,10 +20,12 @@ from kbit.bench.report import Record, Table
 from kbit.bench.timing import call_seconds, copies_of, graph_seconds
 from kbit.kernels.matmul import matmul
 from kbit.kernels.tiles import BLOCKSIZES, TILE, TiledWeight, tile
-from kbit.quantizer.blockwise import quantize
+from kbit.quantizer.block_float import BlockFloatTensor, quantize_block_float
+from kbit.quantizer.blockwise import QuantizedTensor, quantize
 from kbit.quantizer.hqq import as_blockwise, quantize_hqq
 from kbit.spec import QuantSpec
 from kbit.specs.base import BASELINE_BITS
+from kbit.specs.block_float import FORMATS, SCALE_BITS, BlockFloatSpec
 from kbit.specs.hqq import HqqSpec
 
 Shape = tuple[int, int]
@@ -44,6 +46,8 @@ _LAYOUTS: Final = 5
 OURS: Final = "kbit"
 ZEROS: Final = {"zero points": 8, "HQQ": 16}
 """Ours of weights with zero points, and the bits of one as it is read."""
+FLOATS: Final = tuple(FORMATS)
+"""Ours of block-scaled floats, each of its own bits."""
 CUBLAS: Final = "cuBLAS"
 PEERS: Final = {"bnb nf4": 4, "bnb fp4": 4, "bnb 8-bit": 8}
 
@@ -76,7 +80,7 @@ class Product:
 
     @property
     def label(self) -> str:
-        of_kernel = {OURS: f"k={self.bits}"} | {name: f"k={self.bits}, {name}" for name in ZEROS}
+        of_kernel = {OURS: f"k={self.bits}"} | {name: f"k={self.bits}, {name}" for name in (*ZEROS, *FLOATS)}
         return of_kernel.get(self.kernel, self.kernel)
 
     def record(self) -> dict[str, str | int | float | None]:
@@ -123,12 +127,17 @@ def measure(
     also: Collection[str] = (),
     say: Callable[[str], None],
 ) -> list[Product]:
-    """Time every combination on the current GPU, float16: ours, cuBLAS, and those of ``ZEROS`` and ``PEERS`` named."""
-    kinds = (OURS, *(name for name in ZEROS if name in also))
+    """Time every combination on the current GPU, float16: ours, cuBLAS, and those of other names that `also` has."""
+    kinds = (OURS, *(name for name in (*ZEROS, *FLOATS) if name in also))
     found: list[Product] = []
     for shape in shapes:
         makers: list[Callable[[], _Contender | None]] = [partial(_cublas, shape)]
-        makers += [partial(_ours, shape, b, blocksize, kind) for b in bits for kind in kinds]
+        makers += [
+            partial(_ours, shape, b, blocksize, kind)
+            for b in bits
+            for kind in kinds
+            if kind not in FLOATS or FORMATS[kind].bits == b
+        ]
         makers += [partial(_peer, shape, name, blocksize) for name in PEERS if name in also]
         for make in makers:
             try:
@@ -178,8 +187,11 @@ def _ours(shape: Shape, bits: int, blocksize: int, kind: str) -> _Contender:
     strip = math.gcd(n, _STRIP_ROWS)
     strip = n if strip % TILE else strip
     spec = QuantSpec(bits=bits, dtype=DTYPE, blocksize=blocksize)
+    q: QuantizedTensor | BlockFloatTensor
     if kind == OURS:
         q = quantize(_random(strip, k), spec)
+    elif kind in FLOATS:
+        q = quantize_block_float(_random(strip, k), BlockFloatSpec(format=kind))
     elif kind == "HQQ":
         q = as_blockwise(quantize_hqq(_random(strip, k), HqqSpec(bits=bits, blocksize=blocksize)))
     else:
@@ -194,7 +206,7 @@ def repeated(w: TiledWeight, times: int) -> TiledWeight:
     return replace(
         w,
         codes=w.codes.repeat(times, 1, 1, 1),
-        scales=w.scales.repeat(times, *[1] * (w.scales.dim() - 1)),
+        scales=torch.cat([w.scales.view(torch.uint8)] * times).view(w.scales.dtype),
         arrived=w.arrived.repeat(times),
         n=w.n * times,
     )
@@ -256,7 +268,7 @@ def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence
         header=("W (N x K)", "rows of x", CUBLAS, *labels),
         body=body,
         notes=[
-            f"limit: 16 / (k + 16/{blocksize}), of bytes alone; with zero points these are more. bnb: bitsandbytes; "
+            f"limit: 16 / (k + 16/{blocksize}), of bytes alone; other forms have their own bytes. bnb: bitsandbytes; "
             "its 8-bit codebook has no fused product: dequantized, then cuBLAS. Medians of CUDA-graph replays; every "
             "launch reads another copy of W.",
             *notes,
@@ -272,6 +284,8 @@ def limit(bits: int, blocksize: int, zero_bits: int = 0) -> float:
 
 def _limit(product: Product, blocksize: int) -> float | None:
     """Return that of one of our kernels, None for others."""
+    if product.kernel in FLOATS:
+        return BASELINE_BITS / (product.bits + SCALE_BITS / FORMATS[product.kernel].block)
     zero_bits = {OURS: 0, **ZEROS}.get(product.kernel)
     return None if zero_bits is None else limit(product.bits, blocksize, zero_bits)
 

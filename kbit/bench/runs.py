@@ -13,7 +13,7 @@ from kbit.bench import agreement, evaluation, ggml, gptq, latency, layered, load
 from kbit.bench.arguments import DOCUMENTS
 from kbit.bench.decode import PRESETS
 from kbit.bench.figure import write_figure
-from kbit.bench.matmul import PEERS, SHAPES, ZEROS, layout_cost, measure
+from kbit.bench.matmul import FLOATS, PEERS, SHAPES, ZEROS, layout_cost, measure
 from kbit.bench.matmul import table as matmul_table
 from kbit.bench.report import Table, device_name
 from kbit.bench.timing import cpu_flops, measure_ceilings
@@ -92,7 +92,7 @@ def _kernels(args: argparse.Namespace, say: Say) -> list[Table]:
     if gpu and args.only != "quantizers":
         bits, rows = args.bits or _MATMUL_BITS, args.rows or _KERNEL_ROWS
         shapes = args.shapes or SHAPES
-        also = [*PEERS, *(ZEROS if args.zero_points else ())]
+        also = [*PEERS, *(ZEROS if args.zero_points else ()), *(FLOATS if args.block_floats else ())]
         found = measure(shapes, bits, rows, args.blocksize, also=also, say=say)
         notes = [layout_cost(shapes[0], b, args.blocksize) for b in bits]
         tables.append(matmul_table(found, args.blocksize, device_name("cuda"), notes))

@@ -111,6 +111,17 @@ __device__ __forceinline__ u32 difference(u32 a, u32 b) {
   return d;
 }
 
+// Products of both halves, each rounded.
+__device__ __forceinline__ u32 product16(u32 a, u32 b) {
+  u32 p;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(p) : "r"(a), "r"(b), "r"(0x80008000));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(p) : "r"(a), "r"(b));
+#endif
+  return p;
+}
+
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }

@@ -1,11 +1,12 @@
 // y = x · dequantize(W)^T for k-bit weights: x [M, K], W [N, K], y [M, N]. Compiled by NVRTC with
 //   BITS            2-8: of a code
-//   BLOCKSIZE       32|64|128|256: values of W that share an absmax
+//   BLOCKSIZE       16|32|64|128|256: values of W that share an absmax, or scale
+//   SCALE           0|1|2: what they share: a float16 absmax, or a scale of a byte: E8M0, or E4M3 that is not negative (4 bits)
 //   ZEROS           0|1|2: bytes of a block's zero point, which is subtracted from its codes' values: none, a whole number, float16
 //   BF16            0|1: x and y are bfloat16, else float16
 //   PAIR            0|1: the codebook is looked up by pairs of codes
 //   WGMMA           0|1: four warps multiply together, each its own rows of W by the same x (Hopper)
-//   FOLDED          0|1: what is multiplied are values times their absmax, rounded to 16 bits; else products are scaled
+//   FOLDED          0|1: what is multiplied are values times their absmax, in 16 bits; else products are scaled
 //   M_TILES         1|2|4|8|16: tiles of 8 rows of x that a launch takes
 //   N_TILES         tiles of W above each other that a CTA works on at a time: 64 rows of W each
 //   K_TILES         tiles of W next to each other that it works on at a time: each with its own part of the columns
@@ -22,7 +23,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
-#define CHUNK (FOLDED ? 8 : 4)           // tiles of 8 rows of x that four warps multiply together
+#define EXACT (FOLDED && SCALE && BITS == 4)  // products of values with scales have few enough bits for 16
+#define CHUNK (FOLDED && M_TILES >= 8 ? 8 : 4)  // tiles of 8 rows of x that four warps multiply together
 
 #if !STAGED && STAGES != 2
 #error "codes through registers are one tile ahead, and so must x be"
@@ -39,8 +41,14 @@ typedef unsigned short u16;
 #if WGMMA && (!STAGED || N_TILES * WARPS_PER_TILE % 4 || M_TILES % CHUNK)
 #error "warps multiply together in fours, what comes through shared memory, with 8 CHUNK rows of x"
 #endif
-#if FOLDED && (!WGMMA || PAIR)
-#error "four warps that multiply together fold, and there is no table of float32 pairs"
+#if FOLDED && !EXACT && (!WGMMA || PAIR)
+#error "but for exact products, four warps that multiply together fold, and there is no table of float32 pairs"
+#endif
+#if BLOCKSIZE == 16 ? !EXACT : SCALE == 2
+#error "blocks of 16 have E4M3 scales, which are multiplied into values: what a tensor core sums is of several blocks"
+#endif
+#if SCALE && ZEROS
+#error "scales of a byte have no zero points"
 #endif
 
 #define OVERLAP (__CUDA_ARCH__ >= 900)   // with the kernels before and after in the stream
@@ -62,15 +70,18 @@ typedef unsigned short u16;
 #define X_BYTES (M_TILES * 1024)         // of x in a stage: 8 M_TILES rows, 64 columns, shared by the row groups
 #define CODE_BYTES (BITS * LANES * 16)
 #define RAISED (ZEROS != 1 || FOLDED ? 0 : BF16 ? (BITS < 8 ? 0x4300 : 0) : 0x6400)  // 128 or 1,024, to which whole numbers are added as bits
-#define SCALE_BYTES (128 + 64 * ZEROS)   // absmax of 64 rows, and behind them their zero points
+#define SCALE_WIDTH (SCALE ? 1 : 2)      // bytes
+#define SCALE_BYTES (64 * (SCALE_WIDTH + ZEROS))  // absmax of 64 rows, and behind them their zero points
 #define ROW_OF_BANKS (WGMMA ? 64 : 128)  // in which the pieces that each lane copies keep their place
-#define TILE_BYTES (STAGED ? (CODE_BYTES + SCALES * SCALE_BYTES + ROW_OF_BANKS - 1) / ROW_OF_BANKS * ROW_OF_BANKS : 0)
+#define TILE_BYTES (STAGED ? (CODE_BYTES + BLOCKS * SCALE_BYTES + ROW_OF_BANKS - 1) / ROW_OF_BANKS * ROW_OF_BANKS : 0)
 #define HOLD (M_TILES <= 4)              // x of a tile stays in registers; else it is read again for each AT_ONCE sixteens of rows
 #define AT_ONCE (HOLD ? 1 : 2)
 #define X_COPIES (M_TILES * 64 / GROUP)  // chunks of x that each thread of a group copies
 #define CHUNKS (M_TILES / CHUNK)
 #define PRODUCTS (SIXTEENS * SCALES * CHUNKS)  // of a step, each waited for by itself
-#define SCALES (BLOCKSIZE == 32 ? 2 : 1) // absmax values of a row in a tile
+#define BLOCKS (BLOCKSIZE < COLS ? COLS / BLOCKSIZE : 1)  // of a row in a tile
+#define SCALES (BLOCKS == 1 ? 1 : 2)     // of a row that a lane needs: of 16 columns it has eight
+#define OWN_BLOCK(i) (BLOCKS == 4 ? 2 * (i) + (t >> 1) : (i))  // which they are
 #define STRIDE (WARP_ROWS + 4)           // of the reduction buffer: avoids bank conflicts
 
 #ifndef EMULATED  // tests bring a CPU's
@@ -120,10 +131,54 @@ __device__ __forceinline__ u32 entry(const u32* w, int bit, u32 lane4) {
 
 // A value as it stands in the table.
 __device__ __forceinline__ u32 value_at(const void* codebook, int i) {
-#if FOLDED
+#if FOLDED && !EXACT
   return __ldg((const u32*)codebook + i);  // float32
 #else
   return __ldg((const u16*)codebook + i);
+#endif
+}
+
+// What lanes have of each block: numbers of 2 SIXTEENS rows.
+template <int BYTES_OF_ROWS> struct Rows;
+template <> struct Rows<4> { typedef u32 Type; };
+template <> struct Rows<8> { typedef uint2 Type; };
+template <> struct Rows<16> { typedef uint4 Type; };
+typedef Rows<2 * SIXTEENS * SCALE_WIDTH>::Type Scales;
+typedef Rows<2 * SIXTEENS * (ZEROS ? ZEROS : 1)>::Type Zeros;
+__device__ __forceinline__ void load_rows(uint4& to, u32 address) { to = lds128(address); }
+__device__ __forceinline__ void load_rows(uint2& to, u32 address) { to = lds64(address); }
+__device__ __forceinline__ void load_rows(u32& to, u32 address) { to = lds32(address); }
+
+// The absmax of rows g and g + 8 of sixteen number `i`, as they are stored.
+__device__ __forceinline__ u32 both_of(const u32* s, int i) {
+#if SCALE
+  return i % 2 ? s[i / 2] >> 16 : s[i / 2] & 0xffff;
+#else
+  return s[i];
+#endif
+}
+
+// One of these, which tensor cores' sums are multiplied by. E4M3's bits are those of a smaller float16 or bfloat16; the
+// difference, a power of two, is part of what results are multiplied by.
+__device__ __forceinline__ float scale_of(u32 both, int j) {
+#if SCALE == 1
+  return __uint_as_float(max((both >> 8 * j & 0xff) << 23, 0x400000u));  // the smallest one is 2^-127
+#elif SCALE == 2 && BF16
+  return __uint_as_float((both >> 8 * j & 0xff) << 20);
+#elif SCALE == 2
+  return half_to_float((both >> 8 * j & 0xff) << 7);
+#else
+  return half_to_float(j ? both >> 16 : both & 0xffff);
+#endif
+}
+
+// The same twice in 16 bits, for a pair of values, whose products with it are exact. E8M0 is brought into float16's range,
+// with what values were divided by.
+__device__ __forceinline__ u32 scale_pair_of(u32 both, int j, float unscale) {
+#if SCALE == 2
+  return (both >> 8 * j & 0xff) * (BF16 ? 0x100010 : 0x800080);
+#else
+  return round_pair(scale_of(both, j) * unscale, scale_of(both, j) * unscale);
 #endif
 }
 
@@ -134,9 +189,9 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 #else
   u32 low = lds(table + entry(w, (2 * pair) * BITS, lane4));
   u32 high = lds(table + entry(w, (2 * pair + 1) * BITS, lane4));
-#if FOLDED && ZEROS
+#if FOLDED && !EXACT && ZEROS
   return round_pair(__uint_as_float(low) * absmax + offset, __uint_as_float(high) * absmax + offset);
-#elif FOLDED
+#elif FOLDED && !EXACT
   return round_pair(__uint_as_float(low) * absmax, __uint_as_float(high) * absmax);
 #else
   return __byte_perm(low, high, 0x5410);
@@ -144,19 +199,7 @@ __device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 tab
 #endif
 }
 
-// Zero points of a lane's rows in a block, 2 SIXTEENS of them.
-#if SIXTEENS * ZEROS == 8
-typedef uint4 Zeros;
-#elif SIXTEENS * ZEROS == 4
-typedef uint2 Zeros;
-#else
-typedef u32 Zeros;
-#endif
 #if ZEROS
-__device__ __forceinline__ void load_zeros(uint4& to, u32 address) { to = lds128(address); }
-__device__ __forceinline__ void load_zeros(uint2& to, u32 address) { to = lds64(address); }
-__device__ __forceinline__ void load_zeros(u32& to, u32 address) { to = lds32(address); }
-
 // Zero point number `i` of z.
 __device__ __forceinline__ float zero_of(const u32* z, int i) {
 #if ZEROS == 1  // 2^23 + zero, less 2^23
@@ -212,7 +255,8 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   const int k_tile = warp / GROUP_WARPS, n_tile = warp % GROUP_WARPS / WARPS_PER_TILE, half = warp % WARPS_PER_TILE;
   const int g = lane >> 2, t = lane & 3;
   u32 lane4 = lane * 4;
-  const float unscale = FOLDED ? 1.f : __ldg(unscale_at);
+  const float unscale = __ldg(unscale_at);
+  const float unscale_sums = FOLDED && SCALE != 2 ? 1.f : unscale;
   // The codebook's values, used once the first codes are on their way.
   u32 value[(VALUES + THREADS - 1) / THREADS];
 #pragma unroll
@@ -244,11 +288,11 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #endif
   u32 code_to = tile_address + lane * 16;
 #if WARPS_PER_TILE == 1
-  u32 &code_at = code_to, scale_at = tile_address + CODE_BYTES + g * 16;
+  u32 &code_at = code_to, scale_at = tile_address + CODE_BYTES + g * (8 * SCALE_WIDTH);
 #else
   // The second half of a tile's rows begins 2 BITS words into a lane's codes: where that is half a piece, pairs of words
   // lie in the first half of a piece and in the second by turns, and the other way round than in the first half.
-  u32 code_at = code_to + half * (BITS / 2 * 512 + BITS % 2 * 8), scale_at = tile_address + CODE_BYTES + g * 16 + half * 8;
+  u32 code_at = code_to + half * (BITS / 2 * 512 + BITS % 2 * 8), scale_at = tile_address + CODE_BYTES + (g * 8 + half * 4) * SCALE_WIDTH;
   u32 code_beside = code_to + half * ((BITS + 1) / 2 * 512 - BITS % 2 * 8);
 #endif
 
@@ -269,7 +313,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     // Beyond the last row block that one again: its sums are not stored.
     const int row_block = min(ahead_unit * N_TILES + n_tile, row_blocks - 1);
     code_from = (row_block * per_unit + first) * (BITS * LANES) + (WGMMA ? 0 : lane);
-    scale_from = row_block * kblocks * (SCALE_BYTES / 16) + (WGMMA ? 0 : STAGED ? lane : g);
+    scale_from = row_block * kblocks * (SCALE_BYTES / 16) + (WGMMA ? 0 : STAGED ? lane : SCALE ? 0 : g);
 #if !WGMMA  // whose copies take what all lanes have the same
     OPAQUE("+r"(code_from), "+r"(scale_from));
 #endif
@@ -282,7 +326,8 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     }
   };
 #if !STAGED
-  uint4 codes_now[BITS], scales_now[SCALES];
+  uint4 codes_now[BITS];
+  Scales scales_now[SCALES];
   Zeros zeros_now[SCALES];
   u32 zero_behind = ZEROS == 1 ? 128 - 8 * g : 128;  // a lane's zero points are behind its absmax
 #if ZEROS == 1
@@ -293,24 +338,24 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     if (ahead_unit >= units || count == 0) return;
     const int column = first + ahead * K_TILES;
     const uint4* p = codes + (code_from + ahead * (K_TILES * BITS * LANES));
-    const uint4* s = scales + (scale_from + (BLOCKSIZE <= COLS ? column * SCALES : column / (BLOCKSIZE / COLS)) * (SCALE_BYTES / 16));
+    const uint4* s = scales + (scale_from + (BLOCKSIZE <= COLS ? column * BLOCKS : column / (BLOCKSIZE / COLS)) * (SCALE_BYTES / 16));
 #if WGMMA
     if (half == 0 && lane == 0) {
-      expect(barrier + stage_in * 8, CODE_BYTES + SCALES * SCALE_BYTES);
+      expect(barrier + stage_in * 8, CODE_BYTES + BLOCKS * SCALE_BYTES);
       bring(tile_address + stage_in * TILE_BYTES, p, CODE_BYTES, barrier + stage_in * 8);
-      bring(tile_address + stage_in * TILE_BYTES + CODE_BYTES, s, SCALES * SCALE_BYTES, barrier + stage_in * 8);
+      bring(tile_address + stage_in * TILE_BYTES + CODE_BYTES, s, BLOCKS * SCALE_BYTES, barrier + stage_in * 8);
     }
 #elif STAGED
 #pragma unroll
     for (int i = 0; i < BITS; i++)
       if (i % WARPS_PER_TILE == half) copy_once(code_to + stage_in * TILE_BYTES + i * 512, p + i * LANES);
-    if (half == 0 && lane < SCALES * SCALE_BYTES / 16) copy_async(code_to + CODE_BYTES + stage_in * TILE_BYTES, s);
+    if (half == 0 && lane < BLOCKS * SCALE_BYTES / 16) copy_async(code_to + CODE_BYTES + stage_in * TILE_BYTES, s);
 #else
 #pragma unroll
     for (int i = 0; i < BITS; i++) codes_now[i] = load_once(p + i * LANES);
 #pragma unroll
     for (int i = 0; i < SCALES; i++) {
-      scales_now[i] = __ldg(s + i * (SCALE_BYTES / 16));
+      scales_now[i] = __ldg((const Scales*)(s + OWN_BLOCK(i) * (SCALE_BYTES / 16)) + (SCALE ? g : 0));
 #if ZEROS
       zeros_now[i] = __ldg((const Zeros*)((const char*)s + zero_behind + i * SCALE_BYTES));
 #endif
@@ -353,7 +398,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += THREADS) {
     const u32 index = i / LANES;
     const u32 low = index % VALUES, high = PAIR ? index / VALUES : index;
-    const u32 first = RAISED ? RAISED + low : values[low], second = FOLDED ? 0 : RAISED ? RAISED + high : values[high];
+    const u32 first = RAISED ? RAISED + low : values[low], second = FOLDED && !EXACT ? 0 : RAISED ? RAISED + high : values[high];
     table[index * (ENTRY_BYTES / 4) + i % LANES] = first | second << 16;
   }
   __syncthreads();
@@ -395,10 +440,12 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         for (int i = 0; i < 4; i++) acc[r][n][i] = 0.f;
 
 #if WARPS_PER_TILE > 1
-    uint2 codes_now[BITS], scales_now[SCALES];
-    Zeros zeros_now[SCALES];
+    uint2 codes_now[BITS];
 #elif STAGED
-    uint4 codes_now[BITS], scales_now[SCALES];
+    uint4 codes_now[BITS];
+#endif
+#if STAGED
+    Scales scales_now[SCALES];
     Zeros zeros_now[SCALES];
 #endif
     const u32* w = (const u32*)codes_now;
@@ -407,12 +454,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     auto load_scales = [&](int stage) {
 #if STAGED
 #pragma unroll
-      for (int i = 0; i < SCALES; i++)
-#if WARPS_PER_TILE > 1
-        scales_now[i] = lds64(scale_at + stage * TILE_BYTES + i * SCALE_BYTES);
-#else
-        scales_now[i] = lds128(scale_at + stage * TILE_BYTES + i * SCALE_BYTES);
-#endif
+      for (int i = 0; i < SCALES; i++) load_rows(scales_now[i], scale_at + stage * TILE_BYTES + OWN_BLOCK(i) * SCALE_BYTES);
 #endif
     };
     // Sixteen rows are BITS words of a lane: the pieces that begin within them. Zero points come with the first.
@@ -420,7 +462,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #if ZEROS && STAGED
       if (r == 0) {
 #pragma unroll
-        for (int i = 0; i < SCALES; i++) load_zeros(zeros_now[i], zero_at + stage * TILE_BYTES + i * SCALE_BYTES);
+        for (int i = 0; i < SCALES; i++) load_rows(zeros_now[i], zero_at + stage * TILE_BYTES + i * SCALE_BYTES);
       }
 #endif
 #if WARPS_PER_TILE > 1 && BITS % 2 == 0
@@ -445,11 +487,13 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     auto decode_sixteen = [&](int r, u32 (*a)[4]) {
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const u32 both = s[k / (4 / SCALES) * SIXTEENS + r];  // the absmax of rows g and g + 8
+        const u32 both = both_of(s, k / (4 / SCALES) * SIXTEENS + r);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const float absmax = FOLDED ? half_to_float(j % 2 ? both >> 16 : both & 0xffff) : 1.f;
-#if !ZEROS
+          const float absmax = FOLDED && !EXACT ? scale_of(both, j % 2) : 1.f;
+#if EXACT
+          a[k][j] = product16(decode(w, (r * 4 + k) * 4 + j, lane4, table_address, 1.f, 0.f), scale_pair_of(both, j % 2, unscale));
+#elif !ZEROS
           a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, absmax, 0.f);
 #else
           const u32* zeros = z + k / (4 / SCALES) * (SIXTEENS * ZEROS / 2);
@@ -463,7 +507,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #if !FOLDED
     // Products of sixteen rows with 8 rows of x, times the absmax of rows g and g + 8, are summed in float32.
     auto add = [&](float* sum, const float* c, u32 both) {
-      const float s0 = half_to_float(both & 0xffff), s1 = half_to_float(both >> 16);
+      const float s0 = scale_of(both, 0), s1 = scale_of(both, 1);
       sum[0] += s0 * c[0];
       sum[1] += s0 * c[1];
       sum[2] += s1 * c[2];
@@ -498,7 +542,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
     auto add_products = [&](int i) {
       const int r = i / (SCALES * CHUNKS), h = i / CHUNKS % SCALES, chunk = i % CHUNKS;
 #pragma unroll
-      for (int n = 0; n < CHUNK; n++) add(acc[r][chunk * CHUNK + n], c[i % 2] + n * 4, s[h * SIXTEENS + r]);
+      for (int n = 0; n < CHUNK; n++) add(acc[r][chunk * CHUNK + n], c[i % 2] + n * 4, both_of(s, h * SIXTEENS + r));
     };
 #endif
     if (count > 0) enter_stage(stage_out, phase);
@@ -614,10 +658,16 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
           for (int q = 0; q < AT_ONCE; q++)
 #pragma unroll
             for (int h = 0; h < SCALES; h++) {
+#if FOLDED
+              float* c = acc[r0 + q][n];
+#else
               float c[4] = {0.f, 0.f, 0.f, 0.f};
+#endif
 #pragma unroll
               for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) mma(c, a[q][k], b[2 * k], b[2 * k + 1]);
-              add(acc[r0 + q][n], c, s[h * SIXTEENS + r0 + q]);
+#if !FOLDED
+              add(acc[r0 + q][n], c, both_of(s, h * SIXTEENS + r0 + q));
+#endif
             }
         }
       }
@@ -659,7 +709,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
           sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
         }
 #if SPLIT_K == 1
-        store(y, sum, unscale, bias, addend, n0 * 8 + m, unit * UNIT + row, N);
+        store(y, sum, unscale_sums, bias, addend, n0 * 8 + m, unit * UNIT + row, N);
 #else
         float* to = partial + ((long long)(unit * SPLIT_K + rank) * (M_TILES * 8) + n0 * 8 + m) * UNIT + row;
         *(float4*)to = {sum[0], sum[1], sum[2], sum[3]};
@@ -686,7 +736,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int v = 0; v < SPLIT_K; v++) sum[0] += part[v].x, sum[1] += part[v].y, sum[2] += part[v].z, sum[3] += part[v].w;
-        store(y, sum, unscale, bias, addend, i / (UNIT / 4), unit * UNIT + i % (UNIT / 4) * 4, N);
+        store(y, sum, unscale_sums, bias, addend, i / (UNIT / 4), unit * UNIT + i % (UNIT / 4) * 4, N);
       }
     }
 #endif

@@ -96,7 +96,7 @@ def _fused(
         *(
             w.codes,
             w.scales,
-            w.codebook if variant.folded else w.table,
+            w.codebook if variant.looks_up_floats else w.table,
             x,
             bias,
             addend,
@@ -133,8 +133,9 @@ def dequantize_rows(w: TiledWeight, first: int, out: Tensor) -> None:
     tiles = -(-out.shape[0] // TILE) * (w.k // TILE)
     grid = min(-(-tiles // _UNTILE_WARPS), Gpu.of(index).processors * _UNTILE_BLOCKS_PER_SM)
     # The kernel leaves out rows beyond the last of the weight, not of `out`: that ends with it, or at a row block.
-    _untile(w.bits, w.blocksize, w.zero_bytes, out.dtype == torch.bfloat16, index).launch(
-        grid, _UNTILE_WARPS * LANES, *(w.codes, w.scales, w.codebook, out, first, tiles, w.n, w.k)
+    _untile(w.bits, w.blocksize, w.scale_format, w.zero_bytes, out.dtype == torch.bfloat16, index).launch(
+        *(grid, _UNTILE_WARPS * LANES, w.codes, w.scales, w.tensor_scale, w.codebook),
+        *(out, first, tiles, w.n, w.k),
     )
 
 
@@ -178,8 +179,15 @@ def _cubin(variant: Variant, device: int) -> bytes:
 
 
 @cache
-def _untile(bits: int, blocksize: int, zero_bytes: int, bfloat16: bool, device: int) -> Function:
-    options = (f"-DBITS={bits}", f"-DBLOCKSIZE={blocksize}", f"-DZEROS={zero_bytes}", f"-DBF16={int(bfloat16)}")
+def _untile(bits: int, blocksize: int, scale_format: int, zero_bytes: int, bfloat16: bool, device: int) -> Function:
+    values = {
+        "BITS": bits,
+        "BLOCKSIZE": blocksize,
+        "SCALE": scale_format,
+        "ZEROS": zero_bytes,
+        "BF16": int(bfloat16),
+    }
+    options = tuple(f"-D{name}={value}" for name, value in values.items())
     return Function(_compiled("untile.cu", options, device), "kbit_untile", 0, device)
 
 

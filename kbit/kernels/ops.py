@@ -28,8 +28,8 @@ _library: Final[Any] = torch.library.Library("kbit", "DEF")  # type: ignore[no-u
 # Callers name every argument but x. Tensors stand before the *: torch takes no autograd of keyword-only ones.
 _library.define(
     "matmul_tiled(Tensor x, Tensor codes, Tensor scales, Tensor codebook, Tensor table, Tensor unscale, "
-    "Tensor arrived, Tensor? bias, Tensor? addend, *, int n, int bits, int blocksize, ScalarType storage, "
-    "bool batch_invariant) -> Tensor"
+    "Tensor arrived, Tensor? tensor_scale, Tensor? bias, Tensor? addend, *, int n, int bits, int blocksize, "
+    "ScalarType storage, bool batch_invariant) -> Tensor"
 )
 _library.define(
     "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, Tensor? mean, "
@@ -42,7 +42,7 @@ matmul_tiled: Final[Any] = torch.ops.kbit.matmul_tiled.default
 
 Args:
     x: [m, k], contiguous; of table's dtype, or float32 (or anything, on the CPU).
-    codes, scales, codebook, table, unscale, arrived, n, bits, blocksize: as in ``TiledWeight``.
+    codes, scales, codebook, table, unscale, arrived, tensor_scale, n, bits, blocksize: as in ``TiledWeight``.
     bias: [n]. addend: float32 [m, n]. Both are added before the sums are rounded.
     storage: 16-bit dtype that dequantized values are rounded to, where ``kbit.kernels.matmul`` does not do the work.
     batch_invariant: a row of y depends on no other row of x, nor on m.
@@ -105,6 +105,7 @@ def _matmul_tiled(  # noqa: PLR0913  # the operator's schema
     table: Tensor,
     unscale: Tensor,
     arrived: Tensor,
+    tensor_scale: Tensor | None,
     bias: Tensor | None,
     addend: Tensor | None,
     *,
@@ -127,6 +128,7 @@ def _matmul_tiled(  # noqa: PLR0913  # the operator's schema
         k=x.shape[1],
         bits=bits,
         blocksize=blocksize,
+        tensor_scale=tensor_scale,
     )
     check_tiles(w)
     if x.is_cuda and x.dtype == table.dtype:
@@ -138,7 +140,7 @@ def _matmul_tiled(  # noqa: PLR0913  # the operator's schema
     chunks = row_block_chunks(w.row_blocks, w.k, x.device)
     limit = torch.finfo(storage).max
     weights = (untile(w, first, last) for first, last in chunks)
-    if w.zero_bytes:  # without, none is beyond the largest absmax
+    if w.zero_bytes or w.scale_format:  # without, none is beyond the largest absmax
         weights = (values.clamp_(-limit, limit) for values in weights)
     weights = (values.to(storage) for values in weights)
     return _by_dequantizing(x, weights, bias, addend, n, batch_invariant)

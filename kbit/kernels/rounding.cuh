@@ -15,13 +15,13 @@ __device__ __forceinline__ u16 round16(float f) {
   return h;
 }
 
-// Two floats, rounded to 16 bits.
+// Two floats, rounded to 16 bits; what is beyond the largest number becomes that.
 __device__ __forceinline__ u32 round_pair(float low, float high) {
   u32 v;
 #if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
 #endif
   return v;
 }

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from kbit.kernels.availability import choose_blockwise
 from kbit.kernels.launching import on
+from kbit.quantizer.block_float import BlockFloatTensor, code_values
 from kbit.quantizer.blockwise import QuantizedTensor, zeros_of
 from kbit.quantizer.packing import pack, unpack
 from kbit.quantizer.storage import chunk_length
 from kbit.spec import QuantSpec
+from kbit.specs.block_float import BlockFloatSpec
 
 TILE: Final = 64
 """Rows, and columns, of W in a tile: four times the 16 rows, and four times the 16 columns, of an m16n8k16."""
@@ -31,6 +33,17 @@ LANES: Final = 32
 """Threads of a warp."""
 SCALE_BYTES: Final = (2 * TILE, 3 * TILE, 4 * TILE)
 """Of the absmax of a tile's rows in a block, and their zero points of 0, 1 or 2 bytes."""
+E8M0: Final = 1
+E4M3: Final = 2
+SCALE_DTYPES: Final = {torch.float8_e8m0fnu: E8M0, torch.float8_e4m3fn: E4M3}
+"""Scales of a byte for each block, and their numbers in the kernels."""
+EXACT_BITS: Final = 4
+"""Of block-scaled floats whose products with a scale have few enough bits for float16 and bfloat16."""
+_E8M0_UNSCALE: Final = 4.0
+"""What elements of 4 bits are divided by: the scales times that are float16 numbers where the weight was of these."""
+_E4M3_FACTORS: Final = {torch.float16: (1.0, 2.0**8), torch.bfloat16: (2.0**60, 2.0**60)}
+"""What elements of 4 bits, and what results, are multiplied by: the kernel reads a scale's bits as those of a float16,
+2^-8 of it, or of a bfloat16, 2^-120 of it."""
 _SCALE_STEPS: Final = 256
 """Scales that are tried for a table, between ``_SCALE`` and twice that: powers of two apart, rounding is the same."""
 _SCALE: Final = 2.0**12
@@ -43,12 +56,13 @@ class TiledWeight:
 
     Attributes:
         codes: int32 [row blocks · column tiles, bits, 32 lanes, 4]: ceil(n / 64) · k / 64 tiles.
-        scales: float16 [row blocks, k / blocksize, 8, 8]: absmax values, as lanes take them. With zero points uint8
-            [row blocks, k / blocksize, 192 or 256]: the same as bytes, and behind those of each block its zero points
-            in the same order, whole numbers of a byte or float16.
+        scales: float16 [row blocks, k / blocksize, 8, 8]: absmax values, as lanes take them. Of block-scaled floats
+            E8M0 or E4M3 scales, likewise. With zero points uint8 [row blocks, k / blocksize, 192 or 256]: absmax as
+            bytes, and behind those of each block its zero points in the same order, whole numbers of a byte or float16.
+        tensor_scale: float32 [1], of E4M3 scales, which are multiplied by it; else None.
         codebook: float32 [2^bits], what codes stand for; a shorter one repeats its last value.
         table: the same in 16 bits, times ``1 / unscale``, for the tensor cores; less a zero point, which is not scaled,
-            with `unscale` 1.
+            with `unscale` 1. Of block-scaled floats exact (``element_table``).
         unscale: float32 [1], what products with the table are multiplied by.
         arrived: int32 [row blocks], zero between launches: how many of the CTAs that share some rows are done. One
             launch at a time may use it, so a weight is for one stream at a time.
@@ -64,6 +78,7 @@ class TiledWeight:
     k: int
     bits: int
     blocksize: int
+    tensor_scale: Tensor | None = None
 
     @property
     def row_blocks(self) -> int:
@@ -72,12 +87,23 @@ class TiledWeight:
     @property
     def zero_bytes(self) -> int:
         """Bytes of a block's zero point: 0 for none, 1 for a whole number, 2 for float16."""
-        return 0 if self.scales.dtype == torch.float16 else self.scales.shape[2] // TILE - 2
+        return self.scales.shape[2] // TILE - 2 if self.scales.dtype == torch.uint8 else 0
+
+    @property
+    def scale_format(self) -> int:
+        """What the values of a block share: 0 for a float16 absmax, else ``E8M0`` or ``E4M3``."""
+        return SCALE_DTYPES.get(self.scales.dtype, 0)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a row's absmax, or scale, and zero point."""
+        return (1 if self.scale_format else 2) + self.zero_bytes
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(t.nbytes for t in (self.codes, self.scales, self.codebook, self.table, self.unscale, self.arrived))
+        some = (self.codes, self.scales, self.tensor_scale, self.codebook, self.table, self.unscale, self.arrived)
+        return sum(t.nbytes for t in some if t is not None)
 
 
 def check_tiles(w: TiledWeight) -> None:
@@ -92,6 +118,7 @@ def check_tiles(w: TiledWeight) -> None:
         (*blocks, 8, 8),
         *((*blocks, SCALE_BYTES[zero]) for zero in (1, 2)),
     )
+    is_whole &= (w.scale_format == E4M3) == (w.tensor_scale is not None)
     if not (is_whole and w.codes.is_contiguous() and w.scales.is_contiguous()):
         raise ValueError(
             f"{w.bits}-bit tiles of shape {list(w.codes.shape)} with scales {list(scales)} are not those of a weight "
@@ -99,17 +126,19 @@ def check_tiles(w: TiledWeight) -> None:
         )
 
 
-def why_not_tiled(q: QuantizedTensor) -> str | None:
+def why_not_tiled(q: QuantizedTensor | BlockFloatTensor) -> str | None:
     """Say in words why a weight has no such layout; None when it has."""
     return why_no_layout(q.shape, q.spec)
 
 
-def why_no_layout(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
+def why_no_layout(shape: tuple[int, ...], spec: QuantSpec | BlockFloatSpec) -> str | None:
     """Say the same of a weight of this shape, quantized so."""
     if len(shape) != 2:
         return f"it has {len(shape)} dimensions, not 2"
     if shape[1] % TILE:
         return f"its {shape[1]} columns are no multiple of {TILE}"
+    if isinstance(spec, BlockFloatSpec):
+        return None
     if spec.blocksize not in BLOCKSIZES:
         return f"its block size is {spec.blocksize}, not one of {', '.join(map(str, BLOCKSIZES))}"
     if shape[1] % spec.blocksize:
@@ -120,7 +149,7 @@ def why_no_layout(shape: tuple[int, ...], spec: QuantSpec) -> str | None:
 
 
 @torch.no_grad()
-def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
+def tile(q: QuantizedTensor | BlockFloatTensor, dtype: torch.dtype) -> TiledWeight:
     """Lay a quantized weight out for the kernels; mean and kept columns are the caller's.
 
     Besides the weight and its layout about 8 bytes per value are at work, for a chunk of some row blocks: 16 MB on a
@@ -136,10 +165,15 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
     why = why_not_tiled(q)
     if why is not None:
         raise ValueError(f"this weight has no tiled layout: {why}")
-    assert q.spec.blocksize is not None
-    codebook = full_codebook(q.codebook, q.spec.bits)
-    table, unscale = lookup_table(codebook, dtype, whole=q.zero_points is not None)
-    codes, scales = tiled_codes(q), tiled_scales(q)
+    codes, scales, tensor_scale = tiled_codes(q), tiled_scales(q), None
+    if isinstance(q, BlockFloatTensor):
+        codebook, blocksize = code_values(q.spec.element, q.codes.device), q.spec.element.block
+        tensor_scale = None if q.tensor_scale is None else q.tensor_scale.view(1)
+        table, unscale = element_table(codebook, dtype, tensor_scale)
+    else:
+        assert q.spec.blocksize is not None
+        codebook, blocksize = full_codebook(q.codebook, q.spec.bits), q.spec.blocksize
+        table, unscale = lookup_table(codebook, dtype, whole=q.zero_points is not None)
     return TiledWeight(
         codes=codes,
         scales=scales,
@@ -150,12 +184,13 @@ def tile(q: QuantizedTensor, dtype: torch.dtype) -> TiledWeight:
         n=q.shape[0],
         k=q.shape[1],
         bits=q.spec.bits,
-        blocksize=q.spec.blocksize,
+        blocksize=blocksize,
+        tensor_scale=tensor_scale,
     )
 
 
 @torch.no_grad()
-def tiled_codes(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
+def tiled_codes(q: QuantizedTensor | BlockFloatTensor, *, impl: str = "auto") -> Tensor:
     """Return the codes of ``TiledWeight``, for a weight that has this layout; `impl` as in ``kbit.quantize``."""
     (rows, columns), bits = q.shape, q.spec.bits
     row_blocks, column_tiles = -(-rows // TILE), columns // TILE
@@ -175,8 +210,11 @@ def tiled_codes(q: QuantizedTensor, *, impl: str = "auto") -> Tensor:
 
 
 @torch.no_grad()
-def tiled_scales(q: QuantizedTensor) -> Tensor:
+def tiled_scales(q: QuantizedTensor | BlockFloatTensor) -> Tensor:
     """Return the scales of ``TiledWeight``, for a weight that has this layout."""
+    if isinstance(q, BlockFloatTensor):
+        kind = torch.float8_e8m0fnu if q.tensor_scale is None else torch.float8_e4m3fn
+        return _by_group(q.scales, q.shape[0]).view(kind)
     assert isinstance(q.absmax, Tensor)
     absmax = _by_group(q.absmax, q.shape[0])
     if q.zero_points is None:
@@ -189,7 +227,7 @@ def tiled_scales(q: QuantizedTensor) -> Tensor:
 def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
     """Return the float32 weight that the layout stands for, on any device, unrounded.
 
-    It is codebook value times absmax, or that value less the zero point times absmax.
+    It is codebook value times absmax or scale, or that value less the zero point times absmax.
 
     Args:
         w: the weight, laid out.
@@ -202,7 +240,8 @@ def untile(w: TiledWeight, first: int = 0, last: int | None = None) -> Tensor:
     blocks = values.view(codes.shape[0], -1, w.blocksize)
     if zeros is not None:
         blocks.sub_(zeros.float().unsqueeze(-1))
-    blocks.mul_(scales.float().unsqueeze(-1))
+    factors = scales.float() if w.tensor_scale is None else scales.float() * w.tensor_scale
+    blocks.mul_(factors.unsqueeze(-1))
     return values.view(codes.shape)
 
 
@@ -218,14 +257,15 @@ def untile_codes(w: TiledWeight, first: int = 0, last: int | None = None) -> Ten
 
 
 def untile_scales(w: TiledWeight, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return absmax, float16, and zero points, uint8 or float16 or None, of row blocks [first, last).
+    """Return absmax or scales, of their dtype, and zero points, uint8 or float16 or None, of row blocks [first, last).
 
     Each is [rows of W, k / blocksize].
     """
     last = w.row_blocks if last is None else last
     scales = w.scales[first:last]
     if not w.zero_bytes:
-        return _by_row(scales)[: w.n - first * TILE], None
+        stored = _by_row(scales.view(torch.uint8) if w.scale_format else scales)[: w.n - first * TILE]
+        return stored.contiguous().view(scales.dtype), None
     absmax = _by_row(scales[..., : SCALE_BYTES[0]].contiguous().view(torch.float16))
     kind = torch.uint8 if w.zero_bytes == 1 else torch.float16
     zeros = _by_row(scales[..., SCALE_BYTES[0] :].contiguous().view(kind))
@@ -268,6 +308,21 @@ def lookup_table(codebook: Tensor, dtype: torch.dtype, *, whole: bool = False) -
     errors = ((exact.to(dtype).double() - exact) / scales.unsqueeze(1)).square().sum(1)
     best = errors.argmin(0, keepdim=True)  # not read back from a GPU
     return exact.index_select(0, best).squeeze(0).to(dtype), scales.index_select(0, best).reciprocal().float()
+
+
+def element_table(codebook: Tensor, dtype: torch.dtype, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a layout's (table, unscale) for block-scaled floats: their elements in 16 bits, exactly.
+
+    Args:
+        codebook: float32 [2^bits], elements by code.
+        dtype: float16 or bfloat16, of the table.
+        tensor_scale: float32 [1], of NVFP4; None of MX formats.
+    """
+    if tensor_scale is not None:
+        of_elements, of_results = _E4M3_FACTORS[dtype]
+        return (codebook * of_elements).to(dtype), tensor_scale * of_results
+    unscale = _E8M0_UNSCALE if codebook.numel() == 1 << EXACT_BITS else 1.0
+    return (codebook / unscale).to(dtype), torch.full((1,), unscale, device=codebook.device)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

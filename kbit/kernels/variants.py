@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from kbit.kernels.tiles import LANES, TILE, TiledWeight
+from kbit.kernels.tiles import E4M3, EXACT_BITS, LANES, TILE, TiledWeight
 
 MOST_M: Final = 64
 """Rows of x that one launch of the fused kernel takes where each warp multiplies alone: 8 ``m_tiles`` of 8 rows."""
@@ -60,11 +60,12 @@ class Variant:
 
     Attributes:
         bits, blocksize: of W.
+        scale_format: what a block's values share: 0 a float16 absmax, 1 an E8M0 scale, 2 an E4M3 scale.
         zero_bytes: of each block's zero point: 0 for none, 1 for a whole number, 2 for float16.
         bfloat16: x and y are bfloat16, else float16.
         pair: the codebook is looked up by pairs of codes.
         wgmma: four warps multiply together, as Hopper's tensor cores do: their tiles lie above each other.
-        folded: what they multiply are values times their absmax, rounded to 16 bits; else products are scaled.
+        folded: what is multiplied are values times their absmax, in 16 bits; else products are scaled.
         m_tiles: tiles of 8 rows of x that a launch takes.
         n_tiles, k_tiles: tiles of W, 64 rows by 64 columns, that a CTA works on at a time: so many above each other,
             and so many next to each other, each of which has its own part of the columns.
@@ -78,6 +79,7 @@ class Variant:
 
     bits: int
     blocksize: int
+    scale_format: int
     zero_bytes: int
     bfloat16: bool
     pair: bool
@@ -98,12 +100,17 @@ class Variant:
         return self.n_tiles * self.k_tiles * self.warps_per_tile
 
     @property
+    def looks_up_floats(self) -> bool:
+        """Whether the kernel takes the codebook itself: it folds what is not exact in 16 bits."""
+        return self.folded and not (self.scale_format and self.bits == EXACT_BITS)
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory of a CTA, asked for at launch: the table, x and codes in flight, sums over warps."""
         width = 2 * self.bits if self.pair else self.bits
         table = (1 << width) * (256 if width == 8 else LANES * 4)
         x = self.k_tiles * self.stages * self.m_tiles * 1024
-        scale_bytes = (2 + self.zero_bytes) * TILE * (2 if self.blocksize == 32 else 1)
+        scale_bytes = ((1 if self.scale_format else 2) + self.zero_bytes) * TILE * max(1, TILE // self.blocksize)
         code_bytes = self.bits * 512 + (scale_bytes if self.wgmma else -(-scale_bytes // 128) * 128)
         codes = self.n_tiles * self.k_tiles * self.stages * code_bytes
         sums = self.warps * self.sum_tiles * 8 * (TILE // self.warps_per_tile + _PADDING) * 4
@@ -115,6 +122,7 @@ class Variant:
         values = {
             "BITS": self.bits,
             "BLOCKSIZE": self.blocksize,
+            "SCALE": self.scale_format,
             "ZEROS": self.zero_bytes,
             "BF16": int(self.bfloat16),
             "PAIR": int(self.pair),
@@ -169,6 +177,7 @@ class _Product(NamedTuple):
 
     bits: int
     blocksize: int
+    scale_format: int
     zero_bytes: int
     n: int
     k: int
@@ -196,7 +205,7 @@ def choose(w: TiledWeight, m: int, dtype: torch.dtype, gpu: Gpu, *, batch_invari
         batch_invariant: sums are taken in the same order for any m, at the cost of speed with few rows.
     """
     m_tiles = next(tiles for tiles in _M_TILES if m <= 8 * tiles)
-    asked = _Product(w.bits, w.blocksize, w.zero_bytes, w.n, w.k, m_tiles, dtype == torch.bfloat16)
+    asked = _Product(w.bits, w.blocksize, w.scale_format, w.zero_bytes, w.n, w.k, m_tiles, dtype == torch.bfloat16)
     return _choose(asked, gpu, batch_invariant)
 
 
@@ -223,8 +232,8 @@ def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
 
 def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
     """Yield the fastest variant first, then what needs less shared memory: unmeasured on GPUs other than Hopper's."""
-    if p.zero_bytes:
-        yield from _with_zeros(p, gpu)
+    if p.zero_bytes or p.scale_format:
+        yield from _near_plain(p, gpu)
     first = _tiling(p, gpu)
     smaller = (
         first._replace(
@@ -243,6 +252,7 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
         variant = Variant(
             bits=p.bits,
             blocksize=p.blocksize,
+            scale_format=p.scale_format,
             zero_bytes=p.zero_bytes,
             bfloat16=p.bfloat16,
             m_tiles=p.m_tiles,
@@ -259,10 +269,19 @@ def _fits(variant: Variant, gpu: Gpu) -> bool:
     return variant.shared + _STATIC_SHARED <= gpu.shared // variant.blocks_per_sm
 
 
-def _with_zeros(p: _Product, gpu: Gpu) -> Iterator[Variant]:
-    """Yield what is nearest to the fastest variant without zero points: these may take the room of a stage."""
-    plain = next(_fitting(p._replace(zero_bytes=0), gpu))
-    same = replace(plain, zero_bytes=p.zero_bytes)
+def _near_plain(p: _Product, gpu: Gpu) -> Iterator[Variant]:
+    """Yield what is nearest to the fastest variant of a plain weight: what more a block has may take a stage's room."""
+    blocksize = TILE if p.scale_format else p.blocksize
+    plain = next(_fitting(p._replace(zero_bytes=0, scale_format=0, blocksize=blocksize), gpu))
+    # Scales of few bits are multiplied into values of 4 bits exactly, and no block needs sums of its own.
+    folds = p.scale_format > 0 and p.bits == EXACT_BITS and (p.scale_format == E4M3 or p.m_tiles > 1)
+    same = replace(
+        plain,
+        blocksize=p.blocksize,
+        scale_format=p.scale_format,
+        zero_bytes=p.zero_bytes,
+        folded=plain.folded or folds,
+    )
     near = [same, replace(same, stages=max(2, same.stages - 1))]
     if same.warps_per_tile == 1 and not same.wgmma:
         near.append(replace(same, stages=2, staged=False))
@@ -403,7 +422,7 @@ def fused_is_faster(w: TiledWeight, m: int, gpu: Gpu) -> bool:
     of_processor = rounds * variant.n_tiles * TILE * w.k / variant.split_k
     cycles = _cycles(w.bits) * _MEASURED_WARPS / variant.warps
     fused = launches * (_launch_seconds(w.bits) + of_processor * cycles / gpu.clock)
-    nbytes = (w.bits + 8 * (2 + w.zero_bytes) / w.blocksize) / 8 + 4  # for each value
+    nbytes = (w.bits + 8 * w.block_bytes / w.blocksize) / 8 + 4  # for each value
     each = nbytes / (_REACHED * gpu.bandwidth) + launches * MOST_M * _ROW_SECONDS
     return _GAIN * fused < _DEQUANTIZING_SECONDS + values * each
 

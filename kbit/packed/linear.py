@@ -237,6 +237,7 @@ class KBitLinear(nn.Module):
                 table=of["table"],
                 unscale=of["unscale"],
                 arrived=of["arrived"],
+                tensor_scale=None,
                 bias=bias,
                 addend=addend,
                 n=self.out_features,

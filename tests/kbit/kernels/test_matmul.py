@@ -13,8 +13,10 @@ import torch
 
 from kbit import QuantSpec, codebook
 from kbit.kernels.matmul import dequantize_rows, matmul
-from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, untile
+from kbit.kernels.tiles import BLOCKSIZES, TiledWeight, tile, untile
 from kbit.kernels.variants import Gpu, Variant, choose, fused_is_faster, most_rows
+from kbit.quantizer.block_float import dequantize_block_float, quantize_block_float
+from kbit.specs.block_float import FORMATS, BlockFloatSpec
 from kbit.specs.hqq import HqqSpec
 from tests import ROOT
 from tests.kbit.kernels.tiled_weights import error, weight
@@ -36,14 +38,17 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 def variants(gpu: Gpu) -> list[Variant]:
     """Every way in which the kernel is compiled for some shapes of large models and odd ones."""
     found = {}
-    for bits, zero_bytes in itertools.product(range(2, 9), (0, 1, 2)):
+    specs: list[QuantSpec | HqqSpec | BlockFloatSpec] = [BlockFloatSpec(format=name) for name in FORMATS]
+    for bits in range(2, 9):
         size = BLOCKSIZES[bits % 4]
-        specs = [QuantSpec(bits=bits, dtype="int", blocksize=size, zero_point=zeros) for zeros in (False, True)]
-        tiled, _ = weight(64, 256, (*specs, HqqSpec(bits=bits, blocksize=size))[zero_bytes])
+        specs += [QuantSpec(bits=bits, dtype="int", blocksize=size, zero_point=zeros) for zeros in (False, True)]
+        specs.append(HqqSpec(bits=bits, blocksize=size))
+    for number, spec in enumerate(specs):
+        tiled, _ = weight(64, 256, spec)
         for rows, columns in [(16384, 4096), (4096, 16384), (36864, 12288), (5120, 5120), (200, 192)]:
             shaped = replace(tiled, n=rows, k=columns)
             for x_rows, invariant in itertools.product((1, 16, 32, 64, 128), (False, True)):
-                dtype = (torch.float16, torch.bfloat16)[bits % 2]
+                dtype = (torch.float16, torch.bfloat16)[number % 2]
                 if x_rows > most_rows(gpu, batch_invariant=invariant):
                     continue
                 found[choose(shaped, x_rows, dtype, gpu, batch_invariant=invariant)] = None
@@ -58,7 +63,9 @@ def test_every_variant_fits_its_gpu_and_the_kernel(gpu: Gpu) -> None:
         assert v.m_tiles * 2 % (v.n_tiles * v.warps_per_tile) == 0
         assert v.m_tiles % v.sum_tiles == 0
         assert v.n_tiles * v.warps_per_tile % 4 == 0 or not v.wgmma
-    assert {v.zero_bytes for v in variants(gpu) if v.wgmma} == ({0, 1, 2} if gpu.wgmma else set())
+    together = [v for v in variants(gpu) if v.wgmma]
+    assert {v.zero_bytes for v in together} == {v.scale_format for v in together} == ({0, 1, 2} if gpu.wgmma else set())
+    assert all(v.folded for v in variants(gpu) if v.blocksize == 16)  # a tensor core sums columns of several blocks
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
@@ -117,11 +124,13 @@ def test_a_gpu_tells_what_decides() -> None:
 @needs_nvcc
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_the_kernels_compile(tmp_path: Path, target: str) -> None:
-    chosen = sorted(variants(GPUS["A100"] if target == "sm_80" else H100), key=lambda v: v.wgmma)
-    for variant in (*chosen[:: len(chosen) // 4], chosen[-1]):
+    chosen = sorted(variants(GPUS["A100"] if target == "sm_80" else H100), key=lambda v: (v.wgmma, v.scale_format))
+    for variant in (*chosen[:: len(chosen) // 6], chosen[-1]):
         assert_compiles("matmul.cu", variant.options(), target, tmp_path)
     zeros = "-DZEROS=2" if target == "sm_80" else "-DZEROS=1"
-    assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", zeros, "-DBF16=1"), target, tmp_path)
+    assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", "-DSCALE=0", zeros, "-DBF16=1"), target, tmp_path)
+    scale = "-DSCALE=2" if target == "sm_80" else "-DSCALE=1"
+    assert_compiles("untile.cu", ("-DBITS=4", "-DBLOCKSIZE=16", scale, "-DZEROS=0", "-DBF16=0"), target, tmp_path)
 
 
 def assert_compiles(name: str, options: tuple[str, ...], target: str, folder: Path) -> None:
@@ -140,6 +149,8 @@ def test_tiles_of_another_weight_or_out_of_order_are_refused() -> None:
         replace(tiled, codes=tiled.codes[::2]),
         replace(tiled, scales=tiled.scales[:, :1]),
         replace(tiled, scales=torch.zeros(1, 2, 64, dtype=torch.uint8)),
+        replace(tiled, scales=tiled.scales.to(torch.float8_e4m3fn)),
+        replace(tiled, tensor_scale=torch.ones(1)),
     ):
         with pytest.raises(ValueError, match="are not those of a weight"):
             matmul(x, wrong)
@@ -257,6 +268,32 @@ def test_every_data_type_in_bfloat16_and_float16(dtype: str, blocksize: int) -> 
             for rows in (1, 24):
                 found, plain, true = products(tiled, exact, rows, storage)
                 assert error(found, true) <= 1.1 * error(plain, true)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_block_scaled_floats(name: str, dtype: torch.dtype) -> None:
+    for n, k in [(64, 64), (1000, 4096), (8512, 1280)]:
+        tiled, exact = weight(n, k, BlockFloatSpec(format=name), "cuda", dtype)
+        for rows in (1, 3, 16, 29, 64, 100, 300):
+            found, plain, true = products(tiled, exact, rows, dtype)
+            assert error(found, true) <= 1.1 * error(plain, true)
+        x = torch.randn(40, k, device="cuda").to(dtype)
+        whole = matmul(x, tiled, batch_invariant=True)
+        assert torch.equal(matmul(x[3:4].contiguous(), tiled, batch_invariant=True), whole[3:4])
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_block_scaled_floats_are_dequantized_as_elsewhere(name: str, dtype: torch.dtype) -> None:
+    w = torch.randn(200, 512, device="cuda").mul(torch.randn(200, 1, device="cuda").mul(6).exp()).to(dtype)
+    for rounding in (None, *(["ceil"] if name != "nvfp4" else [])):
+        q = quantize_block_float(w.clamp(-65504, 65504), BlockFloatSpec(format=name, scale_rounding=rounding))
+        out = torch.full((200, 512), float("nan"), dtype=dtype, device="cuda")
+        dequantize_rows(tile(q, dtype), 0, out)
+        assert torch.equal(out, dequantize_block_float(q))
 
 
 @needs_gpu

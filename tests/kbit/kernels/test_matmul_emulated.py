@@ -15,6 +15,7 @@ from kbit import QuantSpec
 from kbit.kernels import variants
 from kbit.kernels.tiles import TiledWeight
 from kbit.kernels.variants import Gpu, Variant, choose, launch_shape
+from kbit.specs.block_float import BlockFloatSpec
 from kbit.specs.hqq import HqqSpec
 from tests import ROOT
 from tests.kbit.kernels.tiled_weights import error, weight
@@ -61,6 +62,19 @@ ZEROS = [
 ]
 """With zero points, whole numbers in the first and the fourth, else float16; the last two where four warps multiply
 together."""
+FLOATS = [
+    ("mxfp4", 130, 256, 3, 2, False),
+    ("nvfp4", 100, 512, 9, 132, False),
+    ("nvfp4", 130, 512, 30, 4, False),
+    ("mxfp4", 130, 512, 23, 2, True),
+    ("nvfp4", 320, 256, 40, 2, True),
+    ("mxfp6_e3m2", 200, 256, 12, 132, False),
+    ("mxfp8_e5m2", 130, 256, 40, 2, True),
+    ("mxfp8_e4m3", 70, 256, 3, 2, False),
+    ("nvfp4", 130, 192, 1, 4, False),
+    ("mxfp4", 130, 256, 100, 2, True),
+]
+"""Block-scaled floats: format, rows and columns of W, rows of x, multiprocessors, whether four warps go together."""
 INVARIANT = (1, 4)
 """Cases in which a row is also computed alone."""
 
@@ -95,7 +109,7 @@ def emulated(
     for late in (False, True):
         y = torch.full((x.shape[0], w.n), float("nan"), dtype=x.dtype)
         partial = torch.full((sums,), float("nan"))
-        table = w.codebook if variant.folded else w.table
+        table = w.codebook if variant.looks_up_floats else w.table
         tensors = (w.codes, w.scales, table, x, bias, addend, y, partial, w.arrived, w.unscale)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
         kernel(ctas, variant.shared, *pointers, x.shape[0], w.n, w.k, x.stride(0), ctypes.c_bool(late))
@@ -107,8 +121,6 @@ def emulated(
 
 @pytest.mark.parametrize("number", range(len(CASES) + len(TOGETHER) + len(ZEROS)))
 def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiles(tmp_path):
-        pytest.skip("needs g++ with _Float16")
     bits, rows, columns, blocksize, x_rows, processors = (CASES + TOGETHER + ZEROS)[number]
     with_zeros = max(0, number + 1 - len(CASES) - len(TOGETHER))
     together = with_zeros >= len(ZEROS) - 1 or len(CASES) <= number < len(CASES) + len(TOGETHER)
@@ -118,27 +130,54 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatc
         spec = HqqSpec(bits=bits, blocksize=blocksize)
         spec = spec.blockwise(columns) if is_whole else spec
     dtype = (torch.float16, torch.bfloat16)[number % 2]
-    # A clock that no GPU has: choices are remembered.
-    gpu = Gpu(processors=processors, shared=227 * 1024, clock=1, bandwidth=3.35e12, wgmma=together)
-    for values in ("_LARGE", "_ENOUGH_VALUES"):
-        monkeypatch.setattr(variants, values, 0)
-    monkeypatch.setattr(variants, "_VERY_LARGE", 0)
     w, exact = weight(rows, columns, spec, dtype=dtype)
     assert w.zero_bytes == (0 if not with_zeros else 1 if is_whole else 2)
-    generator = torch.Generator().manual_seed(bits)
-    x = torch.randn(x_rows, columns, generator=generator).to(dtype)
-    bias, addend = (torch.randn(shape, generator=generator) for shape in ((rows,), (x_rows, rows)))
-    true = x.double() @ exact.T + bias.to(dtype).double() + addend.double()
-    plain = (x.float() @ exact.to(dtype).float().T + bias.to(dtype).float() + addend).to(dtype)
-    run = partial(emulated, w=w, bias=bias.to(dtype), gpu=gpu, folder=tmp_path)
+    gpu = of_any_size(monkeypatch, processors, together=together)
     variant = choose(w, x_rows, dtype, gpu)
     assert variant.wgmma == together
     assert variant.folded == (together and bits >= (5 if x_rows > 64 else 6) and x_rows > 32)
-    found = run(x, addend=addend, variant=variant)
+    check(w, exact, x_rows, dtype, gpu, tmp_path, alone=number in INVARIANT)
+
+
+@pytest.mark.parametrize("number", range(len(FLOATS)))
+def test_the_kernel_multiplies_block_scaled_floats(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, rows, columns, x_rows, processors, together = FLOATS[number]
+    dtype = (torch.float16, torch.bfloat16)[number % 2]
+    w, exact = weight(rows, columns, BlockFloatSpec(format=name), dtype=dtype)
+    gpu = of_any_size(monkeypatch, processors, together=together)
+    variant = choose(w, x_rows, dtype, gpu)
+    assert variant.wgmma == together
+    assert variant.folded == (name == "nvfp4" or together)
+    check(w, exact, x_rows, dtype, gpu, tmp_path, alone=number in INVARIANT)
+
+
+def of_any_size(monkeypatch: pytest.MonkeyPatch, processors: int, *, together: bool) -> Gpu:
+    """Return a GPU on which small weights go as large ones do, with a clock that none has: choices are remembered."""
+    for values in ("_LARGE", "_ENOUGH_VALUES"):
+        monkeypatch.setattr(variants, values, 0)
+    monkeypatch.setattr(variants, "_VERY_LARGE", 0)
+    return Gpu(processors=processors, shared=227 * 1024, clock=1, bandwidth=3.35e12, wgmma=together)
+
+
+def check(
+    w: TiledWeight, exact: torch.Tensor, x_rows: int, dtype: torch.dtype, gpu: Gpu, folder: Path, *, alone: bool
+) -> None:
+    """Compare a product with float64's; where `alone`, also one that is batch-invariant with that of its first row."""
+    if not compiles(folder):
+        pytest.skip("needs g++ with _Float16")
+    generator = torch.Generator().manual_seed(w.bits)
+    x = torch.randn(x_rows, w.k, generator=generator).to(dtype)
+    bias, addend = (torch.randn(shape, generator=generator) for shape in ((w.n,), (x_rows, w.n)))
+    true = x.double() @ exact.T + bias.to(dtype).double() + addend.double()
+    plain = (x.float() @ exact.to(dtype).float().T + bias.to(dtype).float() + addend).to(dtype)
+    run = partial(emulated, w=w, bias=bias.to(dtype), gpu=gpu, folder=folder)
+    found = run(x, addend=addend, variant=choose(w, x_rows, dtype, gpu))
     assert error(found, true) <= 1.1 * error(plain, true)
-    if number in INVARIANT:
+    if alone:
         choice = partial(choose, w, dtype=dtype, gpu=gpu, batch_invariant=True)
         found = run(x, addend=addend, variant=choice(m=x_rows))
         assert error(found, true) <= 1.1 * error(plain, true)
-        alone = run(x[:1], addend=addend[:1].contiguous(), variant=choice(m=1))
-        assert torch.equal(alone[0], found[0])
+        single = run(x[:1], addend=addend[:1].contiguous(), variant=choice(m=1))
+        assert torch.equal(single[0], found[0])

@@ -11,6 +11,8 @@ import torch
 from kbit import QuantSpec, quantize
 from kbit.kernels.interpreter import interpreted
 from kbit.kernels.tiles import BLOCKSIZES, tile, tiled_codes, untile, why_not_tiled
+from kbit.quantizer.block_float import dequantize_block_float, quantize_block_float
+from kbit.specs.block_float import FORMATS, BlockFloatSpec
 from kbit.specs.hqq import HqqSpec
 from tests.kbit.kernels.interpreted import passed_in_the_interpreter
 from tests.kbit.kernels.tiled_weights import error, weight
@@ -38,6 +40,20 @@ def test_codes_take_exactly_k_bits(bits: int) -> None:
         tiled, _ = weight(128, 512, spec)
         assert tiled.scales.nbytes * 8 == (16 + zero_bits) * 128 * 512 // 64
         assert tiled.zero_bytes == zero_bits // 8
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_block_scaled_floats_have_a_layout_of_their_bytes_and_an_exact_table(name: str, dtype: torch.dtype) -> None:
+    spec = BlockFloatSpec(format=name)
+    q = quantize_block_float(torch.randn(100, 256).mul(torch.randn(100, 1).exp()).to(dtype), spec)
+    tiled = tile(q, dtype)
+    assert torch.equal(untile(tiled).to(dtype), dequantize_block_float(q))
+    assert tiled.scales.nbytes == 128 * 256 // spec.element.block
+    elements = tiled.table.double() * tiled.unscale.double()
+    if q.tensor_scale is not None:  # a scale's bits are those of a smaller number
+        elements /= q.tensor_scale.double() * (2.0**8 if dtype == torch.float16 else 2.0**120)
+    assert torch.equal(elements, tiled.codebook.double())
 
 
 @pytest.mark.parametrize(

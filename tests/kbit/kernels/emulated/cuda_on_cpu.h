@@ -98,7 +98,11 @@ static uint16_t round16(float value) {
 #endif
   return bits;
 }
-static unsigned round_pair(float low, float high) { return round16(low) | (unsigned)round16(high) << 16; }
+static unsigned round_pair(float low, float high) {
+  const float largest = BF16 ? 3.38953139e38f : 65504.f;
+  const auto rounded = [&](float value) { return (unsigned)round16(min(max(value, -largest), largest)); };
+  return rounded(low) | rounded(high) << 16;
+}
 
 static unsigned __float_as_uint(float value) {
   unsigned bits;
@@ -108,6 +112,11 @@ static unsigned __float_as_uint(float value) {
 static unsigned difference(unsigned a, unsigned b) {
   const unsigned high = round16(widened(a >> 16) - widened(b >> 16));
   return high << 16 | round16(widened(a & 0xffff) - widened(b & 0xffff));
+}
+
+static unsigned product16(unsigned a, unsigned b) {
+  const unsigned high = round16(widened(a >> 16) * widened(b >> 16));
+  return high << 16 | round16(widened(a & 0xffff) * widened(b & 0xffff));
 }
 
 static unsigned char* at(unsigned address, unsigned size) {
@@ -228,7 +237,7 @@ static void wait_for_barrier(unsigned barrier, unsigned phase) {
 // wgmma with the left operand in registers: a warp's sixteen rows of it, and the right one from shared memory, K-major in
 // the 128-byte swizzle, whose atoms of 8 rows lie one after another. Products are made when they are waited for.
 static uint64_t matrix_at(unsigned address) { return address / 16; }
-const int rows_together = FOLDED ? 64 : 32;  // of x: the kernel's 8 CHUNK
+const int rows_together = FOLDED && M_TILES >= 8 ? 64 : 32;  // of x: the kernel's 8 CHUNK
 struct Product { float* c; unsigned a[4]; unsigned x; bool again; };
 using Products = std::vector<Product>;
 static thread_local Products begun;
