@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kbit.kernels.dense import product
 from kbit.kernels.rowmajor import dequantized_rows
-from kbit.kernels.tiles import TiledWeight, check_tiles, row_block_chunks, untile
+from kbit.kernels.tiles import SCALE_DTYPES, TiledWeight, check_tiles, row_block_chunks, untile
 from kbit.quantizer.absmax import NestedAbsmax, load_absmax
 from kbit.quantizer.blocks import Blocks
 from kbit.quantizer.blockwise import unpacked_zeros
@@ -33,8 +33,8 @@ _library.define(
 )
 _library.define(
     "matmul_rows(Tensor x, Tensor codes, Tensor absmax, Tensor[] nested, Tensor codebook, Tensor? mean, "
-    "Tensor? zero_points, Tensor? bias, Tensor? addend, *, int n, int bits, int? blocksize, str scheme, "
-    "ScalarType storage, bool batch_invariant) -> Tensor"
+    "Tensor? zero_points, Tensor? tensor_scale, Tensor? bias, Tensor? addend, *, int n, int bits, int? blocksize, "
+    "str scheme, ScalarType storage, bool batch_invariant) -> Tensor"
 )
 
 matmul_tiled: Final[Any] = torch.ops.kbit.matmul_tiled.default
@@ -57,8 +57,10 @@ matmul_rows: Final[Any] = torch.ops.kbit.matmul_rows.default
 Args:
     x: [m, k].
     codes: as in ``QuantizedTensor``, as are n, bits, blocksize and scheme.
-    absmax: its values; or their codes where `nested` has scale, offset and codebook.
+    absmax: its values; or their codes where `nested` has scale, offset and codebook; or scales of block-scaled floats,
+        float8 [n, blocks of a row].
     zero_points: likewise; or None.
+    tensor_scale: float32 [1], what such scales are multiplied by; or None.
     mean: the weight's, added before its values are rounded to `storage`, as ``kbit.dequantize`` does; or None.
     codebook, bias, addend, storage, batch_invariant: as above.
 
@@ -154,6 +156,7 @@ def _matmul_rows(  # noqa: PLR0913  # the operator's schema
     codebook: Tensor,
     mean: Tensor | None,
     zero_points: Tensor | None,
+    tensor_scale: Tensor | None,
     bias: Tensor | None,
     addend: Tensor | None,
     *,
@@ -170,6 +173,9 @@ def _matmul_rows(  # noqa: PLR0913  # the operator's schema
     if nested:
         scale, offset, values = nested
         absmax = load_absmax(NestedAbsmax(codes=absmax, scale=scale, offset=offset, codebook=values))
+    if absmax.dtype in SCALE_DTYPES:
+        absmax = absmax.view(-1).float()
+        absmax = absmax if tensor_scale is None else absmax * tensor_scale
     blocks = Blocks.cut((n, k), blocksize=blocksize, scheme=scheme)
     zero = None if zero_points is None else unpacked_zeros(zero_points, bits, absmax.numel()).float()
     w = Packed(codes=codes, absmax=absmax, codebook=codebook, mean=mean, bits=bits, blocks=blocks, zero=zero)

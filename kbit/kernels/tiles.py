@@ -322,7 +322,7 @@ def element_table(codebook: Tensor, dtype: torch.dtype, tensor_scale: Tensor | N
         of_elements, of_results = _E4M3_FACTORS[dtype]
         return (codebook * of_elements).to(dtype), tensor_scale * of_results
     unscale = _E8M0_UNSCALE if codebook.numel() == 1 << EXACT_BITS else 1.0
-    return (codebook / unscale).to(dtype), torch.full((1,), unscale, device=codebook.device)
+    return (codebook / unscale).to(dtype), codebook.new_full((1,), unscale)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kbit.methods.protocol import ModelPass, Undo, naming
 from kbit.models.architectures import Layer
 from kbit.models.overwriting import rewrite
+from kbit.packed.block_float import BlockFloatLinear
+from kbit.packed.replacing import put_in_place
 from kbit.quantizer.block_float import BlockFloatTensor, dequantize_block_float, quantize_block_float
 from kbit.specs.block_float import BlockFloatSpec
 
@@ -33,6 +35,12 @@ class StoredBlockFloat:
 
     def put(self, layer: Layer) -> Undo:
         return rewrite(layer, lambda working: dequantize_block_float(self.tensor, out=working))
+
+    def pack(self, model: nn.Module, layer: Layer) -> Undo:
+        dtype = layer.parameter.dtype
+        return put_in_place(
+            model, layer, lambda bias: BlockFloatLinear.from_quantized(self.tensor, bias=bias, dtype=dtype)
+        )
 
 
 def quantize_layers(

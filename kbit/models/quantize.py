@@ -19,8 +19,8 @@ from kbit.models.architectures import Layer, key_of
 from kbit.models.originals import Originals
 from kbit.models.overwriting import restore
 from kbit.models.whole import WholeModel
+from kbit.packed.base import PackedLinear
 from kbit.packed.int8 import Int8Linear, outlier_share
-from kbit.packed.linear import KBitLinear
 from kbit.packed.replacing import check_replaceable
 from kbit.spec import Spec
 from kbit.specs.base import BASELINE_BITS
@@ -130,7 +130,7 @@ def quantize_model(
     """Quantize a model's attention and FFN layers: those that ``kbit.models.architectures.block_layers`` lists.
 
     Their weights are replaced by their quantized and dequantized values, in the model's dtype; or, with `packed`, the
-    layers by ``KBitLinear`` modules, which hold k bits per weight. GPT-2's Conv1D weights are transposed to [out, in]
+    layers by ``PackedLinear`` modules, which hold k bits per weight. GPT-2's Conv1D weights are transposed to [out, in]
     first. The originals are kept on the host until ``restore``; on the device there are never more than the model and
     one layer's quantized and dequantized (packed: quantized and laid out) forms, besides what the method itself needs.
 
@@ -247,7 +247,7 @@ def _write(
 def check_quantizable(model: WholeModel, spec: Spec, *, packed: bool, calibrated: bool) -> list[Layer]:
     """Return the layers to quantize, none for the baseline; raise where the method can't take this model."""
     name = type(model.module).__name__
-    if any(isinstance(module, KBitLinear | Int8Linear) for module in model.module.modules()):
+    if any(isinstance(module, PackedLinear | Int8Linear) for module in model.module.modules()):
         raise ArchitectureError(f"{name} is packed in k bits already: restore or load the 16-bit model")
     if spec.is_baseline:
         return []

@@ -190,10 +190,10 @@ def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
     The parameters themselves are kept, and come back as they were: the model then takes half as much memory again.
     Layers held in k bits take inputs of the dtype, and keep their bias the same way.
     """
-    from kbit.packed.linear import KBitLinear  # what holds layers in k bits stands on models
+    from kbit.packed.base import PackedLinear  # what holds layers in k bits stands on models
 
     before = {p: p.data for p in module.parameters() if dtype is not None and p.dtype != dtype}
-    packed = [m for m in module.modules() if isinstance(m, KBitLinear) and dtype is not None and m.dtype != dtype]
+    packed = [m for m in module.modules() if isinstance(m, PackedLinear) and dtype is not None and m.dtype != dtype]
     of_packed = [(m, m.dtype, m.bias) for m in packed]
     for parameter in before:
         parameter.data = parameter.data.to(dtype)

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from kbit.errors import CheckpointError
 from kbit.models.checkpoint import safetensors_header
 from kbit.models.stored import SAFETENSORS_DTYPES
-from kbit.packed.linear import KBitLinear
-from kbit.packed.metadata import FORMAT, METADATA, VERSION, arguments_of, layer_of, read_metadata
+from kbit.packed.base import PackedLinear
+from kbit.packed.metadata import FORMAT, METADATA, arguments_of, layer_of, read_metadata
 from kbit.packed.replacing import replace
 
 WEIGHTS: Final = "kbit.safetensors"
@@ -28,20 +28,22 @@ _STORED_BYTES: Final = 2
 
 
 def save_packed(model: nn.Module, directory: str | Path) -> None:
-    """Write a model with ``KBitLinear`` layers, as ``quantize_model(..., packed=True)`` leaves it, to a directory.
+    """Write a model with layers in k bits, as ``quantize_model(..., packed=True)`` leaves it, to a directory.
 
     All parameters and buffers are written as they are, tied ones once. The host holds one copy while it is written.
     A model that was in the directory before is replaced once all is written; other files, such as a tokenizer's, are
     left alone.
 
     Raises:
-        ValueError: the model has no KBitLinear, or a tensor without values (on the meta device).
+        ValueError: the model has no layer in k bits, or a tensor without values (on the meta device).
     """
     from safetensors.torch import save_file
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KBitLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no KBitLinear: pack it with quantize_model(..., packed=True)")
+        raise ValueError(
+            f"{type(model).__name__} has no layers in k bits: pack it with quantize_model(..., packed=True)"
+        )
     tensors, tied = _distinct(dict(_tensors(model)))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def save_packed(model: nn.Module, directory: str | Path) -> None:
         part = Path(unfinished)
         metadata = {
             "format": FORMAT,
-            "version": VERSION if any(layer.spec.zero_point or layer.permuted for layer in layers.values()) else 1,
+            "version": max(layer.format_version for layer in layers.values()),
             "model": _save_config(model, part),
             "layers": {name: arguments_of(layer) for name, layer in layers.items()},
             "tied": tied,
@@ -119,7 +121,7 @@ def saved_bytes(model: nn.Module) -> int:
     Without packed layers it is the 16-bit model.
     """
     distinct = {(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype): (name, t) for name, t in _tensors(model)}
-    biases = {f"{path}.bias" for path, module in model.named_modules() if isinstance(module, KBitLinear)}
+    biases = {f"{path}.bias" for path, module in model.named_modules() if isinstance(module, PackedLinear)}
     cast_up = [isinstance(t, nn.Parameter) or name in biases for name, t in distinct.values()]
     return sum(
         t.numel() * (min(t.itemsize, _STORED_BYTES) if cast and t.is_floating_point() else t.itemsize)
@@ -136,7 +138,7 @@ def _usable(device: torch.device | str) -> torch.device:
     return usable
 
 
-def _tensors(model: nn.Module, packed: Mapping[nn.Module, KBitLinear] | None = None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, packed: Mapping[nn.Module, PackedLinear] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer by name, non-persistent ones too, tied ones under each of their names.
 
     Args:
@@ -145,7 +147,7 @@ def _tensors(model: nn.Module, packed: Mapping[nn.Module, KBitLinear] | None = N
     """
     for path, own in model.named_modules(remove_duplicate=False):
         module = (packed or {}).get(own, own)
-        derived = module._non_persistent_buffers_set if isinstance(module, KBitLinear) else ()
+        derived = module._non_persistent_buffers_set if isinstance(module, PackedLinear) else ()
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in derived:
                 yield f"{path}.{name}" if path else name, tensor
@@ -222,10 +224,10 @@ def _where(directory: Path, about: Mapping[str, Any]) -> str:
     return f"{directory} (saved with transformers {about['transformers']}, and this is {transformers.__version__})"
 
 
-def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[nn.Module, KBitLinear]:
+def _layers(model: nn.Module, entries: Mapping[str, Mapping[str, Any]], where: str) -> dict[nn.Module, PackedLinear]:
     """Return the packed layers, without values, by the modules in whose place they go."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers: dict[nn.Module, KBitLinear] = {}
+    layers: dict[nn.Module, PackedLinear] = {}
     for name, arguments in entries.items():
         # Sizes may be such that torch has an error of its own.
         try:
@@ -271,5 +273,5 @@ def _fill(model: nn.Module, file: Path, names: Any, tied: Mapping[str, str], dev
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     for module in modules.values():
-        if isinstance(module, KBitLinear):
+        if isinstance(module, PackedLinear):
             module.derive()

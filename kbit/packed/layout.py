@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,11 @@ from kbit.quantizer.packing import pack, packed_bytes
 from kbit.spec import QuantSpec
 from kbit.specs.blockwise import NESTED_BLOCKSIZE
 
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of buffers, by name."""
 
-def shapes(
-    n: int, k: int, spec: QuantSpec, *, float_zeros: bool = False
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+
+def shapes(n: int, k: int, spec: QuantSpec, *, float_zeros: bool = False) -> Shapes:
     """Return shape and dtype of what ``lay_out`` gives of a W [n, k], by name; "scales" are there where it is tiled.
 
     Args:

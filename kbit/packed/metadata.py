@@ -10,65 +10,85 @@ from typing import Any, Final
 import torch
 
 from kbit.errors import CheckpointError
-from kbit.packed.linear import KBitLinear, spec_as_json
-from kbit.spec import QuantSpec
+from kbit.packed.base import PackedLinear
+from kbit.packed.block_float import BlockFloatLinear
+from kbit.packed.linear import LATER, KBitLinear
+from kbit.spec import QuantSpec, spec_from_canonical
+from kbit.specs.block_float import BlockFloatSpec
 
-VERSION: Final = 2
-"""2 is of models whose layers have zero points or permuted columns; earlier versions read 1, as others are written."""
+VERSION: Final = 3
+"""2 is of models whose layers have zero points or permuted columns, 3 of those with block-scaled floats; others are
+written as 1, which earlier versions of this package read."""
 METADATA: Final = "kbit.json"
 FORMAT: Final = "kbit-packed"
 _KEYS: Final = {"model": dict, "layers": dict, "tied": dict}
 _MODEL_KEYS: Final = {"class": str, "transformers": str | None, "attention": str | None}
-_LATER_KEYS: Final = ("float_zeros", "permuted")
-"""Of layers, where they are true."""
 _LAYER_KEYS: Final = {
     "in_features": int,
     "out_features": int,
     "spec": dict,
     "storage_dtype": str,
     "dtype": str,
-    "kept": int,
     "bias": bool,
     "batch_invariant": bool,
 }
+_CODES_KEYS: Final = {"kept": int}
+"""Of layers whose spec names no method: codes with absmax and a codebook, which versions 1 and 2 have alone."""
 
 
-def arguments_of(layer: KBitLinear) -> dict[str, Any]:
+def arguments_of(layer: PackedLinear) -> dict[str, Any]:
     """Return what makes a layer of the same shapes, as JSON."""
+    kept = {}
+    if isinstance(layer, KBitLinear):
+        kept = {"kept": 0 if layer.kept_columns is None else layer.kept_columns.numel()}
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
-        "spec": spec_as_json(layer.spec),
-        "storage_dtype": str(layer.storage_dtype).removeprefix("torch."),
+        **layer.about(),
         "dtype": str(layer.dtype).removeprefix("torch."),
-        "kept": 0 if layer.kept_columns is None else layer.kept_columns.numel(),
+        **kept,
         "bias": layer.bias is not None,
         "batch_invariant": layer.batch_invariant,
-        **{key: True for key in _LATER_KEYS if getattr(layer, key)},
     }
 
 
-def layer_of(arguments: Mapping[str, Any]) -> KBitLinear:
+def layer_of(arguments: Mapping[str, Any]) -> PackedLinear:
     """Make the layer, without values.
 
     Raises:
         ValueError: there is no such layer.
     """
-    later = {key: arguments.get(key, False) for key in _LATER_KEYS}
-    for key, value in later.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{key} is {value!r}")
-    layer = KBitLinear(
-        arguments["in_features"],
-        arguments["out_features"],
-        QuantSpec(**arguments["spec"]),
-        storage_dtype=_dtype("storage_dtype", arguments),
-        dtype=_dtype("dtype", arguments),
-        kept=arguments["kept"],
-        **later,
-        bias=arguments["bias"],
-        device="meta",
-    )
+    storage_dtype, dtype = (_dtype(key, arguments) for key in ("storage_dtype", "dtype"))
+    layer: PackedLinear
+    if "method" in arguments["spec"]:
+        spec = spec_from_canonical(arguments["spec"])
+        if not isinstance(spec, BlockFloatSpec):
+            raise ValueError(f"method={spec.method!r} has no layers of its own")
+        layer = BlockFloatLinear(
+            arguments["in_features"],
+            arguments["out_features"],
+            spec,
+            storage_dtype=storage_dtype,
+            dtype=dtype,
+            bias=arguments["bias"],
+            device="meta",
+        )
+    else:
+        later = {key: arguments.get(key, False) for key in LATER}
+        for key, value in later.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{key} is {value!r}")
+        layer = KBitLinear(
+            arguments["in_features"],
+            arguments["out_features"],
+            QuantSpec(**arguments["spec"]),
+            storage_dtype=storage_dtype,
+            dtype=dtype,
+            kept=arguments["kept"],
+            **later,
+            bias=arguments["bias"],
+            device="meta",
+        )
     layer.batch_invariant = arguments["batch_invariant"]
     return layer
 
@@ -103,7 +123,9 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     _check_keys(metadata, _KEYS, where)
     _check_keys(metadata["model"], _MODEL_KEYS, f"{where}: model")
     for name, arguments in metadata["layers"].items():
-        _check_keys(arguments, _LAYER_KEYS, f"{where}: layers: {name}")
+        of_layer = f"{where}: layers: {name}"
+        _check_keys(arguments, _LAYER_KEYS, of_layer)
+        _check_keys(arguments, {} if "method" in arguments["spec"] else _CODES_KEYS, of_layer)
     _check_keys(metadata["tied"], dict.fromkeys(metadata["tied"], str), f"{where}: tied")
     return metadata
 

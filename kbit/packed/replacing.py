@@ -12,14 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.errors import ArchitectureError
 from kbit.models.architectures import Layer, key_of
-from kbit.packed.linear import LAYER_DTYPES, KBitLinear
+from kbit.packed.base import LAYER_DTYPES
+from kbit.packed.linear import KBitLinear
 from kbit.quantizer.blockwise import QuantizedTensor
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def check_replaceable(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Refuse layers that a KBitLinear could not stand for.
+    """Refuse layers that one in k bits could not stand for.
 
     Accelerate's hooks that move inputs to the layer's GPU are fine: they are passed on. So is one module that a model
     has in several places.

@@ -133,7 +133,7 @@ def dequantize_block_float(q: BlockFloatTensor, *, out: Tensor | None = None) ->
 @lru_cache(maxsize=32)
 def code_values(element: ElementFormat, device: torch.device) -> Tensor:
     """Return the value of each code, float32 [2^k]; 0 for the codes that are not used. Not to be changed."""
-    magnitudes = torch.zeros(1 << (element.bits - 1))
+    magnitudes = torch.zeros(1 << (element.bits - 1), dtype=torch.float32)
     known = torch.tensor(element.magnitudes(), dtype=torch.float32)
     magnitudes[: known.numel()] = known
     return torch.cat([magnitudes, -magnitudes]).to(device)

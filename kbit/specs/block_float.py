@@ -80,6 +80,7 @@ class BlockFloatSpec(Spec):
 
     method_name: ClassVar[str] = "block_float"
     runs: ClassVar[str] = "kbit.methods.block_float:quantize_layers"
+    packs: ClassVar[bool] = True
 
     bits: int = axis(0, type="int64", doc="bits per code", unit="bit")
     format: str = axis(type="string", doc="of a block-scaled float: " + ", ".join(FORMATS), since=3)

@@ -20,7 +20,8 @@ from kbit.evaluation.latency import LatencyEval, prepare_latency
 from kbit.models.quantize import quantize_model
 from kbit.packed.files import WEIGHTS, save_packed, saved_bytes
 from kbit.sources import LocalFile
-from kbit.spec import QuantSpec
+from kbit.spec import QuantSpec, Spec
+from kbit.specs.block_float import BlockFloatSpec
 from tests import ROOT
 from tests.kbit.tiny_models import CONFIGS, NAMES, VOCABULARY, tiny
 
@@ -185,12 +186,13 @@ def file_bytes(directory: Path) -> int:
     return file.stat().st_size - 8 - int(struct.unpack("<Q", file.read_bytes()[:8])[0])
 
 
+@pytest.mark.parametrize("quant", [INT4, BlockFloatSpec(format="nvfp4")])
 @pytest.mark.parametrize("name", ["neox", "opt", "gpt2", "llama-tied"])
-def test_size_on_disk_is_that_of_the_saved_model_whatever_computes(name: str, tmp_path: Path) -> None:
+def test_size_on_disk_is_that_of_the_saved_model_whatever_computes(name: str, quant: Spec, tmp_path: Path) -> None:
     for dtype in (torch.float16, torch.float32):
         model: Any = tiny(name, torch.float16)
         model.to(dtype)
-        with quantize_model(model, INT4, storage_dtype=torch.float16, packed=True):
+        with quantize_model(model, quant, storage_dtype=torch.float16, packed=True):
             size = saved_bytes(model)
             if dtype == torch.float16:
                 save_packed(model, tmp_path)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kbit import QuantSpec, quantize_model
+from kbit import quantize_model
 from kbit.errors import SpecError, WeightError
 from kbit.quantizer.block_float import BlockFloatTensor, dequantize_block_float, quantize_block_float
 from kbit.quantizer.packing import unpack
@@ -233,11 +233,18 @@ def test_a_spec_has_its_bits_from_the_format_and_nothing_that_does_not_matter() 
     ]
 
 
-def test_layers_are_not_held_in_k_bits() -> None:
-    model = tiny("opt")
-    with pytest.raises(SpecError, match="whose layers can be held in k bits"):
-        quantize_model(model, BlockFloatSpec(format="mxfp4"), packed=True)
-    assert QuantSpec(bits=4, dtype="int").packs
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_layers_are_held_in_the_bits_that_are_counted(name: str) -> None:
+    spec = BlockFloatSpec(format=name)
+    assert spec.why_not_packed is None
+    assert spec.bits_per_param_held == BITS[name]
+    model = tiny("opt", torch.float16)
+    with quantize_model(model, spec, packed=True) as handle:
+        for layer, (rows, columns) in handle.layers.items():
+            held = model.get_submodule(layer).state_dict()
+            stored = sum(held[part].nbytes for part in held.keys() & {"codes", "scales", "tensor_scale"})
+            block = spec.element.block
+            assert 8 * stored == rows * (columns * spec.bits + 8 * -(-columns // block)) + 32 * (name == "nvfp4")
 
 
 @needs_gpu

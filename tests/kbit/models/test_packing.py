@@ -18,7 +18,8 @@ from kbit.models.architectures import Layer, block_layers
 from kbit.models.loading import load_model
 from kbit.models.streaming.packing import Packing
 from kbit.models.streaming.streamed import open_streamed
-from kbit.packed.linear import KBitLinear
+from kbit.packed.base import PackedLinear
+from kbit.specs.block_float import BlockFloatSpec
 from kbit.specs.hqq import HqqSpec
 from tests.kbit.architectures import write
 from tests.kbit.models.test_streaming import plain
@@ -36,6 +37,7 @@ SPECS = {
     "outliers": QuantSpec(bits=4, dtype="float", outlier_fraction=0.05),
     "outliers of a fitted codebook": QuantSpec(bits=3, dtype="quantile", outlier_fraction=0.1),
     "float zero points": HqqSpec(bits=3, blocksize=32),
+    "block-scaled floats": BlockFloatSpec(format="nvfp4"),
 }
 
 
@@ -90,7 +92,7 @@ def test_cells_follow_one_another_and_the_last_one_counts(tmp_path: Path) -> Non
             assert_equal(handle, ours.model, whole, loaded.model)
     assert handle is not None
     handle.restore()
-    assert not any(isinstance(module, KBitLinear) for module in ours.model.modules())
+    assert not any(isinstance(module, PackedLinear) for module in ours.model.modules())
     assert all(layer.parameter.is_meta for layer in block_layers(ours.model))
     assert not ours.model.get_input_embeddings().weight.is_meta
 

@@ -251,7 +251,7 @@ def test_the_operators_pass_torch_s_own_check(name: str) -> None:
         return kernel(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"kbit.packed.linear.{operator}", record)
+        patch.setattr(f"kbit.packed.{'base' if layer.tiled else 'linear'}.{operator}", record)
         layer(inputs(3, 192))
     torch.library.opcheck(kernel, *calls[0])
 

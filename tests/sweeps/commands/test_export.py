@@ -25,7 +25,7 @@ STUDY = (
         "report=false",
     ),
     "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}, {method: ggml, recipe: Q4_K_M}, "
-    "{method: gptq, bits: 3, dtype: int, blocksize: row}]",
+    "{method: gptq, bits: 3, dtype: int, blocksize: row}, {method: block_float, format: nvfp4}]",
     "calibration={set: jargon, samples: 4, length: 64, compute_dtype: float32}",
 )
 
@@ -60,10 +60,11 @@ def test_cells_are_written_loaded_again_and_compared(keys: dict[str, str], tmp_p
     assert losses(done) == pytest.approx([stored["int4 b64"]] * 2, abs=1e-6)
     assert "int4 b64 in float16, dequantized: GGUF has no such codes: dense.gguf" in done.out
 
-    before, after = losses(ask("mode=export", "out=r", integers, "format=packed", "to=dir"))
-    assert (before, after) == pytest.approx([stored["int4 b64"]] * 2, abs=TOLERANCE)
-    load_packed(tmp_path / "dir")
-    assert (tmp_path / "dir" / "tokenizer.json").is_file()
+    for label, to in (("int4 b64", "dir"), ("nvfp4", "nv")):
+        done = ask("mode=export", "out=r", f"cell={keys[label]}", "format=packed", f"to={to}")
+        assert losses(done) == pytest.approx([stored[label]] * 2, abs=TOLERANCE)
+        load_packed(tmp_path / to)
+        assert (tmp_path / to / "tokenizer.json").is_file()
 
     gptq = "gptq int3 row, jargon 4x64 seed 0 float32"
     rows = f"cell={keys[gptq]}"
@@ -73,7 +74,7 @@ def test_cells_are_written_loaded_again_and_compared(keys: dict[str, str], tmp_p
 
     cells = {"one": recipe, "all": "where={bits: [4, 16]}"}
     for asked, said in (
-        ([cells["all"], "format=gguf", "to=x.gguf"], "chooses 3 cells, and one is written"),
+        ([cells["all"], "format=gguf", "to=x.gguf"], "chooses 4 cells, and one is written"),
         ([cells["one"], "format=gguf", "to=dense.gguf"], "to=dense.gguf is there already: name another, or remove it"),
         ([cells["one"], "format=packed", "to=x"], "format='packed' is not valid: gguf for 'ggml Q4_K_M': llama.cpp's"),
         ([cells["one"], "format=gguf", "to=x"], "is not valid: a file for format=gguf: NAME.gguf"),

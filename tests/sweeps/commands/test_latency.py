@@ -12,7 +12,7 @@ from tests.conftest import Launch
 
 KINDS = "eval.kinds={latency: [jargon]}"
 ALONE = ("eval.perplexity=[]", "eval.tasks=[]", "executor.device=cpu", KINDS)
-GRID = "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}]"
+GRID = "sweep.quant=[{bits: 16}, {bits: 4, dtype: int}, {method: block_float, format: mxfp4}]"
 
 
 @pytest.mark.slow
@@ -26,6 +26,7 @@ def test_a_study_has_the_columns_of_packed_cells_and_of_the_baseline(tmp_path: P
     assert set(long["eval_execution"]) == {"eager"}
     wide = load_results(tmp_path / "r").set_index("label")
     size = wide["jargon_latency_size_on_disk"]
+    assert size["mxfp4"] == pytest.approx(size["int4 b64"], rel=0.01)
     assert size["int4 b64"] < 0.75 * size["16-bit"]
     assert (wide["jargon_latency_tokens_per_second_16"] > wide["jargon_latency_tokens_per_second_1"]).all()
 

@@ -15,6 +15,8 @@ from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.readings import reading_of
 from kbit.spec import QuantSpec, Spec
+from kbit.specs.block_float import FORMATS, BlockFloatSpec
+from kbit.specs.hqq import HqqSpec
 from sweeps.errors import UserError
 from sweeps.plan.notices import notices
 from sweeps.results.table import left_out, load_results
@@ -189,7 +191,8 @@ def test_experts_are_calibrated_on_but_not_packed(tmp_path: Path, monkeypatch: p
     evaluation = EvalSpec(kind="packed", name="speed", dataset="x", compute_dtype="float32")
     with pytest.raises(UserError, match="eval 'speed' holds layers in k bits, and the experts of mixture"):
         check_packed([evaluation], [QuantSpec(bits=16)], {mixture: MIXTURE})
-    check_packed([evaluation], [QuantSpec(bits=4, dtype="int")], {mixture: {"model_type": "llama"}})
+    held = [QuantSpec(bits=4, dtype="int"), HqqSpec(bits=4), *(BlockFloatSpec(format=name) for name in FORMATS)]
+    check_packed([evaluation], held, {mixture: {"model_type": "llama"}})
     monkeypatch.setattr(ScaledSpec, "packs", False)
     with pytest.raises(
         UserError, match=r"eval 'speed' holds layers in k bits, and those of method=scaled can't be held so"
