@@ -165,7 +165,7 @@ class PackedLinear(nn.Module, ABC):
         y: Tensor = matmul_tiled(
             x,
             codes=of["codes"],
-            scales=self._tile_scales(),
+            scales=self._scales(),
             codebook=of["codebook"],
             table=of["table"],
             unscale=of["unscale"],
@@ -181,9 +181,11 @@ class PackedLinear(nn.Module, ABC):
         )
         return y
 
-    def _tile_scales(self) -> Tensor:
-        """Return ``TiledWeight.scales``."""
-        return self.scales
+    def _scales(self) -> Tensor:
+        """Return what is stored as scales, in the dtype that operators take."""
+        scales = self._buffers["scales"]
+        assert scales is not None
+        return scales
 
     def derive(self) -> None:
         """Make the buffers that follow from those of the state dict, once these are there; in place where possible.
@@ -243,7 +245,7 @@ class PackedLinear(nn.Module, ABC):
         assert self._blocksize is not None
         return TiledWeight(
             codes=self.codes,
-            scales=self._tile_scales(),
+            scales=self._scales(),
             codebook=self.codebook,
             table=self.table,
             unscale=self.unscale,

@@ -57,6 +57,8 @@ class BlockFloatLinear(PackedLinear):
             blocksize=spec.element.block,
             why_no_tiles=why_no_layout((out_features, in_features), spec),
         )
+        # Bytes are stored, since not every reader of files knows E8M0.
+        self._scale_dtype = torch.float8_e4m3fn if spec.element.tensor_scaled else torch.float8_e8m0fnu
         self.register_buffer("tensor_scale", None)
         values: Shapes = {"codebook": ((1 << spec.bits,), torch.float32)}
         stored = _shapes(out_features, in_features, spec, tiled=self.tiled)
@@ -122,12 +124,8 @@ class BlockFloatLinear(PackedLinear):
         )
         return y
 
-    def _tile_scales(self) -> Tensor:
-        return self._scales()
-
     def _scales(self) -> Tensor:
-        # Bytes are stored: not every reader of files knows E8M0.
-        return self.scales.view(torch.float8_e4m3fn if self.spec.element.tensor_scaled else torch.float8_e8m0fnu)
+        return super()._scales().view(self._scale_dtype)
 
     def _following(self) -> dict[str, Tensor]:
         # Kept apart from what all layers share: a captured CUDA graph reads it where it lies.

@@ -24,6 +24,7 @@ from kbit.models.quantize import Calibrated, QuantHandle
 from kbit.models.whole import WholeModel
 from kbit.quantizer.blockwise import quantize
 from kbit.spec import Spec, spec_of
+from kbit.specs.block_float import BlockFloatSpec
 from tests.kbit.architectures import build
 from tests.kbit.methods.one_shot import ScaledSpec
 from tests.kbit.models.test_quantize_model import Unknown
@@ -97,7 +98,11 @@ OUTLIERS: list[Spec] = [
     QuantSpec(bits=3, dtype="quantile", outlier_fraction=0.1),
     QuantSpec(bits=3, dtype="lloyd", center=True, outlier_fraction=0.05),
 ]
-OTHER: list[Spec] = [ScaledSpec(bits=4, dtype="int", blocksize=32), WithEmbedding(bits=4, dtype="int", blocksize=32)]
+OTHER: list[Spec] = [
+    ScaledSpec(bits=4, dtype="int", blocksize=32),
+    WithEmbedding(bits=4, dtype="int", blocksize=32),
+    BlockFloatSpec(format="nvfp4"),
+]
 
 
 def tokens(model: nn.Module) -> Calibrated:

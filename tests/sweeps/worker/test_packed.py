@@ -14,20 +14,23 @@ from kbit.models.loading import load_model
 from kbit.models.quantize import quantize_model
 from kbit.models.sizes import parts_of
 from kbit.models.ways import LEAST_BATCH_TOKENS, SHARE, Way, needs
-from kbit.spec import QuantSpec
+from kbit.spec import QuantSpec, Spec
+from kbit.specs.block_float import BlockFloatSpec
 from sweeps.study.cell import Cell
 from sweeps.worker import ways
 from tests.sweeps.worker.test_layered import NEOX_M, ways_of
 from tests.sweeps.worker.test_worker import INT3, INT4, Bench, evaluation, pack_of
 
 OUTLIERS = QuantSpec(bits=4, dtype="float", blocksize=64, outlier_fraction=0.02)
+FLOATS = BlockFloatSpec(format="mxfp6_e2m3")
+CELLS = (INT4, INT3, OUTLIERS, FLOATS)
 
 
-def cell_of(spec: QuantSpec) -> Cell:
+def cell_of(spec: Spec) -> Cell:
     return pack_of(spec, model=NEOX_M).items[0][0]
 
 
-def memory_for(spec: QuantSpec) -> int:
+def memory_for(spec: Spec) -> int:
     """Bytes of memory that hold neox-m packed with a batch, and not a byte more."""
     sizes, _ = ways.sizes_of_model(cell_of(spec).model)
     assert sizes is not None
@@ -37,17 +40,17 @@ def memory_for(spec: QuantSpec) -> int:
 
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = max(memory_for(spec) for spec in (INT4, INT3, OUTLIERS))
+    memory = max(memory_for(spec) for spec in CELLS)
     monkeypatch.setattr(ways, "device_memory", lambda _: memory)
 
 
-def by_bits(bench: Bench) -> dict[tuple[int, float], dict[str, Any]]:
+def by_bits(bench: Bench) -> dict[tuple[int, float | None], dict[str, Any]]:
     return {(row["bits"], row["outlier_fraction"]): row for row in bench.rows()}
 
 
 @pytest.mark.usefixtures("small_machine")
 def test_cells_run_packed_where_the_16_bit_model_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = pack_of(INT4, INT3, OUTLIERS, model=NEOX_M)
+    pack = pack_of(*CELLS, model=NEOX_M)
     bench = Bench(tmp_path / "packed")
     bench.worker.run_pack(pack)
     monkeypatch.undo()
@@ -58,8 +61,8 @@ def test_cells_run_packed_where_the_16_bit_model_does_not_fit(tmp_path: Path, mo
     assert ours.keys() == theirs.keys()
     loaded = load_model(str(NEOX_M), device="cpu", compute_dtype="float32")
     prepared = prepare(evaluation(), loaded.tokenizer, context=loaded.context, vocab_size=loaded.vocab_size)
-    for spec in (INT4, INT3, OUTLIERS):
-        row, other = (rows[spec.bits, spec.outlier_fraction] for rows in (ours, theirs))
+    for spec in CELLS:
+        row, other = (rows[spec.bits, getattr(spec, "outlier_fraction", None)] for rows in (ours, theirs))
         assert (row["status"], row["held"], other["held"]) == ("done", "packed", "whole")
         same = ("measurement", "bits_per_param", "total_bits", "codebook_hash", "compute_dtype", "weights_hash")
         assert [row[name] for name in same] == [other[name] for name in same]

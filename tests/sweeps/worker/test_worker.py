@@ -24,7 +24,7 @@ from kbit.evaluation.evaluators import EVALUATORS
 from kbit.evaluation.spec import EvalSpec
 from kbit.models.loading import load_model
 from kbit.sources import LocalFile, TaskSource
-from kbit.spec import QuantSpec
+from kbit.spec import QuantSpec, Spec
 from sweeps.config import DEMO_DIR
 from sweeps.errors import EXIT_IO, EXIT_LOAD
 from sweeps.events import Event, Stopped, Withheld
@@ -57,7 +57,7 @@ def evaluation(name: str = "jargon", **changes: Any) -> EvalSpec:
 
 
 def pack_of(
-    *quants: QuantSpec,
+    *quants: Spec,
     evals: tuple[EvalSpec, ...] | None = None,
     model: Path = NEOX_XS,
     name: str = "pack",
