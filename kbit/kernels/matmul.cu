@@ -2,7 +2,7 @@
 //   BITS            2-8: of a code
 //   BLOCKSIZE       16|32|64|128|256: values of W that share an absmax, or scale
 //   SCALE           0|1|2: what they share: a float16 absmax, or a scale of a byte: E8M0, or E4M3 that is not negative (4 bits)
-//   ZEROS           0|1|2: bytes of a block's zero point, which is subtracted from its codes' values: none, a whole number, float16
+//   ZEROS           0|1|2: bytes of a block's zero point, which its codes' values are less: none, a whole number, float16
 //   BF16            0|1: x and y are bfloat16, else float16
 //   PAIR            0|1: the codebook is looked up by pairs of codes
 //   WGMMA           0|1: four warps multiply together, each its own rows of W by the same x (Hopper)
@@ -69,7 +69,8 @@ typedef unsigned short u16;
 #define UNIT (ROWS * N_TILES)            // rows of W that a CTA works on at a time
 #define X_BYTES (M_TILES * 1024)         // of x in a stage: 8 M_TILES rows, 64 columns, shared by the row groups
 #define CODE_BYTES (BITS * LANES * 16)
-#define RAISED (ZEROS != 1 || FOLDED ? 0 : BF16 ? (BITS < 8 ? 0x4300 : 0) : 0x6400)  // 128 or 1,024, to which whole numbers are added as bits
+#define APART (ZEROS && M_TILES <= 2 && !WGMMA)  // zero points times the sums of x are subtracted from products
+#define RAISED (ZEROS != 1 || FOLDED || APART ? 0 : BF16 ? (BITS < 8 ? 0x4300 : 0) : 0x6400)  // 128 or 1,024, to which whole numbers are added as bits
 #define SCALE_WIDTH (SCALE ? 1 : 2)      // bytes
 #define SCALE_BYTES (64 * (SCALE_WIDTH + ZEROS))  // absmax of 64 rows, and behind them their zero points
 #define ROW_OF_BANKS (WGMMA ? 64 : 128)  // in which the pieces that each lane copies keep their place
@@ -499,7 +500,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
           const u32* zeros = z + k / (4 / SCALES) * (SIXTEENS * ZEROS / 2);
           const float offset = FOLDED ? zero_of(zeros, 2 * r + j % 2) * -absmax : 0.f;
           a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, absmax, offset);
-          if (!FOLDED) a[k][j] = without_zero(a[k][j], zeros, 2 * r + j % 2);
+          if (!FOLDED && !APART) a[k][j] = without_zero(a[k][j], zeros, 2 * r + j % 2);
 #endif
         }
       }
@@ -512,6 +513,13 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       sum[1] += s0 * c[1];
       sum[2] += s1 * c[2];
       sum[3] += s1 * c[3];
+    };
+#endif
+#if APART
+    // Of products with codes: less the zero points of rows g and g + 8 times the sums of x, which are the same for all rows.
+    auto subtract = [&](float* c, const float* x_sums, const u32* zeros, int r) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[i] -= zero_of(zeros, 2 * r + i / 2) * x_sums[i % 2];
     };
 #endif
 
@@ -638,6 +646,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
       for (int n = 0; n < M_TILES; n++) xs[n][0] = lds128(x_here + n * 1024), xs[n][1] = lds128(x_beside + n * 1024);
 #endif
       load_scales(stage_out);
+#if APART
+      float x_sums[M_TILES][SCALES][4] = {};
+      const u32 one = BF16 ? 0x3f803f80 : 0x3c003c00, ones[4] = {one, one, one, one};
+#pragma unroll
+      for (int n = 0; n < M_TILES; n++)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          mma(x_sums[n][k / (4 / SCALES)], ones, ((const u32*)xs[n])[2 * k], ((const u32*)xs[n])[2 * k + 1]);
+#endif
 #pragma unroll
       for (int r0 = 0; r0 < SIXTEENS; r0 += AT_ONCE) {
         u32 a[AT_ONCE][4][4];
@@ -665,6 +682,9 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
 #endif
 #pragma unroll
               for (int k = h * (4 / SCALES); k < (h + 1) * (4 / SCALES); k++) mma(c, a[q][k], b[2 * k], b[2 * k + 1]);
+#if APART
+              subtract(c, x_sums[n][h], z + h * (SIXTEENS * ZEROS / 2), r0 + q);
+#endif
 #if !FOLDED
               add(acc[r0 + q][n], c, both_of(s, h * SIXTEENS + r0 + q));
 #endif

@@ -59,9 +59,10 @@ ZEROS = [
     (5, 130, 256, 128, 40, 2),
     (8, 190, 256, 64, 40, 2),
     (3, 130, 256, 32, 30, 2),
+    (5, 130, 512, 32, 16, 4),
 ]
-"""With zero points, whole numbers in the first and the fourth, else float16; the last two where four warps multiply
-together."""
+"""With zero points, whole numbers in the first and the fourth, else float16. In the fourth and the fifth four warps
+multiply together."""
 FLOATS = [
     ("mxfp4", 130, 256, 3, 2, False),
     ("nvfp4", 100, 512, 9, 132, False),
@@ -123,7 +124,7 @@ def emulated(
 def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bits, rows, columns, blocksize, x_rows, processors = (CASES + TOGETHER + ZEROS)[number]
     with_zeros = max(0, number + 1 - len(CASES) - len(TOGETHER))
-    together = with_zeros >= len(ZEROS) - 1 or len(CASES) <= number < len(CASES) + len(TOGETHER)
+    together = with_zeros in (4, 5) or len(CASES) <= number < len(CASES) + len(TOGETHER)
     spec: QuantSpec | HqqSpec = QuantSpec(bits=bits, dtype="quantile", blocksize=blocksize)
     is_whole = with_zeros in (1, 4)
     if with_zeros:
