@@ -29,6 +29,12 @@ __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
 #define ALL_SUMS SUMS_OF(0), SUMS_OF(4), SUMS_OF(8), SUMS_OF(12)
 #define SUMS "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20"
 #define AGAIN "%21"
+#elif CHUNK == 16
+#define SHAPE "m64n128k16"
+#define ALL_SUMS SUMS_OF(0), SUMS_OF(4), SUMS_OF(8), SUMS_OF(12), SUMS_OF(16), SUMS_OF(20), SUMS_OF(24), SUMS_OF(28), \
+  SUMS_OF(32), SUMS_OF(36), SUMS_OF(40), SUMS_OF(44), SUMS_OF(48), SUMS_OF(52), SUMS_OF(56), SUMS_OF(60)
+#define SUMS "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68"
+#define AGAIN "%69"
 #else
 #define SHAPE "m64n64k16"
 #define ALL_SUMS SUMS_OF(0), SUMS_OF(4), SUMS_OF(8), SUMS_OF(12), SUMS_OF(16), SUMS_OF(20), SUMS_OF(24), SUMS_OF(28)
@@ -97,6 +103,12 @@ __device__ __forceinline__ void wait_for_barrier(u32 barrier, u32 phase) {
 __device__ __forceinline__ u32 lds(u32 address) {
   u32 v;
   asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));  // not volatile: the compiler may interleave lookups
+  return v;
+}
+
+__device__ __forceinline__ uint2 lds_pair(u32 address) {
+  uint2 v;
+  asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));  // likewise
   return v;
 }
 

@@ -24,7 +24,8 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 
 #define EXACT (FOLDED && SCALE && BITS == 4)  // products of values with scales have few enough bits for 16
-#define CHUNK (FOLDED && M_TILES >= 8 ? 8 : 4)  // tiles of 8 rows of x that four warps multiply together
+#define FLOATS (FOLDED && !EXACT)        // float32 values are looked up
+#define CHUNK (FOLDED ? M_TILES : 4)      // tiles of 8 rows of x that four warps multiply together
 
 #if !STAGED && STAGES != 2
 #error "codes through registers are one tile ahead, and so must x be"
@@ -41,8 +42,8 @@ typedef unsigned short u16;
 #if WGMMA && (!STAGED || N_TILES * WARPS_PER_TILE % 4 || M_TILES % CHUNK)
 #error "warps multiply together in fours, what comes through shared memory, with 8 CHUNK rows of x"
 #endif
-#if FOLDED && !EXACT && (!WGMMA || PAIR)
-#error "but for exact products, four warps that multiply together fold, and there is no table of float32 pairs"
+#if FOLDED && !EXACT && (!WGMMA || PAIR && BITS > 4)
+#error "but for exact products, four warps that multiply together fold, and a table of larger float32 pairs has no room"
 #endif
 #if BLOCKSIZE == 16 ? !EXACT : SCALE == 2
 #error "blocks of 16 have E4M3 scales, which are multiplied into values: what a tensor core sums is of several blocks"
@@ -58,9 +59,10 @@ typedef unsigned short u16;
 #define WIDTH (PAIR ? 2 * BITS : BITS)
 #define VALUES (1 << BITS)
 #define ENTRIES (1 << WIDTH)
-#define MASK ((u32)(ENTRIES - 1) << 7)
+#define ENTRY_SHIFT (FLOATS && PAIR ? 8 : 7)
+#define MASK ((u32)(ENTRIES - 1) << ENTRY_SHIFT)
 #define BYTES (WIDTH == 8)               // an index is a byte: one permutation makes its address, with entries 256 bytes apart
-#define ENTRY_BYTES (BYTES ? 256 : LANES * 4)
+#define ENTRY_BYTES (BYTES ? 256 : 1 << ENTRY_SHIFT)
 #define SIXTEENS (4 / WARPS_PER_TILE)    // of rows of W that a warp has of a tile
 #define WARP_ROWS (16 * SIXTEENS)
 #define GROUP_WARPS (N_TILES * WARPS_PER_TILE)  // warps with the same split of the columns
@@ -114,25 +116,25 @@ __device__ __forceinline__ void store(u16* y, const float* sums, float unscale, 
 }
 
 // Byte offset in the table of the index that begins at bit `bit` of a lane's codes; all shifts are known to the compiler.
-__device__ __forceinline__ u32 entry(const u32* w, int bit, u32 lane4) {
+__device__ __forceinline__ u32 entry(const u32* w, int bit, u32 lane_offset) {
   const int word = bit >> 5, off = bit & 31;
 #if BYTES
-  return __byte_perm(w[word], lane4, 0x5504 | (off / 8 << 4));
+  return __byte_perm(w[word], lane_offset, 0x5504 | (off / 8 << 4));
 #else
   u32 v;
   if (off + WIDTH <= 32) {
-    v = off >= 7 ? w[word] >> (off - 7) : w[word] << (7 - off);
+    v = off >= ENTRY_SHIFT ? w[word] >> (off - ENTRY_SHIFT) : w[word] << (ENTRY_SHIFT - off);
   } else {
-    // The index straddles two words: bits off-7 .. of the 64.
-    v = __funnelshift_r(w[word], w[word + 1], off - 7);
+    // The index straddles two words: bits off - ENTRY_SHIFT .. of the 64.
+    v = __funnelshift_r(w[word], w[word + 1], off - ENTRY_SHIFT);
   }
-  return (v & MASK) | lane4;
+  return (v & MASK) | lane_offset;
 #endif
 }
 
 // A value as it stands in the table.
 __device__ __forceinline__ u32 value_at(const void* codebook, int i) {
-#if FOLDED && !EXACT
+#if FLOATS
   return __ldg((const u32*)codebook + i);  // float32
 #else
   return __ldg((const u16*)codebook + i);
@@ -159,8 +161,8 @@ __device__ __forceinline__ u32 both_of(const u32* s, int i) {
 #endif
 }
 
-// One of these, which tensor cores' sums are multiplied by. E4M3's bits are those of a smaller float16 or bfloat16; the
-// difference, a power of two, is part of what results are multiplied by.
+// One of these, which tensor cores' sums are multiplied by. E4M3's bits are those of a smaller float16 or bfloat16, which
+// the table makes up for.
 __device__ __forceinline__ float scale_of(u32 both, int j) {
 #if SCALE == 1
   return __uint_as_float(max((both >> 8 * j & 0xff) << 23, 0x400000u));  // the smallest one is 2^-127
@@ -184,15 +186,20 @@ __device__ __forceinline__ u32 scale_pair_of(u32 both, int j, float unscale) {
 }
 
 // Two values next to each other; folded, times the absmax of their row, and less its zero point times that.
-__device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane4, u32 table, float absmax, float offset) {
-#if PAIR
-  return lds(table + entry(w, pair * 2 * BITS, lane4));
+__device__ __forceinline__ u32 decode(const u32* w, int pair, u32 lane_offset, u32 table, float absmax, float offset) {
+#if PAIR && !FLOATS
+  return lds(table + entry(w, pair * 2 * BITS, lane_offset));
 #else
-  u32 low = lds(table + entry(w, (2 * pair) * BITS, lane4));
-  u32 high = lds(table + entry(w, (2 * pair + 1) * BITS, lane4));
-#if FOLDED && !EXACT && ZEROS
+#if PAIR
+  const uint2 both = lds_pair(table + entry(w, pair * 2 * BITS, lane_offset));
+  const u32 low = both.x, high = both.y;
+#else
+  const u32 low = lds(table + entry(w, (2 * pair) * BITS, lane_offset));
+  const u32 high = lds(table + entry(w, (2 * pair + 1) * BITS, lane_offset));
+#endif
+#if FLOATS && ZEROS
   return round_pair(__uint_as_float(low) * absmax + offset, __uint_as_float(high) * absmax + offset);
-#elif FOLDED && !EXACT
+#elif FLOATS
   return round_pair(__uint_as_float(low) * absmax, __uint_as_float(high) * absmax);
 #else
   return __byte_perm(low, high, 0x5410);
@@ -217,10 +224,10 @@ __device__ __forceinline__ u32 without_zero(u32 values, const u32* z, int i) {
   return difference(values, __byte_perm(z[i / 4], RAISED >> 8, 0x4040 | i % 4 * 0x101));
 #elif ZEROS == 2 && !BF16
   return difference(values, __byte_perm(z[i / 2], 0, i % 2 ? 0x3232 : 0x1010));
-#else  // in two parts: float16 has three bits more than bfloat16
-  const float zero = zero_of(z, i), first = __uint_as_float(__float_as_uint(zero) & 0xffff0000);
-  values = difference(values, round_pair(first, first));
-  return ZEROS == 1 ? values : difference(values, round_pair(zero - first, zero - first));
+#elif ZEROS == 2  // which has three bits more than bfloat16
+  return round_pair(__uint_as_float(values << 16) - zero_of(z, i), __uint_as_float(values & 0xffff0000) - zero_of(z, i));
+#else
+  return difference(values, round_pair(zero_of(z, i), zero_of(z, i)));
 #endif
 }
 #endif
@@ -255,9 +262,9 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   const int lane = threadIdx.x % LANES;
   const int k_tile = warp / GROUP_WARPS, n_tile = warp % GROUP_WARPS / WARPS_PER_TILE, half = warp % WARPS_PER_TILE;
   const int g = lane >> 2, t = lane & 3;
-  u32 lane4 = lane * 4;
+  u32 lane_offset = lane * (FLOATS && PAIR ? 8 : 4);
   const float unscale = __ldg(unscale_at);
-  const float unscale_sums = FOLDED && SCALE != 2 ? 1.f : unscale;
+  const float unscale_sums = FOLDED && SCALE != 2 ? 1.f : unscale;  // E8M0 scales are multiplied by it
   // The codebook's values, used once the first codes are on their way.
   u32 value[(VALUES + THREADS - 1) / THREADS];
 #pragma unroll
@@ -399,8 +406,12 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   for (int i = threadIdx.x; i < ENTRIES * LANES; i += THREADS) {
     const u32 index = i / LANES;
     const u32 low = index % VALUES, high = PAIR ? index / VALUES : index;
-    const u32 first = RAISED ? RAISED + low : values[low], second = FOLDED && !EXACT ? 0 : RAISED ? RAISED + high : values[high];
-    table[index * (ENTRY_BYTES / 4) + i % LANES] = first | second << 16;
+    const u32 first = RAISED ? RAISED + low : values[low], second = RAISED ? RAISED + high : values[high];
+#if FLOATS && PAIR
+    *(uint2*)(table + index * (ENTRY_BYTES / 4) + i % LANES * 2) = {first, second};
+#else
+    table[index * (ENTRY_BYTES / 4) + i % LANES] = FLOATS ? first : first | second << 16;
+#endif
   }
   __syncthreads();
   // Lookups are not volatile: none may be moved before the table is whole.
@@ -409,7 +420,7 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
   ahead = 0, ahead_unit = blockIdx.x / SPLIT_K, stage_in = 0;
   enter();
   // Kept in registers: the compiler would rather compute them again for every tile.
-  OPAQUE("+r"(code_to), "+r"(scale_at), "+r"(lane4));
+  OPAQUE("+r"(code_to), "+r"(scale_at), "+r"(lane_offset));
 #if ZEROS == 1
   u32 zero_at = tile_address + CODE_BYTES + 128 + g * 8 + half * 4;
   OPAQUE("+r"(zero_at));
@@ -491,15 +502,15 @@ kbit_matmul(const uint4* __restrict__ codes, const uint4* __restrict__ scales, c
         const u32 both = both_of(s, k / (4 / SCALES) * SIXTEENS + r);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const float absmax = FOLDED && !EXACT ? scale_of(both, j % 2) : 1.f;
+          const float absmax = FLOATS ? scale_of(both, j % 2) : 1.f;
 #if EXACT
-          a[k][j] = product16(decode(w, (r * 4 + k) * 4 + j, lane4, table_address, 1.f, 0.f), scale_pair_of(both, j % 2, unscale));
+          a[k][j] = product16(decode(w, (r * 4 + k) * 4 + j, lane_offset, table_address, 1.f, 0.f), scale_pair_of(both, j % 2, unscale));
 #elif !ZEROS
-          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, absmax, 0.f);
+          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane_offset, table_address, absmax, 0.f);
 #else
           const u32* zeros = z + k / (4 / SCALES) * (SIXTEENS * ZEROS / 2);
           const float offset = FOLDED ? zero_of(zeros, 2 * r + j % 2) * -absmax : 0.f;
-          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane4, table_address, absmax, offset);
+          a[k][j] = decode(w, (r * 4 + k) * 4 + j, lane_offset, table_address, absmax, offset);
           if (!FOLDED && !APART) a[k][j] = without_zero(a[k][j], zeros, 2 * r + j % 2);
 #endif
         }

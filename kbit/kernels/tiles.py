@@ -41,9 +41,8 @@ EXACT_BITS: Final = 4
 """Of block-scaled floats whose products with a scale have few enough bits for float16 and bfloat16."""
 _E8M0_UNSCALE: Final = 4.0
 """What elements of 4 bits are divided by: the scales times that are float16 numbers where the weight was of these."""
-_E4M3_FACTORS: Final = {torch.float16: (1.0, 2.0**8), torch.bfloat16: (2.0**60, 2.0**60)}
-"""What elements of 4 bits, and what results, are multiplied by: the kernel reads a scale's bits as those of a float16,
-2^-8 of it, or of a bfloat16, 2^-120 of it."""
+_E4M3_FACTORS: Final = {torch.float16: 2.0**8, torch.bfloat16: 2.0**120}
+"""What elements of 4 bits are multiplied by: the kernel reads a scale's bits as those of so much smaller a number."""
 _SCALE_STEPS: Final = 256
 """Scales that are tried for a table, between ``_SCALE`` and twice that: powers of two apart, rounding is the same."""
 _SCALE: Final = 2.0**12
@@ -319,8 +318,7 @@ def element_table(codebook: Tensor, dtype: torch.dtype, tensor_scale: Tensor | N
         tensor_scale: float32 [1], of NVFP4; None of MX formats.
     """
     if tensor_scale is not None:
-        of_elements, of_results = _E4M3_FACTORS[dtype]
-        return (codebook * of_elements).to(dtype), tensor_scale * of_results
+        return (codebook * _E4M3_FACTORS[dtype]).to(dtype), tensor_scale.clone()
     unscale = _E8M0_UNSCALE if codebook.numel() == 1 << EXACT_BITS else 1.0
     return (codebook / unscale).to(dtype), codebook.new_full((1,), unscale)
 

@@ -108,7 +108,7 @@ class Variant:
     def shared(self) -> int:
         """Bytes of shared memory of a CTA, asked for at launch: the table, x and codes in flight, sums over warps."""
         width = 2 * self.bits if self.pair else self.bits
-        table = (1 << width) * (256 if width == 8 else LANES * 4)
+        table = (1 << width) * (256 if width == 8 or (self.pair and self.looks_up_floats) else LANES * 4)
         x = self.k_tiles * self.stages * self.m_tiles * 1024
         scale_bytes = ((1 if self.scale_format else 2) + self.zero_bytes) * TILE * max(1, TILE // self.blocksize)
         code_bytes = self.bits * 512 + (scale_bytes if self.wgmma else -(-scale_bytes // 128) * 128)
@@ -257,7 +257,7 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
             bfloat16=p.bfloat16,
             m_tiles=p.m_tiles,
             # Halves the lookups; a table of larger pairs has no room.
-            pair=pair and p.bits <= 5 and not tiling.folded,
+            pair=pair and p.bits <= (4 if tiling.folded else 5),
             split_k=1,
             **tiling._replace(sum_tiles=sum_tiles)._asdict(),
         )
@@ -326,8 +326,8 @@ def _tiling(p: _Product, gpu: Gpu) -> _Tiling:
 def _tiling_together(p: _Product, gpu: Gpu) -> _Tiling | None:
     """Return the tiling in which four warps multiply together, or None where each alone is as fast."""
     values = p.n * p.k
-    # Single values are looked up, which may be float32. At 5 bits that spares a large table.
-    folded = p.bits >= (5 if p.m_tiles == 16 else 6)
+    # Folded are float32 values: single ones from 5 bits on, and pairs of fewer, which take twice as long to look up.
+    folded = p.bits >= 6 or p.m_tiles == 16
     stages = 2 if p.bits == 5 and not folded else 3  # a large table leaves no room for more
     if p.m_tiles == 16:
         return _Tiling(2, 2, warps_per_tile=2, stages=stages, wgmma=True, folded=folded)

@@ -143,6 +143,7 @@ static uint2 lds64(unsigned address) {
   memcpy(&value, at(address, 8), 8);
   return value;
 }
+static uint2 lds_pair(unsigned address) { return lds64(address); }
 static uint4 load_once(const uint4* p) { return *p; }
 
 using Copies = std::vector<std::pair<unsigned, const void*>>;
@@ -237,7 +238,7 @@ static void wait_for_barrier(unsigned barrier, unsigned phase) {
 // wgmma with the left operand in registers: a warp's sixteen rows of it, and the right one from shared memory, K-major in
 // the 128-byte swizzle, whose atoms of 8 rows lie one after another. Products are made when they are waited for.
 static uint64_t matrix_at(unsigned address) { return address / 16; }
-const int rows_together = FOLDED && M_TILES >= 8 ? 64 : 32;  // of x: the kernel's 8 CHUNK
+const int rows_together = FOLDED ? 8 * M_TILES : 32;  // of x: the kernel's 8 CHUNK
 struct Product { float* c; unsigned a[4]; unsigned x; bool again; };
 using Products = std::vector<Product>;
 static thread_local Products begun;
