@@ -3,6 +3,7 @@
 //   BLOCKSIZE       16|32|64|128|256: values of W that share an absmax, or scale
 //   SCALE           0|1|2: what they share: a float16 absmax, or a scale of a byte: E8M0, or E4M3 that is not negative (4 bits)
 //   ZEROS           0|1|2: bytes of a block's zero point, which its codes' values are less: none, a whole number, float16
+//   APART           0|1: from products, zero points times the sums of x; else from the values that are multiplied
 //   BF16            0|1: x and y are bfloat16, else float16
 //   PAIR            0|1: the codebook is looked up by pairs of codes
 //   WGMMA           0|1: four warps multiply together, each its own rows of W by the same x (Hopper)
@@ -48,6 +49,9 @@ typedef unsigned short u16;
 #if BLOCKSIZE == 16 ? !EXACT : SCALE == 2
 #error "blocks of 16 have E4M3 scales, which are multiplied into values: what a tensor core sums is of several blocks"
 #endif
+#if APART && (!ZEROS || WGMMA || M_TILES > 4)
+#error "zero points are subtracted from products of few rows of x, which stay in registers"
+#endif
 #if SCALE && ZEROS
 #error "scales of a byte have no zero points"
 #endif
@@ -71,7 +75,6 @@ typedef unsigned short u16;
 #define UNIT (ROWS * N_TILES)            // rows of W that a CTA works on at a time
 #define X_BYTES (M_TILES * 1024)         // of x in a stage: 8 M_TILES rows, 64 columns, shared by the row groups
 #define CODE_BYTES (BITS * LANES * 16)
-#define APART (ZEROS && M_TILES <= 2 && !WGMMA)  // zero points times the sums of x are subtracted from products
 #define RAISED (ZEROS != 1 || FOLDED || APART ? 0 : BF16 ? (BITS < 8 ? 0x4300 : 0) : 0x6400)  // 128 or 1,024, to which whole numbers are added as bits
 #define SCALE_WIDTH (SCALE ? 1 : 2)      // bytes
 #define SCALE_BYTES (64 * (SCALE_WIDTH + ZEROS))  // absmax of 64 rows, and behind them their zero points

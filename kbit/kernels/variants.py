@@ -62,6 +62,7 @@ class Variant:
         bits, blocksize: of W.
         scale_format: what a block's values share: 0 a float16 absmax, 1 an E8M0 scale, 2 an E4M3 scale.
         zero_bytes: of each block's zero point: 0 for none, 1 for a whole number, 2 for float16.
+        apart: these times the sums of x are subtracted from products, else they themselves from the values.
         bfloat16: x and y are bfloat16, else float16.
         pair: the codebook is looked up by pairs of codes.
         wgmma: four warps multiply together, as Hopper's tensor cores do: their tiles lie above each other.
@@ -81,6 +82,7 @@ class Variant:
     blocksize: int
     scale_format: int
     zero_bytes: int
+    apart: bool
     bfloat16: bool
     pair: bool
     wgmma: bool
@@ -124,6 +126,7 @@ class Variant:
             "BLOCKSIZE": self.blocksize,
             "SCALE": self.scale_format,
             "ZEROS": self.zero_bytes,
+            "APART": int(self.apart),
             "BF16": int(self.bfloat16),
             "PAIR": int(self.pair),
             "WGMMA": int(self.wgmma),
@@ -224,6 +227,8 @@ def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
     return replace(
         measured,
         m_tiles=p.m_tiles,
+        # Of more rows that takes longer; and the two ways round differently.
+        apart=p.zero_bytes > 0 and p.m_tiles <= 2 and not measured.wgmma and not batch_invariant,
         warps_per_tile=warps_per_tile,
         sum_tiles=min(measured.sum_tiles, p.m_tiles),
         split_k=split_k,
@@ -254,6 +259,7 @@ def _fitting(p: _Product, gpu: Gpu) -> Iterator[Variant]:
             blocksize=p.blocksize,
             scale_format=p.scale_format,
             zero_bytes=p.zero_bytes,
+            apart=False,
             bfloat16=p.bfloat16,
             m_tiles=p.m_tiles,
             # Halves the lookups; a table of larger pairs has no room.

@@ -137,7 +137,7 @@ def test_the_kernel_computes_the_product(number: int, tmp_path: Path, monkeypatc
     variant = choose(w, x_rows, dtype, gpu)
     assert variant.wgmma == together
     assert variant.folded == (together and (x_rows > 64 or (bits >= 6 and x_rows > 32)))
-    check(w, exact, x_rows, dtype, gpu, tmp_path, alone=number in INVARIANT)
+    check(w, exact, x_rows, dtype, gpu, tmp_path, alone=number in INVARIANT or with_zeros == 3)
 
 
 @pytest.mark.parametrize("number", range(len(FLOATS)))
