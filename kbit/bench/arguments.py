@@ -87,7 +87,7 @@ def _add_options_of_kernels(parser: argparse.ArgumentParser) -> None:
     )
     kernels.add_argument("--rows", type=int, nargs="+", metavar="M", help="rows of x (default: by run)")
     kernels.add_argument("--zero-points", action="store_true", help="of weights with zero points and of HQQ's, too")
-    kernels.add_argument("--block-floats", action="store_true", help="of MX formats' and NVFP4's weights, too")
+    kernels.add_argument("--block-floats", action="store_true", help="of MX formats and NVFP4 of these bits, too")
     codes = parser.add_argument_group("quantizers")
     codes.add_argument("--values", type=int, help="how many (default 2^28 on a GPU, 2^24 on a CPU)")
     codes.add_argument(

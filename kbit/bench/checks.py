@@ -16,12 +16,14 @@ from kbit.errors import CheckpointError
 from kbit.models.checkpoint import model_files
 from kbit.quantizer.blockwise import quantize
 from kbit.spec import QuantSpec
+from kbit.specs.block_float import FORMATS
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse bad input before anything is measured; exits with 2."""
     if min(args.rows or [1]) < 1:
         parser.error(f"--rows {min(args.rows)}: at least 1 is needed")
+    _check_products(parser, args)
     _check_device(parser, args)
     _check_numbers(parser, args)
     _fill_in(args)
@@ -81,6 +83,16 @@ def _check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"--{name} {directory}: {error}; --write SHAPE --to DIR makes a checkpoint")
     if args.load and (len(args.bits or [4]) > 1 or len(args.dtypes or ["normal"]) > 1):
         parser.error("--load quantizes a checkpoint once: name one of --bits, and one of --dtypes")
+
+
+def _check_products(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    others = ("roofline", "model", "switch", "evaluation", "ggml", "load", "layered", "gptq", "write")
+    for name in ("zero_points", "block_floats"):
+        if getattr(args, name) and (args.only == "quantizers" or any(getattr(args, other) for other in others)):
+            parser.error(f"--{name.replace('_', '-')} belongs to the products of the default run, --only matmul alone")
+    widths = sorted({element.bits for element in FORMATS.values()})
+    if args.block_floats and args.bits and not set(args.bits) & set(widths):
+        parser.error(f"--block-floats: these have {', '.join(map(str, widths))} bits, and --bits names none of them")
 
 
 def _check_gptq(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -268,9 +268,9 @@ def table(found: Sequence[Product], blocksize: int, device: str, notes: Sequence
         header=("W (N x K)", "rows of x", CUBLAS, *labels),
         body=body,
         notes=[
-            f"limit: 16 / (k + 16/{blocksize}), of bytes alone; other forms have their own bytes. bnb: bitsandbytes; "
-            "its 8-bit codebook has no fused product: dequantized, then cuBLAS. Medians of CUDA-graph replays; every "
-            "launch reads another copy of W.",
+            f"limit: 16 / (k + 16/{blocksize}), of bytes alone; zero points are more, MX formats and NVFP4 have blocks "
+            "of their own. bnb: bitsandbytes; its 8-bit codebook has no fused product: dequantized, then cuBLAS. "
+            "Medians of CUDA-graph replays; every launch reads another copy of W.",
             *notes,
         ],
         records=[_record(p, by_place[p.shape, p.rows, CUBLAS], blocksize) for p in found],
@@ -298,4 +298,5 @@ def _cell(product: Product | None, base: Product) -> str:
 
 def _record(p: Product, base: Product, blocksize: int) -> Record:
     ratios = {"speedup": base.seconds / p.seconds, "limit": _limit(p, blocksize)}
-    return {**p.record(), **ratios, "blocksize": None if p.kernel == CUBLAS else blocksize}
+    own = FORMATS[p.kernel].block if p.kernel in FLOATS else blocksize
+    return {**p.record(), **ratios, "blocksize": None if p.kernel == CUBLAS else own}

@@ -163,7 +163,8 @@ def dequantize_values(packed: Packed, out: Tensor, *, dtype: torch.dtype) -> Non
             OCTETS=_OCTETS,
             STORAGE=_TYPES[dtype],
             CENTER=mean is not None,
-            # A codebook's values are at most 1, so that only these may be beyond the dtype's range.
+            # A codebook's values are at most 1, so that only these may be beyond the dtype's range. Elements of
+            # block-scaled floats are larger, and their scales come as float32.
             LIMITED=mean is not None or absmax.dtype != torch.float16,
             FLAT=blocks.rows == 1,
             WHOLE=blocks.rows == 1 and blocks.size % 8 == 0,

@@ -1,4 +1,4 @@
-// What matmul.cu needs that only a GPU has. Included after its definitions: STAGES, GROUP, GROUP_WARPS, OVERLAP, WGMMA.
+// What matmul.cu needs that only a GPU has. Included after its definitions: BF16, STAGES, GROUP, GROUP_WARPS, OVERLAP, WGMMA, FOLDED, CHUNK.
 #define OPAQUE(...) asm volatile("" : __VA_ARGS__)
 
 #include "rounding.cuh"

@@ -164,22 +164,17 @@ __device__ __forceinline__ u32 both_of(const u32* s, int i) {
 #endif
 }
 
-// One of these, which tensor cores' sums are multiplied by. E4M3's bits are those of a smaller float16 or bfloat16, which
-// the table makes up for.
+// One of these, which tensor cores' sums or single values are multiplied by.
 __device__ __forceinline__ float scale_of(u32 both, int j) {
 #if SCALE == 1
   return __uint_as_float(max((both >> 8 * j & 0xff) << 23, 0x400000u));  // the smallest one is 2^-127
-#elif SCALE == 2 && BF16
-  return __uint_as_float((both >> 8 * j & 0xff) << 20);
-#elif SCALE == 2
-  return half_to_float((both >> 8 * j & 0xff) << 7);
 #else
   return half_to_float(j ? both >> 16 : both & 0xffff);
 #endif
 }
 
 // The same twice in 16 bits, for a pair of values, whose products with it are exact. E8M0 is brought into float16's range,
-// with what values were divided by.
+// with what values were divided by; E4M3's bits are those of a smaller float16 or bfloat16, which values make up for.
 __device__ __forceinline__ u32 scale_pair_of(u32 both, int j, float unscale) {
 #if SCALE == 2
   return (both >> 8 * j & 0xff) * (BF16 ? 0x100010 : 0x800080);

@@ -1,4 +1,4 @@
-// Between float32 and 16 bits: of scales, which are float16, and of results. Included after the definition of BF16.
+// Between float32 and 16 bits: of absmax, which are float16, of weights and of results. Included after the definition of BF16.
 __device__ __forceinline__ float half_to_float(u32 h) {
   float f;
   asm("{ .reg .f16 t; mov.b16 t, %1; cvt.f32.f16 %0, t; }" : "=f"(f) : "h"((u16)h));

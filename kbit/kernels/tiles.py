@@ -35,12 +35,16 @@ SCALE_BYTES: Final = (2 * TILE, 3 * TILE, 4 * TILE)
 """Of the absmax of a tile's rows in a block, and their zero points of 0, 1 or 2 bytes."""
 E8M0: Final = 1
 E4M3: Final = 2
+E4M3_BLOCKSIZE: Final = 16
+"""Values under an E4M3 scale: NVFP4's. A tensor core sums columns of several such blocks."""
 SCALE_DTYPES: Final = {torch.float8_e8m0fnu: E8M0, torch.float8_e4m3fn: E4M3}
 """Scales of a byte for each block, and their numbers in the kernels."""
+_SCALES: Final = {torch.float16, torch.uint8, *SCALE_DTYPES}
 EXACT_BITS: Final = 4
 """Of block-scaled floats whose products with a scale have few enough bits for float16 and bfloat16."""
 _E8M0_UNSCALE: Final = 4.0
-"""What elements of 4 bits are divided by: the scales times that are float16 numbers where the weight was of these."""
+"""What elements of 4 bits are divided by: the scales times that are float16 numbers where the weight was of these, but
+for scales that were rounded up above 2^15 / 4: such a block is a 2,048th too small."""
 _E4M3_FACTORS: Final = {torch.float16: 2.0**8, torch.bfloat16: 2.0**120}
 """What elements of 4 bits are multiplied by: the kernel reads a scale's bits as those of so much smaller a number."""
 _SCALE_STEPS: Final = 256
@@ -61,7 +65,7 @@ class TiledWeight:
         tensor_scale: float32 [1], of E4M3 scales, which are multiplied by it; else None.
         codebook: float32 [2^bits], what codes stand for; a shorter one repeats its last value.
         table: the same in 16 bits, times ``1 / unscale``, for the tensor cores; less a zero point, which is not scaled,
-            with `unscale` 1. Of block-scaled floats exact (``element_table``).
+            with `unscale` 1. Of block-scaled floats as ``element_table`` makes it.
         unscale: float32 [1], what products with the table are multiplied by.
         arrived: int32 [row blocks], zero between launches: how many of the CTAs that share some rows are done. One
             launch at a time may use it, so a weight is for one stream at a time.
@@ -105,6 +109,11 @@ class TiledWeight:
         return sum(t.nbytes for t in some if t is not None)
 
 
+def scale_dtype(spec: BlockFloatSpec) -> torch.dtype:
+    """Return the dtype of a format's scales."""
+    return torch.float8_e4m3fn if spec.element.tensor_scaled else torch.float8_e8m0fnu
+
+
 def check_tiles(w: TiledWeight) -> None:
     """Refuse tensors that are not the layout of such a weight.
 
@@ -112,15 +121,17 @@ def check_tiles(w: TiledWeight) -> None:
         ValueError: they are of another size, or don't lie in order.
     """
     tiles = w.row_blocks * w.k // TILE
-    blocks, scales = (w.row_blocks, w.k // w.blocksize), tuple(w.scales.shape)
-    is_whole = w.codes.shape == (tiles, w.bits, LANES, 4) and scales in (
-        (*blocks, 8, 8),
-        *((*blocks, SCALE_BYTES[zero]) for zero in (1, 2)),
-    )
-    is_whole &= (w.scale_format == E4M3) == (w.tensor_scale is not None)
+    scales = tuple(w.scales.shape)
+    of_block = {torch.uint8: ((SCALE_BYTES[1],), (SCALE_BYTES[2],))}.get(w.scales.dtype, ((8, 8),))
+    is_whole = w.codes.shape == (tiles, w.bits, LANES, 4) and w.scales.dtype in _SCALES
+    is_whole &= scales in [(w.row_blocks, w.k // w.blocksize, *shape) for shape in of_block]
+    is_e4m3 = w.scale_format == E4M3
+    is_whole &= is_e4m3 == (w.tensor_scale is not None) == (w.blocksize == E4M3_BLOCKSIZE)
+    is_whole &= w.bits == EXACT_BITS or not is_e4m3
     if not (is_whole and w.codes.is_contiguous() and w.scales.is_contiguous()):
         raise ValueError(
-            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} with scales {list(scales)} are not those of a weight "
+            f"{w.bits}-bit tiles of shape {list(w.codes.shape)} with {w.scales.dtype} scales {list(scales)} of blocks "
+            f"of {w.blocksize} are not those of a weight "
             f"[{w.n}, {w.k}], or don't lie in order"
         )
 
@@ -212,8 +223,7 @@ def tiled_codes(q: QuantizedTensor | BlockFloatTensor, *, impl: str = "auto") ->
 def tiled_scales(q: QuantizedTensor | BlockFloatTensor) -> Tensor:
     """Return the scales of ``TiledWeight``, for a weight that has this layout."""
     if isinstance(q, BlockFloatTensor):
-        kind = torch.float8_e8m0fnu if q.tensor_scale is None else torch.float8_e4m3fn
-        return _by_group(q.scales, q.shape[0]).view(kind)
+        return _by_group(q.scales, q.shape[0]).view(scale_dtype(q.spec))
     assert isinstance(q.absmax, Tensor)
     absmax = _by_group(q.absmax, q.shape[0])
     if q.zero_points is None:

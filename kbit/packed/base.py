@@ -18,6 +18,11 @@ from kbit.specs.base import Spec
 
 LAYER_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 """Of x, and of the weights that a layer stands for."""
+FIRST_VERSION: Final = 1
+ZERO_POINT_VERSION: Final = 2
+BLOCK_FLOAT_VERSION: Final = 3
+"""Of the format on disk: 2 is of models whose layers have zero points or permuted columns, 3 of those with block-scaled
+floats; others are written as 1, which earlier versions of this package read."""
 
 
 class PackedLinear(nn.Module, ABC):
@@ -39,7 +44,7 @@ class PackedLinear(nn.Module, ABC):
         spec: how it is quantized.
         storage_dtype: float16 or bfloat16, what dequantized values are rounded to.
         dtype: of the x to come and of the bias: float16, bfloat16 or float32. None is `storage_dtype`.
-        blocksize: values that share a scale, where W has tiles.
+        blocksize: values that share an absmax or scale; None for rows.
         why_no_tiles: why it has none, in words; None where it has.
 
     Attributes:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kbit.kernels.ops import matmul_rows
-from kbit.kernels.tiles import LANES, TILE, element_table, tiled_codes, tiled_scales, why_no_layout
-from kbit.packed.base import PackedLinear, matrix_shape
+from kbit.kernels.tiles import LANES, TILE, element_table, scale_dtype, tiled_codes, tiled_scales, why_no_layout
+from kbit.packed.base import BLOCK_FLOAT_VERSION, PackedLinear, matrix_shape
 from kbit.packed.layout import Shapes, row_major
 from kbit.quantizer.block_float import BlockFloatTensor, code_values, dequantize_block_float
 from kbit.quantizer.packing import packed_bytes
 from kbit.quantizer.storage import STORAGE_DTYPES
 from kbit.specs.block_float import BlockFloatSpec
-
-FORMAT_VERSION: Final = 3
 
 
 class BlockFloatLinear(PackedLinear):
@@ -58,7 +56,7 @@ class BlockFloatLinear(PackedLinear):
             why_no_tiles=why_no_layout((out_features, in_features), spec),
         )
         # Bytes are stored, since not every reader of files knows E8M0.
-        self._scale_dtype = torch.float8_e4m3fn if spec.element.tensor_scaled else torch.float8_e8m0fnu
+        self._scale_dtype = scale_dtype(spec)
         self.register_buffer("tensor_scale", None)
         values: Shapes = {"codebook": ((1 << spec.bits,), torch.float32)}
         stored = _shapes(out_features, in_features, spec, tiled=self.tiled)
@@ -94,7 +92,7 @@ class BlockFloatLinear(PackedLinear):
 
     @property
     def format_version(self) -> int:
-        return FORMAT_VERSION
+        return BLOCK_FLOAT_VERSION
 
     def about(self) -> dict[str, Any]:
         return {"spec": self.spec.canonical(), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}

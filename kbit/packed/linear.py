@@ -13,7 +13,7 @@ from kbit.axes import axes_of
 from kbit.data_types import data_type
 from kbit.kernels.ops import by_row, matmul_rows
 from kbit.kernels.tiles import lookup_table, why_no_layout
-from kbit.packed.base import PackedLinear, matrix_shape
+from kbit.packed.base import FIRST_VERSION, ZERO_POINT_VERSION, PackedLinear, matrix_shape
 from kbit.packed.layout import Shapes, lay_out, row_major, shapes
 from kbit.quantizer.absmax import NESTED_SPEC, NestedAbsmax
 from kbit.quantizer.blockwise import QuantizedTensor, dequantize
@@ -212,7 +212,7 @@ class KBitLinear(PackedLinear):
 
     @property
     def format_version(self) -> int:
-        return 2 if self.spec.zero_point or self.permuted else 1
+        return ZERO_POINT_VERSION if self.spec.zero_point or self.permuted else FIRST_VERSION
 
     def about(self) -> dict[str, Any]:
         about: dict[str, Any] = {"spec": spec_as_json(self.spec), "storage_dtype": STORAGE_DTYPES[self.storage_dtype]}

@@ -10,15 +10,14 @@ from typing import Any, Final
 import torch
 
 from kbit.errors import CheckpointError
-from kbit.packed.base import PackedLinear
+from kbit.packed.base import BLOCK_FLOAT_VERSION, PackedLinear
 from kbit.packed.block_float import BlockFloatLinear
 from kbit.packed.linear import LATER, KBitLinear
 from kbit.spec import QuantSpec, spec_from_canonical
 from kbit.specs.block_float import BlockFloatSpec
 
-VERSION: Final = 3
-"""2 is of models whose layers have zero points or permuted columns, 3 of those with block-scaled floats; others are
-written as 1, which earlier versions of this package read."""
+VERSION: Final = BLOCK_FLOAT_VERSION
+"""The last."""
 METADATA: Final = "kbit.json"
 FORMAT: Final = "kbit-packed"
 _KEYS: Final = {"model": dict, "layers": dict, "tied": dict}

@@ -133,8 +133,8 @@ def dequantize_block_float(q: BlockFloatTensor, *, out: Tensor | None = None) ->
 @lru_cache(maxsize=32)
 def code_values(element: ElementFormat, device: torch.device) -> Tensor:
     """Return the value of each code, float32 [2^k]; 0 for the codes that are not used. Not to be changed."""
-    magnitudes = torch.zeros(1 << (element.bits - 1), dtype=torch.float32)
-    known = torch.tensor(element.magnitudes(), dtype=torch.float32)
+    magnitudes = torch.zeros(1 << (element.bits - 1), dtype=torch.float32, device="cpu")  # whatever the default one is
+    known = torch.tensor(element.magnitudes(), dtype=torch.float32, device="cpu")
     magnitudes[: known.numel()] = known
     return torch.cat([magnitudes, -magnitudes]).to(device)
 
@@ -142,9 +142,9 @@ def code_values(element: ElementFormat, device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)
 def _encoder(element: ElementFormat, device: torch.device) -> Encoder:
     """Return what gives codes of magnitudes: how many limits lie below; a tie with an odd code below it goes up."""
-    magnitudes = torch.tensor(element.magnitudes(), dtype=torch.float32)
+    magnitudes = torch.tensor(element.magnitudes(), dtype=torch.float32, device="cpu")
     limits = (magnitudes[:-1] + magnitudes[1:]) / 2
-    limits[1::2] = limits[1::2].nextafter(torch.tensor(-torch.inf))
+    limits[1::2] = limits[1::2].nextafter(torch.tensor(-torch.inf, device="cpu"))
     return Encoder.of_limits(limits.to(device))
 
 
@@ -192,4 +192,6 @@ def _factors(scales: Tensor, tensor_scale: Tensor | None) -> Tensor:
 @lru_cache(maxsize=8)
 def _powers(device: torch.device) -> Tensor:
     """Return the value of each E8M0 code: float32 [256]; the code of NaN, which is not used, has 0."""
-    return torch.tensor([2.0 ** (code - E8M0_BIAS) for code in range(255)] + [0.0], dtype=torch.float32).to(device)
+    return torch.tensor(
+        [2.0 ** (code - E8M0_BIAS) for code in range(255)] + [0.0], dtype=torch.float32, device="cpu"
+    ).to(device)

@@ -70,12 +70,15 @@ def test_every_variant_fits_its_gpu_and_the_kernel(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 def test_batch_invariant_sums_have_one_order_for_any_number_of_rows(gpu: Gpu) -> None:
-    for bits in range(2, 9):
-        tiled, _ = weight(64, 256, QuantSpec(bits=bits, dtype="int", blocksize=64))
+    specs: list[QuantSpec | HqqSpec | BlockFloatSpec] = [BlockFloatSpec(format=name) for name in FORMATS]
+    specs += [QuantSpec(bits=bits, dtype="int", blocksize=64) for bits in range(2, 9)]
+    specs += [HqqSpec(bits=bits) for bits in range(2, 9)]
+    for spec in specs:
+        tiled, _ = weight(64, 256, spec)
         for rows, columns in [(16384, 4096), (4096, 16384), (200, 192)]:
             shaped = replace(tiled, n=rows, k=columns)
             chosen = [choose(shaped, m, torch.float16, gpu, batch_invariant=True) for m in (1, 9, 32, 64)]
-            assert len({(v.k_tiles, v.split_k) for v in chosen}) == 1
+            assert len({(v.k_tiles, v.split_k, v.folded, v.apart) for v in chosen}) == 1
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,12 @@ def test_a_gpu_tells_what_decides() -> None:
 @needs_nvcc
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_the_kernels_compile(tmp_path: Path, target: str) -> None:
-    chosen = sorted(variants(GPUS["A100"] if target == "sm_80" else H100), key=lambda v: (v.wgmma, v.scale_format))
-    for variant in (*chosen[:: len(chosen) // 6], chosen[-1]):
+    # Each kind once: kinds are what the kernel has code of its own for.
+    kinds = {
+        (v.wgmma, v.scale_format, v.zero_bytes, v.folded, v.apart, v.m_tiles > 4): v
+        for v in variants(GPUS["A100"] if target == "sm_80" else H100)
+    }
+    for variant in kinds.values():
         assert_compiles("matmul.cu", variant.options(), target, tmp_path)
     zeros = "-DZEROS=2" if target == "sm_80" else "-DZEROS=1"
     assert_compiles("untile.cu", ("-DBITS=5", "-DBLOCKSIZE=32", "-DSCALE=0", zeros, "-DBF16=1"), target, tmp_path)
@@ -142,6 +149,7 @@ def assert_compiles(name: str, options: tuple[str, ...], target: str, folder: Pa
 
 def test_tiles_of_another_weight_or_out_of_order_are_refused() -> None:
     tiled, _ = weight(64, 128, QuantSpec(bits=4, dtype="int", blocksize=64))
+    floats, _ = weight(64, 128, BlockFloatSpec(format="nvfp4"))
     x = torch.zeros(1, 128, dtype=torch.float16)
     for wrong in (
         replace(tiled, n=128),
@@ -151,6 +159,11 @@ def test_tiles_of_another_weight_or_out_of_order_are_refused() -> None:
         replace(tiled, scales=torch.zeros(1, 2, 64, dtype=torch.uint8)),
         replace(tiled, scales=tiled.scales.to(torch.float8_e4m3fn)),
         replace(tiled, tensor_scale=torch.ones(1)),
+        replace(tiled, scales=tiled.scales.float()),
+        replace(floats, scales=floats.scales.view(torch.uint8)),
+        replace(floats, tensor_scale=None),
+        replace(floats, blocksize=32),
+        replace(floats, scales=floats.scales.view(torch.uint8).view(torch.float8_e8m0fnu), tensor_scale=None),
     ):
         with pytest.raises(ValueError, match="are not those of a weight"):
             matmul(x, wrong)
@@ -282,6 +295,22 @@ def test_block_scaled_floats(name: str, dtype: torch.dtype) -> None:
         x = torch.randn(40, k, device="cuda").to(dtype)
         whole = matmul(x, tiled, batch_invariant=True)
         assert torch.equal(matmul(x[3:4].contiguous(), tiled, batch_invariant=True), whole[3:4])
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["plain", "zero points", "hqq", *FORMATS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_weights_of_every_kind(kind: str, dtype: torch.dtype) -> None:
+    for bits in (2, 3, 4, 5, 6, 8) if kind not in FORMATS else (FORMATS[kind].bits,):
+        hqq = HqqSpec(bits=bits)
+        known = {"plain": QuantSpec(bits=bits, dtype="normal"), "zero points": hqq.blockwise(4096), "hqq": hqq}
+        spec = known[kind] if kind in known else BlockFloatSpec(format=kind)
+        tiled, exact = weight(12288, 4096, spec, "cuda", dtype)
+        gpu = Gpu.of(0)
+        for rows in (24, 64, 100, 150):
+            assert choose(tiled, min(rows, 128), dtype, gpu).wgmma or not gpu.wgmma or rows == 24
+            found, plain, true = products(tiled, exact, rows, dtype)
+            assert error(found, true) <= 1.1 * error(plain, true)
 
 
 @needs_gpu

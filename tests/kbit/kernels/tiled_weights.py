@@ -25,6 +25,7 @@ def weight(
     generator = torch.Generator().manual_seed(rows + columns + spec.bits)
     w = torch.randn(rows, columns, generator=generator).to(dtype)
     if isinstance(spec, BlockFloatSpec):
+        w *= torch.logspace(-3, 1, rows).unsqueeze(1).to(dtype)  # scales of many sizes
         floats = quantize_block_float(w.to(device), spec)
         tiled = tile(floats, dtype)
         elements = code_values(spec.element, floats.codes.device).double()

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from kbit import QuantSpec, load_packed, quantize_model, save_packed
 from kbit.errors import CheckpointError
 from kbit.kernels import ops
+from kbit.kernels.tiles import scale_dtype
 from kbit.packed.base import PackedLinear
 from kbit.packed.block_float import BlockFloatLinear
 from kbit.quantizer.block_float import BlockFloatTensor, code_values, dequantize_block_float, quantize_block_float
@@ -345,8 +346,7 @@ def unrounded(q: BlockFloatTensor) -> Tensor:
     """float64 element times scale."""
     element, (rows, columns) = q.spec.element, q.shape
     values = code_values(element, q.codes.device).double()[unpack(q.codes, q.spec.bits, rows * columns).int()]
-    kind = torch.float8_e8m0fnu if q.tensor_scale is None else torch.float8_e4m3fn
-    factor = q.scales.view(kind).double() * (1 if q.tensor_scale is None else q.tensor_scale.double())
+    factor = q.scales.view(scale_dtype(q.spec)).double() * (1 if q.tensor_scale is None else q.tensor_scale.double())
     return values.view(rows, columns) * factor.repeat_interleave(element.block, 1)[:, :columns]
 
 

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from kbit import KBitLinear, QuantSpec, load_packed, quantize_model, save_packed
 from kbit.errors import ArchitectureError, CheckpointError, WeightError
 from kbit.models.placement import place
+from kbit.specs.block_float import BlockFloatSpec
 from kbit.specs.hqq import HqqSpec
 from tests.kbit.models.test_quantize_model import Unknown
 from tests.kbit.tiny_models import CONFIGS, NAMES, VOCABULARY, bits_of, identical, tiny
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 INT4 = QuantSpec(bits=4, dtype="int")
+FLOATS = [BlockFloatSpec(format="mxfp4"), BlockFloatSpec(format="nvfp4")]
 SPECS = [
     INT4,
     QuantSpec(bits=3, dtype="quantile", center=True, outlier_fraction=0.05),
@@ -427,7 +429,7 @@ def test_gpu_memory_is_what_the_bits_say_while_packing_and_after_loading(bits, t
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3]], ids=lambda s: s.label)
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[3], *FLOATS], ids=lambda s: s.label)
 def test_on_a_gpu_graphs_and_compiled_models_give_the_outputs_of_models_quantized_in_place(spec, dtype):
     model = medium(dtype)
     before = bits_of(model)

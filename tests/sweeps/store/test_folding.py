@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweeps import files
+from sweeps.bench.synthetic import Synthetic, packs_of, results
 from sweeps.processes import this_process
 from sweeps.store import folding, records
 from sweeps.store.folding import MOST_SMALL, write_folded
@@ -172,6 +174,26 @@ def test_many_small_files_become_few_and_full_ones_stay(tmp_path: Path, monkeypa
     assert full in left
     assert len(left) < 6
     assert len(rows_of(Store(out=tmp_path))) == 60 + MOST_SMALL + 1
+
+
+def test_a_fold_of_records_makes_full_files_which_no_later_one_takes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "FULL_BYTES", 500_000)
+    monkeypatch.setattr(folding, "MOST_SMALL", 2)
+    # Rows as wide as a study's, and as alike, in several writers' files.
+    packs = itertools.islice(packs_of(Synthetic(out=tmp_path, measurements=2000).manifest()), 10)
+    for number, (pack, measurements) in enumerate(packs):
+        store = Store(out=tmp_path)
+        for made in results(pack, measurements, seed=number):
+            store.write(made)
+        store.close()
+    Store(out=tmp_path).fold()
+    written = {path.name: path.stat().st_size for path in tmp_path.glob("packs/*")}
+    assert len(written) > 1
+    assert sorted(written.values())[1] >= 250_000  # all but the last
+    Store(out=tmp_path).fold()
+    assert {path.name for path in tmp_path.glob("packs/*")} == set(written)
 
 
 def full_row(n: int) -> dict[str, Any]:
