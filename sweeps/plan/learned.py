@@ -218,8 +218,9 @@ class Part:
         return took if first else min(took, of.counted * SPREAD)
 
     def telling(self, model: str, like: Sequence[Like]) -> Sequence[Like]:
-        """Return the likenesses that tell what something takes which is no first: all, where none has its own value."""
-        return [of for of in like if (model, *of) in self.later.values] or like
+        """Return the likenesses that tell what something takes which is no first: its own, or else others'."""
+        own = [of for of in like if (model, *of) in self.later.values]
+        return own or [of for of in like if self.knows(model, of) or of in self.first.params or of in self.later.params]
 
     def knows(self, model: str, like: Like) -> bool:
         """Tell whether a value of the model's own is stored."""

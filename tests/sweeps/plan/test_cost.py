@@ -346,6 +346,25 @@ def test_a_method_that_was_not_measured_is_counted_not_scaled_by_another() -> No
     assert guess < of._quantize(gptq, packed=False) <= 4 * guess
 
 
+def test_a_prediction_is_the_same_whatever_was_predicted_before_it() -> None:
+    cells = [
+        Cell(model=model, quant=QuantSpec(bits=bits, dtype=dtype))
+        for model in (A, B)
+        for bits in (3, 4)
+        for dtype in ("int", "float")
+    ]
+    of_another = [
+        {**row(B, "x", 1000, 1.0, key=f"{label} of B", label=label, dtype=label[:-5]), "quantize_seconds": seconds}
+        for label, seconds in (("int4 b64", 9.0), ("float4 b64", 1.0))
+    ]
+    for stored in ([], [quantized("int4 b64", 8.0)], of_another, [quantized("float3 b64", 5.0), *of_another]):
+        shared = cost(*stored)
+        found = [shared._quantize(cell, packed=False) for cell in cells]
+        assert found == [cost(*stored)._quantize(cell, packed=False) for cell in cells]
+        # Where nothing is stored, nothing but the model tells cells of a method apart.
+        assert stored or len(shared._predicted) == 2
+
+
 def test_what_passes_between_measurements_is_learned_by_cells() -> None:
     """Two evaluations share a pass: the second ends upon the first. Storing each takes a quarter of a second."""
     rows, at = [], datetime(2026, 1, 1, tzinfo=UTC)
