@@ -119,12 +119,12 @@ class RunView(LiveView):
     def on_event(self, event: Event, worker: int) -> None:
         """Take in one event of a worker."""
         match event:
+            case Measured():
+                self._on_row(event.row)
             case Started():
                 self._current[worker] = event.label
             case BlockDone():
                 self._current[worker] = f"{event.label}: block {event.done} of {event.count}"
-            case Measured():
-                self._on_row(event.row)
             case Withheld():
                 if event.why not in self.withheld:
                     self.console.print(f"[yellow]not measured:[/] {escape(event.why)}", highlight=False)

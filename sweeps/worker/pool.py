@@ -55,6 +55,8 @@ NEWS_SECONDS: Final = 1.0
 """What is begun is told at once, but no more often: a pack of cells that take a tenth of this each writes no file for
 each. One that kills its job sooner is not the one named, but the next job begins with it, and tells that at once.
 """
+LISTEN_SECONDS: Final = 0.03
+"""Between two times of hearing workers that all have a pack: to wake up takes longer than to read what one says."""
 STOP_SECONDS: Final = 5.0
 LOG_TAIL: Final = 4000
 OOM_WORDS: Final = "was killed because memory ran out"
@@ -160,6 +162,8 @@ class WorkerPool:
                     self._feed(slot, selector)
             for key, _ in selector.select(timeout=0.5):
                 self._receive(key.data, selector)
+            if all(s.pack for s in slots):
+                time.sleep(LISTEN_SECONDS)
             running = [s.measuring for s in slots if s.measuring]
             now = time.monotonic()
             # What has ended since needs no word of its own: it is stored.
@@ -266,13 +270,13 @@ class WorkerPool:
 
     def _take_in(self, slot: _Slot, event: Event) -> None:
         match event:
-            case Started():
-                slot.cell, slot.measuring = event.cell, event.measurement
             case Measuring():
                 slot.measuring = event.measurement
             case Measured():
                 slot.measured.add(event.row["measurement"])
                 slot.measuring = None
+            case Started():
+                slot.cell, slot.measuring = event.cell, event.measurement
             case Withheld():
                 slot.measured.add(event.measurement)
                 slot.measuring = None
