@@ -39,7 +39,7 @@ def matmul(
 ) -> Tensor:
     """Return y = x · W^T (+ bias + addend), summed in float32, the same bits each time.
 
-    Up to 64 rows of x, on Hopper 128, are multiplied with the codes as they are stored, and up to 192, some at a time,
+    Up to 64 rows of x, on Hopper 128, are multiplied with the codes as they are stored, and up to 384, some at a time,
     where that is faster (``fused_is_faster``). Else W is dequantized to x's dtype, about 1 GiB at a time, and cuBLAS
     multiplies.
 

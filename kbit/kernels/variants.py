@@ -34,14 +34,14 @@ _MOST_SPLIT_K: Final = 8
 """CTAs that share a unit of rows of W at most: the last of them sums what all have, and holds that in registers."""
 _MOST_LAUNCHES: Final = 3
 """Of more launches the kernel is not taken: dequantizing and cuBLAS are."""
-_MOST_M_FUSED: Final = 192
-"""Rows of x up to which a launch for 128 and one for the rest are faster than dequantizing a large W, on an H200."""
 _LARGE: Final = 2**25
 _VERY_LARGE: Final = 2**27
 """Values of W from which four warps that multiply together are faster than each alone: measured on an H200."""
 _ENOUGH_K: Final = 2560
 _ENOUGH_VALUES: Final = 2**24
 """Columns of W, and values for each launch after the first, from which on several may be faster: seen on an H100."""
+_MOST_M_FUSED: Final = ((2**26, 384), (3 * 2**24, 256), (_LARGE, 192), (_ENOUGH_VALUES, _MOST_M_WGMMA))
+"""Values of W from which so many rows of x, 128 a launch, are faster than dequantizing it: measured on an H200."""
 _MEASURED_WARPS: Final = 12
 """Of a multiprocessor, in all variants for 64 rows of x from whose speed ``_cycles`` comes."""
 _DEQUANTIZING_SECONDS: Final = 7.3e-6
@@ -228,7 +228,7 @@ def _choose(p: _Product, gpu: Gpu, batch_invariant: bool) -> Variant:
         measured,
         m_tiles=p.m_tiles,
         # Of more rows that takes longer; and the two ways round differently.
-        apart=p.zero_bytes > 0 and p.m_tiles <= 2 and not measured.wgmma and not batch_invariant,
+        apart=p.zero_bytes > 0 and p.m_tiles == 1 and not batch_invariant,
         warps_per_tile=warps_per_tile,
         sum_tiles=min(measured.sum_tiles, p.m_tiles),
         split_k=split_k,
@@ -289,6 +289,10 @@ def _near_plain(p: _Product, gpu: Gpu) -> Iterator[Variant]:
         folded=plain.folded or folds,
     )
     near = [same, replace(same, stages=max(2, same.stages - 1))]
+    if p.scale_format and not same.staged and (same.blocks_per_sm == 1 or p.bits == EXACT_BITS):
+        # Codes on their way take registers that scales need too. Of two CTAs of a multiprocessor one is made.
+        staged = p.bits != EXACT_BITS or p.scale_format == E4M3 or p.m_tiles == 4
+        near.insert(0, replace(same, staged=staged, n_tiles=same.n_tiles * same.blocks_per_sm, blocks_per_sm=1))
     if same.warps_per_tile == 1 and not same.wgmma:
         near.append(replace(same, stages=2, staged=False))
     for variant, sum_tiles in product(near, reversed(_M_TILES)):
@@ -357,9 +361,7 @@ def _tiling_for_few_row_blocks(bits: int, m_tiles: int, k: int) -> _Tiling:
     if bits == 5:  # two CTAs have no room for a table of pairs, which takes long to make
         return _Tiling(1, 8, staged=False, blocks_per_sm=2)
     if m_tiles == 2:
-        if bits == 6:
-            return _Tiling(1, 8, blocks_per_sm=2)
-        return _Tiling(1, 12 if bits <= 4 else 8, staged=False)
+        return _Tiling(1, 12, staged=bits == 6) if bits <= 4 or bits == 6 else _Tiling(1, 8, staged=False)
     return _Tiling(2, 8, staged=False) if bits <= 5 else _Tiling(1, 12, staged=False)
 
 
@@ -374,22 +376,20 @@ def _tiling_for_32_rows(bits: int, many_row_blocks: bool) -> _Tiling:
 def _tiling_for_16_rows(bits: int) -> _Tiling:
     match bits:
         case 4:
-            return _Tiling(2, 6, stages=3)
-        case 6:
-            return _Tiling(1, 8, blocks_per_sm=2)
+            return _Tiling(1, 6, staged=False, blocks_per_sm=2)
         case 7:
             return _Tiling(2, 8)
         case 8:
             return _Tiling(1, 4, staged=False, blocks_per_sm=2)
         case _:
-            return _Tiling(2, 8 if bits == 5 else 6, staged=False)
+            return _Tiling(2, 6, staged=False)
 
 
 def _tiling_for_8_rows(bits: int, halves: bool) -> _Tiling:
     if bits in (5, 8):  # large tables leave no room for codes
         return _Tiling(2, 8, staged=False)
     if bits >= 6:
-        return _Tiling(1, 8, blocks_per_sm=2) if halves else _Tiling(2, 8)
+        return _Tiling(1, 8, blocks_per_sm=2) if halves else _Tiling(2, 8, staged=bits == 7)
     # Where several CTAs have a part of the columns each, a shorter way to the first is worth more than many in flight.
     return _Tiling(2, 8, staged=False) if halves else _Tiling(2, 8, stages=3)
 
@@ -414,8 +414,7 @@ def fused_is_faster(w: TiledWeight, m: int, gpu: Gpu) -> bool:
     where both are about as fast; on other GPUs they are a guess.
     """
     if gpu.wgmma:
-        values = w.n * w.k
-        return m <= (_MOST_M_FUSED if values >= _LARGE else _MOST_M_WGMMA if values >= _ENOUGH_VALUES else MOST_M)
+        return m <= next((rows for values, rows in _MOST_M_FUSED if w.n * w.k >= values), MOST_M)
     launches, values = -(-m // MOST_M), w.n * w.k
     if launches == 1:
         return True

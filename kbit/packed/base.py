@@ -34,8 +34,8 @@ class PackedLinear(nn.Module, ABC):
     of. Loading a state dict in place keeps every buffer's address, so that CUDA graphs stay valid.
 
     Products and bias are summed in float32 and rounded to x's dtype once. A GPU's fused kernel takes x of ``dtype``;
-    float32 x, and layers without tiles, go by dequantizing some rows at a time, and so do more than 64 rows of x (128
-    or 192 where that is slower), up to about 1 GiB at a time. A layer is for one CUDA stream at a time, and for
+    float32 x, and layers without tiles, go by dequantizing some rows at a time, and so do more than 64 rows of x (up to
+    384 where that is slower), up to about 1 GiB at a time. A layer is for one CUDA stream at a time, and for
     inference: call it under torch.no_grad(), without which torch.compile traces a backward, and that raises
     NotImplementedError. Autocast does not reach into it.
 
