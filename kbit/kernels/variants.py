@@ -296,7 +296,8 @@ def _near_plain(p: _Product, gpu: Gpu) -> Iterator[Variant]:
     if same.warps_per_tile == 1 and not same.wgmma:
         near.append(replace(same, stages=2, staged=False))
     for variant, sum_tiles in product(near, reversed(_M_TILES)):
-        if sum_tiles <= plain.sum_tiles and _fits(found := replace(variant, sum_tiles=sum_tiles), gpu):
+        most = min(p.m_tiles, plain.sum_tiles * plain.blocks_per_sm // variant.blocks_per_sm)
+        if sum_tiles <= most and _fits(found := replace(variant, sum_tiles=sum_tiles), gpu):
             yield found
 
 
