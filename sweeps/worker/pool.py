@@ -55,7 +55,7 @@ NEWS_SECONDS: Final = 1.0
 """What is begun is told at once, but no more often: a pack of cells that take a tenth of this each writes no file for
 each. One that kills its job sooner is not the one named, but the next job begins with it, and tells that at once.
 """
-LISTEN_SECONDS: Final = 0.03
+LISTEN_SECONDS: Final = 0.05
 """Between two times of hearing workers that all have a pack: to wake up takes longer than to read what one says."""
 STOP_SECONDS: Final = 5.0
 LOG_TAIL: Final = 4000
