@@ -190,7 +190,10 @@ class CostModel:
             like = _like_quant(get("label"), method, get("dtype"), bool(get("calibration")), packed)
             of = ValueOf(model=model, params=params, like=like, counted=counted)
             # The first of a label may have compiled kernels, once on a machine.
-            self.quantizing.add(of, quantized, pack=pack, exact=not self._is_new(("label", get("label"), packed)))
+            is_first = self._is_new(_labelled(get("label"), packed))
+            self.quantizing.add(of, quantized, pack=pack, exact=not is_first)
+            if is_first:
+                self.quantizing.add(of, quantized, pack=pack, exact=False, first=True)
         if loaded:
             counted = 2 * params / LOAD_BYTES_PER_SECOND + 1.0
             self.loading.add(ValueOf(model=model, params=params, like=_LOAD, counted=counted), loaded)
@@ -290,12 +293,14 @@ class CostModel:
         tokens = calibrating_tokens(cell.calibration, context_of(cell.model)) if cell.calibration else 0
         like = _like_quant(cell.quant_label, quant.method, getattr(quant, "dtype", None), calibrates, packed)
         # Cells whose quantization has no value of its own, as most that are left of a plan, differ in nothing else.
-        telling = self.quantizing.telling(cell.model.label, like)
-        key = (quant.method, cell.model.label, params, tokens, *telling)
+        first = _labelled(cell.quant_label, packed) not in self._seen
+        telling = self.quantizing.telling(cell.model.label, like, first=first)
+        key = (quant.method, cell.model.label, params, tokens, first, *telling)
         if key not in self._predicted:
             counted = self._counted_quantizing(params, quant.method, tokens)
             of = ValueOf(model=cell.model.label, params=params, like=like, counted=counted)
-            self._predicted[key] = self.quantizing.predict(of)
+            # A first one takes no less than others.
+            self._predicted[key] = max(self.quantizing.predict(of, first=turn) for turn in {first, False})
         return self._predicted[key]
 
     def _counted_quantizing(self, params: int, method: str, tokens: int) -> float:
@@ -389,6 +394,10 @@ def _like_packed(name: str, kind: str, label: object, bits: int, is_wide: bool) 
 
 def _like_quant(label: object, method: str, dtype: object, calibrates: bool, packed: bool) -> list[Like]:
     return [(label, packed), (method, dtype, calibrates, packed), (method, calibrates, packed), (packed,)]
+
+
+def _labelled(label: object, packed: bool) -> tuple[object, ...]:
+    return ("label", label, packed)
 
 
 def _comes_with_another(spec: EvalSpec, due: Sequence[EvalSpec]) -> bool:

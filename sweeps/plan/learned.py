@@ -23,6 +23,8 @@ SPREAD: Final = 4.0
 What a process does for the first time takes longer, a hundred times where kernels are compiled. One pack alone can't
 tell this from what its quantizations take, unless many of them took much the same.
 """
+FIRST_SPREAD: Final = 20.0
+"""The same within what was the first of its kind: some of it is done for each, and the next first ones do it too."""
 MANY: Final = 5
 Like = tuple[object, ...]
 """What makes two measurements, or two quantizations, alike."""
@@ -86,14 +88,13 @@ class _Values:
         self.factors.append(factor)
         self._middle = None
 
-    @property
-    def middle(self) -> _Middle:
+    def middle(self, spread: float) -> _Middle:
         if self._middle is None:
             factors = sorted(self.factors)
             low, high = factors[len(factors) // 4], factors[-1 - len(factors) // 4]
             self._middle = _Middle(
                 seconds=median(self.seconds),
-                factor=_usual(factors),
+                factor=_usual(factors, spread),
                 is_even=len(factors) >= MANY and high <= SPREAD * low,
             )
         return self._middle
@@ -106,11 +107,13 @@ class Learned:
     Attributes:
         settled: so many packs make a value stand by itself; of fewer it is held within ``SPREAD`` of what is alike in
             a wider sense.
+        spread: how far above their lower quartile values count, as a factor, where the next one is predicted.
         values: by model and what the part is of.
         params: of the models that have any.
     """
 
     settled: int = 1
+    spread: float = SPREAD
     values: dict[Like, _Values] = field(default_factory=dict)
     params: dict[Like, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -149,7 +152,7 @@ class Learned:
             values = self.values.get(key)
             if values is None:
                 continue
-            known, is_widest = values.middle, number == len(chosen) - 1
+            known, is_widest = values.middle(self.spread), number == len(chosen) - 1
             took = known.seconds if exact and not number else of.counted * known.factor
             # What a model's own cells took all alike it takes; another one may have compiled for all of them.
             stands = len(values.packs) >= self.settled or (exact and known.is_even)
@@ -161,7 +164,7 @@ class Learned:
 
     def factor(self, model: str, like: Like) -> float:
         """Return what a model's values were over the count."""
-        return self.values[model, *like].middle.factor
+        return self.values[model, *like].middle(self.spread).factor
 
 
 @dataclass(kw_only=True)
@@ -179,7 +182,8 @@ class Part:
     later: Learned = field(init=False)
 
     def __post_init__(self) -> None:
-        self.first, self.later = Learned(settled=self.settled), Learned(settled=self.settled)
+        self.first = Learned(settled=self.settled, spread=FIRST_SPREAD)
+        self.later = Learned(settled=self.settled)
 
     def add(self, of: ValueOf, seconds: float, *, pack: object = None, first: bool = False, exact: bool = True) -> None:
         """Take in what something took.
@@ -217,9 +221,9 @@ class Part:
             return took * turns
         return took if first else min(took, of.counted * SPREAD)
 
-    def telling(self, model: str, like: Sequence[Like]) -> Sequence[Like]:
-        """Return the likenesses that tell what something takes which is no first: its own, or else others'."""
-        own = [of for of in like if (model, *of) in self.later.values]
+    def telling(self, model: str, like: Sequence[Like], *, first: bool = False) -> Sequence[Like]:
+        """Return the likenesses that tell what something takes: its own where it is no first, or else others' too."""
+        own = [] if first else [of for of in like if (model, *of) in self.later.values]
         return own or [of for of in like if self.knows(model, of) or of in self.first.params or of in self.later.params]
 
     def knows(self, model: str, like: Like) -> bool:
@@ -232,13 +236,13 @@ def _within(took: float, wider: float) -> float:
     return min(max(took, wider / SPREAD), wider * SPREAD)
 
 
-def _usual(values: Sequence[float]) -> float:
-    """Return the mean of sorted values that are at most ``SPREAD`` times their lower quartile.
+def _usual(values: Sequence[float], spread: float) -> float:
+    """Return the mean of sorted values that are at most ``spread`` times their lower quartile.
 
     A mean, since many of them add up to it as to no median; the quartile, since half may have compiled something.
     """
     low = values[len(values) // 4]
-    return fmean(value for value in values if value <= low * SPREAD)
+    return fmean(value for value in values if value <= low * spread)
 
 
 def _turns(same: Learned, other: Learned, likenesses: Sequence[Like]) -> float | None:

@@ -313,6 +313,18 @@ def test_what_compiled_once_on_a_machine_is_no_part_of_what_cells_take() -> None
     assert again._quantize(Cell(model=A, quant=quant), packed=False) == pytest.approx(4 * 0.03)
 
 
+def test_a_label_that_no_pack_had_takes_what_others_first_took() -> None:
+    """Replayed on 80 packs: each of a study's labels compiled something, and packs took an eighth more than predicted."""
+    first, again = (
+        [quantized(f"int4 b{n}", seconds, pack=f"{seconds} {n % 2}", device="NVIDIA H200") for n in range(16, 32)]
+        for seconds in (0.1, 0.02)
+    )
+    of = cost(*first, *again, device="cuda")
+    seen, unseen = (Cell(model=A, quant=QuantSpec(bits=4, dtype="int", blocksize=size)) for size in (16, 512))
+    assert of._quantize(seen, packed=False) == pytest.approx(0.02)
+    assert of._quantize(unseen, packed=False) == pytest.approx(0.1)
+
+
 def test_cells_that_calibrate_are_not_like_those_that_do_not() -> None:
     """They run the model on text, which is most of what a small one takes."""
     data = Calibration(dataset="sha256:y", samples=16, length=512)
