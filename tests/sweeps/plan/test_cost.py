@@ -314,7 +314,7 @@ def test_what_compiled_once_on_a_machine_is_no_part_of_what_cells_take() -> None
 
 
 def test_a_label_that_no_pack_had_takes_what_others_first_took() -> None:
-    """Replayed on 80 packs: each of a study's labels compiled something, and packs took an eighth more than predicted."""
+    """Each of a study's labels may compile something: of 80 packs most took an eighth more than was predicted."""
     first, again = (
         [quantized(f"int4 b{n}", seconds, pack=f"{seconds} {n % 2}", device="NVIDIA H200") for n in range(16, 32)]
         for seconds in (0.1, 0.02)
