@@ -3,9 +3,9 @@
 y = x · W^T with x [m, k], W [n, k] and y [m, n], in tiles of 8 rows of x and of 64 rows by 64 columns of W
 (``kbit.kernels.tiles``).
 
-Choices were measured on an H100 over the shapes of large models, those with Hopper's own instructions on an H200. On an
-H200, whose memory is nearly half as fast again, the former are within a few percent of the best as well; on other GPUs
-they are what fits, unmeasured.
+Choices were measured over the shapes of large models: those for up to 16 rows of x, and those with Hopper's own
+instructions, on an H200; the others on an H100. On an H200, whose memory is nearly half as fast again, these are within
+a few percent of the best as well; on other GPUs all are what fits, unmeasured.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ class _Tiling(NamedTuple):
 
 
 def _tiling(p: _Product, gpu: Gpu) -> _Tiling:
-    """Return the fastest measured on an H100, or on an H200 where four warps multiply together."""
+    """Return the fastest measured."""
     together = _tiling_together(p, gpu) if gpu.wgmma else None
     if together is not None:
         return together
