@@ -6,11 +6,9 @@ is cut between two words anyway can be encoded by parts: the context of a questi
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from unicodedata import is_normalized
@@ -110,20 +108,6 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], *, special: bool | None) 
     encode = tokenizer.backend_tokenizer.encode_batch_fast
     add = special is not False
     return [encoding.ids for batch in batches for encoding in encode(list(batch), add_special_tokens=add)]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Leave garbage for later: what makes hundreds of thousands of lists that stay has Python look through all there
-    are, again and again.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _is_direct(tokenizer: Any) -> bool:

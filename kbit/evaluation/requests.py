@@ -18,9 +18,10 @@ from typing import Any, Final
 import numpy as np
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kbit.evaluation.encoding import encode_texts, find_joint, uncollected
+from kbit.evaluation.encoding import encode_texts, find_joint
 from kbit.evaluation.forests import Forest, Tree, fill_rows, grow_trees, size_of
 from kbit.evaluation.scoring import OnItsWay, TokenBatch, TokenScorer
+from kbit.garbage import uncollected
 
 AHEAD: Final = 2
 """Batches that a GPU is asked for before the results of one are taken; more hold more of its memory."""

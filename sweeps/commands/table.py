@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 from rich.markup import escape
 
+from kbit.garbage import uncollected
 from sweeps.commands.selection import chosen_measurements, chosen_results, chosen_tables
 from sweeps.commands.writing import write_to
 from sweeps.errors import UserError
@@ -26,19 +25,7 @@ MOST_ROWS_SHOWN: Final = 100
 _TERMINAL: Final = Path("-")
 
 
-@contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Look for no garbage: rows are none, and looking through a large study's takes a tenth of its table's time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_nothing_collected()
+@uncollected()
 def table(options: Options, console: Console) -> int:
     """Show results by axes and metrics, or write them: as shown, or with neither of these keys all of each cell."""
     laid_out = bool(options.by or options.columns is not None or options.metrics or options.sort)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kbit.evaluation.encoding import AFTER_A_WORD, BYTE_LEVEL, encode_texts, find_joint, uncollected
+from kbit.evaluation.encoding import AFTER_A_WORD, BYTE_LEVEL, encode_texts, find_joint
 from kbit.evaluation.requests import RequestEncoder
+from kbit.garbage import uncollected
 from tests import ROOT
 
 FILE = str(ROOT / "sweeps" / "demo" / "models" / "neox-xs" / "tokenizer.json")
