@@ -18,7 +18,7 @@ LIGHT = {
     *("kbit.models.orders", "kbit.models.readings"),
     *("kbit.axes", "kbit.calibration", "kbit.compute_dtypes", "kbit.data_types", "kbit.doors", "kbit.errors"),
     *("kbit.evaluation.evaluators", "kbit.sources", "kbit.evaluation.spec", "kbit.evaluation.documents"),
-    *("kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),
+    *("kbit.garbage", "kbit.models.checkpoint", "kbit.models.obeyed", "kbit.models.refusals", "kbit.spec"),
     *("kbit.specs.base", "kbit.specs.blockwise", "kbit.specs.checkpoint"),
     *("kbit.exporting.base", "kbit.models.prequantized.layouts"),
     *("kbit.models.kv_cache", "kbit.models.limits", "kbit.models.sizes", "kbit.models.ways"),
